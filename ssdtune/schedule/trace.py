@@ -1,0 +1,72 @@
+"""What really happened: one record for each op that the engine ran, in the plan's own terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+
+from ssdtune.schedule.plan import Direction, Kind, Lane
+
+UNPLANNED = -1  # op_id of work that the plan did not name: a block fetched on demand
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOp:
+    """One op as it ran. Seconds are of one monotonic clock; `wait_s`: what COMPUTE stood still for its weights."""
+
+    op_id: int
+    kind: Kind
+    lane: Lane
+    block: str
+    direction: Direction
+    step: int
+    start_s: float
+    end_s: float
+    num_bytes: int = 0
+    wait_s: float = 0.0
+
+    @property
+    def is_miss(self) -> bool:
+        """Whether the engine had to fetch a block that the plan did not bring in time for this visit."""
+        return self.op_id == UNPLANNED and self.lane is Lane.NVME_READ
+
+
+def steps(ops: Iterable[TraceOp]) -> dict[int, list[TraceOp]]:
+    """The ops of each step, steps in order."""
+    grouped: dict[int, list[TraceOp]] = {}
+    for op in ops:
+        grouped.setdefault(op.step, []).append(op)
+    return dict(sorted(grouped.items()))
+
+
+def lane_seconds(ops: Iterable[TraceOp]) -> dict[Lane, float]:
+    """Seconds in which each lane had work, overlapping ops of one lane counted once; compute without its waits."""
+    by_lane: dict[Lane, list[tuple[float, float]]] = {}
+    for op in ops:
+        by_lane.setdefault(op.lane, []).append((op.start_s + op.wait_s, op.end_s))
+    return {lane: _covered(spans) for lane, spans in by_lane.items()}
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def read_bytes(ops: Iterable[TraceOp]) -> int:
+    """Bytes that came from NVMe."""
+    return sum(op.num_bytes for op in ops if op.lane is Lane.NVME_READ)
+
+
+def stall_seconds(ops: Iterable[TraceOp]) -> float:
+    """Seconds in which compute stood still for weights."""
+    return sum(op.wait_s for op in ops)
+
+
+def json_lines(ops: Iterable[TraceOp]) -> Iterator[str]:
+    """One JSON object a line, for `trace.jsonl` in the run's folder."""
+    for op in ops:
+        yield json.dumps(dataclasses.asdict(op))

@@ -1,0 +1,265 @@
+"""One micro-batch through one block: forward without a graph, backward recomputes it.
+
+The block's trainable parameters are inputs of the autograd function, so that autograd sums their gradients over
+micro-batches and `AccumulateGrad` fires once a step: DistributedDataParallel, hooks, clipping and any optimizer work
+unchanged. What a block reads or leaves behind past its arguments and results (dicts shared by layers, records for
+`output_router_logits`) travels as further inputs and outputs, for else its gradient would be lost in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ssdtune.schedule.plan import Direction
+from ssdtune.visit import records
+from ssdtune.visit.thread_state import ThreadState
+
+Inner = Callable[..., Any]
+
+
+class Host(Protocol):
+    """What a visit needs of the streamer."""
+
+    def present(self, block: int, direction: Direction) -> None:
+        """Makes the block's weights present in its modules."""
+        ...
+
+    def keep(self, tensor: torch.Tensor) -> Any:
+        """Takes a block input out of memory until backward; None where it is to stay with autograd."""
+        ...
+
+    def intern(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An equal tensor that other visits keep already, or this one."""
+        ...
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """How to call a block again: its arguments taken apart. Tensors and other values lie in a flat list."""
+
+    host: Host
+    block: int
+    inner: Inner
+    spec: Any
+    mappings: list[
+        tuple[type, list[Any], Any]
+    ]  # of each mapping: its type, keys, spec of its values
+    num_trainable: int
+    state: ThreadState
+    context: contextvars.Context
+    rng: Any
+    out: Any = None  # spec of the result, filled by forward
+
+    def run(self, flat: list[Any]) -> tuple[list[Any], Any]:
+        """Calls the block. Returns the flat results (its own, then what it left behind) and their description."""
+        args, kwargs, given = self._arguments(flat)
+        with records.scratch() as recorded:
+            result = self.inner(*args, **kwargs)
+            left = [_changes(mapping, before) for mapping, before in given]
+            return pytree.tree_flatten((result, left, recorded.new()))
+
+    def _arguments(
+        self, flat: list[Any]
+    ) -> tuple[Any, Any, list[tuple[MutableMapping[Any, Any], dict[Any, Any]]]]:
+        num_plain = self.spec.num_leaves
+        leaves, rest = list(flat[:num_plain]), iter(flat[num_plain:])
+        given: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, _MappingAt):
+                made, keys, spec = self.mappings[leaf.index]
+                values = pytree.tree_unflatten([next(rest) for _ in range(spec.num_leaves)], spec)
+                mapping = made()
+                mapping.update(zip(keys, values, strict=True))
+                given.append((mapping, dict(mapping)))
+                leaves[i] = mapping
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs, given
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _MappingAt:
+    """Stands for a mapping among the flat arguments."""
+
+    index: int
+
+
+def _changes(mapping: MutableMapping[Any, Any], before: dict[Any, Any]) -> dict[Any, Any]:
+    return {k: v for k, v in mapping.items() if k not in before or before[k] is not v}
+
+
+def visit(
+    host: Host, block: int, inner: Inner, trainable: list[nn.Parameter], args: Any, kwargs: Any
+) -> Any:
+    """`inner(*args, **kwargs)` as one visit under autograd: same result, recomputed in backward."""
+    shared: list[MutableMapping[Any, Any]] = []
+    mappings: list[tuple[type, list[Any], Any]] = []
+    behind: list[Any] = []
+
+    def is_mapping(x: Any) -> bool:
+        return x is not kwargs and isinstance(x, (dict, UserDict))
+
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_mapping)
+    for i, leaf in enumerate(leaves):
+        if is_mapping(leaf):
+            values, values_spec = pytree.tree_flatten(list(leaf.values()))
+            leaves[i] = _MappingAt(len(shared))
+            shared.append(leaf)
+            mappings.append((type(leaf), list(leaf.keys()), values_spec))
+            behind += values
+        elif is_cache(leaf):
+            leaves[i] = None  # recompute would write it twice; training needs none
+    call = _Call(
+        host=host,
+        block=block,
+        inner=inner,
+        spec=spec,
+        mappings=mappings,
+        num_trainable=len(trainable),
+        state=ThreadState.capture(),
+        context=contextvars.copy_context(),
+        rng=random_state(),
+    )
+    flat_out = _Visit.apply(call, *trainable, *leaves, *behind)
+    result, left, recorded = pytree.tree_unflatten(list(flat_out), call.out)
+    for mapping, changes in zip(shared, left, strict=True):
+        mapping.update(changes)
+    records.add(recorded)
+    return result
+
+
+class _Visit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *rest: Any) -> tuple[Any, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        _save(ctx, call, rest)
+        with torch.no_grad(), _no_autocast_cache():
+            flat, call.out = call.run(list(rest[call.num_trainable :]))
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outs: torch.Tensor | None) -> tuple[Any, ...]:
+        call: _Call = ctx.call
+        call.host.present(call.block, Direction.BACKWARD)
+        rest = _restore(ctx)
+        n = call.num_trainable
+        trainable = rest[:n]
+        flat = [
+            x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+            for x in rest[n:]
+        ]
+        with (
+            call.state.entered(),
+            torch.enable_grad(),
+            _no_autocast_cache(),
+            random_state_of(call.rng),
+        ):
+            outs, _ = call.context.copy().run(call.run, flat)
+            pairs = [
+                (o, g)
+                for o, g in zip(outs, grad_outs, strict=True)
+                if g is not None and isinstance(o, torch.Tensor) and o.requires_grad
+            ]
+        wanted = [x for x in flat if isinstance(x, torch.Tensor) and x.requires_grad]
+        inputs = [*trainable, *wanted]
+        if not pairs or not inputs:
+            return (None,) * (1 + len(rest))
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True
+        )
+        for_flat = iter(found[n:])
+        return (
+            None,
+            *found[:n],
+            *[
+                next(for_flat) if isinstance(x, torch.Tensor) and x.requires_grad else None
+                for x in flat
+            ],
+        )
+
+
+def _save(ctx: Any, call: _Call, rest: tuple[Any, ...]) -> None:
+    """Keeps the arguments for backward: through autograd, which frees them block by block even while the loss lives,
+    or, where the plan puts block inputs elsewhere, through the host."""
+    saved: list[torch.Tensor] = []
+    places: list[Any] = []
+    for i, x in enumerate(rest):
+        if not isinstance(x, torch.Tensor):
+            places.append(("as is", x))
+            continue
+        kept = call.host.keep(x) if i >= call.num_trainable else None
+        if kept is not None:
+            places.append(("kept", (kept, x.requires_grad)))
+            continue
+        places.append(("saved", len(saved)))
+        is_shared = (
+            i > call.num_trainable and not x.requires_grad
+        )  # masks and tables; the first is the hidden state
+        saved.append(call.host.intern(x) if is_shared else x)
+    ctx.places = places
+    ctx.save_for_backward(*saved)
+
+
+def _restore(ctx: Any) -> list[Any]:
+    saved, rest = ctx.saved_tensors, []
+    for how, value in ctx.places:
+        if how == "saved":
+            rest.append(saved[value])
+        elif how == "kept":
+            kept, requires_grad = value
+            rest.append(kept.take().requires_grad_(requires_grad))
+        else:
+            rest.append(value)
+    return rest
+
+
+def is_cache(value: Any) -> bool:
+    """Whether this is a key-value cache, by its class: transformers is not imported for it."""
+    return any(
+        c.__name__ == "Cache" and c.__module__.startswith("transformers.")
+        for c in type(value).__mro__
+    )
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """A cast made under `no_grad` must not be found again under grad: its gradient would be lost."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The default generators' states, CPU and current device: recompute must draw what forward drew."""
+    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), device
+
+
+def set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    """What `random_state` returned, put back."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
+@contextlib.contextmanager
+def random_state_of(state: tuple[torch.Tensor, torch.Tensor | None]) -> Iterator[None]:
+    """The generators in `state` for a `with` block, then as they were."""
+    before = random_state()
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(before)

@@ -1,0 +1,92 @@
+"""From placements (what goes where) to recipes (how a block's bytes are read and copied)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ssdtune.swap.recipe import BlockRecipe, Copy, TensorView
+from ssdtune.swap.source import ExtentMap, TensorEntry, merge_extents
+from ssdtune.visit.placement import FILE_DTYPES, Piece, Placement, is_identity
+
+MAX_GAP_BYTES = 256 * 1024  # a read of its own costs about what 256 KiB more cost at 2-7 GB/s
+SLOT_ALIGNMENT = 256  # what CUDA kernels expect of a tensor's start
+
+
+def make_recipe(
+    name: str,
+    placements: Sequence[Placement],
+    entries: Mapping[str, TensorEntry],
+    *,
+    alignment: int,
+    on_device: bool,
+) -> BlockRecipe:
+    """How the block of these parameters is read: in place where all of them lie in the files as they are needed.
+
+    On a device the bytes pass a buffer in any case, and every tensor starts on SLOT_ALIGNMENT.
+    """
+    sources = list(dict.fromkeys(piece.source for p in placements for piece in p.pieces))
+    where = merge_extents([entries[s] for s in sources], alignment=alignment, max_gap_bytes=MAX_GAP_BYTES)
+    in_place = not on_device and all(_is_in_place(p, entries, where) for p in placements)
+    if in_place:
+        tensors = [_view(p, where.offsets[p.pieces[0].source]) for p in placements]
+        return BlockRecipe(
+            name=name,
+            extents=where.extents,
+            file_bytes=where.num_bytes,
+            tensors=tuple(tensors),
+            copies=(),
+            slot_bytes=where.num_bytes,
+        )
+    tensors, slot_bytes = _packed(placements)
+    copies = [
+        _copy(index, piece, entries[piece.source], where)
+        for index, placement in enumerate(placements)
+        for piece in placement.pieces
+    ]
+    return BlockRecipe(
+        name=name,
+        extents=where.extents,
+        file_bytes=where.num_bytes,
+        tensors=tuple(tensors),
+        copies=tuple(copies),
+        slot_bytes=slot_bytes,
+    )
+
+
+def _is_in_place(placement: Placement, entries: Mapping[str, TensorEntry], where: ExtentMap) -> bool:
+    if not is_identity(placement, entries):
+        return False
+    return where.offsets[placement.pieces[0].source] % placement.dtype.itemsize == 0
+
+
+def _view(placement: Placement, offset: int) -> TensorView:
+    return TensorView(name=placement.target, dtype=placement.dtype, shape=placement.shape, offset=offset)
+
+
+def _packed(placements: Sequence[Placement]) -> tuple[list[TensorView], int]:
+    """The parameters one after the other, aligned; and the bytes they take."""
+    tensors, offset = [], 0
+    for placement in placements:
+        tensors.append(_view(placement, offset))
+        num_bytes = torch.Size(placement.shape).numel() * placement.dtype.itemsize
+        offset += -(-num_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    return tensors, offset
+
+
+def _copy(index: int, piece: Piece, entry: TensorEntry, where: ExtentMap) -> Copy:
+    source = TensorView(
+        name=entry.name,
+        dtype=FILE_DTYPES[entry.dtype],
+        shape=tuple(entry.shape),
+        offset=where.offsets[entry.name],
+    )
+    return Copy(
+        source=source,
+        target=index,
+        source_slices=piece.source_slices,
+        view=piece.view,
+        permute=piece.permute,
+        target_slices=piece.target_slices,
+    )

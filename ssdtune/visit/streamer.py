@@ -1,0 +1,227 @@
+"""The streamer: ties a model's modules to the engine. One for each streamed model, at `model.ssdtune`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssdtune.schedule.plan import Direction
+from ssdtune.swap.engine import Engine
+from ssdtune.visit.function import visit
+from ssdtune.visit.meet import Hub
+from ssdtune.visit.placeholder import Placeholder
+
+
+@dataclasses.dataclass(eq=False)
+class Weight:
+    """A streamed parameter: where it is held, by every module that holds it (tied ones have several owners)."""
+
+    name: str
+    block: int
+    index: int  # in the block's recipe
+    owners: list[tuple[nn.Module, str]]
+    streamer: Streamer
+    placeholder: Placeholder | None = None
+    is_resident: bool = False  # became trainable: a real parameter for good
+
+    def read(self) -> torch.Tensor:
+        """The values, in fresh memory."""
+        return self.streamer.engine.read(self.block, self.index)
+
+    def make_trainable(self) -> None:
+        """From now on a real, trainable parameter in every owner."""
+        if self.is_resident:
+            return
+        self.is_resident = True
+        parameter = nn.Parameter(self.read())
+        for owner, name in self.owners:
+            owner._parameters[name] = parameter
+
+
+class Meeting:
+    """The forward of a module where micro-batches meet. Deep-copies to the plain forward of the copied module:
+    `modules_to_save` copies modules in order to train them, outside of any streaming."""
+
+    def __init__(self, streamer: Streamer, point: int, block: int, module: nn.Module) -> None:
+        self.streamer, self.point, self.block, self.module = streamer, point, block, module
+        self.inner: Callable[..., Any] = module.forward
+        self.__wrapped__ = self.inner  # for inspect.signature
+        self._trainable: tuple[int, list[nn.Parameter]] = (-1, [])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Waits for the other micro-batches where there are any, then passes the block."""
+        self.streamer.arrive(self.point, self.block)
+        return self.streamed(*args, **kwargs)
+
+    def streamed(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, recomputed in backward; its weights are present."""
+        if not torch.is_grad_enabled():
+            return self.inner(*args, **kwargs)
+        return visit(self.streamer, self.block, self.inner, self.trainable(), args, kwargs)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The module's parameters that train, looked up once a step."""
+        step = self.streamer.step
+        if self._trainable[0] != step:
+            self._trainable = (step, [p for p in self.module.parameters() if p.requires_grad])
+        return self._trainable[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The plain forward, bound to the copy of the module."""
+        copied = memo.get(id(self.module))
+        return types.MethodType(type(self.module).forward, copied if copied is not None else copy.copy(self.module))
+
+
+class Streamer:
+    """Brings blocks' weights into their modules for their visits and takes them out again.
+
+    `blocks`: names of the engine's blocks. `add_block` gives the weights of each, in the engine's order.
+    """
+
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self.engine: Engine
+        self.blocks = list(blocks)
+        self.step = 0
+        self.micro_batch_size: int | None = None  # rows that the front door lets through at once; None: all
+        self.loss_counts_items = False  # whether this run's losses are shares of the batch's: they add up
+        self.meetings: list[Meeting] = []
+        self.observed: list[tuple[int, Direction]] = []  # visits of the step under way, as they came
+        self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = None  # told when a step is over
+        self.input_store: Any = None  # where block inputs wait for backward; None: on the device, with autograd
+        self._hub: Hub | None = None
+        self._kind = "forward"
+        self._by_block: list[list[Weight]] = []
+        self._parameters: dict[tuple[int, int], list[nn.Parameter]] = {}
+        self._installed: tuple[int, int] | None = None  # block and slot whose parameters are in the modules
+        self._awaits_end = False
+        self._interned: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+
+    def add_block(self, weights: Sequence[Weight]) -> None:
+        """The weights of the next block, in its recipe's order."""
+        self._by_block.append(list(weights))
+
+    @property
+    def weights(self) -> list[Weight]:
+        """All streamed weights."""
+        return [weight for weights in self._by_block for weight in weights]
+
+    # ---- runs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a run of micro-batches is under way."""
+        return self._hub is not None
+
+    def run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Runs all calls, each a forward of one micro-batch, block by block; their results in order.
+
+        Inside a run it just calls them: the outermost front door is where a batch is cut.
+        """
+        if self._hub is not None:
+            return [call() for call in calls]
+        self._begin("train" if torch.is_grad_enabled() else "forward")
+        self._hub = Hub(lambda point: self.present(self.meetings[point].block, Direction.FORWARD), self._point_name)
+        try:
+            return self._hub.run(calls)
+        finally:
+            self._hub = None
+            self._take_out()
+            if self._kind == "forward":
+                self._end()
+
+    def _point_name(self, point: int) -> str:
+        return self.blocks[self.meetings[point].block]
+
+    def _begin(self, kind: str) -> None:
+        self.step += 1
+        self._kind = kind
+        self.observed = []
+        self._awaits_end = False
+        self._interned.clear()
+        if self.input_store is not None:
+            self.input_store.begin_step()
+        self.engine.begin_step(kind)
+
+    def _end(self) -> None:
+        """A step's last visit is over: backward has come back, or forward alone was wanted."""
+        self._take_out()
+        self.engine.leave()
+        self._awaits_end = False
+        self._interned.clear()
+        if self.on_step is not None:
+            self.on_step(self._kind, self.observed)
+
+    # ---- visits --------------------------------------------------------------------------------------------------
+
+    def arrive(self, point: int, block: int) -> None:
+        """A forward came to a meeting point: returns with the block's weights present."""
+        if self._hub is not None and self._hub.is_mine():
+            self._hub.wait(point)
+        else:
+            self.present(block, Direction.FORWARD)
+
+    def present(self, block: int, direction: Direction) -> None:
+        """Makes the block's weights present in its modules, in the place of their placeholders."""
+        if not self.observed or self.observed[-1] != (block, direction):
+            self.observed.append((block, direction))
+        if direction is Direction.BACKWARD and not self._awaits_end:
+            self._awaits_end = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+        slot = self.engine.enter(block, direction)
+        if self._installed == (block, slot):
+            return
+        self._take_out()
+        for weight, parameter in zip(self._by_block[block], self._slot_parameters(block, slot), strict=True):
+            if not weight.is_resident:
+                for owner, name in weight.owners:
+                    owner._parameters[name] = parameter
+        self._installed = (block, slot)
+
+    def _slot_parameters(self, block: int, slot: int) -> list[nn.Parameter]:
+        """The block's tensors in that slot as parameters; the same objects at every visit."""
+        key = (block, slot)
+        if key not in self._parameters:
+            tensors = self.engine.slots.tensors(block, slot)
+            self._parameters[key] = [nn.Parameter(t, requires_grad=False) for t in tensors]
+        return self._parameters[key]
+
+    def _take_out(self) -> None:
+        """Placeholders again: what is read outside a visit must not see a slot's next content."""
+        if self._installed is None:
+            return
+        for weight in self._by_block[self._installed[0]]:
+            if not weight.is_resident:
+                for owner, name in weight.owners:
+                    owner._parameters[name] = weight.placeholder  # type: ignore[assignment]
+        self._installed = None
+
+    # ---- block inputs (see visit/function.py) --------------------------------------------------------------------
+
+    def keep(self, tensor: torch.Tensor) -> Any:
+        """Gives a block input to the input store; None where it stays with autograd."""
+        if self.input_store is None:
+            return None
+        return self.input_store.keep(tensor)
+
+    def intern(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An equal tensor kept by another micro-batch of this step, or this one: equal masks are stored once."""
+        known = getattr(tensor, "_ssdtune_interned", None)
+        if known is not None and known[0] == self.step:
+            return known[1]
+        equals = self._interned.setdefault((tensor.shape, tensor.dtype), [])
+        found = next((t for t in equals if torch.equal(t, tensor)), None)
+        if found is None:
+            found = tensor
+            equals.append(tensor)
+        tensor._ssdtune_interned = (self.step, found)  # type: ignore[attr-defined]
+        return found
+
+    def close(self) -> None:
+        """Stops the engine. The model can't run afterwards."""
+        self.engine.close()
