@@ -121,7 +121,7 @@ def _layout(request: Request) -> Layout:
         layout = _fit(request, classes, prefetch)
         if layout is not None:
             return layout
-    single = _fit(request, [list(range(len(blocks)))], 0)
+    single = _fit(request, [[i for members in classes for i in members]], 0)  # largest first
     assert single is not None  # smallest_budgets is what this layout takes
     return single
 

@@ -169,26 +169,33 @@ class Engine:
         """The fill that holds the block for this visit, the visit's op id, and whether the fill is still to start."""
         position = self._walk.find(block, direction)
         if position is None:
-            fill, is_new = self._on_demand(block, direction, slot=None)
-            return fill, UNPLANNED, is_new
+            held = next((f for f in self._held.values() if f.block == block), None)
+            if held is not None:
+                return held, UNPLANNED, False
+            return self._on_demand(block, direction, slot=self._homes[block][0], is_miss=True), UNPLANNED, True
+        is_in_order = position == self._walk.done
         self._walk.enter(position)
-        fill, is_new = self._on_demand(block, direction, slot=self._walk.visit(position).slot)
-        return fill, self._walk.op_id(position, Kind.COMPUTE), is_new
+        op_id = self._walk.compute_op_id(position)
+        held = self._held.get(self._walk.visit(position).slot)
+        if held is not None and held.block == block:
+            return held, op_id, False
+        # In order and not yet claimed: compute was faster than the walk, which is no miss.
+        is_miss = not is_in_order or self._walk.ahead > position
+        slot = self._walk.visit(position).slot
+        fill = self._on_demand(block, direction, slot=slot, is_miss=is_miss)
+        if not is_miss:
+            fill.op_id = self._walk.fill_op_id(position)
+            self._walk.filled(position)
+        return fill, op_id, True
 
-    def _on_demand(
-        self, block: int, direction: Direction, *, slot: int | None
-    ) -> tuple[Fill, bool]:
-        """What the slot (any slot for None) holds of the block, else a new fill. The caller holds the lock."""
-        held = next(
-            (f for s, f in self._held.items() if f.block == block and slot in (None, s)), None
-        )
-        if held is not None:
-            return held, False
-        slot = self._homes[block][0] if slot is None else slot
+    def _on_demand(self, block: int, direction: Direction, *, slot: int, is_miss: bool) -> Fill:
+        """A new fill of the slot, now. The caller holds the lock."""
         in_flight = self._held.get(slot)
         if in_flight is not None:
             in_flight.settle(self.timeout_s)
-        return self._claim(block, slot, op_id=UNPLANNED, direction=direction, step=self._step), True
+        fill = self._claim(block, slot, op_id=UNPLANNED, direction=direction, step=self._step)
+        fill.is_miss = is_miss
+        return fill
 
     def _claim(self, block: int, slot: int, *, op_id: int, direction: Direction, step: int) -> Fill:
         """The slot is promised to the block; the caller starts the fill after it let go of the lock, since starting
@@ -237,7 +244,7 @@ class Engine:
                 return self._claim(
                     visit.block,
                     visit.slot,
-                    op_id=self._walk.op_id(position, None),
+                    op_id=self._walk.fill_op_id(position),
                     direction=visit.direction,
                     step=self._step + (position >= self._walk.num_visits),
                 )
@@ -270,6 +277,7 @@ class Engine:
                 start_s=start,
                 end_s=perf_counter(),
                 num_bytes=recipe.file_bytes,
+                is_miss=True,
             )
         )
         return found.to(self.slots.device)
@@ -295,11 +303,14 @@ class _Walk:
         """The visit at a position of this step or the next."""
         return self.steps.visits[position % self.num_visits]
 
-    def op_id(self, position: int, kind: Kind | None) -> int:
-        """The plan's id of the visit's COMPUTE op, or of its first op."""
-        return (self._compute_op if kind is Kind.COMPUTE else self._first_op)[
-            position % self.num_visits
-        ]
+    def compute_op_id(self, position: int) -> int:
+        """The plan's id of the visit's COMPUTE op."""
+        return self._compute_op[position % self.num_visits]
+
+    def fill_op_id(self, position: int) -> int:
+        """The plan's id of the first op that fills the visit's slot; UNPLANNED where a steady step needs none."""
+        visit = position % self.num_visits
+        return self._first_op[visit] if self.steps.visits[visit].is_filled_for else UNPLANNED
 
     def begin_next(self) -> None:
         """A new step: what the last one left out is over, what was filled ahead for this one stays."""

@@ -28,6 +28,7 @@ class Fill:
     ) -> None:
         self.block, self.name, self.slot = block, name, slot
         self.op_id, self.step, self.direction = op_id, step, direction
+        self.is_miss = False
         self.event: torch.cuda.Event | None = (
             None  # recorded after the copy was issued: copy -> readers of the slot
         )
@@ -209,5 +210,6 @@ class Lanes:
                 start_s=span[0],
                 end_s=span[1],
                 num_bytes=num_bytes,
+                is_miss=fill.is_miss,
             )
         )

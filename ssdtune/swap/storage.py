@@ -84,8 +84,8 @@ def _read_until_end(fd: int, offset: int, buffer: memoryview, alignment: int) ->
     while filled < len(buffer):
         num_bytes = os.preadv(fd, [buffer[filled:]], offset + filled)
         filled += num_bytes
-        # Off the alignment only the tail of a file can stop a direct read, and a direct read that
-        # went on from there would be refused (EINVAL).
+        # Off the alignment only the tail of a file can stop a direct read, and one that went on
+        # from there may be refused (EINVAL).
         if num_bytes == 0 or filled % alignment:
             break
     return filled
@@ -256,8 +256,15 @@ def _why_not_direct(path: Path, direct: DirectStorage, buffered: BufferedStorage
 
 
 def _anonymous(num_bytes: int) -> mmap.mmap:
+    """Zero pages, huge ones where the kernel has them.
+
+    A direct read looks up every page of its buffer: with 4 KiB pages two threads got 0.9 GB/s from
+    a drive that gives 2.4 GB/s into 2 MiB pages (virtual NVMe, Linux 6.18, 4 MiB requests)."""
     # MAP_PRIVATE: Python's default is shared memory, which counts as such and has no huge pages.
-    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # best effort: not every kernel or system has them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def aligned_bytes(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
@@ -278,8 +285,6 @@ def aligned_bytes(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
             f"cannot reserve {num_bytes:,} bytes of RAM for a buffer: {error.strerror}.\n"
             "Lower offload.ram or close other programs."
         ) from error
-    with suppress(OSError, AttributeError):  # best effort: fewer pages to look up per direct read
-        memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     if pin and torch.cuda.is_available():
         _pin(memory, tensor)

@@ -398,7 +398,7 @@ def _tie(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             warnings.warn(
                 f"the config ties {target} to {source}, but the files hold two different tensors: "
                 "they are not tied. Set tie_word_embeddings to false in config.json.",
-                stacklevel=6,
+                stacklevel=2,
             )
             model.all_tied_weights_keys.pop(target)
     model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)

@@ -14,6 +14,8 @@ computed once and kept, and autograd, which recorded every step, takes the gradi
 head. The rules are torch's own (`__torch_function__` above autograd, `__torch_dispatch__` below).
 """
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,9 +79,15 @@ class Source:
         """The real tensor, without a graph. Called once for as long as it is kept."""
         raise NotImplementedError
 
-    def cross_entropy(self, lazy: "LazyLogits", target: Tensor, **options: Any) -> Tensor | None:
+    def cross_entropy(self, lazy: LazyLogits, target: Tensor, **options: Any) -> Tensor | None:
         """The loss over `lazy` without its values, or None where that cannot be done."""
         return None
+
+    def settle(self) -> None:
+        """Compute every step recorded so far. Somebody gets hold of the memory and may write into
+        it, and what was derived before that write must not see it."""
+        for node in list(self.nodes):
+            node.values()
 
     def watch_gradient(self) -> None:
         self.gradient_is_watched = True
@@ -100,7 +108,7 @@ class Node:
         """What the caller will divide a summed loss by, if it told (see `loss.py`)."""
         source.nodes.add(self)
 
-    def derive(self, op: Op) -> "Node":
+    def derive(self, op: Op) -> Node:
         """The node of `op(self)`; raises what the real operator would raise for these shapes."""
         to_meta = pytree.tree_map_only(Tensor, lambda x: x.to("meta"), (op.args, op.kwargs))
         kwargs = {key: value for key, value in to_meta[1].items() if key != "device"}
@@ -120,8 +128,9 @@ class Node:
             if self.parent is None or self.op is None:
                 self.real = self.source.values()
             else:
-                with torch.no_grad(), torch.inference_mode(mode=False):
-                    self.real = self.op(self.parent.values())
+                before = self.parent.values()
+                with torch.no_grad(), torch.inference_mode(mode=before.is_inference()):
+                    self.real = self.op(before)
             self.parent = self.op = None
         return self.real
 
@@ -134,8 +143,9 @@ class Joined(Source):
         self.parts, self.dim = list(parts), dim
 
     def values(self) -> Tensor:
-        with torch.no_grad(), torch.inference_mode(mode=False):
-            joined = torch.cat([part.values() for part in self.parts], self.dim)
+        parts = [part.values() for part in self.parts]
+        with torch.no_grad(), torch.inference_mode(mode=parts[0].is_inference()):
+            joined = torch.cat(parts, self.dim)
         self.parts = []
         return joined
 
@@ -175,7 +185,9 @@ def _same_for_every_token(node: Node, constants: Sequence[Any]) -> bool:
 def _keeps_place(node: Node, kwargs: dict[str, Any]) -> bool:
     device = kwargs.get("device")
     moved = device is not None and torch.device(device) != node.device
-    return not (moved or kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided))
+    return not (
+        moved or kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided)
+    )
 
 
 def _will_record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -213,7 +225,7 @@ class LazyLogits(torch.Tensor):
     trusted: Any
 
     @staticmethod
-    def __new__(cls, node: Node) -> "LazyLogits":
+    def __new__(cls, node: Node) -> LazyLogits:
         meta = node.meta
         lazy = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
@@ -239,9 +251,10 @@ class LazyLogits(torch.Tensor):
 
     def is_trusted(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
-            return self.grad_fn is self.trusted
+            wants_own_gradient = self.requires_grad and self.grad_fn is None
+            return self.grad_fn is self.trusted and not wants_own_gradient
 
-    def trust(self) -> "LazyLogits":
+    def trust(self) -> LazyLogits:
         """Declare that the recorded steps lead here and nothing else did."""
         with torch._C.DisableTorchFunctionSubclass():
             self.trusted = self.grad_fn
@@ -307,19 +320,15 @@ def _join(parts: Sequence[Tensor], dim: int = 0) -> LazyLogits | None:
 
 def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `func` on real values; an in-place one gives back the tensor it was called on."""
-    in_place = func._schema.is_mutable
-    if in_place:
+    is_view = any(value.alias_info is not None for value in func._schema.returns)
+    if is_view or func._schema.is_mutable:
         for lazy in pytree.tree_leaves((args, kwargs)):
             if isinstance(lazy, LazyLogits):
-                # Steps recorded earlier must see the values as they were before this write.
-                for node in list(lazy.node.source.nodes):
-                    node.values()
+                lazy.node.source.settle()
     real = pytree.tree_map_only(LazyLogits, lambda x: x.node.values(), (args, kwargs))
     result = func(*real[0], **real[1])
-    written = func._schema.arguments[0].alias_info if func._schema.arguments else None
-    if in_place and written is not None and written.is_write and isinstance(args[0], LazyLogits):
-        return args[0]
-    return result
+    is_in_place = func._schema.is_mutable and isinstance(result, Tensor) and result is real[0][0]
+    return args[0] if is_in_place else result
 
 
 class _Real(torch.autograd.Function):
@@ -327,6 +336,7 @@ class _Real(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
+        lazy.node.source.settle()
         return lazy.node.values().detach()
 
     @staticmethod
@@ -354,8 +364,6 @@ def _cross_entropy(  # noqa: PLR0913 - the signature is torch's
     if not is_classes or node.real is not None or target.device != node.device:
         return None
     if node.source.gradient_is_watched or not input.is_trusted():
-        return None
-    if input.requires_grad and input.grad_fn is None:  # a leaf: its own gradient is wanted
         return None
     return node.source.cross_entropy(
         input,

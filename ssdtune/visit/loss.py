@@ -20,11 +20,14 @@ Gradients are made in forward for the `grad_output` that is expected. If another
 differs by a power of two, scaling is exact; otherwise the chunks are recomputed with the true one.
 """
 
+from __future__ import annotations
+
+import copy
 import math
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.visit.function import random_state, random_state_of
 from ssdtune.visit.lazy_logits import (
     LazyLogits,
     Node,
@@ -67,33 +71,40 @@ class HeadLoss:
     head: the outermost module that the model calls as its head. chunk_tokens: rows of logits alive
     at once, over the flattened positions of a micro-batch. ensure_present: called with "F" before
     the head's weights are read in forward and "B" before a recompute in backward; it may wait, and
-    other micro-batches may run meanwhile. call: the head's own forward, run with weights present.
-    trainable: its parameters that want a gradient. grad_scale: what the training loop multiplies a
-    loss by before backward (1 / accumulation steps); only speed depends on it.
+    other micro-batches may run meanwhile. grad_scale: what the training loop multiplies a loss by
+    before backward (1 / accumulation steps, say); only speed depends on it. call: the head's own
+    forward, its present one by default; it must not wait for other micro-batches.
     """
 
     head: nn.Module
     chunk_tokens: int
     ensure_present: Callable[[str], None]
-    call: Callable[..., Tensor] = field(default=None)  # type: ignore[assignment]
-    trainable: Callable[[], list[nn.Parameter]] = field(default=None)  # type: ignore[assignment]
     grad_scale: float = 1.0
+    call: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
             raise LogitsError(f"the loss's chunk must be 1 token or more, got {self.chunk_tokens}.")
-        if self.call is None:
-            assert not isinstance(self.head.forward, DeferringForward), "head is already deferred"
-            self.call = self.head.forward
-        if self.trainable is None:
-            self.trainable = lambda: [p for p in self.head.parameters() if p.requires_grad]
+        self.plain = self.call or self.head.forward
+        assert not isinstance(self.plain, DeferringForward), "this head is deferred already"
 
-    def defer(self, hidden: Tensor, *extra: Any) -> LazyLogits:
-        """The logits of `hidden` [..., width], not computed. `extra`: what else the head takes."""
-        run = _HeadRun(self, extra, _autocast_now(hidden.device))
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.head.parameters() if p.requires_grad]
+
+    def defer(self, hidden: Tensor, *extra: Any, **named: Any) -> LazyLogits:
+        """The logits of `hidden` [..., width], not computed; the rest is what else the head takes.
+
+        Raises LogitsError for a further input that wants a gradient: it would get none.
+        """
+        if any(getattr(x, "requires_grad", False) for x in (*extra, *named.values())):
+            raise LogitsError(
+                f"the head ({type(self.head).__name__}) takes a second input that needs a gradient; "
+                "streaming such a head is not supported."
+            )
+        run = _HeadRun(self, extra, named, _autocast_now(hidden.device))
         return _Deferral.apply(run, hidden, *self.trainable()).trust()
 
-    def loss_function(self, original: Callable[..., Any]) -> "HintedLoss":
+    def loss_function(self, original: Callable[..., Any]) -> HintedLoss:
         """`original`, telling the logits it is handed what it will divide their loss by."""
         return HintedLoss(original)
 
@@ -104,21 +115,22 @@ class _HeadRun:
 
     owner: HeadLoss
     extra: tuple[Any, ...]
+    named: dict[str, Any]
     autocast: Callable[[], AbstractContextManager[Any]]
-    random: "_RandomState | None" = None
+    random: Any = None  # the generators' state when values were computed
 
     def describe(self, hidden: Tensor) -> Tensor:
         """The logits of `hidden` as a meta tensor."""
         weight = self.owner.head.weight
+        assert isinstance(weight, Tensor)
         dtype, kind = weight.dtype, hidden.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        assert isinstance(weight, Tensor)
         return torch.empty((*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device="meta")
 
     def __call__(self, hidden: Tensor) -> Tensor:
         with self.autocast():
-            logits = self.owner.call(hidden, *self.extra)
+            logits = self.owner.plain(hidden, *self.extra, **self.named)
             expected = self.describe(hidden)
         if (logits.shape, logits.dtype) != (expected.shape, expected.dtype):
             raise LogitsError(
@@ -141,25 +153,23 @@ class _HeadCall(Source):
     def values(self) -> Tensor:
         self._check_unchanged()
         self.run.owner.ensure_present("F")
-        self.run.random = _RandomState.now(self.hidden.device)
-        with torch.no_grad(), torch.inference_mode(mode=False):
+        self.run.random = random_state()
+        with torch.no_grad(), torch.inference_mode(mode=self.hidden.is_inference()):
             return self.run(self.hidden.detach())
 
     def cross_entropy(self, lazy: LazyLogits, target: Tensor, **options: Any) -> Tensor | None:
         owner, node = self.run.owner, lazy.node
-        if self.run.extra or options["reduction"] not in ("mean", "sum", "none"):
+        if self.run.extra or self.run.named or options["reduction"] not in ("mean", "sum", "none"):
             return None
         self._check_unchanged()
         owner.ensure_present("F")
-        trainable = owner.trainable()
-        loss_autocast = _autocast_now(self.hidden.device)
-        chunked = _ChunkedLoss(self.run, node.ops(), options, loss_autocast)
+        chunked = _ChunkedLoss(self.run, node.ops(), options, _autocast_now(self.hidden.device))
         if not (torch.is_grad_enabled() and lazy.requires_grad):
             with torch.no_grad():
-                return chunked.run_all(self.hidden, target, (), None)[0]
+                return chunked.run(self.hidden, target, (), None)[0]
         self.has_chunked_loss = True
         expected = chunked.expected_grad(self.hidden, node.divisor)
-        return _LossFunction.apply(chunked, expected, target, self.hidden, *trainable)
+        return _LossFunction.apply(chunked, expected, target, self.hidden, *owner.trainable())
 
     def watch_gradient(self) -> None:
         super().watch_gradient()
@@ -207,23 +217,20 @@ class _Deferral(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: _HeadRun, hidden: Tensor, *trainable: Tensor) -> LazyLogits:
+    def forward(ctx: Any, run: _HeadRun, hidden: Tensor, *parameters: Tensor) -> LazyLogits:
         ctx.run = run
         ctx.save_for_backward(hidden)
-        source = _HeadCall(run, hidden)
-        return LazyLogits(Node(source, run.describe(hidden), hidden.device))
+        return LazyLogits(Node(_HeadCall(run, hidden), run.describe(hidden), hidden.device))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore
         run, (hidden,) = ctx.run, ctx.saved_tensors
         run.owner.ensure_present("B")
-        leaf = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
-        wanted = _wanted(leaf, run.owner.trainable(), ctx.needs_input_grad[1:])
-        with run.random.again() if run.random else nullcontext(), torch.enable_grad():
+        leaf = _leaf(hidden)
+        with random_state_of(run.random or random_state()), torch.enable_grad():
             logits = run(leaf)
-        grads = torch.autograd.grad(logits, wanted, grad_outputs, allow_unused=True)
-        return None, *_spread(grads, ctx.needs_input_grad[1:])
+        return None, *_gradients(logits, [leaf, *run.owner.trainable()], grad_outputs[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,30 +252,41 @@ class _ChunkedLoss:
         if self.options["reduction"] == "none" or is_half:
             return None
         scale = torch.tensor(self.head.owner.grad_scale, device=hidden.device)
-        if divisor is None or self.options["reduction"] != "sum":
+        if self.options["reduction"] != "sum" or divisor is None:
             return scale
         # The same operator as in the backward of `loss / num_items_in_batch`, for the same bits.
-        return scale / (divisor.to(scale.device) if isinstance(divisor, Tensor) else divisor)
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(scale.device)
+        scale = scale / divisor
+        return scale.reshape(()) if scale.numel() == 1 else None
 
-    def run_all(
-        self, hidden: Tensor, target: Tensor, wanted: "_Wanted", grad_output: Tensor | None
+    def run(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        parameters: Sequence[Tensor],
+        grad_output: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss, and d_hidden and d_parameters for `grad_output` (nothing where it is None).
+        """The loss and the gradients of (hidden, *parameters) for `grad_output`.
 
-        hidden [..., width]; target int64 [num_rows]; wanted: which of (hidden, *parameters).
+        hidden [..., width]; target int64 [num_rows]. Without `grad_output` there are no gradients.
         """
         num_tokens = hidden.numel() // max(hidden.shape[-1], 1)
-        run = self._whole if num_tokens <= self.head.owner.chunk_tokens else self._in_chunks
-        return run(hidden, target, wanted, grad_output)
+        fits = num_tokens <= self.head.owner.chunk_tokens
+        return (self._whole if fits else self._in_chunks)(hidden, target, parameters, grad_output)
 
     def _whole(
-        self, hidden: Tensor, target: Tensor, wanted: "_Wanted", grad_output: Tensor | None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        parameters: Sequence[Tensor],
+        grad_output: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """One chunk: the operators of the unmodified model, on its shapes."""
-        leaf, inputs = _leaf(hidden, wanted)
+        leaf = _leaf(hidden)
         with torch.set_grad_enabled(grad_output is not None):
             loss = self._loss_of_all(leaf, target)
-        return loss.detach(), _gradients(loss, inputs, wanted, grad_output)
+        return loss.detach(), _gradients(loss, [leaf, *parameters], grad_output)
 
     def _loss_of_all(self, hidden: Tensor, target: Tensor) -> Tensor:
         logits = self.head(hidden)
@@ -278,25 +296,32 @@ class _ChunkedLoss:
             return F.cross_entropy(logits, target, **self.options)
 
     def _in_chunks(
-        self, hidden: Tensor, target: Tensor, wanted: "_Wanted", grad_output: Tensor | None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        parameters: Sequence[Tensor],
+        grad_output: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        leaf, inputs = _leaf(hidden, wanted)
+        leaf, chunk_tokens = _leaf(hidden), self.head.owner.chunk_tokens
         with torch.enable_grad():
             rows = picked_rows(leaf, self.ops)
-        is_mean, is_none = (self.options["reduction"] == x for x in ("mean", "none"))
-        count = (target != self.options["ignore_index"]).sum() if is_mean else None
+        count = None
+        if self.options["reduction"] == "mean":
+            count = (target != self.options["ignore_index"]).sum()
         losses: list[Tensor] = []
-        sums = _Sums(rows, wanted)
-        for start in range(0, len(rows), self.head.owner.chunk_tokens):
-            part = slice(start, start + self.head.owner.chunk_tokens)
-            chunk, chunk_inputs = _leaf(rows.detach()[part], wanted)
+        d_rows: list[Tensor | None] = []
+        sums: list[Tensor | None] = [None] * len(parameters)
+        for start in range(0, max(len(rows), 1), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            chunk = _leaf(rows[part])
             with torch.set_grad_enabled(grad_output is not None):
                 loss = self._loss_of_chunk(chunk, target[part], count)
-            given = grad_output[part] if is_none and grad_output is not None else grad_output
-            sums.add(part, _gradients(loss, [chunk, *inputs[1:]], wanted, given))
+            given = grad_output if grad_output is None or loss.dim() == 0 else grad_output[part]
+            d_chunk, *d_parameters = _gradients(loss, [chunk, *parameters], given)
             losses.append(loss.detach())
-        total = torch.cat(losses) if is_none else _sum_in_order(losses)
-        return total, sums.finish(rows, leaf)
+            d_rows.append(d_chunk)
+            sums = [_plus(*pair) for pair in zip(sums, d_parameters, strict=True)]
+        return _joined_losses(losses), [_back_to_hidden(d_rows, rows, leaf), *sums]
 
     def _loss_of_chunk(self, rows: Tensor, target: Tensor, count: Tensor | None) -> Tensor:
         """rows [num_rows, width] go through the head as one row of a batch."""
@@ -305,3 +330,195 @@ class _ChunkedLoss:
         with self.autocast():
             loss = F.cross_entropy(finished_values(logits, self.ops), target, **options)
             return loss if count is None else loss / count
+
+
+class _LossFunction(torch.autograd.Function):
+    """The loss in chunks; its gradients are made in forward wherever they can be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chunked: _ChunkedLoss,
+        expected: Tensor | None,
+        target: Tensor,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.chunked, ctx.random = chunked, random_state()
+        loss, gradients = chunked.run(hidden, target, parameters, expected)
+        # Through autograd, not as attributes: backward frees them even while the loss is alive.
+        ctx.save_for_backward(hidden, target, expected, *gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore
+        hidden, target, expected, *gradients = ctx.saved_tensors
+        factor = _exact_factor(grad_outputs[0], expected)
+        if factor is None:
+            owner = ctx.chunked.head.owner
+            owner.ensure_present("B")
+            with random_state_of(ctx.random):
+                _, gradients = ctx.chunked.run(hidden, target, owner.trainable(), grad_outputs[0])
+        elif factor != 1.0:
+            gradients = [g if g is None else g * factor for g in gradients]
+        return None, None, None, *gradients
+
+
+def _leaf(hidden: Tensor) -> Tensor:
+    return hidden.detach().requires_grad_(hidden.requires_grad)
+
+
+def _gradients(
+    output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor | None
+) -> list[Tensor | None]:
+    """One gradient for each of `inputs`, None for those that want none or have none."""
+    wanted = [x for x in inputs if x.requires_grad]
+    if grad_output is None or not output.requires_grad:
+        return [None] * len(inputs)
+    given = grad_output.to(output.dtype)
+    found = iter(torch.autograd.grad(output, wanted, given, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in inputs]
+
+
+def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if total is None or more is None:
+        return more if total is None else total
+    return total + more  # not in place: autograd may have handed out one tensor twice
+
+
+def _back_to_hidden(d_rows: list[Tensor | None], rows: Tensor, hidden: Tensor) -> Tensor | None:
+    """The gradient of all hidden states from that of the rows picked from them."""
+    found = [d for d in d_rows if d is not None]
+    if not found:
+        return None
+    return torch.autograd.grad(rows, hidden, torch.cat(found))[0]
+
+
+def _joined_losses(losses: list[Tensor]) -> Tensor:
+    """Per-row losses in a row; sums added in order, in fp32."""
+    if losses[0].dim():
+        return torch.cat(losses)
+    total = losses[0].float()
+    for loss in losses[1:]:
+        total = total + loss.float()
+    return total.to(losses[0].dtype)
+
+
+def _exact_factor(grad_output: Tensor, expected: Tensor | None) -> float | None:
+    """grad_output / expected where scaling by it loses no bit (a power of two), else None.
+
+    Reads two numbers from the device: it waits for what is queued there, once per micro-batch.
+    """
+    if expected is None:
+        return None
+    came, foreseen = torch.stack([grad_output.double(), expected.double()]).tolist()
+    if came == foreseen:
+        return 1.0
+    if foreseen == 0.0 or not (math.isfinite(came) and math.isfinite(foreseen)):
+        return None
+    mantissa, exponent = math.frexp(came / foreseen)
+    is_exact = abs(mantissa) == 0.5 and abs(exponent) <= MAX_EXACT_SHIFT
+    return came / foreseen if is_exact and came / foreseen * foreseen == came else None
+
+
+def _autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What re-enters the autocast state of this moment, on whatever thread, any number of times.
+
+    Without autocast's cache: it would keep a cast copy of a head that is to leave the device.
+    """
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+class DeferringForward:
+    """In place of the head's `forward`. A deep copy of the head gets the plain one back:
+    peft copies modules that it is to train, and a copy that deferred to the old weights would
+    train nothing."""
+
+    def __init__(self, owner: HeadLoss) -> None:
+        self.owner = owner
+        self.replaced = owner.head.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **named: Any) -> LazyLogits:
+        if not args:
+            (hidden,), named = named.values(), {}
+            return self.owner.defer(hidden)
+        return self.owner.defer(*args, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:
+        plain, copied = self.owner.plain, memo.get(id(self.owner.head))
+        if isinstance(plain, types.MethodType) and plain.__self__ is self.owner.head and copied:
+            return types.MethodType(plain.__func__, copied)
+        return copy.deepcopy(plain, memo)
+
+
+class HintedLoss:
+    """A model's loss function that also tells deferred logits what their loss is divided by."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        for logits in (*args, *named.values()):
+            if isinstance(logits, LazyLogits):
+                logits.node.divisor = named.get("num_items_in_batch")
+        return self.original(*args, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return copy.deepcopy(self.original, memo)
+
+
+def _language_model(model: Any) -> Any:
+    """The model whose `forward` calls head and loss, under peft's wrappers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_head(model: Any) -> nn.Module | None:
+    """The outermost module that `model` calls for its logits, adapters on it included.
+
+    None: there is none, or it is not one matrix, so logits stay ordinary tensors.
+    """
+    head = _language_model(model).get_output_embeddings()
+    return head if isinstance(getattr(head, "weight", None), Tensor) else None
+
+
+def install(model: Any, owner: HeadLoss) -> None:
+    """Make `owner.head` defer its logits and the model's loss function hint at its divisor."""
+    base, head = _language_model(model), owner.head
+    assert not isinstance(head.forward, DeferringForward), "install the head's loss once"
+    head.forward = DeferringForward(owner)  # type: ignore[method-assign]
+    if hasattr(base, "loss_function") and not isinstance(base.loss_function, HintedLoss):
+        base.loss_function = owner.loss_function(base.loss_function)
+
+
+def uninstall(model: Any, owner: HeadLoss) -> None:
+    """Give head and model back what `install` replaced."""
+    base, forward = _language_model(model), owner.head.forward
+    if isinstance(forward, DeferringForward):
+        del owner.head.forward
+        if forward.replaced is not None:
+            owner.head.forward = forward.replaced  # type: ignore[method-assign]
+    if isinstance(getattr(base, "_loss_function", None), HintedLoss):
+        original = base._loss_function.original
+        del base._loss_function
+        if base.loss_function is not original:
+            base.loss_function = original
+
+
+def refresh(model: Any, owner: HeadLoss) -> HeadLoss:
+    """Follow the head after the model was changed: peft puts adapters around it.
+
+    Returns `owner` where nothing changed, else one installed on the head that is there now. Left
+    alone, an adapted head is still right, but its logits are computed whole.
+    """
+    head = find_head(model)
+    if head is None or head is owner.head:
+        return owner
+    uninstall(model, owner)
+    moved = HeadLoss(head, owner.chunk_tokens, owner.ensure_present, grad_scale=owner.grad_scale)
+    install(model, moved)
+    return moved

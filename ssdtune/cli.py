@@ -1,0 +1,172 @@
+"""The command line: finds the verb, reads the configuration, hands over. Nothing heavy up here.
+
+`--help` must answer at once, so torch and transformers are imported inside the verbs only. A
+SSDTuneError is a message to a person: it is printed without a traceback, exit code 2.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ssdtune.errors import SSDTuneError
+
+USAGE = """\
+ssdtune fine-tunes models larger than the memory, streaming their weights from the drive.
+
+  ssdtune train CONFIG.yaml [--key value …]   train; the same command again resumes
+  ssdtune plan CONFIG.yaml [--key value …]    what would be where, and when; nothing is trained
+  ssdtune doctor [PATH]                       what this machine can do, and how PATH is read
+  ssdtune generate RUN -p "…"                 let a trained model answer
+
+  ssdtune train --help                        every key of CONFIG.yaml, each one also a flag
+  ssdtune --version
+"""
+TRAIN_USAGE = """\
+ssdtune train CONFIG.yaml [--key value …]
+
+CONFIG.yaml holds keys of those below. Each is a flag too and then beats the file: --lora_r 32,
+--lora-r=32, --bf16, --offload.ram 300MB, --dataset data/chats.jsonl. Without CONFIG.yaml the
+required keys are flags. `ssdtune plan` takes the same arguments and trains nothing.
+"""
+LATER = ("probe", "pack", "data", "eval", "merge", "trace", "replay")
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ssdtune ARGV…` and return its exit code; argv defaults to the process's own."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except SSDTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `ssdtune train --help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    verb, rest = (words[0], words[1:]) if words else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(USAGE, end="", flush=True)
+        return 0
+    if verb in ("-V", "--version"):
+        from ssdtune import __version__
+
+        print(f"ssdtune {__version__}", flush=True)
+        return 0
+    if verb not in VERBS:
+        raise _unknown_verb(verb)
+    return int(VERBS[verb](rest) or 0)
+
+
+def _unknown_verb(verb: str) -> SSDTuneError:
+    import difflib
+
+    if verb in LATER:
+        return SSDTuneError(f"ssdtune {verb}: not supported yet.\nNow: {', '.join(VERBS)}.")
+    near = difflib.get_close_matches(verb[:50], VERBS, n=1)
+    hint = f"Did you mean `ssdtune {near[0]}`? " if near else ""
+    if verb.endswith((".yaml", ".yml")):
+        hint = f"Did you mean `ssdtune train {verb}`? "
+    return SSDTuneError(
+        f"{ascii(verb)[:60]} is no verb of ssdtune.\n"
+        f"{hint}Verbs: {', '.join(VERBS)}; `ssdtune --help` explains them."
+    )
+
+
+def _train(words: list[str]) -> int:
+    loaded = _load(words)
+    if loaded is None:
+        return 0
+    from ssdtune.trainer import train_from_config
+
+    return train_from_config(loaded)
+
+
+def _plan(words: list[str]) -> int:
+    loaded = _load(words)
+    if loaded is None:
+        return 0
+    from ssdtune.report import print_plan
+
+    return print_plan(loaded)
+
+
+def _load(words: list[str]):
+    """The configuration of `CONFIG.yaml [--flags]`, its notes printed; None where help was."""
+    from ssdtune.config import help_text, load_config
+
+    if {"-h", "--help"} & set(words):
+        print(f"{TRAIN_USAGE}\n{help_text()}", flush=True)
+        return None
+    has_file = bool(words) and not words[0].startswith("-")
+    path, flags = (Path(words[0]), words[1:]) if has_file else (None, words)
+    if not words:
+        raise SSDTuneError(
+            "no configuration was given.\nWrite `ssdtune train configs/quickstart.yaml`; "
+            "`ssdtune train --help` lists all keys."
+        )
+    loaded = load_config(path, flags)
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes torchrun started
+        for note in loaded.notes:
+            print(f"note: {note}", flush=True)
+    return loaded
+
+
+def _doctor(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print("ssdtune doctor [PATH]\n\nWhat this machine can do, and how PATH (a model's folder")
+        print("or a drive) is read: by which way, at how many GB/s, and why.", flush=True)
+        return 0
+    if len(words) > 1 or any(word.startswith("-") for word in words):
+        raise SSDTuneError(
+            f"doctor takes one path at most, got {' '.join(map(ascii, words))[:80]}.\n"
+            "Write `ssdtune doctor /path/to/model`."
+        )
+    from ssdtune.doctor import print_doctor
+
+    return print_doctor(Path(words[0]).expanduser() if words else None)
+
+
+def _generate(words: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="ssdtune generate",
+        description="Let a trained model answer. Every token reads the whole model once.",
+        epilog="Any other --key value (say --offload.ram 4GB) beats the run's own configuration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="the output_dir of a run, or one of its checkpoints")
+    parser.add_argument(
+        "-p", "--prompt", action="append", required=True, help="give it again for more prompts"
+    )
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=64)
+    arguments, overrides = parser.parse_known_args(words)
+    if arguments.max_new_tokens < 1:
+        raise SSDTuneError(
+            f"command line: max_new_tokens: got {arguments.max_new_tokens}.\n"
+            "Allowed: a whole number, 1 or more. Write for instance `--max_new_tokens 64`."
+        )
+    from ssdtune.generate import generate_from_run
+
+    return generate_from_run(
+        arguments.run.expanduser(),
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        overrides=overrides,
+    )
+
+
+VERBS: Mapping[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "plan": _plan,
+    "doctor": _doctor,
+    "generate": _generate,
+}

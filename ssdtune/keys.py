@@ -1,0 +1,494 @@
+"""Every key of ssdtune, described once: YAML key = dataclass field = Python keyword = --flag.
+
+From these descriptions come the checks, `ssdtune train --help` and the reference in the docs. Flat
+keys bear the names that TrainingArguments, TRL and peft gave them; what depends on the machine is
+nested under `offload`, so that one file moves between machines with `--offload.ram 100GB`. Defaults
+are Hugging Face's unless the help says why not. Importing this costs milliseconds: no torch here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ssdtune.foreign_keys import NOT_SUPPORTED
+from ssdtune.settings import (
+    Names,
+    Number,
+    OneOf,
+    Or,
+    Record,
+    Records,
+    Size,
+    Text,
+    Whole,
+    YesNo,
+    YesNoOr,
+    key,
+    read_again,
+    read_record,
+)
+from ssdtune.strict_yaml import ConfigError, Node, shown
+
+_SPLIT = r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
+_FORMAT_SYNONYMS = (
+    ("prompt", "prompt_completion"),
+    ("sharegpt", "conversations"),
+    ("chat", "messages"),
+    ("chatml", "messages"),
+    ("openai", "messages"),
+    ("qa", "question_answer"),
+    ("pretraining", "text"),
+)
+_DTYPE_SYNONYMS = (("bf16", "bfloat16"), ("fp32", "float32"), ("fp16", "float16"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offload:
+    """Where the weights and what is kept for backward may lie. None means auto. Sizes in bytes."""
+
+    path: Path | None = key(  # noqa: RUF009 - key() makes a dataclass field
+        Or("auto", Text("a folder on a fast drive", is_folder=True)),
+        "folder for what ssdtune itself writes (block inputs on NVMe); auto: in output_dir",
+        default=None,
+        example="/nvme/ssdtune",
+    )
+    vram: int | None = key(
+        Size(), "most device memory to use; auto: what is free", default=None, example="7GB"
+    )
+    ram: int | None = key(
+        Size(), "most RAM for weights; auto: what is free", default=None, example="300MB"
+    )
+    prefetch: int | None = key(
+        Or("auto", Whole(0, 64)),
+        "how many blocks are fetched ahead of compute; 0 fetches each when it is needed",
+        default=None,
+        example="2",
+    )
+    block_inputs: str = key(
+        OneOf(("auto", "device", "ram", "nvme")),
+        "where the inputs of blocks wait for backward; auto: the fastest that holds them",
+        default="auto",
+    )
+    storage: str = key(
+        OneOf(("auto", "direct", "buffered", "gds")),
+        "how files are read: O_DIRECT, through the page cache, or GPUDirect Storage; "
+        "auto: what a self-test at start finds fastest and right",
+        default="auto",
+    )
+    reader_threads: int = key(
+        Whole(1, 64), "threads that read; two reach the rate of most drives", default=2
+    )
+    loss_chunk_tokens: int | None = key(
+        Or("auto", Whole(1, 2**24)),
+        "tokens whose logits exist at once; a whole micro-batch is exact to the bit",
+        default=None,
+        example="1024",
+    )
+    allow_unchecked: bool = key(
+        YesNo(),
+        "stream an architecture whose self-check could not be run, at your own risk",
+        default=False,
+    )
+
+    not_supported: ClassVar[Mapping[str, str]] = {
+        "max_writes": NOT_SUPPORTED["max_writes"],
+    }
+
+    def __post_init__(self) -> None:
+        read_again(self)
+
+    @classmethod
+    def of(cls, value: "Offload | Mapping[str, Any] | None") -> "Offload":
+        """An Offload from what a caller gave: itself, a dict such as {"ram": "300MB"}, or None."""
+        if isinstance(value, cls):
+            return value
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"Offload: got {shown(value)}.\n"
+                'Write offload={"ram": "300MB"} or offload=ssdtune.Offload(ram="300MB").'
+            )
+        return read_record(cls, Node.of(value or {}, "Offload"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSource:
+    """One entry of `dataset` or `eval_dataset`."""
+
+    path: str = key(
+        Text("a file, a folder, a pattern or a hub id", is_path=True),
+        "JSONL, JSON, CSV, TSV or Parquet file, pattern such as data/*.jsonl, folder or hub id",
+        example="data/chats.jsonl",
+    )
+    format: str = key(
+        OneOf(
+            (
+                "auto",
+                "text",
+                "prompt_completion",
+                "messages",
+                "conversations",
+                "alpaca",
+                "question_answer",
+            ),
+            synonyms=_FORMAT_SYNONYMS,
+        ),
+        "what a row is; auto recognises it by its fields and says so",
+        default="auto",
+    )
+    split: str = key(
+        Text(
+            "a split such as train, train[:98%] or train[:10]+train[-10:]",
+            pattern=rf"{_SPLIT}(\+{_SPLIT})*",
+        ),
+        "which rows",
+        default="train",
+        example="train[:98%]",
+    )
+
+    def __post_init__(self) -> None:
+        read_again(self)
+
+
+_DATASETS = Records(
+    Record(DatasetSource), "the path of a data file, or {path: …, format: …, split: …}"
+)
+_STEPS = Number(is_open=True, is_steps=True)
+_COUNT = Whole(1, 2**24)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A fine-tuning run. Every value is checked, from YAML, flags and Python alike."""
+
+    # Model
+    model_name_or_path: str = key(
+        Text("a folder or a Hugging Face model id", is_path=True),
+        "the model: a folder with safetensors, or a hub id",
+        aliases=("base_model", "model_name", "model"),
+        example="meta-llama/Llama-3.1-8B-Instruct",
+    )
+    model_revision: str = key(
+        Text("a branch, tag or commit"), "which version of a hub model", default="main"
+    )
+    trust_remote_code: bool = key(
+        YesNo(), "run Python code that comes with the model", default=False
+    )
+    attn_implementation: str = key(
+        OneOf(
+            ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
+        ),
+        "which attention kernel; auto: the model's own choice",
+        default="auto",
+    )
+    dtype: str = key(
+        OneOf(("auto", "bfloat16", "float32", "float16"), synonyms=_DTYPE_SYNONYMS),
+        "type of the weights while they compute; auto: as they are stored",
+        default="auto",
+        aliases=("torch_dtype",),
+    )
+    bf16: bool = key(YesNo(), "autocast to bfloat16, as Trainer does", default=False)
+    fp16: bool = key(
+        YesNo(), "autocast to float16 with loss scaling, as Trainer does", default=False
+    )
+
+    # Adapter
+    method: str = key(
+        OneOf(
+            ("lora", "rslora", "dora"),
+            later=("full", "zo", "mezo", "qlora", "freeze", "vera", "ia3", "loha", "oft"),
+        ),
+        "what is trained; rslora and dora are lora with use_rslora or use_dora",
+        default="lora",
+        aliases=("finetuning_type", "adapter"),
+    )
+    lora_r: int = key(Whole(1, 65536), "rank", default=16, aliases=("lora_rank",))
+    lora_alpha: int = key(Whole(1, 2**20), "the update counts lora_alpha / lora_r", default=32)
+    lora_dropout: float = key(
+        Number(maximum=1, excludes_maximum=True), "dropout before the adapter", default=0.0
+    )
+    lora_target_modules: str | tuple[str, ...] = key(
+        Names(all_word="all-linear"),
+        "which layers get an adapter: the last part of their names",
+        default="all-linear",
+        aliases=("lora_target",),
+        example="q_proj,v_proj",
+    )
+    lora_modules_to_save: tuple[str, ...] = key(
+        Names(none_word="none"),
+        "modules trained and saved whole beside the adapter",
+        default=(),
+        aliases=("modules_to_save", "additional_target"),
+        example="lm_head",
+    )
+    use_rslora: bool = key(
+        YesNo(), "scale by 1/√r instead of 1/r (arXiv 2312.03732)", default=False
+    )
+    use_dora: bool = key(
+        YesNo(),
+        "weight-decomposed adapters (arXiv 2402.09353)",
+        default=False,
+        aliases=("peft_use_dora",),
+    )
+
+    # Data
+    dataset: tuple[DatasetSource, ...] = key(
+        _DATASETS, "what to train on", aliases=("datasets",), example="data/chats.jsonl"
+    )
+    eval_dataset: tuple[DatasetSource, ...] = key(
+        _DATASETS, "what to evaluate on", default=(), example="data/eval.jsonl"
+    )
+    chat_template: str = key(
+        Text(
+            "auto, or the path of a .jinja file",
+            is_path=True,
+            pattern=r"auto|.+\.(jinja|jinja2|j2)",
+        ),
+        "auto: the tokenizer's own template",
+        default="auto",
+    )
+    train_on: str = key(
+        OneOf(("auto", "assistant", "completion", "last", "all")),
+        "tokens with a loss: every answer, the completion, the last answer, all; "
+        "auto: the answers, or all of a plain text",
+        default="auto",
+    )
+    max_length: int = key(
+        Whole(2, 2**24),
+        "tokens of a row at most",
+        default=2048,
+        aliases=("cutoff_len", "sequence_len", "max_seq_length", "max_seq_len"),
+    )
+    overlong: str = key(
+        OneOf(("truncate", "drop", "error")),
+        "what becomes of longer rows; always counted and printed",
+        default="truncate",
+    )
+
+    # Batch and length of the run
+    per_device_train_batch_size: int = key(
+        _COUNT,
+        "the micro-batch: rows that pass a block at once",
+        default=1,
+        aliases=("micro_batch_size",),
+    )
+    per_device_eval_batch_size: int = key(
+        Or("auto", _COUNT),
+        "the same in evaluation; auto: as in training",
+        default=None,
+        aliases=("eval_batch_size",),
+        example="4",
+    )
+    gradient_accumulation_steps: int = key(
+        _COUNT,
+        "micro-batches of a step; all pass a block before it leaves, so more of them cost no I/O",
+        default=8,
+    )
+    num_train_epochs: float = key(
+        Number(is_open=True, maximum=10_000),
+        "passes over the data",
+        default=1.0,
+        aliases=("num_epochs", "epochs"),
+    )
+    max_steps: int = key(
+        Whole(1, 2**40, besides=(-1,)),
+        "steps to make instead; -1: as many as num_train_epochs needs",
+        default=-1,
+    )
+
+    # Optimizer
+    optim: str = key(
+        OneOf(
+            ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+            later=(
+                "adamw_8bit",
+                "adamw_bnb_8bit",
+                "paged_adamw_8bit",
+                "paged_adamw_32bit",
+                "adamw_torch_8bit",
+                "adamw_torch_4bit",
+                "galore_adamw",
+                "lomo",
+                "muon",
+            ),
+        ),
+        "the optimizer of the adapter",
+        default="adamw_torch",
+        aliases=("optimizer",),
+    )
+    learning_rate: float = key(
+        Number(maximum=10),
+        "peak learning rate; LoRA wants about ten times that of full fine-tuning",
+        default=1e-4,
+        aliases=("lr",),
+    )
+    weight_decay: float = key(Number(maximum=1), "AdamW's decoupled weight decay", default=0.0)
+    adam_beta1: float = key(
+        Number(maximum=1, excludes_maximum=True), "decay of the first moment", default=0.9
+    )
+    adam_beta2: float = key(
+        Number(maximum=1, excludes_maximum=True), "decay of the second moment", default=0.999
+    )
+    adam_epsilon: float = key(
+        Number(is_open=True, maximum=1), "added to the denominator", default=1e-8
+    )
+    max_grad_norm: float = key(
+        Number(maximum=1e9), "gradients are clipped to this norm; 0: not", default=1.0
+    )
+    lr_scheduler_type: str = key(
+        OneOf(
+            (
+                "linear",
+                "cosine",
+                "cosine_with_restarts",
+                "polynomial",
+                "constant",
+                "constant_with_warmup",
+                "inverse_sqrt",
+            ),
+            later=(
+                "reduce_lr_on_plateau",
+                "cosine_with_min_lr",
+                "cosine_warmup_with_min_lr",
+                "warmup_stable_decay",
+                "greedy",
+            ),
+        ),
+        "how the learning rate goes down",
+        default="linear",
+        aliases=("lr_scheduler",),
+    )
+    warmup_steps: float = key(
+        Number(is_steps=True), "steps until the peak; below 1 a share of the run", default=0.0
+    )
+    seed: int = key(Whole(0, 2**32 - 1), "of adapters and dropout", default=42)
+    data_seed: int | None = key(
+        Or("auto", Whole(0, 2**32 - 1)),
+        "of the order of rows; auto: as Trainer draws it from seed",
+        default=None,
+        example="7",
+    )
+
+    # Evaluate, save, resume
+    eval_strategy: str = key(
+        OneOf(("no", "steps", "epoch")),
+        "when to evaluate",
+        default="no",
+        aliases=("evaluation_strategy",),
+    )
+    eval_steps: float = key(
+        Or("auto", _STEPS), "steps between two; auto: save_steps", default=None, example="100"
+    )
+    save_strategy: str = key(
+        OneOf(("no", "steps", "epoch"), later=("best",)), "when to save", default="steps"
+    )
+    save_steps: float = key(
+        _STEPS, "steps between two (steps are long here, so fewer than Trainer's 500)", default=100
+    )
+    save_total_limit: int | None = key(
+        Or("none", _COUNT),
+        "checkpoints kept, the newest; none: all",
+        default=2,
+    )
+    load_best_model_at_end: bool = key(
+        YesNo(), "end with the best checkpoint instead of the last", default=False
+    )
+    metric_for_best_model: str = key(
+        Text("the name of a metric"), "what best means", default="loss"
+    )
+    resume_from_checkpoint: bool | str = key(
+        YesNoOr(Text("auto or the path of a checkpoint", is_path=True)),
+        "auto: go on where output_dir stands, if it does; true: it must; false: start anew",
+        default="auto",
+    )
+    output_dir: Path = key(  # noqa: RUF009
+        Text("a folder", is_folder=True),
+        "where the run goes; the same command again resumes there",
+        example="runs/my-first",
+    )
+
+    # Log
+    logging_steps: float = key(
+        _STEPS, "steps between two lines (steps are long here: each one)", default=1
+    )
+    report_to: tuple[str, ...] = key(
+        Names(
+            none_word="none",
+            words=("tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "trackio", "swanlab"),
+        ),
+        "trackers; nothing leaves your machine unless named here",
+        default=(),
+        example="tensorboard",
+    )
+    run_name: str | None = key(
+        Or("none", Text("a name")), "the run's name in trackers", default=None, example="first"
+    )
+    dataloader_num_workers: int = key(
+        Whole(0, 64), "processes that collate rows; 0: none beside the main one", default=0
+    )
+
+    # Machine
+    offload: Offload = key(Record(Offload), "see below", default=Offload())  # noqa: RUF009
+
+    groups: ClassVar[Mapping[str, str]] = {  # first key of each -> title
+        "model_name_or_path": "Model",
+        "method": "Adapter",
+        "dataset": "Data",
+        "per_device_train_batch_size": "Batch and length of the run",
+        "optim": "Optimizer",
+        "eval_strategy": "Evaluate, save, resume",
+        "logging_steps": "Log",
+        "offload": "Machine",
+    }
+    not_supported: ClassVar[Mapping[str, str]] = NOT_SUPPORTED
+
+    def __post_init__(self) -> None:
+        read_again(self)
+        for name, value in _resolved(self).items():
+            object.__setattr__(self, name, value)
+        for conflict in _conflicts(self):
+            raise conflict
+
+
+def _resolved(config: TrainConfig) -> dict[str, Any]:
+    """What follows from other keys; the resolved config says it in full."""
+    resolved: dict[str, Any] = {}
+    if config.method in ("rslora", "dora"):
+        resolved |= {"method": "lora", f"use_{config.method}": True}
+    if config.eval_steps is None:
+        resolved["eval_steps"] = config.save_steps
+    if config.per_device_eval_batch_size is None:
+        resolved["per_device_eval_batch_size"] = config.per_device_train_batch_size
+    return resolved
+
+
+def _conflicts(config: TrainConfig) -> Iterator[ConfigError]:
+    """Keys that are right by themselves and not together, worst first."""
+    if config.bf16 and config.fp16:
+        yield ConfigError("bf16 and fp16 are both true.\nKeep one of them.", keys=("fp16", "bf16"))
+    if config.eval_strategy != "no" and not config.eval_dataset:
+        yield ConfigError(
+            f"eval_strategy: {config.eval_strategy} needs an eval_dataset.\n"
+            'Add one, for instance a split "train[98%:]" of the training file, or write '
+            "eval_strategy: no.",
+            keys=("eval_strategy",),
+        )
+    if config.load_best_model_at_end:
+        yield from _best_model_conflicts(config)
+
+
+def _best_model_conflicts(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.eval_strategy == "no" or config.eval_strategy != config.save_strategy:
+        yield ConfigError(
+            "load_best_model_at_end: each checkpoint must be evaluated, but eval_strategy is "
+            f"{config.eval_strategy} and save_strategy is {config.save_strategy}.\n"
+            "Set both to steps, or both to epoch.",
+            keys=("load_best_model_at_end",),
+        )
+    every, saved = config.eval_steps, config.save_steps
+    if config.eval_strategy == "steps" and saved != every and (every < 1 or saved % every):
+        yield ConfigError(
+            f"load_best_model_at_end: save_steps {saved:g} is no multiple of eval_steps {every:g}.\n"
+            f"Set save_steps to {every:g} or a multiple of it.",
+            keys=("load_best_model_at_end",),
+        )
