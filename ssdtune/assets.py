@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -230,7 +231,7 @@ def split_sections(text: str) -> list[Section]:
         and len(lines[i + 1]) == len(lines[i])
     ]
     sections = []
-    for start, stop in zip(heads, [*heads[1:], len(lines)], strict=True):
+    for start, stop in itertools.pairwise([*heads, len(lines)]):
         body = "\n".join(lines[start + 2 : stop]).strip("\n")
         if len(body) >= 80:  # shorter ones are a heading over sub-headings, or a cross-reference
             sections.append(Section(lines[start], body))

@@ -62,7 +62,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise _unknown_verb(verb)
-    return int(VERBS[verb](rest) or 0)
+    result = VERBS[verb](rest)
+    return result if isinstance(result, int) else 0
 
 
 def _unknown_verb(verb: str) -> SSDTuneError:
@@ -80,7 +81,7 @@ def _unknown_verb(verb: str) -> SSDTuneError:
     )
 
 
-def _train(words: list[str]) -> int:
+def _train(words: list[str]) -> object:
     loaded = _load(words)
     if loaded is None:
         return 0
@@ -89,7 +90,7 @@ def _train(words: list[str]) -> int:
     return train_from_config(loaded)
 
 
-def _plan(words: list[str]) -> int:
+def _plan(words: list[str]) -> object:
     loaded = _load(words)
     if loaded is None:
         return 0
@@ -119,7 +120,7 @@ def _load(words: list[str]):
     return loaded
 
 
-def _doctor(words: list[str]) -> int:
+def _doctor(words: list[str]) -> object:
     if {"-h", "--help"} & set(words):
         print("ssdtune doctor [PATH]\n\nWhat this machine can do, and how PATH (a model's folder")
         print("or a drive) is read: by which way, at how many GB/s, and why.", flush=True)
@@ -134,7 +135,7 @@ def _doctor(words: list[str]) -> int:
     return print_doctor(Path(words[0]).expanduser() if words else None)
 
 
-def _generate(words: list[str]) -> int:
+def _generate(words: list[str]) -> object:
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -164,7 +165,8 @@ def _generate(words: list[str]) -> int:
     )
 
 
-VERBS: Mapping[str, Callable[[list[str]], int]] = {
+# A verb's body may return an exit code; anything else it returns is success.
+VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "train": _train,
     "plan": _plan,
     "doctor": _doctor,

@@ -291,7 +291,7 @@ class TrainConfig:
         aliases=("num_epochs", "epochs"),
     )
     max_steps: int = key(
-        Whole(1, 2**40, besides=(-1,)),
+        Whole(1, besides=(-1,)),
         "steps to make instead; -1: as many as num_train_epochs needs",
         default=-1,
     )

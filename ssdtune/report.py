@@ -277,6 +277,11 @@ def draw_timeline(trace: Sequence[OpRecord], path: Path, *, step: int | None = N
 
     step: its number in the trace; the middle one of the run if None. Raises ReportError.
     """
+    _save(timeline_figure(trace, step=step), path)
+
+
+def timeline_figure(trace: Sequence[OpRecord], *, step: int | None = None) -> Any:
+    """The matplotlib figure of `draw_timeline`, laid out."""
     windows = {window.step: window for window in training_steps(trace)}
     if not windows or (step is not None and step not in windows):
         raise ReportError(f"the trace holds no training step{'' if step is None else f' {step}'}")
@@ -294,7 +299,7 @@ def draw_timeline(trace: Sequence[OpRecord], path: Path, *, step: int | None = N
     )
     figure.draw_without_rendering()  # lays out, so that a label's width can be compared with its bar's
     canvas.label_blocks([op for op in shown if op.lane == "compute"], row=len(lanes) - 1)
-    _save(figure, path)
+    return figure
 
 
 class _Timeline:

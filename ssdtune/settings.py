@@ -67,7 +67,7 @@ class Whole(Reader):
         limits = f", {self.minimum} or more" if self.maximum is None else ""
         if self.maximum is not None:
             limits = f" from {self.minimum} to {self.maximum}"
-        return " or ".join([f"a whole number{limits}", *map(str, self.besides)])
+        return ", or ".join([f"a whole number{limits}", *map(str, self.besides)])
 
     def read(self, node: Node, key: str) -> int:
         number = _number(node.value)

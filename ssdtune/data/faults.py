@@ -80,6 +80,8 @@ def unreadable_file(path: Path, kind: str, error: BaseException) -> DataError:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, UnicodeDecodeError) and kind != "jsonl":
+        return DataError(f"{path}: {_not_utf8(cause)}\nSave the file as UTF-8.")
     said = shorten(str(cause).strip() or type(cause).__name__, 200)
     if kind == "jsonl":
         fault = _first_bad_line(path)
@@ -87,7 +89,7 @@ def unreadable_file(path: Path, kind: str, error: BaseException) -> DataError:
             line, reason = fault
             return DataError(
                 f"{path} line {line}: {reason}\n"
-                "Each line must be one JSON object. Mend or remove that line."
+                "Each line must be one JSON object in UTF-8. Mend or remove that line."
             )
     if kind == "json":
         try:

@@ -83,7 +83,8 @@ def load_dataset_rows(spec: Any, *, seed: int | None = None) -> DatasetRows:
     row_format, notes = recognise(
         format_name, columns=dataset.column_names, row=dataset[0], where=origins.where(0)
     )
-    rows = DatasetRows(dataset, path, row_format, notes, origins)
+    source_notes = tuple(source.note for source in origins.sources if source.note)
+    rows = DatasetRows(dataset, path, row_format, notes + source_notes, origins)
     _refuse_missing_fields(rows)
     return rows if seed is None else rows.shuffled(seed)
 

@@ -44,13 +44,14 @@ BUILDER_OF_KIND = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "pa
 class Source:
     """One file, or one split of a hub dataset or folder.
 
-    kind: jsonl, json, csv, parquet, or hub (then path is None).
+    kind: jsonl, json, csv, parquet, or hub (then path is None). note: what its user should know.
     """
 
     name: str
     kind: str
     path: Path | None
     num_rows: int
+    note: str | None = None
 
     def where(self, row_idx: int) -> str:
         """ "chats.jsonl line 17", the line an editor shows; else "x.parquet row 17", 1-based."""
@@ -102,7 +103,8 @@ def _open_files(
         kind = _kind_of(file)
         rows = _open_file(file, kind)
         parts.append(rows)
-        sources.append(Source(str(file), kind, file, len(rows)))
+        note = _note_on_lines(file, len(rows)) if kind == "csv" else None
+        sources.append(Source(str(file), kind, file, len(rows), note))
     if len(parts) == 1:
         return parts[0], sources
     try:
@@ -112,6 +114,18 @@ def _open_files(
             f"{path}: its {len(files)} files have different fields: {shorten(str(error), 120)}\n"
             "Give them as separate entries of `dataset:`."
         ) from error
+
+
+def _note_on_lines(file: Path, num_rows: int) -> str | None:
+    """A stray quote mark swallows line ends, and the rows behind them: lines and rows must add up."""
+    with file.open("rb") as lines:
+        num_lines = sum(1 for line in lines if line.strip()) - 1
+    if num_lines == num_rows:
+        return None
+    return (
+        f"{file}: {num_lines:,} lines hold {num_rows:,} rows, as line breaks within quote marks do "
+        "not end a row; if that is not meant, a quote mark is left open"
+    )
 
 
 def _kind_of(file: Path) -> str:

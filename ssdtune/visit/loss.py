@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import math
-import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -450,10 +449,7 @@ class DeferringForward:
         return self.owner.defer(*args, **named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:
-        plain, copied = self.owner.plain, memo.get(id(self.owner.head))
-        if isinstance(plain, types.MethodType) and plain.__self__ is self.owner.head and copied:
-            return types.MethodType(plain.__func__, copied)
-        return copy.deepcopy(plain, memo)
+        return copy.deepcopy(self.owner.plain, memo)  # a bound method: bound to the head's copy
 
 
 class HintedLoss:

@@ -264,7 +264,7 @@ def _harmless_extras(model: PreTrainedModel) -> Callable[[str], bool]:
 
     Beside what the class says: tables that older releases of the library saved as buffers.
     """
-    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    patterns: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         patterns.add(r"rotary_emb\.inv_freq")

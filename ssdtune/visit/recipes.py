@@ -12,6 +12,7 @@ from ssdtune.visit.placement import FILE_DTYPES, Piece, Placement, is_identity
 
 MAX_GAP_BYTES = 256 * 1024  # a read of its own costs about what 256 KiB more cost at 2-7 GB/s
 SLOT_ALIGNMENT = 256  # what CUDA kernels expect of a tensor's start
+CACHE_LINE = 64
 
 
 def make_recipe(
@@ -39,7 +40,7 @@ def make_recipe(
             copies=(),
             slot_bytes=where.num_bytes,
         )
-    tensors, slot_bytes = _packed(placements)
+    tensors, slot_bytes = _packed(placements, entries, on_device=on_device)
     copies = [
         _copy(index, piece, entries[piece.source], where)
         for index, placement in enumerate(placements)
@@ -65,14 +66,24 @@ def _view(placement: Placement, offset: int) -> TensorView:
     return TensorView(name=placement.target, dtype=placement.dtype, shape=placement.shape, offset=offset)
 
 
-def _packed(placements: Sequence[Placement]) -> tuple[list[TensorView], int]:
-    """The parameters one after the other, aligned; and the bytes they take."""
+def _packed(
+    placements: Sequence[Placement], entries: Mapping[str, TensorEntry], *, on_device: bool
+) -> tuple[list[TensorView], int]:
+    """The parameters one after the other, aligned; and the bytes they take.
+
+    On a CPU a parameter that is one file tensor keeps the file's offset modulo a cache line, which is where a
+    memory-mapped load has it: matrix-vector products (a gate of one row) round differently by alignment.
+    """
     tensors, offset = [], 0
     for placement in placements:
+        if not on_device and is_identity(placement, entries):
+            wanted = entries[placement.pieces[0].source].start % CACHE_LINE
+            offset += (wanted - offset) % CACHE_LINE
+        else:
+            offset += -offset % SLOT_ALIGNMENT
         tensors.append(_view(placement, offset))
-        num_bytes = torch.Size(placement.shape).numel() * placement.dtype.itemsize
-        offset += -(-num_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-    return tensors, offset
+        offset += torch.Size(placement.shape).numel() * placement.dtype.itemsize
+    return tensors, offset + -offset % SLOT_ALIGNMENT
 
 
 def _copy(index: int, piece: Piece, entry: TensorEntry, where: ExtentMap) -> Copy:

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Makes the virtual environment and runs every check: ruff, pyright, the fast tests.
+# What follows goes to pytest:  ./launch/test.sh tests/test_report.py -k timeline
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+cd "$ssdtune_root"
+
+ruff check .
+ruff format --check .
+pyright
+# The tests that train a real model need the quickstart's; they say so and skip without it.
+python -m ssdtune.assets --text 2>/dev/null || echo "no quickstart model: its tests will be skipped" >&2
+# One thread a process: two test processes share the cores, and sums keep one order.
+# Offline: no test may need a model hub, or wait for one that isn't there.
+OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest -q -m "not slow and not gpu" -n 2 "$@"

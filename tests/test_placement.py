@@ -1,0 +1,454 @@
+"""Files to parameters: everything that from_pretrained loads, from the same bytes, to the same bits."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import core_model_loading as library
+
+from ssdtune.swap.source import TensorEntry, open_checkpoint
+from ssdtune.visit.build import build_meta
+from ssdtune.visit.moves import NotAMove, Traced, boxes
+from ssdtune.visit.placement import (
+    Piece,
+    Placement,
+    PlacementError,
+    contiguous_copies,
+    fill,
+    is_identity,
+    place,
+)
+
+transformers.logging.set_verbosity_error()
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def filled(placement, tensors) -> torch.Tensor:
+    """Starts from NaN, so that a place that no piece covers shows."""
+    out = torch.empty(placement.shape, dtype=placement.dtype)
+    if out.is_floating_point():
+        out.fill_(float("nan"))
+    fill(placement, tensors.__getitem__, out)
+    return out
+
+
+def one_file(folder: Path, change) -> Path:
+    """Rewrites a saved model as one file, with its tensors changed by `change(dict)`."""
+    tensors = read_all(folder)
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        path.unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_parameter_and_buffer_equals_from_pretrained(name, dtype, tmp_path):
+    folder = tiny_models.save(tiny_models.build(name, dtype), tmp_path)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded = tiny_models.auto_class(name).from_pretrained(folder)
+    meta = build_meta(folder)
+    placements = place(meta.model, meta.checkpoint.tensors)
+    tensors, expected = read_all(folder), loaded.state_dict()
+
+    own = meta.model.state_dict(keep_vars=True)
+    assert own.keys() == expected.keys()
+    assert {id(own[key]) for key in placements} == {id(tensor) for tensor in own.values()}
+    assert len(placements) == len({id(tensor) for tensor in own.values()})
+    for key, placement in placements.items():
+        value = filled(placement, tensors)
+        assert value.dtype == expected[key].dtype, key
+        assert torch.equal(value, expected[key]), key
+        check_byte_moves(placement, meta.checkpoint.tensors, tensors, value)
+    assert placements.unused == ()
+    assert placements.casts == ()
+
+    made = dict(meta.model.named_buffers())
+    for key, buffer in loaded.named_buffers():
+        if key not in placements:
+            assert torch.equal(made[key], buffer), key
+            assert made[key].dtype == buffer.dtype
+
+
+def check_byte_moves(placement, entries, tensors, value):
+    copies = contiguous_copies(placement, entries)
+    if is_identity(placement, entries):
+        assert copies == [(placement.pieces[0].source, 0, 0, value.nbytes)]
+    if copies is not None:
+        out = bytearray(value.nbytes)
+        for source, at, to, count in copies:
+            out[to : to + count] = raw(tensors[source])[at : at + count]
+        assert bytes(out) == raw(value)
+        assert sum(count for *_, count in copies) == value.nbytes
+
+
+def test_experts_are_byte_moves_and_the_rest_is_used_as_it_lies(tmp_path):
+    meta = build_meta(tiny_models.save(tiny_models.build("mixtral"), tmp_path))
+    entries = meta.checkpoint.tensors
+    placements = place(meta.model, entries)
+    gate_up = placements["model.layers.1.mlp.experts.gate_up_proj"]
+    assert len(gate_up.pieces) == 8  # gate and up of 4 experts
+    copies = contiguous_copies(gate_up, entries) or []
+    assert sorted(to for _, _, to, _ in copies) == [i * 128 * 64 * 4 for i in range(8)]
+    assert is_identity(placements["model.layers.1.self_attn.q_proj.weight"], entries)
+
+
+def test_the_eleventh_expert_comes_after_the_second(tmp_path):
+    config = tiny_models.CONFIGS["mixtral"]()
+    config.num_local_experts, config.num_hidden_layers = 12, 1
+    folder = tiny_models.save(transformers.MixtralForCausalLM(config), tmp_path)
+    expected = transformers.MixtralForCausalLM.from_pretrained(folder).state_dict()
+    meta = build_meta(folder)
+    placements = place(meta.model, meta.checkpoint.tensors)
+    tensors = read_all(folder)
+    for key in placements:
+        assert torch.equal(filled(placements[key], tensors), expected[key]), key
+
+
+def test_placing_reads_no_file(tmp_path):
+    meta = build_meta(tiny_models.save(tiny_models.build("qwen3_moe"), tmp_path))
+    for path in meta.checkpoint.files:
+        path.unlink()
+    assert place(meta.model, meta.checkpoint.tensors)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "t5"])
+def test_another_dtype_casts_as_from_pretrained_does(name, tmp_path):
+    folder = tiny_models.save(tiny_models.build(name, torch.float32), tmp_path)
+    loaded = tiny_models.auto_class(name).from_pretrained(folder, dtype=torch.bfloat16)
+    meta = build_meta(folder, dtype="bfloat16")
+    placements = place(meta.model, meta.checkpoint.tensors)
+    tensors, expected = read_all(folder), loaded.state_dict()
+    kept = [key for key in placements if expected[key].dtype == torch.float32]
+    assert set(placements.casts) == set(placements) - set(kept)
+    assert bool(kept) == (name == "deepseek_v3")  # its routers' bias stays in float32
+    for key, placement in placements.items():
+        value = filled(placement, tensors)
+        assert value.dtype == expected[key].dtype
+        assert torch.equal(value, expected[key]), key
+    cast = placements[placements.casts[0]]
+    assert contiguous_copies(cast, meta.checkpoint.tensors) is None
+    assert not is_identity(cast, meta.checkpoint.tensors)
+
+
+def test_what_must_stay_in_float32_does(tmp_path):
+    """T5's class keeps one layer of each block in float32 when the model is in float16."""
+    folder = tiny_models.save(tiny_models.build("t5", torch.float16), tmp_path)
+    expected = transformers.T5ForConditionalGeneration.from_pretrained(folder).state_dict()
+    meta = build_meta(folder)
+    placements = place(meta.model, meta.checkpoint.tensors)
+    wide = [key for key, placement in placements.items() if placement.dtype == torch.float32]
+    assert len(wide) == 8
+    assert set(placements.casts) == set(wide)
+    assert wide == [key for key in placements if expected[key].dtype == torch.float32]
+
+
+def test_a_tied_weight_is_placed_once_whichever_name_the_file_has(tmp_path):
+    model = tiny_models.build("gemma3")
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    folder = one_file(tiny_models.save(model, tmp_path), rename)
+    meta = build_meta(folder)
+    placements = place(meta.model, meta.checkpoint.tensors)
+    assert "lm_head.weight" not in placements
+    assert placements["model.embed_tokens.weight"].pieces == (Piece("lm_head.weight"),)
+
+
+def test_missing_tensors_are_counted_and_the_first_five_named(tmp_path):
+    gone = [f"model.layers.{i}.{n}" for i in range(4) for n in ("mlp.up_proj.weight",)]
+    gone += [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(3)]
+
+    def drop(tensors):
+        for key in gone:
+            del tensors[key]
+
+    meta = build_meta(one_file(tiny_models.save(tiny_models.build("llama"), tmp_path), drop))
+    with pytest.raises(PlacementError, match=r"7 tensors .* in no file") as error:
+        place(meta.model, meta.checkpoint.tensors)
+    assert sum(key in str(error.value) for key in gone) == 5
+    assert "and 2 more" in str(error.value)
+
+
+def test_a_missing_expert_is_no_smaller_model(tmp_path):
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    folder = tiny_models.save(tiny_models.build("qwen3_moe"), tmp_path)
+    meta = build_meta(one_file(folder, lambda tensors: tensors.pop(name)))
+    with pytest.raises(PlacementError, match=r"model\.layers\.2\.mlp\.experts\.gate_up_proj"):
+        place(meta.model, meta.checkpoint.tensors)
+
+
+def test_a_wrong_shape_is_told_with_both_shapes(tmp_path):
+    def cut(tensors):
+        key = "model.layers.0.mlp.up_proj.weight"
+        tensors[key] = tensors[key][:100].clone()
+
+    meta = build_meta(one_file(tiny_models.save(tiny_models.build("llama"), tmp_path), cut))
+    with pytest.raises(PlacementError, match=r"\[128, 64\].*\[100, 64\]") as error:
+        place(meta.model, meta.checkpoint.tensors)
+    assert "model.layers.0.mlp.up_proj.weight" in str(error.value)
+
+
+def test_extra_tensors_are_counted_except_those_known_to_be_harmless(tmp_path):
+    def add(tensors):
+        tensors["vision.weight"] = torch.ones(3)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    meta = build_meta(one_file(tiny_models.save(tiny_models.build("llama"), tmp_path), add))
+    assert place(meta.model, meta.checkpoint.tensors).unused == ("vision.weight",)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.int8])
+def test_values_that_need_a_scale_are_refused_by_name(dtype, tmp_path):
+    key = "model.layers.1.mlp.down_proj.weight"
+    folder = tiny_models.save(tiny_models.build("llama"), tmp_path)
+    one_file(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    meta = build_meta(folder)
+    with pytest.raises(PlacementError, match=key):
+        place(meta.model, meta.checkpoint.tensors)
+
+
+class Doubled(library.ConversionOps):
+    def convert(self, input_dict, source_patterns, target_patterns, **_):
+        ((values,),) = input_dict.values()
+        return {target_patterns[0]: values * 2}
+
+
+def test_arithmetic_is_refused_with_the_tensor_named(tmp_path, monkeypatch):
+    meta = build_meta(tiny_models.save(tiny_models.build("llama"), tmp_path))
+    converter = library.WeightConverter("mlp.up_proj", "mlp.up_proj", [Doubled()])
+    monkeypatch.setattr(
+        transformers.conversion_mapping, "get_model_conversion_mapping", lambda model: [converter]
+    )
+    with pytest.raises(PlacementError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        place(meta.model, meta.checkpoint.tensors)
+
+
+def test_permuted_weights_are_filled_as_the_library_converts_them(tmp_path, monkeypatch):
+    """No architecture in the table permutes, so two operations are put in front of Llama's."""
+    meta = build_meta(tiny_models.save(tiny_models.build("llama"), tmp_path))
+    converters = [
+        library.WeightConverter("q_proj.weight", "q_proj.weight", [library.PermuteForRope()]),
+        library.WeightConverter("o_proj.weight", "o_proj.weight", [library.Transpose(0, 1)]),
+    ]
+    monkeypatch.setattr(
+        transformers.conversion_mapping, "get_model_conversion_mapping", lambda model: converters
+    )
+    placements = place(meta.model, meta.checkpoint.tensors)
+    tensors = read_all(tmp_path)
+    for name, convert in (
+        ("q_proj", lambda x: library.PermuteForRope()._permute_for_rope(x, meta.config)),
+        ("o_proj", torch.t),
+    ):
+        key = f"model.layers.0.self_attn.{name}.weight"
+        assert torch.equal(filled(placements[key], tensors), convert(tensors[key]))
+        assert contiguous_copies(placements[key], meta.checkpoint.tensors) is None
+        assert not is_identity(placements[key], meta.checkpoint.tensors)
+
+
+STRIPED = [  # pieces whose bytes are not one run on both sides
+    Piece("w", source_slices=((0, 4), (0, 3)), target_slices=((0, 4), (0, 3))),
+    Piece("w", source_slices=((0, 2), (0, 3)), target_slices=((0, 1), (0, 6))),
+    Piece("w", permute=(1, 0)),
+]
+RUNS = {  # first byte in the source, in the target, number of bytes
+    Piece("w", source_slices=((1, 3), (0, 6)), target_slices=((2, 4), (0, 6))): (12, 24, 24),
+    Piece("w", source_slices=((2, 3), (1, 5)), target_slices=((0, 1), (2, 6))): (26, 4, 8),
+    Piece("w"): (0, 0, 48),
+}
+
+
+def test_byte_moves_are_given_only_where_both_sides_are_one_run():
+    entries = {"w": TensorEntry("w", Path("f"), "BF16", (4, 6), 100, 48)}
+
+    def copies(piece, shape=(4, 6)):
+        return contiguous_copies(Placement("w", shape, torch.bfloat16, (piece,)), entries)
+
+    assert [copies(piece) for piece in STRIPED] == [None] * 3
+    assert {piece: copies(piece) for piece in RUNS} == {p: [("w", *run)] for p, run in RUNS.items()}
+
+
+def test_absent_buffers_that_the_class_can_do_without_keep_their_value(tmp_path):
+    folder = tiny_models.save(tiny_models.build("bart"), tmp_path)
+    one_file(folder, lambda tensors: tensors.pop("final_logits_bias"))
+    meta = build_meta(folder)
+    assert "final_logits_bias" not in place(meta.model, meta.checkpoint.tensors)
+    loaded = transformers.BartForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(meta.model.final_logits_bias, loaded.final_logits_bias)
+
+
+def test_a_model_saved_without_its_head_class_gets_its_prefix(tmp_path):
+    """Some checkpoints hold the bare base model's names."""
+    folder = tiny_models.save(tiny_models.build("gpt2"), tmp_path)
+
+    def strip(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+
+    one_file(folder, strip)
+    meta = build_meta(folder)
+    placements = place(meta.model, meta.checkpoint.tensors)
+    assert placements["transformer.h.0.ln_1.weight"].pieces == (Piece("h.0.ln_1.weight"),)
+
+
+# Traced tensors: the same operators on values and on places
+
+
+def values_of(traced: Traced, sources: dict[str, torch.Tensor]) -> torch.Tensor:
+    out = torch.full(tuple(traced.shape), -1, dtype=torch.int64)
+    filled_places = 0
+    for box in boxes(traced):
+        piece = sources[box.source][tuple(slice(a, b) for a, b in box.slices)]
+        piece = piece if box.view is None else piece.reshape(box.view)
+        piece = piece if box.order is None else piece.permute(box.order)
+        region = out[tuple(slice(a, b) for a, b in box.region)]
+        region.copy_(piece.reshape(region.shape))
+        filled_places += region.numel()
+    assert filled_places == out.numel()
+    return out
+
+
+def pair(name: str, shape: tuple[int, ...], first: int = 0):
+    count = torch.Size(shape).numel()
+    real = torch.arange(first, first + count).reshape(shape)
+    return real, Traced.of(name, shape, torch.int64)
+
+
+def random_step(random: random.Random, shape: tuple[int, ...]):
+    """An operator that moves data, as a function of one tensor."""
+    dims = len(shape)
+    dim = random.randrange(dims)
+    kind = random.choice(["transpose", "permute", "split", "flatten", "slice", "unsqueeze", "join"])
+    if kind == "transpose":
+        other = random.randrange(dims)
+        return lambda x: x.transpose(dim, other)
+    if kind == "permute":
+        order = random.sample(range(dims), dims)
+        return lambda x: x.permute(order).contiguous()
+    if kind == "split" and shape[dim] > 1:
+        factor = next(n for n in range(2, shape[dim] + 1) if shape[dim] % n == 0)
+        return lambda x: x.unflatten(dim, (-1, factor))
+    if kind == "flatten" and dim + 1 < dims:
+        return lambda x: x.flatten(dim, dim + 1)
+    if kind == "slice":
+        start = random.randrange(shape[dim])
+        stop = random.randrange(start, shape[dim]) + 1
+        return lambda x: x.narrow(dim, start, stop - start)
+    if kind == "join" and shape[dim] > 1:
+        at = random.randrange(1, shape[dim])
+        return lambda x: torch.cat(torch.split(x, [at, shape[dim] - at], dim)[::-1], dim)
+    return lambda x: x.unsqueeze(dim).squeeze(dim)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_chains_of_moves_are_followed(seed):
+    rng = random.Random(seed)
+    real, traced = pair("w", (4, 6, 10))
+    steps = followed = 0
+    while steps < 8 and real.numel() > 1:
+        step = random_step(rng, tuple(real.shape))
+        steps += 1
+        try:
+            new = step(traced)
+            result = values_of(new, {"w": torch.arange(240).reshape(4, 6, 10)})
+        except NotAMove:  # said, not silently wrong: joined tensors are not reshaped
+            continue
+        real, traced, followed = step(real), new, followed + 1
+        assert torch.equal(result, real)
+    assert followed >= 3
+
+
+def test_arithmetic_on_a_traced_tensor_says_so():
+    _, traced = pair("w", (4, 6))
+    for compute in (lambda x: x + 1, lambda x: x.sum(), lambda x: x[:, [0, 2]], torch.sign):
+        with pytest.raises(NotAMove):
+            compute(traced)
+
+
+OPERATIONS = {
+    "transpose": ([library.Transpose(0, 1)], (6, 10)),
+    "interleave": ([library.Interleave(dim=0)], (12, 5)),
+    "deinterleave": ([library.Interleave(dim=1, inverse=True)], (3, 12, 5)),
+    "interleave then chunk": ([library.Interleave(dim=0), library.Chunk(dim=0)], (12, 5)),
+    "interleave experts then chunk": ([library.Interleave(dim=1), library.Chunk(dim=1)], (2, 8, 3)),
+    "rotary halves": ([library.PermuteForRope()], (24, 5)),
+    "rotary halves of a bias": ([library.PermuteForRope()], (24,)),
+    "flatten a patch kernel": ([library.Conv3dToLinear(3, (2, 2, 2))], (4, 3, 2, 2, 2)),
+    "back to a kernel": ([library.LinearToConv3d(3, (2, 2, 2))], (4, 24)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_librarys_operations_move_places_as_they_move_values(name):
+    operations, shape = OPERATIONS[name]
+    targets = ["a", "b"] if "chunk" in name else ["a"]
+    real, traced = pair("w", shape)
+    config = transformers.LlamaConfig(num_attention_heads=2)
+    results = []
+    for tensor in (real, traced):
+        found = {"w": [tensor]}
+        for operation in operations:
+            found = operation.convert(
+                found, source_patterns=["w"], target_patterns=targets, config=config
+            )
+            # a chain of one-to-many keeps its name until the last operation
+            found = {"w": found["a"]} if operation is not operations[-1] else found
+        results.append(found)
+    assert results[0].keys() == results[1].keys()
+    for key, value in results[0].items():
+        assert torch.equal(values_of(results[1][key], {"w": real}), value)
+
+
+def test_experts_of_two_kinds_are_split_and_fused():
+    fuse = library.ErnieFuseAndSplitTextVisionExperts(stack_dim=0, concat_dim=1)
+    pairs = {
+        f"{kind}.{i}": pair(f"{kind}.{i}", (4, 3), 100 * i + 1000 * (kind == "up"))
+        for kind in ("gate", "up")
+        for i in range(4)
+    }
+    made = [
+        fuse.convert(
+            {kind: [pairs[f"{kind}.{i}"][which] for i in range(4)] for kind in ("gate", "up")},
+            source_patterns=["gate", "up"],
+            target_patterns=["text", "vision"],
+            config=None,
+        )
+        for which in (0, 1)
+    ]
+    sources = {key: real for key, (real, _) in pairs.items()}
+    for key, value in made[0].items():
+        assert torch.equal(values_of(made[1][key], sources), value)
+
+
+def test_rotary_halves_are_one_copy():
+    _, traced = pair("w", (24, 5))
+    config = transformers.LlamaConfig(num_attention_heads=2)
+    (box,) = boxes(library.PermuteForRope()._permute_for_rope(traced, config))
+    assert box.view == (2, 6, 2, 5)
+    assert box.order == (0, 2, 1, 3)
+
+
+def test_the_index_and_the_headers_agree_on_what_is_placed(tmp_path):
+    """The same placements from a sharded folder and from one file with the same tensors."""
+    folder = tiny_models.save(tiny_models.build("qwen3_next"), tmp_path / "sharded")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    checkpoint = open_checkpoint(folder)
+    assert set(index) == set(checkpoint.tensors)
+    sharded = place(build_meta(folder).model, checkpoint.tensors)
+    one_file(folder, lambda tensors: None)
+    whole = build_meta(folder)
+    assert place(whole.model, whole.checkpoint.tensors) == sharded
