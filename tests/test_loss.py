@@ -554,8 +554,10 @@ def test_logits_read_after_their_head_changed_are_refused() -> None:
     ids = masked_batch()["input_ids"]
     with ours.disable_adapter():
         logits = ours(input_ids=ids).logits
+        computed = ours(input_ids=ids).logits.compute()
     with pytest.raises(LogitsError, match="the adapter in use changed"):
         logits.sum()
+    assert not torch.equal(computed, ours(input_ids=ids).logits)
     logits = ours(input_ids=ids).logits
     with torch.no_grad():
         for parameter in ours.parameters():

@@ -17,6 +17,7 @@ from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.storage import ReaderPool, Storage
 from ssdtune.visit.blocks import Point, find_points
 from ssdtune.visit.build import MetaModel
+from ssdtune.visit.loss import HeadLoss, find_head, install, refresh
 from ssdtune.visit.model import stream_class
 from ssdtune.visit.placeholder import Placeholder
 from ssdtune.visit.placement import Placements, place
@@ -61,7 +62,9 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
         )
         for names in groups
     ]
-    planner = Replanner(recipes, options, _likely_orders(points, groups))
+    head = find_head(model)
+    is_deferred = head is not None and head is points[-1].module
+    planner = Replanner(recipes, options, _likely_orders(points, groups, is_deferred=is_deferred))
     plan = planner.plan()
     streamer = Streamer([g.label for g in groups])
     streamer.micro_batch_size = options.micro_batch_size
@@ -74,10 +77,34 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     for index, point in enumerate(points):
         meeting = Meeting(streamer, index, block_of[point.module], point.module)
         streamer.meetings.append(meeting)
-        point.module.forward = meeting  # type: ignore[method-assign]
+        if not (is_deferred and point.module is head):
+            point.module.forward = meeting  # type: ignore[method-assign]
     model.ssdtune = streamer  # type: ignore[assignment]
     stream_class(model)
+    if is_deferred:
+        _defer_logits(model, head, options.chunk_tokens)
     return model
+
+
+def _defer_logits(model: PreTrainedModel, head: nn.Module, chunk_tokens: int) -> None:
+    """The head and its loss become one block whose logits exist for a chunk of tokens at a time."""
+    streamer: Streamer = model.ssdtune  # type: ignore[assignment]
+    meeting = streamer.meetings[-1]
+
+    def ensure_present(direction: str) -> None:
+        if direction == Direction.FORWARD:
+            streamer.arrive(meeting.point, meeting.block)
+        else:
+            streamer.present(meeting.block, Direction.BACKWARD)
+
+    owner = HeadLoss(head, chunk_tokens, ensure_present)
+    install(model, owner)
+
+    def follow_head() -> None:  # peft may have put adapters around it since
+        nonlocal owner
+        owner = refresh(model, owner)
+
+    streamer.on_begin = follow_head
 
 
 @dataclasses.dataclass(slots=True)
@@ -118,11 +145,16 @@ def _first(placements: Placements, model: PreTrainedModel, name: str) -> str:
     return next(n for n, p in model.named_parameters(remove_duplicate=False) if p is wanted and n in placements)
 
 
-def _likely_orders(points: Sequence[Point], groups: Sequence[_Group]) -> dict[str, list[tuple[int, Direction]]]:
-    """Forward in the points' order; backward through the layers, not the embedding, which needs no gradient."""
+def _likely_orders(
+    points: Sequence[Point], groups: Sequence[_Group], *, is_deferred: bool
+) -> dict[str, list[tuple[int, Direction]]]:
+    """Forward in the points' order; backward through the layers, not the embedding, which needs no gradient.
+
+    A head whose loss is computed in chunks makes its gradient in forward and is not visited again.
+    """
     block_of = {id(p): i for i, g in enumerate(groups) for p in g.points}
     forward = [(block_of[id(p)], Direction.FORWARD) for p in points]
-    backward = [(block, Direction.BACKWARD) for block, _ in reversed(forward[1:])]
+    backward = [(block, Direction.BACKWARD) for block, _ in reversed(forward[1 : len(forward) - is_deferred])]
     return {"train": [*forward, *backward], "forward": forward}
 
 

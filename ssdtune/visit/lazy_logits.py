@@ -249,6 +249,11 @@ class LazyLogits(torch.Tensor):
         """Whether the real values exist."""
         return self.node.real is not None
 
+    def compute(self) -> LazyLogits:
+        """Compute the values now, and give back this tensor."""
+        self.node.values()
+        return self
+
     def is_trusted(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
             wants_own_gradient = self.requires_grad and self.grad_fn is None

@@ -184,7 +184,7 @@ class _HeadCall(Source):
         if changed:
             raise LogitsError(
                 f"outputs.logits are computed when first read, and since forward {changed} changed.\n"
-                "Read them (outputs.logits.clone() is enough) right after the model's forward."
+                "Call outputs.logits.compute() right after the model's forward."
             )
 
 

@@ -93,6 +93,7 @@ class Streamer:
         self.meetings: list[Meeting] = []
         self.observed: list[tuple[int, Direction]] = []  # visits of the step under way, as they came
         self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = None  # told when a step is over
+        self.on_begin: Callable[[], None] | None = None  # told before a step begins
         self.input_store: Any = None  # where block inputs wait for backward; None: on the device, with autograd
         self._hub: Hub | None = None
         self._kind = "forward"
@@ -141,6 +142,8 @@ class Streamer:
     def _begin(self, kind: str) -> None:
         self.step += 1
         self._kind = kind
+        if self.on_begin is not None:
+            self.on_begin()
         self.observed = []
         self._awaits_end = False
         self._interned.clear()
