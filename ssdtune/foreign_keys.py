@@ -48,6 +48,7 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "logging_dir": "Trainer has it no more. Delete this key.",
     "save_safetensors": "Checkpoints are safetensors always. Delete this key.",
     "overwrite_output_dir": "Write resume_from_checkpoint: false, or another output_dir.",
+    "use_peft": "Delete this key: method: lora says it.",
     "stage": _OWN_VERB,
     "do_train": _OWN_VERB,
     "do_eval": "Set eval_strategy instead.",

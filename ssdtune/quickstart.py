@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdtune import assets, report
+from ssdtune.cli import EXIT_USER_ERROR
 from ssdtune.errors import SSDTuneError
 from ssdtune.sizes import format_size, parse_size
 
@@ -186,17 +187,17 @@ def show_answer(when: str, text: str) -> None:
 
 def show_next(job: Job) -> None:
     """What to try after this."""
-    report.say("\nnext")
-    if not job.is_big:
-        report.say(
-            "  ./launch/quickstart.sh --big                  a 4 GB model under a 1 GB budget"
-        )
-    report.say(
-        "  ./launch/quickstart.sh --dataset my.jsonl     your own rows: text, prompt + completion, messages"
-    )
-    report.say(
-        "  ssdtune train configs/…                       a model of your own; --help lists every key"
-    )
+    tries = [
+        (f'ssdtune generate {job.output} -p "…"', "ask it yourself"),
+        ("./launch/quickstart.sh --big", "a 4 GB model under a 1 GB budget"),
+        (
+            "./launch/quickstart.sh --dataset my.jsonl",
+            "rows with text, prompt + completion or messages",
+        ),
+        ("ssdtune plan configs/llama3-8b-8gb.yaml", "what a model of your own would need"),
+    ]
+    shown = [row for row in tries if not (job.is_big and row[0].endswith(("--big", '"…"')))]
+    report.say("\nnext\n" + textwrap.indent(report.format_table(shown), "  "))
 
 
 def train(job: Job, *, asks: bool) -> None:
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(job, asks=not job.is_big and options.dataset is None)
     except SSDTuneError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 1
+        return EXIT_USER_ERROR
     show_next(job)
     return 0
 

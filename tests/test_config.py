@@ -19,7 +19,7 @@ from ssdtune.config import (
 )
 from ssdtune.errors import SSDTuneError
 from ssdtune.foreign_keys import NOT_SUPPORTED, TRANSLATED
-from ssdtune.settings import Record, Refused, settings_of, walk_settings
+from ssdtune.settings import OneOf, Record, Refused, settings_of, walk_settings
 from ssdtune.strict_yaml import ConfigError, Node
 
 ROOT = Path(__file__).parent.parent
@@ -209,10 +209,12 @@ def test_names_of_keys_and_of_other_tools_do_not_collide():
 
 def test_data_formats_and_rules_are_those_of_the_data_module():
     formats = pytest.importorskip("ssdtune.data.formats")
-    settings = settings_of(DatasetSource)
-    assert set(settings["format"].reader.words) == {"auto", *formats.FORMATS}
+    known = settings_of(DatasetSource)["format"].reader
     rules = settings_of(TrainConfig)["train_on"].reader
-    assert set(getattr(rules, "words")) == {"auto", *formats.TRAIN_ON}  # noqa: B009
+    assert isinstance(known, OneOf)
+    assert isinstance(rules, OneOf)
+    assert set(known.words) == {"auto", *formats.FORMATS}
+    assert set(rules.words) == {"auto", *formats.TRAIN_ON}
 
 
 # ------------------------------------------------------------------ refusals

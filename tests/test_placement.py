@@ -9,6 +9,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
 from transformers import core_model_loading as library
 
 from ssdtune.swap.source import TensorEntry, open_checkpoint
@@ -74,7 +75,8 @@ def test_every_parameter_and_buffer_equals_from_pretrained(name, dtype, tmp_path
         assert torch.equal(value, expected[key]), key
         check_byte_moves(placement, meta.checkpoint.tensors, tensors, value)
     assert placements.unused == ()
-    assert placements.casts == ()
+    cast = {k for k, p in placements.items() if tensors[p.pieces[0].source].dtype != p.dtype}
+    assert set(placements.casts) == cast
 
     made = dict(meta.model.named_buffers())
     for key, buffer in loaded.named_buffers():
@@ -232,7 +234,7 @@ def test_arithmetic_is_refused_with_the_tensor_named(tmp_path, monkeypatch):
     meta = build_meta(tiny_models.save(tiny_models.build("llama"), tmp_path))
     converter = library.WeightConverter("mlp.up_proj", "mlp.up_proj", [Doubled()])
     monkeypatch.setattr(
-        transformers.conversion_mapping, "get_model_conversion_mapping", lambda model: [converter]
+        conversion_mapping, "get_model_conversion_mapping", lambda model: [converter]
     )
     with pytest.raises(PlacementError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
         place(meta.model, meta.checkpoint.tensors)
@@ -241,23 +243,27 @@ def test_arithmetic_is_refused_with_the_tensor_named(tmp_path, monkeypatch):
 def test_permuted_weights_are_filled_as_the_library_converts_them(tmp_path, monkeypatch):
     """No architecture in the table permutes, so two operations are put in front of Llama's."""
     meta = build_meta(tiny_models.save(tiny_models.build("llama"), tmp_path))
+    rotary = library.PermuteForRope(permute_layer_names=["q_proj"])
     converters = [
-        library.WeightConverter("q_proj.weight", "q_proj.weight", [library.PermuteForRope()]),
+        library.WeightConverter("q_proj.weight", "q_proj.weight", [rotary]),
         library.WeightConverter("o_proj.weight", "o_proj.weight", [library.Transpose(0, 1)]),
     ]
     monkeypatch.setattr(
-        transformers.conversion_mapping, "get_model_conversion_mapping", lambda model: converters
+        conversion_mapping, "get_model_conversion_mapping", lambda model: converters
     )
     placements = place(meta.model, meta.checkpoint.tensors)
     tensors = read_all(tmp_path)
-    for name, convert in (
-        ("q_proj", lambda x: library.PermuteForRope()._permute_for_rope(x, meta.config)),
-        ("o_proj", torch.t),
-    ):
-        key = f"model.layers.0.self_attn.{name}.weight"
-        assert torch.equal(filled(placements[key], tensors), convert(tensors[key]))
-        assert contiguous_copies(placements[key], meta.checkpoint.tensors) is None
-        assert not is_identity(placements[key], meta.checkpoint.tensors)
+    for key in ("self_attn.q_proj.weight", "self_attn.o_proj.weight"):
+        name = f"model.layers.0.{key}"
+        converter = next(c for c in converters if c.source_patterns[0] in key)
+        (expected,) = (
+            converter.operations[0]
+            .convert({"q_proj": [tensors[name]]}, ["q_proj"], ["q_proj"], config=meta.config)
+            .values()
+        )
+        assert torch.equal(filled(placements[name], tensors), expected)
+        assert contiguous_copies(placements[name], meta.checkpoint.tensors) is None
+        assert not is_identity(placements[name], meta.checkpoint.tensors)
 
 
 STRIPED = [  # pieces whose bytes are not one run on both sides
@@ -385,8 +391,8 @@ OPERATIONS = {
     "deinterleave": ([library.Interleave(dim=1, inverse=True)], (3, 12, 5)),
     "interleave then chunk": ([library.Interleave(dim=0), library.Chunk(dim=0)], (12, 5)),
     "interleave experts then chunk": ([library.Interleave(dim=1), library.Chunk(dim=1)], (2, 8, 3)),
-    "rotary halves": ([library.PermuteForRope()], (24, 5)),
-    "rotary halves of a bias": ([library.PermuteForRope()], (24,)),
+    "rotary halves": ([library.PermuteForRope(permute_layer_names=["w"])], (24, 5)),
+    "rotary halves of a bias": ([library.PermuteForRope(permute_layer_names=["w"])], (24,)),
     "flatten a patch kernel": ([library.Conv3dToLinear(3, (2, 2, 2))], (4, 3, 2, 2, 2)),
     "back to a kernel": ([library.LinearToConv3d(3, (2, 2, 2))], (4, 24)),
 }
@@ -395,22 +401,23 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_librarys_operations_move_places_as_they_move_values(name):
     operations, shape = OPERATIONS[name]
-    targets = ["a", "b"] if "chunk" in name else ["a"]
-    real, traced = pair("w", shape)
-    config = transformers.LlamaConfig(num_attention_heads=2)
-    results = []
-    for tensor in (real, traced):
-        found = {"w": [tensor]}
-        for operation in operations:
-            found = operation.convert(
-                found, source_patterns=["w"], target_patterns=targets, config=config
-            )
-            # a chain of one-to-many keeps its name until the last operation
-            found = {"w": found["a"]} if operation is not operations[-1] else found
-        results.append(found)
+    results = [converted(tensor, operations, "chunk" in name) for tensor in pair("w", shape)]
     assert results[0].keys() == results[1].keys()
     for key, value in results[0].items():
-        assert torch.equal(values_of(results[1][key], {"w": real}), value)
+        assert torch.equal(values_of(results[1][key], {"w": pair("w", shape)[0]}), value)
+
+
+def converted(tensor, operations, is_chunked: bool) -> dict:
+    """As transformers' converter does it: a chain keeps the source's name until its last step."""
+    found = {"w": [tensor]}
+    for operation in operations:
+        is_last = operation is operations[-1]
+        targets = ["w", "v"] if is_chunked and is_last else ["w"]
+        config = transformers.LlamaConfig(num_attention_heads=2)
+        found = operation.convert(
+            found, source_patterns=["w"], target_patterns=targets, config=config
+        )
+    return found
 
 
 def test_experts_of_two_kinds_are_split_and_fused():
@@ -435,9 +442,8 @@ def test_experts_of_two_kinds_are_split_and_fused():
 
 
 def test_rotary_halves_are_one_copy():
-    _, traced = pair("w", (24, 5))
-    config = transformers.LlamaConfig(num_attention_heads=2)
-    (box,) = boxes(library.PermuteForRope()._permute_for_rope(traced, config))
+    operations, shape = OPERATIONS["rotary halves"]
+    (box,) = boxes(converted(pair("w", shape)[1], operations, False)["w"])
     assert box.view == (2, 6, 2, 5)
     assert box.order == (0, 2, 1, 3)
 

@@ -77,7 +77,7 @@ def test_a_slip_is_told_in_a_line_before_anything_is_made(
     argv, words, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
-    assert quickstart.main(argv) == 1
+    assert quickstart.main(argv) == 2
     out, err = capsys.readouterr()
     assert words in err
     assert err.startswith("error: ")

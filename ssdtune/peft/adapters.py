@@ -133,7 +133,7 @@ def announce(model: PeftModel) -> list[str]:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     count = sum(p.numel() for _, p in trained)
     total = sum(p.numel() for p in model.get_base_model().parameters())
-    settings: Any = model.peft_config[model.active_adapter]
+    settings: Any = model.peft_config[model.active_adapters[0]]
     kinds = Counter(_adapted_leaf(name) for name, _ in trained)
     what = settings.peft_type.value.replace("LORA", "LoRA")
     what = "DoRA" if getattr(settings, "use_dora", False) else what
@@ -224,7 +224,8 @@ def _peft_converts(model: PreTrainedModel) -> bool:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:
         return False
-    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    families: Any = conversion.__dict__["_MODEL_TO_CONVERSION_PATTERN"]
+    family = families.get(model.config.model_type)
     return family in conversion._MOE_TARGET_MODULE_MAPPING
 
 
@@ -267,8 +268,9 @@ def _left_out(model: PeftModel) -> list[str]:
     experts = {n.rpartition(".")[2].removeprefix("base_layer.") for n, _ in stacked_experts(base)}
     if experts and not any(".experts." in name for name in trained):
         names = ", ".join(sorted(experts))
-        more = f"; {NAMED_AS_EXPERTS} with them" if _peft_converts(base) else ""
-        said.append(f"the experts (name {names} in lora_target_modules to adapt them{more})")
+        said.append(f"the experts (name {names} in lora_target_modules to adapt them)")
+        if _peft_converts(base):
+            said.append(f"{NAMED_AS_EXPERTS} (peft takes their names for those of the experts)")
     text = _language_model_name(base)
     if text is not None and all(f".{text}." in name for name in trained):
         said.append("towers and projectors of other modalities (name their layers to adapt them)")

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.visit import records
 from ssdtune.visit.thread_state import ThreadState
@@ -27,7 +28,9 @@ Inner = Callable[..., Any]
 
 
 class Host(Protocol):
-    """What a visit needs of the streamer."""
+    """What a visit needs of the streamer. `gradless`: by way of being called, a block's results without gradient."""
+
+    gradless: dict[Any, tuple[int, ...]]
 
     def present(self, block: int, direction: Direction) -> None:
         """Makes the block's weights present in its modules."""
@@ -58,6 +61,39 @@ class _Call:
     context: contextvars.Context
     rng: Any
     out: Any = None  # spec of the result, filled by forward
+    gradless: tuple[int, ...] = ()  # positions of flat results that no gradient comes back through
+
+    def forward(self, flat: list[Any]) -> list[Any]:
+        """The flat results without a graph. The first time with one, thrown away: it tells which results hang on
+        nothing that trains (T5's position bias). Marked as needing a gradient, those would make later blocks choose
+        other kernels than the unmodified model does."""
+        key = (
+            self.inner,
+            self.num_trainable,
+            tuple(x.requires_grad if isinstance(x, torch.Tensor) else _plain(x) for x in flat),
+        )
+        is_known = key in self.host.gradless
+        if not is_known:
+            flat = _leaves(flat)
+        with torch.set_grad_enabled(not is_known), _no_autocast_cache():
+            outs, self.out = self.run(flat)
+        if not is_known:
+            self.host.gradless[key] = tuple(
+                i for i, o in enumerate(outs) if isinstance(o, torch.Tensor) and not o.requires_grad
+            )
+            outs = [o.detach() if isinstance(o, torch.Tensor) else o for o in outs]
+        self.gradless = tuple(i for i in self.host.gradless[key] if i < len(outs))
+        return outs
+
+    def check(self, outs: list[Any]) -> None:
+        """Recomputed results hang on what trains as they did when it was noted."""
+        wrong = [i for i in self.gradless if getattr(outs[i], "requires_grad", False)]
+        if wrong:
+            raise SSDTuneError(
+                f"result {wrong[0]} of a {type(getattr(self.inner, '__self__', self.inner)).__name__} needed no "
+                f"gradient when the block was first run and needs one now: it would be lost.\n"
+                f"Was an adapter switched on meanwhile? Stream the model anew after such a change."
+            )
 
     def run(self, flat: list[Any]) -> tuple[list[Any], Any]:
         """Calls the block. Returns the flat results (its own, then what it left behind) and their description."""
@@ -90,6 +126,18 @@ class _MappingAt:
     """Stands for a mapping among the flat arguments."""
 
     index: int
+
+
+def _leaves(flat: list[Any]) -> list[Any]:
+    """The same values as leaves of a graph of their own."""
+    return [
+        x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in flat
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """A switch among a block's arguments (`output_attentions=True`) as part of a key; else just its type."""
+    return value if isinstance(value, (bool, int, str, type(None))) else type(value)
 
 
 def _changes(mapping: MutableMapping[Any, Any], before: dict[Any, Any]) -> dict[Any, Any]:
@@ -142,9 +190,9 @@ class _Visit(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         _save(ctx, call, rest)
-        with torch.no_grad(), _no_autocast_cache():
-            flat, call.out = call.run(list(rest[call.num_trainable :]))
-        return tuple(flat)
+        outs = call.forward(list(rest[call.num_trainable :]))
+        ctx.mark_non_differentiable(*[outs[i] for i in call.gradless])
+        return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outs: torch.Tensor | None) -> tuple[Any, ...]:
@@ -153,10 +201,7 @@ class _Visit(torch.autograd.Function):
         rest = _restore(ctx)
         n = call.num_trainable
         trainable = rest[:n]
-        flat = [
-            x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-            for x in rest[n:]
-        ]
+        flat = _leaves(rest[n:])
         with (
             call.state.entered(),
             torch.enable_grad(),
@@ -164,6 +209,7 @@ class _Visit(torch.autograd.Function):
             random_state_of(call.rng),
         ):
             outs, _ = call.context.copy().run(call.run, flat)
+            call.check(outs)
             pairs = [
                 (o, g)
                 for o, g in zip(outs, grad_outs, strict=True)

@@ -493,16 +493,21 @@ def install(model: Any, owner: HeadLoss) -> None:
 
 def uninstall(model: Any, owner: HeadLoss) -> None:
     """Give head and model back what `install` replaced."""
-    base, forward = _language_model(model), owner.head.forward
-    if isinstance(forward, DeferringForward):
-        del owner.head.forward
-        if forward.replaced is not None:
-            owner.head.forward = forward.replaced  # type: ignore[method-assign]
+    base = _language_model(model)
+    _restore_forward(owner)
     if isinstance(getattr(base, "_loss_function", None), HintedLoss):
         original = base._loss_function.original
         del base._loss_function
         if base.loss_function is not original:
             base.loss_function = original
+
+
+def _restore_forward(owner: HeadLoss) -> None:
+    forward = owner.head.forward
+    if isinstance(forward, DeferringForward):
+        del owner.head.forward
+        if forward.replaced is not None:
+            owner.head.forward = forward.replaced  # type: ignore[method-assign]
 
 
 def refresh(model: Any, owner: HeadLoss) -> HeadLoss:
@@ -514,7 +519,7 @@ def refresh(model: Any, owner: HeadLoss) -> HeadLoss:
     head = find_head(model)
     if head is None or head is owner.head:
         return owner
-    uninstall(model, owner)
+    _restore_forward(owner)
     moved = HeadLoss(head, owner.chunk_tokens, owner.ensure_present, grad_scale=owner.grad_scale)
-    install(model, moved)
+    head.forward = DeferringForward(moved)  # type: ignore[method-assign]
     return moved

@@ -95,6 +95,7 @@ class Streamer:
         self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = None  # told when a step is over
         self.on_begin: Callable[[], None] | None = None  # told before a step begins
         self.input_store: Any = None  # where block inputs wait for backward; None: on the device, with autograd
+        self.gradless: dict[Any, tuple[int, ...]] = {}  # see visit/function.py
         self._hub: Hub | None = None
         self._kind = "forward"
         self._by_block: list[list[Weight]] = []

@@ -1,0 +1,148 @@
+"""Let a trained model answer: the base streamed, the adapter beside it, greedy decoding.
+
+Every token reads the whole model once, so that several prompts are answered side by side in one
+batch, padded on the left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssdtune.errors import SSDTuneError
+from ssdtune.report import say
+from ssdtune.trainer.checkpoint import base_of, newest, read_identity
+from ssdtune.trainer.run import CONFIG_NAME, load_tokenizer, open_model
+
+if TYPE_CHECKING:
+    from ssdtune.config import TrainConfig
+
+ADAPTER_NAME = "adapter_config.json"
+
+
+class GenerateError(SSDTuneError):
+    """A folder that holds no trained adapter, or one of another base model."""
+
+
+def generate_from_run(
+    run: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    overrides: Sequence[str] = (),
+) -> list[str]:
+    """Prints and returns the answer to each prompt.
+
+    run: a run's `output_dir`, or one of its checkpoints. prompts: user messages where the tokenizer
+    has a chat template, else texts to be continued. overrides: flags over the run's own
+    configuration, such as ["--offload.ram", "4GB"]. Raises GenerateError.
+    """
+    from transformers.utils import logging
+
+    from ssdtune.config import load_config
+
+    logging.set_verbosity_error()
+    folder = find_adapter(run)
+    config = load_config(_config_of(run, folder), overrides).config
+    model, tokenizer = open_adapter(config, folder)
+    try:
+        answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    finally:
+        model.ssdtune.close()
+    for prompt, text in zip(prompts, answers, strict=True):
+        if len(prompts) > 1:
+            say(f"> {prompt}")
+        say(text)
+    return answers
+
+
+def find_adapter(run: Path) -> Path:
+    """The folder with the adapter: the run's own, else its newest checkpoint."""
+    run = Path(run)
+    if (run / ADAPTER_NAME).is_file():
+        return run
+    if not run.is_dir():
+        raise GenerateError(f"there is no folder {run}.\nGive the output_dir of a run.")
+    found = newest(run)
+    if found is None:
+        raise GenerateError(
+            f"{run} holds no adapter ({ADAPTER_NAME}) and no whole checkpoint.\n"
+            f"Train first: ssdtune train {run / CONFIG_NAME}"
+        )
+    say(f"note: the run is not finished; {found.name} answers")
+    return found
+
+
+def _config_of(run: Path, folder: Path) -> Path:
+    for place in (folder, run):
+        if (place / CONFIG_NAME).is_file():
+            return place / CONFIG_NAME
+    raise GenerateError(
+        f"{run} has no {CONFIG_NAME}, so its base model is not known.\n"
+        "Give a folder that `ssdtune train` made."
+    )
+
+
+def open_adapter(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer): the base streamed, with the adapter, in eval mode. Raises GenerateError."""
+    from peft import PeftModel
+
+    base = open_model(config)
+    try:
+        trained_on = read_identity(folder).get("base")
+        if trained_on is not None and trained_on != base_of(base):
+            raise GenerateError(
+                f"{folder} was trained on other weights than those of {config.model_name_or_path}.\n"
+                "Give the right base: --model_name_or_path FOLDER."
+            )
+        model: Any = PeftModel.from_pretrained(base, os.fspath(folder))
+        has_own = (folder / "tokenizer_config.json").is_file()
+        return model.eval(), load_tokenizer(config, folder if has_own else None)
+    except BaseException:
+        base.ssdtune.close()
+        raise
+
+
+def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    """The greedy continuation of each prompt, special tokens left out, all in one batch."""
+    import torch
+
+    from ssdtune.data import choose_pad_token
+
+    rows = [_encode(tokenizer, prompt) for prompt in prompts]
+    length, pad = max(map(len, rows)), choose_pad_token(tokenizer).token_id
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    device = next(p.device for p in model.parameters())
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=_end_ids(model, tokenizer),
+        )
+    return [tokenizer.decode(row[length:], skip_special_tokens=True).strip() for row in made]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int] | None:
+    """Tokens that end an answer: the model's own, and the one that training put behind answers."""
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted(ends) or None
+
+
+def _encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of a user turn and the opening of an answer; of the bare text without a template."""
+    if tokenizer.chat_template is None:
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        ids = ids["input_ids"]
+    if not ids:
+        raise GenerateError("the prompt is empty.\nWrite for instance -p 'What is a generator?'")
+    return list(ids)

@@ -1,0 +1,192 @@
+"""A scratch file: bytes that a process puts on a drive for a while, gone when it ends, however it ends.
+
+The file has no name: it is made in a folder of its own (0700, the file 0600, never through a link) and both are
+unlinked before the first byte is written, so that nothing is left after a crash and nobody else can open it. Space is
+reserved before it is used: a full drive is an error at the reservation, not in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from bisect import bisect_left
+from pathlib import Path
+
+from ssdtune.errors import SSDTuneError
+from ssdtune.sizes import format_size
+from ssdtune.swap.storage import MIN_ALIGNMENT, aligned_bytes, direct_alignment
+
+PROBE_BYTES = 2 * MIN_ALIGNMENT
+
+
+class ScratchError(SSDTuneError):
+    """A scratch file that cannot be made, grown, written or read; names the folder, the bytes and the errno."""
+
+
+class Space:
+    """Which bytes of [0, `limit`) are taken. First fit; neighbours that are free become one."""
+
+    def __init__(self, limit: int = 2**62) -> None:
+        self.limit = limit
+        self.used = 0
+        self.end = 0  # nothing is taken from here on
+        self._free: list[tuple[int, int]] = []  # (start, stop) below `end`, in order, never adjacent
+
+    def take(self, num_bytes: int) -> int | None:
+        """The start of a range that is now taken; None where there is no room."""
+        for i, (start, stop) in enumerate(self._free):
+            if stop - start >= num_bytes:
+                self._free[i : i + 1] = [(start + num_bytes, stop)] if stop - start > num_bytes else []
+                self.used += num_bytes
+                return start
+        if self.end + num_bytes > self.limit:
+            return None
+        start, self.end = self.end, self.end + num_bytes
+        self.used += num_bytes
+        return start
+
+    def give(self, start: int, num_bytes: int) -> None:
+        """The range, as `take` gave it out, is free again."""
+        self.used -= num_bytes
+        stop = start + num_bytes
+        at = bisect_left(self._free, (start, stop))
+        if at < len(self._free) and self._free[at][0] == stop:
+            stop = self._free.pop(at)[1]
+        if at > 0 and self._free[at - 1][1] == start:
+            at -= 1
+            start = self._free.pop(at)[0]
+        if stop == self.end:
+            self.end = start
+        else:
+            self._free.insert(at, (start, stop))
+
+
+class ScratchFile:
+    """A nameless file in `folder`, which is made where it is missing. Raises ScratchError.
+
+    Attributes:
+        place: how messages name it.
+        alignment: of offsets, lengths and addresses in `read` and `write`.
+        is_direct: whether I/O passes the page cache by; where direct I/O does not give back what it was given, it
+            goes through the cache.
+        num_bytes: reserved so far.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.place = f"a scratch file in {self.folder}"
+        self.num_bytes = 0
+        self._plain, self._direct, self.alignment = _open_nameless(self.folder)
+        try:
+            self.reserve(max(PROBE_BYTES, self.alignment))
+            if self._direct is not None and not self._gives_back():
+                os.close(self._direct)
+                self._direct = None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_direct(self) -> bool:
+        """See the class."""
+        return self._direct is not None
+
+    def reserve(self, num_bytes: int) -> None:
+        """Blocks of the drive for the first `num_bytes` bytes, from now on; what is reserved stays so."""
+        if num_bytes <= self.num_bytes:
+            return
+        try:
+            os.posix_fallocate(self._plain, self.num_bytes, num_bytes - self.num_bytes)
+        except OSError as error:
+            os.ftruncate(self._plain, self.num_bytes)  # a failed reservation may keep what it got
+            raise ScratchError(self._no_room(num_bytes, error)) from error
+        self.num_bytes = num_bytes
+
+    def write(self, offset: int, content: memoryview) -> None:
+        """Writes aligned bytes at an aligned offset, all of them. Raises OSError."""
+        fd, done = self._fd(), 0
+        while done < len(content):
+            written = os.pwritev(fd, [content[done:]], offset + done)
+            if written <= 0:
+                raise OSError(errno.EIO, "nothing was written")
+            done += written
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fills an aligned buffer from an aligned offset. Raises OSError, also where the file ends."""
+        fd, done = self._fd(), 0
+        while done < len(buffer):
+            got = os.preadv(fd, [buffer[done:]], offset + done)
+            if got <= 0:
+                raise OSError(errno.EIO, "the file ends")
+            done += got
+        if not self.is_direct:
+            os.posix_fadvise(fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Gives the drive its space back."""
+        for fd in (self._plain, self._direct):
+            if fd is not None:
+                os.close(fd)
+        self._plain, self._direct = -1, None
+
+    def _fd(self) -> int:
+        return self._plain if self._direct is None else self._direct
+
+    def _gives_back(self) -> bool:
+        """Whether what is written directly comes back the same way."""
+        num_bytes = max(PROBE_BYTES, self.alignment)
+        out, back = (memoryview(aligned_bytes(num_bytes).numpy()) for _ in range(2))
+        out[:] = os.urandom(num_bytes)
+        try:
+            self.write(0, out)
+            self.read(0, back)
+        except OSError:
+            return False
+        return out == back
+
+    def _no_room(self, num_bytes: int, error: OSError) -> str:
+        try:
+            room = os.statvfs(self.folder)
+            free = f"{format_size(room.f_bavail * room.f_frsize)} are free there"
+        except OSError:
+            free = "how much is free there is unknown"
+        return (
+            f"cannot reserve {format_size(num_bytes)} ({num_bytes:,} bytes) for block inputs in {self.folder}: "
+            f"{_reason(error)}; {free}.\n"
+            "Free some space, point offload.path to another drive, or train on fewer tokens a step."
+        )
+
+
+def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
+    """Descriptors of a new file without a name, plain and direct (None where there is no such I/O); the alignment."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(prefix=".ssdtune-scratch-", dir=folder))  # 0700
+    except OSError as error:
+        raise ScratchError(
+            f"cannot make a scratch file in {folder}: {_reason(error)}.\n"
+            "Set offload.path to a folder on a fast drive that you may write to."
+        ) from error
+    path, plain = own / "block-inputs", None
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        plain = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        alignment = direct_alignment(path)
+        direct = None
+        if alignment and hasattr(os, "O_DIRECT"):
+            try:
+                direct = os.open(path, flags | os.O_DIRECT)
+            except OSError:
+                direct = None  # this file system has none
+        return plain, direct, max(alignment, MIN_ALIGNMENT)
+    except OSError as error:
+        raise ScratchError(f"cannot make a scratch file in {folder}: {_reason(error)}.") from error
+    finally:
+        if plain is not None:
+            os.unlink(path)
+        os.rmdir(own)
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'unknown errno')})"

@@ -1,0 +1,88 @@
+"""The README.md of an adapter: what it was trained from, on what, how, and how far it came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from ssdtune.config import TrainConfig
+    from ssdtune.data import DataStats
+
+SHOWN = (
+    "method lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora train_on "
+    "max_length per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
+    "optim learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed dtype bf16 fp16"
+).split()
+PACKAGES = ("ssdtune", "torch", "transformers", "peft")
+
+
+def model_card(config: TrainConfig, stats: DataStats, metrics: Mapping[str, Any]) -> str:
+    """Markdown with the header that model hubs read.
+
+    stats: of the training rows. metrics: as `TrainResult.metrics` has them.
+    """
+    name = str(config.model_name_or_path)
+    header = {"base_model": name, "library_name": "peft", "pipeline_tag": "text-generation"}
+    header["tags"] = ["lora", "ssdtune"]  # type: ignore[assignment]
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", ""]
+    lines += [f"# LoRA adapter for {name}", ""]
+    lines += ["Trained with ssdtune; every value stands in `ssdtune.yaml`.", ""]
+    lines += ["## Result", "", *_table(_results(metrics)), ""]
+    lines += ["## Data", "", *_table(_data(config, stats)), ""]
+    lines += ["## Hyper-parameters", "", *_table(_hyper_parameters(config)), ""]
+    lines += ["## Use", "", "```python"]
+    lines += ["from peft import AutoPeftModelForCausalLM", ""]
+    lines += [f'model = AutoPeftModelForCausalLM.from_pretrained("{config.output_dir}")', "```", ""]
+    lines += [
+        f"`ssdtune generate {config.output_dir} -p …` needs no memory for the whole model.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    cells = {k: str(v).replace("|", "\\|").replace("\n", " ") for k, v in rows.items()}
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in cells.items())]
+
+
+def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "loss_first" in metrics:
+        found["loss"] = f"{metrics['loss_first']:.4f} → {metrics['loss_last']:.4f}"
+    if "eval_loss" in metrics:
+        first = metrics.get("eval_loss_first")
+        before = "" if first is None else f"{first:.4f} → "
+        found["evaluation loss"] = f"{before}{metrics['eval_loss']:.4f}"
+    found["optimizer steps"] = metrics.get("global_step", 0)
+    found["trained parameters"] = f"{metrics.get('num_trainable', 0):,}"
+    found["versions"] = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _data(config: TrainConfig, stats: DataStats) -> dict[str, Any]:
+    return {
+        "dataset": ", ".join(f"{source.path} ({source.split})" for source in config.dataset),
+        "rows": f"{stats.num_rows:,} {stats.noun} ({stats.format})",
+        "tokens": f"{stats.num_tokens:,}, {stats.num_trained_tokens:,} of them trained",
+        "cut": f"{stats.num_cut:,} rows, {stats.tokens_cut:,} tokens",
+        "dropped": f"{stats.num_dropped:,} rows",
+    }
+
+
+def _hyper_parameters(config: TrainConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in SHOWN}
+    return {
+        name: ", ".join(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
