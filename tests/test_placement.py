@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers import core_model_loading as library
 
-from ssdtune.swap.source import TensorEntry, open_checkpoint
+from ssdtune.swap.header import TensorEntry
+from ssdtune.swap.source import open_checkpoint
 from ssdtune.visit.build import build_meta
 from ssdtune.visit.moves import NotAMove, Traced, boxes
 from ssdtune.visit.placement import (

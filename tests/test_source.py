@@ -13,15 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssdtune.swap.source import (
-    DTYPE_BITS,
-    INDEX_FILE,
-    CheckpointError,
-    TensorEntry,
-    merge_extents,
-    open_checkpoint,
-    read_header,
-)
+from ssdtune.swap.header import DTYPE_BITS, CheckpointError, TensorEntry, read_header
+from ssdtune.swap.source import INDEX_FILE, merge_extents, open_checkpoint
 
 # ------------------------------------------------------------------------------ writing files
 
@@ -236,7 +229,7 @@ def test_hostile_headers_cost_little_time_and_memory(tmp_path):
         write_header(tmp_path / f"{num_tensors}.safetensors", many, bytes(num_tensors))
     code = (
         "import re, sys, time; from pathlib import Path\n"
-        "from ssdtune.swap.source import read_header, CheckpointError\n"
+        "from ssdtune.swap.header import read_header, CheckpointError\n"
         "start = time.process_time()\n"
         "try: print(len(read_header(Path(sys.argv[1]))[1]))\n"
         "except CheckpointError as error: print(error)\n"

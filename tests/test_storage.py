@@ -15,20 +15,19 @@ import pytest
 import torch
 
 from ssdtune.swap.gds import choose_gds
+from ssdtune.swap.readers import ReaderPool, measure_read_rate
 from ssdtune.swap.source import merge_extents
 from ssdtune.swap.storage import (
     MIB,
     BufferedStorage,
     DirectStorage,
     Extent,
-    ReaderPool,
     StorageError,
     StorageTimeout,
     ThrottledStorage,
     aligned_bytes,
     choose_storage,
     direct_alignment,
-    measure_read_rate,
 )
 
 PAGE = 4096

@@ -44,6 +44,8 @@ class Kind(StrEnum):
     UNPACK = "unpack"
     UPLOAD = "upload"
     COMPUTE = "compute"
+    STORE = "store"  # a block input to NVMe, in forward
+    FETCH = "fetch"  # and back, for backward
 
 
 class Direction(StrEnum):

@@ -16,9 +16,10 @@ import torch
 from ssdtune.schedule.plan import Direction, Kind, Lane, Plan, StepPlan, Tier, Visit
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.fills import Fill, Lanes, SwapError
+from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.slots import Slots
-from ssdtune.swap.storage import ReaderPool, aligned_bytes
+from ssdtune.swap.storage import aligned_bytes
 
 
 class Engine:

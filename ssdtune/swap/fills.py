@@ -12,8 +12,8 @@ import torch
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
+from ssdtune.swap.readers import ReaderPool, Ticket
 from ssdtune.swap.slots import Slots
-from ssdtune.swap.storage import ReaderPool, Ticket
 
 
 class SwapError(SSDTuneError):

@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from ssdtune.swap import storage as host
+from ssdtune.swap.readers import ReaderPool, Ticket
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,8 @@ TEST_BYTES: Final = 64 * host.MIB
 MIN_GAIN: Final = 1.05  # less is noise, and not worth another code path
 
 
-class GdsTicket(host.Ticket):
-    """A storage.Ticket over kvikio futures; `finished` is when wait() saw the last byte."""
+class GdsTicket(Ticket):
+    """A readers.Ticket over kvikio futures; `finished` is when wait() saw the last byte."""
 
     def __init__(self, label: str, reads: Sequence[tuple[Path, int, Any]]):
         super().__init__(label, list(dict.fromkeys(path.name for path, _, _ in reads)), len(reads))
@@ -135,7 +136,7 @@ def _self_test(pool: GdsPool, path: Path, device: str) -> tuple[bool, str]:
     ours, theirs = (torch.full((len(pinned),), i, dtype=torch.uint8, device=device) for i in (1, 2))
     our_s, their_s = [], []
     storage = host.choose_storage(path).storage
-    with host.ReaderPool(storage) as readers:
+    with ReaderPool(storage) as readers:
         for _ in range(5):
             start = time.perf_counter()
             readers.submit([extent], pinned, label="self-test").wait(60)

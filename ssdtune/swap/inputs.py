@@ -18,37 +18,45 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Kind, Lane, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
+from ssdtune.swap.kept import (
+    MIB,
+    MIN_BYTES,
+    SEGMENT_BYTES,
+    InputsError,
+    InputStore,
+    Kept,
+    RamInputs,
+    Record,
+)
 from ssdtune.swap.scratch import ScratchError, ScratchFile, Space
 from ssdtune.swap.storage import aligned_bytes
 
-MIB = 1 << 20
-MIN_BYTES = 64 * 1024  # smaller ones stay with autograd: they cost less memory than a request costs time
+__all__ = [
+    "InputStore",
+    "InputsError",
+    "Kept",
+    "NvmeInputs",
+    "RamInputs",
+    "make_input_store",
+    "staging_bytes",
+]
+
 CHUNK_BYTES = 4 * MIB  # one request; the size at which drives reach their rate
 NUM_CHUNKS = 8
-SEGMENT_BYTES = 64 * MIB  # by which the file and the pinned memory grow
-MOST_STRETCH = 2  # a view that spans more than so many times its own bytes is not kept
 
 
-class InputsError(SSDTuneError):
-    """A block input that could not be stored or brought back."""
-
-
-def staging_bytes(tier: Tier, *, on_device: bool) -> int:
+def staging_bytes(tier: Tier) -> int:
     """Bytes of RAM that a store of this tier takes beside the inputs themselves, for the plan."""
-    is_used = tier is Tier.NVME or (tier is Tier.RAM and on_device)
-    return CHUNK_BYTES * NUM_CHUNKS if is_used and tier is Tier.NVME else 0
+    return CHUNK_BYTES * NUM_CHUNKS if tier is Tier.NVME else 0
 
 
 def make_input_store(
@@ -75,266 +83,12 @@ def make_input_store(
     return NvmeInputs(ScratchFile(folder), device=device, trace=trace, timeout_s=timeout_s)
 
 
-class Kept:
-    """A tensor in the store. When nothing refers to this any more, its space is free again."""
-
-    __slots__ = ("__weakref__", "_record", "_store")
-
-    def __init__(self, store: InputStore, record: _Record) -> None:
-        self._store, self._record = store, record
-
-    def take(self) -> torch.Tensor:
-        """The tensor in fresh memory: same bits, shape, strides, dtype and device. Raises InputsError.
-
-        May be called again until the next step begins.
-        """
-        return self._store._take(self._record)
-
-    def __del__(self) -> None:
-        # Garbage may be collected anywhere, inside the store's own locks too: the store looks later.
-        self._store._forgotten.append(self._record)
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Record:
-    """One tensor in the store: what it looks like and where it lies."""
-
-    label: str
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    num_bytes: int
-    place: tuple[int, int, int] = (0, 0, 0)  # segment, offset, bytes taken there
-    times_kept: int = 1
-    times_taken: int = 0
-    is_released: bool = False
-    error: InputsError | None = None
-    chunks: dict[int, _Chunk] = dataclasses.field(default_factory=dict)  # piece -> where it is staged
-    copied: torch.cuda.Event | None = None  # copy from the device -> copy back
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it was taken as often as it was kept."""
-        return self.times_taken >= self.times_kept
-
-
-class InputStore:
-    """What both tiers have in common: which tensors are kept, and for how long.
-
-    `used_bytes`: what waits in the store now. `reserved_bytes`: what it holds for that. `waited_s`: how long
-    compute stood still for it in this step. One thread at a time may call (forward's, then autograd's).
-    """
-
-    def __init__(self, *, device: torch.device, timeout_s: float, min_bytes: int = MIN_BYTES) -> None:
-        self.device, self.timeout_s, self.min_bytes = device, timeout_s, min_bytes
-        self.step = 0
-        self.waited_s = 0.0
-        self._live: dict[_Record, None] = {}  # in the order of keeping
-        self._forgotten: deque[_Record] = deque()
-        self._calls = threading.RLock()
-        self._out = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._back = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    @property
-    def used_bytes(self) -> int:
-        """See the class."""
-        with self._calls:
-            self._release_forgotten()
-            return sum(record.place[2] for record in self._live)
-
-    @property
-    def reserved_bytes(self) -> int:
-        """See the class."""
-        raise NotImplementedError
-
-    def reserve(self, num_bytes: int) -> None:
-        """Makes room for so many bytes now rather than in the step. Raises ScratchError or StorageError."""
-        raise NotImplementedError
-
-    def begin_step(self, step: int) -> None:
-        """A step begins: what earlier ones took back, or forgot, makes room."""
-        with self._calls:
-            self.step, self.waited_s = step, 0.0
-            self._release_forgotten()
-            for record in [r for r in self._live if r.times_taken]:
-                self._release(record)
-
-    def keep(self, tensor: torch.Tensor, label: str = "") -> Kept | None:
-        """Stores a tensor as it is now; None for one that is better left with autograd (small, whole numbers, a
-        subclass, elsewhere). A tensor kept twice is stored once. label: for messages and the trace.
-
-        Raises InputsError or ScratchError, also for an earlier tensor of this step that could not be written.
-        """
-        if not self._is_for_us(tensor):
-            return None
-        known = _already_kept(tensor)
-        if known is not None and known._store is self and not known._record.is_released:
-            known._record.times_kept += 1
-            return known
-        detached = tensor.detach()
-        span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        record = _Record(label, tensor.shape, tensor.stride(), tensor.dtype, span * tensor.itemsize)
-        with self._calls, torch.no_grad():
-            self._release_forgotten()
-            self._live[record] = None
-            try:
-                self._put(record, detached.as_strided((span,), (1,)).view(torch.uint8))
-            except BaseException:
-                self._release(record)
-                raise
-        kept = Kept(self, record)
-        tensor._ssdtune_kept = (tensor._version, weakref.ref(kept))  # type: ignore[attr-defined]
-        return kept
-
-    def close(self) -> None:
-        """Gives everything back. What is kept can't be taken afterwards."""
-        with self._calls:
-            for record in list(self._live):
-                self._release(record)
-
-    def _is_for_us(self, tensor: torch.Tensor) -> bool:
-        return (
-            type(tensor) is torch.Tensor
-            and tensor.is_floating_point()
-            and tensor.layout is torch.strided
-            and tensor.device == self.device
-            and not tensor.is_inference()
-            and tensor.nbytes >= max(self.min_bytes, 1)
-            and _span(tensor) <= MOST_STRETCH * tensor.numel()
-        )
-
-    def _take(self, record: _Record) -> torch.Tensor:
-        with self._calls, torch.no_grad():
-            if record.is_released:
-                raise InputsError(
-                    f"the input of {record.label or 'a block'} was taken back by an earlier backward and its space "
-                    "given to a later step.\nRun backward over a retained graph before the next forward, or set "
-                    "offload.block_inputs: device."
-                )
-            count = record.num_bytes // record.dtype.itemsize
-            if self._back is None:
-                flat = torch.empty(count, dtype=record.dtype, device=self.device)
-                self._get(record, flat.view(torch.uint8))
-            else:
-                # Allocated on the copying stream: there the copy needs to wait for nothing that computes.
-                with torch.cuda.stream(self._back):
-                    flat = torch.empty(count, dtype=record.dtype, device=self.device)
-                    self._get(record, flat.view(torch.uint8))
-                current = torch.cuda.current_stream(self.device)
-                current.wait_event(self._back.record_event())
-                flat.record_stream(current)
-            record.times_taken += 1
-            self._taken(record)
-            return flat.as_strided(record.shape, record.stride)
-
-    def _release_forgotten(self) -> None:
-        while self._forgotten:
-            self._release(self._forgotten.popleft())
-
-    def _release(self, record: _Record) -> None:
-        if not record.is_released:
-            record.is_released = True
-            del self._live[record]
-            self._give_up(record)
-
-    def _leave_device(self, record: _Record, content: torch.Tensor) -> None:
-        """Before copies out of device memory: the copying stream waits for what makes it; it stays until copied."""
-        if self._out is not None:
-            self._out.wait_event(torch.cuda.current_stream(self.device).record_event())
-            content.record_stream(self._out)
-
-    # What a tier does. content, target: uint8 [record.num_bytes] on the device.
-
-    def _put(self, record: _Record, content: torch.Tensor) -> None:
-        raise NotImplementedError
-
-    def _get(self, record: _Record, target: torch.Tensor) -> None:
-        raise NotImplementedError
-
-    def _taken(self, record: _Record) -> None:
-        """A tensor has just been taken; more may be brought nearer."""
-
-    def _give_up(self, record: _Record) -> None:
-        raise NotImplementedError
-
-
-def _span(tensor: torch.Tensor) -> int:
-    """Elements from a tensor's first to its last in memory."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _already_kept(tensor: torch.Tensor) -> Kept | None:
-    """What an earlier `keep` of this very tensor gave, if it is still held and the tensor has not changed."""
-    version, kept = getattr(tensor, "_ssdtune_kept", (None, None))
-    return kept() if kept is not None and version == tensor._version else None
-
-
-class RamInputs(InputStore):
-    """Inputs in pinned RAM: exact pieces of a few large segments, copied on streams of their own."""
-
-    def __init__(self, *, device: torch.device, timeout_s: float, min_bytes: int = MIN_BYTES) -> None:
-        super().__init__(device=device, timeout_s=timeout_s, min_bytes=min_bytes)
-        self._segments: list[tuple[torch.Tensor, Space]] = []
-
-    @property
-    def reserved_bytes(self) -> int:
-        """See InputStore."""
-        return sum(memory.nbytes for memory, _ in self._segments)
-
-    def reserve(self, num_bytes: int) -> None:
-        """See InputStore."""
-        missing = num_bytes - self.reserved_bytes
-        if missing > 0:
-            memory = aligned_bytes(missing, pin=self.device.type != "cpu")
-            self._segments.append((memory, Space(missing)))
-
-    def _put(self, record: _Record, content: torch.Tensor) -> None:
-        num_bytes = -(-record.num_bytes // 256) * 256
-        record.place = self._room(num_bytes)
-        self._leave_device(record, content)
-        if self._out is None:
-            self._bytes_of(record).copy_(content)
-            return
-        with torch.cuda.stream(self._out):
-            self._bytes_of(record).copy_(content, non_blocking=True)
-            record.copied = self._out.record_event()
-
-    def _room(self, num_bytes: int) -> tuple[int, int, int]:
-        for i, (_, space) in enumerate(self._segments):
-            start = space.take(num_bytes)
-            if start is not None:
-                return i, start, num_bytes
-        self.reserve(self.reserved_bytes + max(num_bytes, SEGMENT_BYTES))
-        start = self._segments[-1][1].take(num_bytes)
-        assert start is not None
-        return len(self._segments) - 1, start, num_bytes
-
-    def _bytes_of(self, record: _Record) -> torch.Tensor:
-        segment, start, _ = record.place
-        return self._segments[segment][0][start : start + record.num_bytes]
-
-    def _get(self, record: _Record, target: torch.Tensor) -> None:
-        if self._back is not None and record.copied is not None:
-            self._back.wait_event(record.copied)
-        target.copy_(self._bytes_of(record), non_blocking=self._back is not None)
-        if self._back is not None:
-            # The space's next user copies on the other stream: it must not overtake this copy.
-            assert self._out is not None
-            self._out.wait_event(self._back.record_event())
-
-    def _give_up(self, record: _Record) -> None:
-        segment, start, num_bytes = record.place
-        if num_bytes:
-            self._segments[segment][1].give(start, num_bytes)
-            record.place = (0, 0, 0)
-
-
 @dataclasses.dataclass(eq=False, slots=True)
 class _Chunk:
     """One staging buffer of the ring. `record` and `piece`: whose bytes it holds, None: nobody's that matter."""
 
     memory: torch.Tensor
-    record: _Record | None = None
+    record: Record | None = None
     piece: int = 0
     is_filled: bool = False
     filled: torch.cuda.Event | None = None  # copy from the device -> write, or copy back
@@ -346,7 +100,7 @@ class _Job:
     """A piece to be written from its chunk, or read into it."""
 
     chunk: _Chunk
-    record: _Record
+    record: Record
     piece: int
     is_write: bool
 
@@ -372,7 +126,7 @@ class NvmeInputs(InputStore):
         # Those that nobody needs on the left, those that may be needed, the longest unused first, on the right.
         self._idle = deque(_Chunk(aligned_bytes(chunk_bytes, pin=pin)) for _ in range(num_chunks))
         self._space = Space()
-        self._waiting: list[_Record] = []  # kept and not yet taken, the last one is wanted first
+        self._waiting: list[Record] = []  # kept and not yet taken, the last one is wanted first
         self._error: InputsError | None = None
         self._changed = threading.Condition()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -404,7 +158,7 @@ class NvmeInputs(InputStore):
             for record in reversed(waiting):
                 if record.is_done or record.is_released:
                     continue
-                for piece in range(self._num_pieces(record)):
+                for piece in range(record.num_gone, self._num_pieces(record)):
                     if piece in record.chunks:
                         continue
                     if not self._idle or self._idle[0].record is not None:
@@ -421,7 +175,7 @@ class NvmeInputs(InputStore):
 
     # ---- out and back --------------------------------------------------------------------------------------------
 
-    def _put(self, record: _Record, content: torch.Tensor) -> None:
+    def _put(self, record: Record, content: torch.Tensor) -> None:
         alignment = self.file.alignment
         num_bytes = -(-record.num_bytes // alignment) * alignment
         start = self._space.take(num_bytes)
@@ -445,7 +199,7 @@ class NvmeInputs(InputStore):
             chunk.is_filled = True
             self._jobs.put(_Job(chunk, record, piece, is_write=True))
 
-    def _get(self, record: _Record, target: torch.Tensor) -> None:
+    def _get(self, record: Record, target: torch.Tensor) -> None:
         for piece in range(self._num_pieces(record)):
             chunk = self._arrived(record, piece)
             part = self._part(record, piece)
@@ -457,13 +211,14 @@ class NvmeInputs(InputStore):
                 target[part].copy_(chunk.memory[: part.stop - part.start], non_blocking=True)
                 chunk.emptied = self._back.record_event()
             if record.times_taken + 1 >= record.times_kept:
+                record.num_gone = piece + 1
                 self._disown(record, piece)
                 self.read_ahead()
 
-    def _taken(self, record: _Record) -> None:
+    def _taken(self, record: Record) -> None:
         self.read_ahead()
 
-    def _give_up(self, record: _Record) -> None:
+    def _give_up(self, record: Record) -> None:
         for piece in list(record.chunks):
             self._disown(record, piece)
         _, start, num_bytes = record.place
@@ -479,32 +234,35 @@ class NvmeInputs(InputStore):
             except ScratchError:
                 self.reserve(num_bytes)
 
-    def _num_pieces(self, record: _Record) -> int:
+    def _num_pieces(self, record: Record) -> int:
         return -(-record.num_bytes // self.chunk_bytes)
 
-    def _part(self, record: _Record, piece: int) -> slice:
+    def _part(self, record: Record, piece: int) -> slice:
         """Which bytes of the tensor a piece is."""
         start = piece * self.chunk_bytes
         return slice(start, min(start + self.chunk_bytes, record.num_bytes))
 
     # ---- chunks --------------------------------------------------------------------------------------------------
 
-    def _claim(self, record: _Record, piece: int) -> _Chunk:
+    def _claim(self, record: Record, piece: int) -> _Chunk:
         """A chunk for the piece, from one that nobody needs or the one unused longest; waits where all are busy."""
         with self._changed:
-            self._wait(lambda: bool(self._idle) or self._error is not None, "to be written, so that a chunk is free")
+            self._wait(
+                lambda: bool(self._idle) or self._error is not None,
+                "to be written, so that a chunk is free",
+            )
             if self._error is not None:
                 raise self._error
             return self._own(self._idle.popleft(), record, piece)
 
-    def _own(self, chunk: _Chunk, record: _Record, piece: int) -> _Chunk:
+    def _own(self, chunk: _Chunk, record: Record, piece: int) -> _Chunk:
         if chunk.record is not None:
             del chunk.record.chunks[chunk.piece]
         chunk.record, chunk.piece, chunk.is_filled, chunk.filled = record, piece, False, None
         record.chunks[piece] = chunk
         return chunk
 
-    def _disown(self, record: _Record, piece: int) -> None:
+    def _disown(self, record: Record, piece: int) -> None:
         """The piece's chunk, if it has one, is the first to be used for others."""
         with self._changed:
             chunk = record.chunks.pop(piece, None)
@@ -515,7 +273,7 @@ class NvmeInputs(InputStore):
                 self._idle.remove(chunk)
                 self._idle.appendleft(chunk)
 
-    def _arrived(self, record: _Record, piece: int) -> _Chunk:
+    def _arrived(self, record: Record, piece: int) -> _Chunk:
         """The chunk that holds the piece, read on demand where nobody has asked for it yet."""
         with self._changed:
             chunk = record.chunks.get(piece)
@@ -533,12 +291,13 @@ class NvmeInputs(InputStore):
 
     def _wait(self, is_over: Callable[[], bool], what: str) -> None:
         start = perf_counter()
-        if not self._changed.wait_for(is_over, self.timeout_s):
+        is_in_time = self._changed.wait_for(is_over, self.timeout_s)
+        self.waited_s += perf_counter() - start
+        if not is_in_time:
             raise InputsError(
                 f"waited {self.timeout_s:.0f} s for block inputs {what}: {self.file.place} does not answer.\n"
                 "The drive hangs or is slower than planned: see `ssdtune doctor`."
             )
-        self.waited_s += perf_counter() - start
 
     # ---- the thread ----------------------------------------------------------------------------------------------
 
@@ -556,7 +315,9 @@ class NvmeInputs(InputStore):
             try:
                 if not is_void:
                     self._transfer(job, place[1])
-            except Exception as caught:  # surfaces in the caller, at the record or at the next `keep`
+            except (
+                Exception
+            ) as caught:  # surfaces in the caller, at the record or at the next `keep`
                 error = self._explained(job, caught)
             with self._changed:
                 self._finish(job, error)
@@ -622,10 +383,3 @@ class NvmeInputs(InputStore):
                 num_bytes=part.stop - part.start,
             )
         )
-
-
-def input_store_state(store: InputStore | None) -> dict[str, Any]:
-    """What the run's summary says of it."""
-    if store is None:
-        return {}
-    return {"used_bytes": store.used_bytes, "reserved_bytes": store.reserved_bytes}

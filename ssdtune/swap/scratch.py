@@ -31,13 +31,17 @@ class Space:
         self.limit = limit
         self.used = 0
         self.end = 0  # nothing is taken from here on
-        self._free: list[tuple[int, int]] = []  # (start, stop) below `end`, in order, never adjacent
+        self._free: list[
+            tuple[int, int]
+        ] = []  # (start, stop) below `end`, in order, never adjacent
 
     def take(self, num_bytes: int) -> int | None:
         """The start of a range that is now taken; None where there is no room."""
         for i, (start, stop) in enumerate(self._free):
             if stop - start >= num_bytes:
-                self._free[i : i + 1] = [(start + num_bytes, stop)] if stop - start > num_bytes else []
+                self._free[i : i + 1] = (
+                    [(start + num_bytes, stop)] if stop - start > num_bytes else []
+                )
                 self.used += num_bytes
                 return start
         if self.end + num_bytes > self.limit:
@@ -126,7 +130,7 @@ class ScratchFile:
     def close(self) -> None:
         """Gives the drive its space back."""
         for fd in (self._plain, self._direct):
-            if fd is not None:
+            if fd is not None and fd >= 0:
                 os.close(fd)
         self._plain, self._direct = -1, None
 

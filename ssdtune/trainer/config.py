@@ -55,11 +55,14 @@ class SSDConfig(TrainingArguments):
 
 def training_arguments(config: TrainConfig, **more: Any) -> SSDConfig:
     """The SSDConfig of a TrainConfig: keys of the same name, nothing else set. more: overrides."""
+    import torch
+
     fields = {name: getattr(config, name) for name in SHARED}
     known = {f.name for f in dataclasses.fields(SSDConfig)}
     assert set(fields) <= known, set(fields) - known
     return SSDConfig(
         output_dir=str(config.output_dir),
         report_to=list(config.report_to) or "none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         **{**fields, **more},
     )

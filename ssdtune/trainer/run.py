@@ -19,6 +19,7 @@ import json
 import math
 import resource
 import shlex
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +95,13 @@ def train_from_config(loaded: Loaded) -> TrainResult:
     from ssdtune.config import to_yaml
     from ssdtune.trainer.config import training_arguments
 
-    logging.set_verbosity_error()  # what a run says is said below
     config = loaded.config
     args = training_arguments(config, disable_tqdm=True)
     say = report.say if args.process_index == 0 else _silent
-    with _own_folder(args, config.output_dir):
+    with warnings.catch_warnings(), _own_folder(args, config.output_dir):
+        logging.set_verbosity_error()  # what a run says is said here
+        # Libraries that call one another's old names: nothing that a user could change.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b|peft\b")
         rows = _load_rows(config, args, say)
         if args.process_index == 0:
             content = to_yaml(config).encode()

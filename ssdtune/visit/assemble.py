@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from ssdtune.schedule.plan import Budgets, Direction, Plan, Tier
 from ssdtune.schedule.planner import Request, make_plan
 from ssdtune.swap.engine import Engine
+from ssdtune.swap.inputs import make_input_store
+from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe
-from ssdtune.swap.storage import ReaderPool, Storage
+from ssdtune.swap.storage import Storage
 from ssdtune.visit.blocks import Point, find_points
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.loss import HeadLoss, find_head, install, refresh
@@ -68,6 +70,13 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     plan = planner.plan()
     streamer = Streamer([g.label for g in groups])
     streamer.micro_batch_size = options.micro_batch_size
+    streamer.input_store = make_input_store(
+        options.block_inputs,
+        device=options.device,
+        folder=options.scratch,
+        trace=lambda op: streamer.engine.trace.append(op),
+        timeout_s=options.timeout_s,
+    )
     pool = ReaderPool(options.storage, num_threads=options.reader_threads)
     _load_resident(model, placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.swap.source import Checkpoint, TensorEntry, open_checkpoint
+from ssdtune.swap.header import TensorEntry
+from ssdtune.swap.source import Checkpoint, open_checkpoint
 from ssdtune.visit.placement import CASTABLE, FILE_DTYPES, plain_targets
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from ssdtune.errors import SSDTuneError
 
 MICRO_BATCHES = "micro_batches"
 _SHARED = frozenset({"num_items_in_batch", "cache_position", "logits_to_keep", "return_dict", "use_cache"})
+_PER_IMAGE = ("image_sizes", "pixel_attention_mask")
 _REFUSED = {
     "cu_seq_lens_q": "packed sequences share one row",
     "cu_seq_lens_k": "packed sequences share one row",
@@ -48,6 +49,24 @@ def cut(kwargs: Mapping[str, Any], micro_batch_size: int, config: Any) -> list[d
         for piece, part in zip(pieces, _cut_one(name, value, rows, spans, images), strict=True):
             piece[name] = part
     return pieces
+
+
+def given(pieces: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The micro-batches that a caller cut: mappings with the same keys. Other keywords go to each of them."""
+    if args or not isinstance(pieces, (list, tuple)) or not pieces:
+        what = "beside positional arguments" if args else f"as {str(pieces)[:40]!r}"
+        raise FrontDoorError(
+            f"{MICRO_BATCHES} came {what}; give a list of batches, each a dict of what forward takes."
+        )
+    for i, piece in enumerate(pieces):
+        if not isinstance(piece, Mapping):
+            raise FrontDoorError(f"{MICRO_BATCHES}[{i}] is a {type(piece).__name__}, not a dict of what forward takes.")
+        if piece.keys() != pieces[0].keys():
+            raise FrontDoorError(
+                f"{MICRO_BATCHES}[{i}] has {sorted(piece)}, but {MICRO_BATCHES}[0] has {sorted(pieces[0])}: "
+                f"their outputs couldn't be joined."
+            )
+    return [{**kwargs, **piece} for piece in pieces]
 
 
 def _num_rows(kwargs: Mapping[str, Any]) -> int | None:
@@ -116,7 +135,8 @@ def _image_spans(kwargs: Mapping[str, Any], spans: Spans, config: Any) -> dict[s
     total = sum(tokens)
     if not total or total % pixels.shape[0]:
         raise FrontDoorError(_cannot_cut("pixel_values", f"{total} image tokens for {pixels.shape[0]} images"))
-    return {"pixel_values": _group([total // pixels.shape[0]] * pixels.shape[0], tokens)}
+    images = _group([total // pixels.shape[0]] * pixels.shape[0], tokens)
+    return dict.fromkeys(("pixel_values", *_PER_IMAGE), images)
 
 
 def _group(sizes: Sequence[int], wanted: Sequence[int]) -> Spans:
@@ -200,13 +220,14 @@ def bind(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def num_trained(piece: Mapping[str, Any]) -> int | None:
+def num_trained(piece: Mapping[str, Any], config: Any) -> int | None:
     """Label positions of a micro-batch that its loss is the mean over; None without labels.
 
-    Sequence labels are shifted by one inside a causal loss, so the first position has no prediction.
+    Sequence labels are shifted by one inside a causal loss, so the first position has no prediction. A decoder
+    behind an encoder shifts its inputs instead.
     """
     labels = piece.get("shift_labels", piece.get("labels"))
     if not isinstance(labels, torch.Tensor):
         return None
-    is_shifted = "shift_labels" in piece or labels.dim() < 2 or "decoder_input_ids" in piece
-    return int(((labels if is_shifted else labels[..., 1:]) != -100).sum())
+    all_count = "shift_labels" in piece or labels.dim() < 2 or getattr(config, "is_encoder_decoder", False)
+    return int(((labels if all_count else labels[..., 1:]) != -100).sum())

@@ -36,6 +36,10 @@ class Host(Protocol):
         """Makes the block's weights present in its modules."""
         ...
 
+    def variant(self, block: int) -> Any:
+        """Which adapters of the block are in use: hashable."""
+        ...
+
     def keep(self, tensor: torch.Tensor) -> Any:
         """Takes a block input out of memory until backward; None where it is to stay with autograd."""
         ...
@@ -69,6 +73,7 @@ class _Call:
         other kernels than the unmodified model does."""
         key = (
             self.inner,
+            self.host.variant(self.block),
             self.num_trainable,
             tuple(x.requires_grad if isinstance(x, torch.Tensor) else _plain(x) for x in flat),
         )
@@ -242,14 +247,13 @@ def _save(ctx: Any, call: _Call, rest: tuple[Any, ...]) -> None:
         if not isinstance(x, torch.Tensor):
             places.append(("as is", x))
             continue
-        kept = call.host.keep(x) if i >= call.num_trainable else None
+        # Masks and tables are shared: equal ones are held once, by autograd. The first is the hidden state.
+        is_shared = i > call.num_trainable and not x.requires_grad
+        kept = call.host.keep(x) if i >= call.num_trainable and not is_shared else None
         if kept is not None:
             places.append(("kept", (kept, x.requires_grad)))
             continue
         places.append(("saved", len(saved)))
-        is_shared = (
-            i > call.num_trainable and not x.requires_grad
-        )  # masks and tables; the first is the hidden state
         saved.append(call.host.intern(x) if is_shared else x)
     ctx.places = places
     ctx.save_for_backward(*saved)

@@ -41,7 +41,7 @@ class FrontDoor:
     def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         pieces = kwargs.pop(front_door.MICRO_BATCHES, None)
         if pieces is not None:
-            return [{**kwargs, **piece} for piece in pieces]
+            return front_door.given(pieces, args, kwargs)
         bound = front_door.bind(self.inner, args, kwargs)
         size = self.model.ssdtune.micro_batch_size  # type: ignore[union-attr]
         has_cache = any(bound.get(name) is not None for name in ("past_key_values", "cache"))
@@ -56,7 +56,7 @@ class FrontDoor:
 
     def _share_loss(self, pieces: list[dict[str, Any]]) -> list[float] | None:
         """Each micro-batch's share of the batch's loss. Models that take the batch's item count get it as well."""
-        counts = [front_door.num_trained(piece) for piece in pieces]
+        counts = [front_door.num_trained(piece, self.model.config) for piece in pieces]
         if any(count is None for count in counts):
             return None
         total = sum(count for count in counts if count is not None)
@@ -71,8 +71,9 @@ def _sum_losses(outputs: list[Any], shares: list[float] | None) -> torch.Tensor 
     losses = [front_door.loss_of(output) for output in outputs]
     if len(losses) == 1 or any(loss is None for loss in losses):
         return None
-    if shares is not None:
-        losses = [loss * share for loss, share in zip(losses, shares, strict=True) if loss is not None]
+    if shares is not None and any(shares):
+        # The mean over no label is NaN, and so would be its product with a share of 0.
+        losses = [loss * share for loss, share in zip(losses, shares, strict=True) if loss is not None and share]
     return sum(losses[1:], losses[0])  # type: ignore[arg-type]
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.swap.source import TensorEntry
+from ssdtune.swap.header import TensorEntry
 from ssdtune.visit.moves import NotAMove, Ranges, Traced, boxes
 
 if TYPE_CHECKING:

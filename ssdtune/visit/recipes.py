@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.recipe import BlockRecipe, Copy, TensorView
-from ssdtune.swap.source import ExtentMap, TensorEntry, merge_extents
+from ssdtune.swap.source import ExtentMap, merge_extents
 from ssdtune.visit.placement import FILE_DTYPES, Piece, Placement, is_identity
 
 MAX_GAP_BYTES = 256 * 1024  # a read of its own costs about what 256 KiB more cost at 2-7 GB/s

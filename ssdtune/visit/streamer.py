@@ -13,6 +13,7 @@ from torch import nn
 
 from ssdtune.schedule.plan import Direction
 from ssdtune.swap.engine import Engine
+from ssdtune.swap.inputs import InputStore, Kept
 from ssdtune.visit.function import visit
 from ssdtune.visit.meet import Hub
 from ssdtune.visit.placeholder import Placeholder
@@ -94,8 +95,9 @@ class Streamer:
         self.observed: list[tuple[int, Direction]] = []  # visits of the step under way, as they came
         self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = None  # told when a step is over
         self.on_begin: Callable[[], None] | None = None  # told before a step begins
-        self.input_store: Any = None  # where block inputs wait for backward; None: on the device, with autograd
+        self.input_store: InputStore | None = None  # where block inputs wait for backward; None: on the device, with autograd
         self.gradless: dict[Any, tuple[int, ...]] = {}  # see visit/function.py
+        self._variants: dict[int, tuple[Any, ...]] = {}  # of the step under way, by block
         self._hub: Hub | None = None
         self._kind = "forward"
         self._by_block: list[list[Weight]] = []
@@ -148,8 +150,9 @@ class Streamer:
         self.observed = []
         self._awaits_end = False
         self._interned.clear()
+        self._variants.clear()
         if self.input_store is not None:
-            self.input_store.begin_step()
+            self.input_store.begin_step(self.step)
         self.engine.begin_step(kind)
 
     def _end(self) -> None:
@@ -205,13 +208,24 @@ class Streamer:
                     owner._parameters[name] = weight.placeholder  # type: ignore[assignment]
         self._installed = None
 
+    def variant(self, block: int) -> tuple[Any, ...]:
+        """Which adapters of the block are in use in this step: peft's switches, of every module that has them."""
+        if block not in self._variants:
+            modules = (m for meeting in self.meetings if meeting.block == block for m in meeting.module.modules())
+            self._variants[block] = tuple(
+                (m._disable_adapters, str(getattr(m, "_active_adapter", None)))
+                for m in modules
+                if hasattr(m, "_disable_adapters")
+            )
+        return self._variants[block]
+
     # ---- block inputs (see visit/function.py) --------------------------------------------------------------------
 
-    def keep(self, tensor: torch.Tensor) -> Any:
-        """Gives a block input to the input store; None where it stays with autograd."""
+    def keep(self, tensor: torch.Tensor) -> Kept | None:
+        """Gives an input of the block under way to the input store; None where it stays with autograd."""
         if self.input_store is None:
             return None
-        return self.input_store.keep(tensor)
+        return self.input_store.keep(tensor, self.blocks[self.observed[-1][0]])
 
     def intern(self, tensor: torch.Tensor) -> torch.Tensor:
         """An equal tensor kept by another micro-batch of this step, or this one: equal masks are stored once."""
@@ -229,3 +243,5 @@ class Streamer:
     def close(self) -> None:
         """Stops the engine. The model can't run afterwards."""
         self.engine.close()
+        if self.input_store is not None:
+            self.input_store.close()
