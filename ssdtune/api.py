@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 AUTO_RAM_SHARE = 0.5  # of what is free: the rest is for activations, adapters and whatever else runs
 AUTO_VRAM_SHARE = 0.6
+DEFAULT_PREFETCH = 2  # fills ahead: with fewer a step waits for the drive, more gain nothing
+DEFAULT_CHUNK_TOKENS = 4096
 
 
 def stream(
@@ -69,10 +71,10 @@ def options_for(offload: Offload, folder: Path, micro_batch_size: int | None) ->
         device=device,
         budgets=Budgets(ram_bytes=offload.ram or int(free_ram() * AUTO_RAM_SHARE), device_bytes=vram),
         storage=choose(offload.storage, folder),
-        prefetch=offload.prefetch,
+        prefetch=DEFAULT_PREFETCH if offload.prefetch is None else offload.prefetch,
         reader_threads=offload.reader_threads,
         micro_batch_size=micro_batch_size,
-        chunk_tokens=offload.loss_chunk_tokens,
+        chunk_tokens=offload.loss_chunk_tokens or DEFAULT_CHUNK_TOKENS,
         block_inputs=inputs,
         scratch=offload.path,
     )

@@ -51,10 +51,9 @@ def generate_from_run(
         answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     finally:
         model.ssdtune.close()
-    for prompt, text in zip(prompts, answers, strict=True):
-        if len(prompts) > 1:
-            say(f"> {prompt}")
-        say(text)
+    if len(prompts) > 1:  # a single answer was printed while it came
+        for prompt, text in zip(prompts, answers, strict=True):
+            say(f"> {prompt}\n{text}")
     return answers
 
 
@@ -106,8 +105,12 @@ def open_adapter(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
-    """The greedy continuation of each prompt, special tokens left out, all in one batch."""
+    """The greedy continuation of each prompt, special tokens left out, all in one batch.
+
+    Of a single prompt each word is printed as soon as it is there: a token may take seconds.
+    """
     import torch
+    from transformers import TextStreamer
 
     from ssdtune.data import choose_pad_token
 
@@ -116,6 +119,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     device = next(p.device for p in model.parameters())
+    printer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():
         made = model.generate(
             input_ids=ids.to(device),
@@ -123,6 +127,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
+            streamer=printer if len(rows) == 1 else None,
             eos_token_id=_end_ids(model, tokenizer),
         )
     return [tokenizer.decode(row[length:], skip_special_tokens=True).strip() for row in made]

@@ -1,37 +1,38 @@
 """What `launch/quickstart.sh` runs: a real fine-tuning under a memory budget, told in one page.
 
-It prepares a model and text (`assets`), asks the model one question, trains it with the values of
-`configs/quickstart.yaml`, asks again, and prints what the run took. Nothing here is special: the
-same happens with `ssdtune train` on any model.
+It prepares a model and text (`assets`), finds a pace for this processor (`pace`), asks the model
+one question, trains it with the values of `configs/quickstart.yaml`, asks again, and prints what
+the run took. Nothing here is special: the same happens with `ssdtune train` on any model.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
+import importlib
 import os
 import resource
-import statistics
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ssdtune import assets, report
-from ssdtune.cli import EXIT_USER_ERROR
+from ssdtune import assets, pace, report
+from ssdtune.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from ssdtune.errors import SSDTuneError
-from ssdtune.sizes import format_size, parse_size
+from ssdtune.sizes import parse_size
+
+if TYPE_CHECKING:
+    from ssdtune.config import Loaded
 
 CONFIG = Path("configs/quickstart.yaml")
 QUESTION = 'Explain this part of the Python language: The "del" statement.'
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 32
 BIG_STEPS = 3
 BIG_RAM = "1GB"
-BIG_FLAGS = ("--max_length", "256", "--per_device_train_batch_size", "1")
-LOSSES_AVERAGED = 3  # a single step's loss depends on its rows more than on the training
 
 
 class QuickstartError(SSDTuneError):
@@ -40,12 +41,18 @@ class QuickstartError(SSDTuneError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained on what: folders, files, and the flags that go over the configuration."""
+    """What is trained on what. flags: over the configuration; the pace's come before them."""
 
     model: Path
     output: Path
     flags: tuple[str, ...]
+    eval_path: str | None
     is_big: bool
+
+    @property
+    def asks(self) -> bool:
+        """Whether QUESTION is put before and after: it is about the reference, to a real model."""
+        return self.eval_path is not None
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,7 +63,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dataset", metavar="FILE", help="your own JSONL, Parquet or CSV file")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
-    parser.add_argument("--ram", metavar="SIZE", help='most RAM for weights, such as "100MB"')
+    parser.add_argument("--ram", metavar="SIZE", help='most RAM for weights, such as "150MB"')
     parser.add_argument(
         "--big",
         action="store_true",
@@ -75,21 +82,14 @@ def make_job(options: argparse.Namespace, cache: Path) -> Job:
     """
     output = Path("runs/quickstart-big" if options.big else "runs/quickstart")
     model = cache / (assets.BIG_MODEL_NAME if options.big else assets.MODEL_NAME)
-    flags = ["--model_name_or_path", str(model), "--output_dir", str(output)]
-    flags += ["--resume_from_checkpoint", "false"]  # each quickstart is a fresh one
-    held_out: list[str] = []
-    if options.dataset is None:
-        flags += ["--dataset", str(cache / assets.TRAIN_NAME)]
-        held_out = [str(cache / assets.EVAL_NAME)]
-    else:
-        path = Path(options.dataset).expanduser()
-        if not path.is_file():
+    dataset = cache / assets.TRAIN_NAME
+    if options.dataset is not None:
+        dataset = Path(options.dataset).expanduser()
+        if not dataset.is_file():
             raise QuickstartError(f"--dataset {options.dataset}: there is no such file")
-        flags += ["--dataset", str(path)]
-    if held_out and not options.big:
-        flags += ["--eval_dataset", *held_out]
-    else:
-        flags += ["--eval_dataset", "[]", "--eval_strategy", "no"]
+    flags = ["--model_name_or_path", str(model), "--dataset", str(dataset)]
+    flags += ["--output_dir", str(output)]
+    flags += ["--resume_from_checkpoint", "false"]  # each quickstart is a fresh one
     ram = options.ram or (BIG_RAM if options.big else None)
     if ram:
         parse_size(ram)
@@ -97,8 +97,34 @@ def make_job(options: argparse.Namespace, cache: Path) -> Job:
     steps = options.steps or (BIG_STEPS if options.big else None)
     if steps:
         flags += ["--max_steps", str(steps)]
-    flags += BIG_FLAGS if options.big else ()
-    return Job(model=model, output=output, flags=tuple(flags), is_big=options.big)
+    has_own_eval = options.dataset is None and not options.big
+    return Job(
+        model=model,
+        output=output,
+        flags=tuple(flags),
+        eval_path=str(cache / assets.EVAL_NAME) if has_own_eval else None,
+        is_big=options.big,
+    )
+
+
+def pace_flags(job: Job) -> list[str]:
+    """The number format and the size of the run for this processor; says what was measured.
+
+    A GPU is fast enough for the largest run in the model's own format: nothing is measured there.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        rung = pace.LADDER[0]
+        return pace.flags(rung, eval_path=job.eval_path) if not job.is_big else pace.big_flags(1e6)
+    gflops = {name: pace.measure_gflops(name) for name in ("bfloat16", "float32")}
+    dtype = pace.choose_dtype(gflops)
+    rates = ", ".join(f"{name} {rate:.3g} GFLOP/s" for name, rate in gflops.items())
+    report.say(f"processor {rates}: computing in {dtype}")
+    if job.is_big:
+        return ["--dtype", dtype, *pace.big_flags(gflops[dtype])]
+    rung = pace.choose_rung(gflops[dtype])
+    return ["--dtype", dtype, *pace.flags(rung, eval_path=job.eval_path)]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -112,9 +138,10 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return found
 
 
-def weights_num_bytes(folder: Path) -> int:
-    """Bytes of the model's weights, which is what they take when all are in memory."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weights_num_bytes(folder: Path, *, dtype: str) -> int:
+    """What the weights take when all are in memory, in the format that computes. Files are bf16."""
+    in_files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return in_files * 2 if dtype == "float32" else in_files
 
 
 def peak_num_bytes() -> int:
@@ -122,119 +149,91 @@ def peak_num_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def answer(model_folder: Path, *, adapter: Path | None, offload: Any) -> str:
-    """The model's greedy answer to QUESTION, its blocks streamed; with the adapter if there is one."""
-    import torch
-    from transformers import AutoTokenizer
+def ask_untrained(loaded: Loaded) -> None:
+    """Prints the model's answer to QUESTION before training, its blocks streamed."""
+    from ssdtune.generate import answer
+    from ssdtune.trainer.run import load_tokenizer, open_model
 
-    import ssdtune
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    streamed: Any = ssdtune.stream(model_folder, offload=offload)
-    model = streamed
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(streamed, adapter)
-    model.eval()
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).to(streamed.device)
-    with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    streamed.ssdtune.close()
-    start = inputs["input_ids"].shape[1]
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    model: Any = open_model(loaded.config)
+    try:
+        tokenizer = load_tokenizer(loaded.config)
+        answer(model.eval(), tokenizer, [QUESTION], max_new_tokens=ANSWER_TOKENS)
+    finally:
+        model.ssdtune.close()
 
 
-def summarize(result: Any, job: Job, *, budget: int | None, baseline: int) -> report.RunSummary:
-    """The run's numbers: losses from its log, speed from its metrics, memory from the kernel.
+def ask_trained(loaded: Loaded) -> None:
+    """The same with the adapter that the run saved."""
+    from ssdtune.generate import answer, open_adapter
 
-    result: a `trainer.TrainResult`. baseline: the process's peak before the model was opened.
-    """
-    losses = [row["loss"] for row in result.log_history if "loss" in row]
-    held_out = [row["eval_loss"] for row in result.log_history if "eval_loss" in row]
-    if not losses:
-        raise QuickstartError("the run logged no loss: did it make a step?")
-    peak = peak_num_bytes()
-    return report.RunSummary(
-        loss_before=statistics.fmean(losses[:LOSSES_AVERAGED]),
-        loss_after=statistics.fmean(losses[-LOSSES_AVERAGED:]),
-        eval_loss_before=held_out[0] if len(held_out) > 1 else None,
-        eval_loss_after=held_out[-1] if len(held_out) > 1 else None,
-        tokens_per_s=tokens_per_second(result.metrics),
-        weights_bytes=weights_num_bytes(job.model),
-        budget_bytes=budget,
-        peak_bytes=peak,
-        own_peak_bytes=peak - baseline,
-    )
-
-
-def tokens_per_second(metrics: Mapping[str, Any]) -> float | None:
-    """As the trainer measured it, or None."""
-    found = metrics.get("train_tokens_per_second")
-    return None if found is None else float(found)
-
-
-def show_answer(when: str, text: str) -> None:
-    """One answer, wrapped and indented."""
-    body = textwrap.fill(text or "(nothing)", width=96, initial_indent="  ", subsequent_indent="  ")
-    report.say(f"{when}\n{body}")
+    model, tokenizer = open_adapter(loaded.config, loaded.config.output_dir)
+    try:
+        answer(model, tokenizer, [QUESTION], max_new_tokens=ANSWER_TOKENS)
+    finally:
+        model.ssdtune.close()
 
 
 def show_next(job: Job) -> None:
     """What to try after this."""
+    own = "rows with text, prompt + completion or messages"
     tries = [
-        (f'ssdtune generate {job.output} -p "…"', "ask it yourself"),
-        ("./launch/quickstart.sh --big", "a 4 GB model under a 1 GB budget"),
-        (
-            "./launch/quickstart.sh --dataset my.jsonl",
-            "rows with text, prompt + completion or messages",
-        ),
+        ("./launch/quickstart.sh --dataset my.jsonl", own),
         ("ssdtune plan configs/llama3-8b-8gb.yaml", "what a model of your own would need"),
     ]
-    shown = [row for row in tries if not (job.is_big and row[0].endswith(("--big", '"…"')))]
-    report.say("\nnext\n" + textwrap.indent(report.format_table(shown), "  "))
+    if not job.is_big:
+        question = (f'ssdtune generate {job.output} -p "…"', "ask it yourself")
+        big = ("./launch/quickstart.sh --big", f"a 4 GB model under a {BIG_RAM} budget")
+        tries = [question, big, *tries]
+    report.say("\nnext\n" + textwrap.indent(report.format_table(tries), "  "))
 
 
-def train(job: Job, *, asks: bool) -> None:
-    """Trains, and reports; the files that it leaves lie in `job.output`."""
+def run(job: Job) -> None:
+    """Asks, trains, asks again and reports; the files that it leaves lie in `job.output`."""
     from ssdtune.config import load_config
     from ssdtune.trainer import train_from_config
 
-    loaded = load_config(CONFIG, job.flags)
-    offload = loaded.config.offload
-    before = fingerprint(job.model)
-    baseline = peak_num_bytes()
-    if asks:
-        show_answer("before", answer(job.model, adapter=None, offload=offload))
+    # Libraries that call one another's old names: nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b|peft\b")
+    loaded = load_config(CONFIG, [*pace_flags(job), *job.flags])
+    files = fingerprint(job.model)
+    for name in ("datasets", "peft", "transformers.trainer"):
+        importlib.import_module(name)  # now, so that what they take doesn't count as the model's
+    before = peak_num_bytes()
+    if job.asks:
+        report.say(f"\nbefore training: {QUESTION}")
+        ask_untrained(loaded)
+        report.say()
     result = train_from_config(loaded)
-    if asks:
-        show_answer("after", answer(job.model, adapter=job.output, offload=offload))
-    run = summarize(result, job, budget=offload.ram, baseline=baseline)
-    run = dataclasses.replace(run, files_untouched=fingerprint(job.model) == before)
-    report.say("\n" + report.summary_table(run, report.summarize_trace(result.trace)))
-    report.draw_loss(result.log_history, job.output / "loss.png")
-    report.draw_timeline(result.trace, job.output / "timeline.png")
-    report.say(f"\npictures  {job.output / 'loss.png'}  {job.output / 'timeline.png'}")
+    memory = report.Memory(
+        weights=weights_num_bytes(job.model, dtype=loaded.config.dtype),
+        budget=loaded.config.offload.ram,
+        peak=peak_num_bytes(),
+        before=before,
+    )
+    if job.asks:
+        report.say(f"\nafter training: {QUESTION}")
+        ask_trained(loaded)
+    is_untouched = fingerprint(job.model) == files
+    report.say("\n" + report.summary_table(result.metrics, memory, files_untouched=is_untouched))
+    pictures = job.output / "loss.png", job.output / "timeline.png"
+    report.draw_loss(result.log_history, pictures[0])
+    report.draw_timeline(result.trace, pictures[1])
+    report.say(f"\npictures  {pictures[0]}  {pictures[1]}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepares, trains, reports; 0 when all went well. Errors of the user's are four short lines."""
     options = parse_options(sys.argv[1:] if argv is None else argv)
     try:
-        cache = assets.cache_folder()
-        job = make_job(options, cache)
+        job = make_job(options, assets.cache_folder())
         assets.prepare(big=options.big, text=options.dataset is None)
-        size = format_size(weights_num_bytes(job.model))
-        report.say(f"model  {job.model} ({size} of weights)")
-        train(job, asks=not job.is_big and options.dataset is None)
+        run(job)
     except SSDTuneError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
     show_next(job)
     return 0
 

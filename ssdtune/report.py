@@ -1,7 +1,7 @@
 """What a run shows a person: aligned tables, the loss curve, and one step as a timeline.
 
-Pure: numbers go in, text or a PNG comes out. `summarize_trace` reads the engine's trace (any
-objects with the attributes of `ssdtune.schedule.trace.TraceOp`) and says what bounded the steps.
+Pure: numbers go in, text or a PNG comes out. A trace is any sequence of objects with the attributes
+of `ssdtune.schedule.trace.TraceOp`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ WAIT, IDLE, MISS, INK, FAINT = "#c9c9c9", "#f3f3f1", "#c02b2b", "#22252a", "#8a8
 
 
 class OpRecord(Protocol):
-    """One op as it ran; `wait_s` (what compute stood still for weights) counts as 0 if absent."""
+    """One op as it ran. `wait_s` (how long compute stood still for weights) counts as 0 if absent,
+    `is_miss` (fetched on demand) as false."""
 
-    @property
-    def op_id(self) -> int: ...
     @property
     def lane(self) -> str: ...
     @property
@@ -77,37 +76,6 @@ class StepWindow:
         return self.end_s - self.start_s
 
 
-@dataclass(frozen=True, kw_only=True)
-class TraceSummary:
-    """Medians over steady steps. `busy_s`: seconds of a step in which each lane worked.
-
-    `bound_by` is the busiest lane; no schedule of the same work is faster than it alone. Steps are
-    steady after the first, which starts with nothing prefetched (it counts if it is the only one).
-    """
-
-    num_steps: int
-    step_s: float
-    busy_s: Mapping[str, float]
-    read_bytes: int
-    stall_s: float
-    num_misses: int
-
-    @property
-    def bound_by(self) -> str:
-        """The lane that sets the limit."""
-        return max(self.busy_s, key=lambda lane: self.busy_s[lane])
-
-    @property
-    def ratio_to_limit(self) -> float:
-        """Step time over the busiest lane's working time: 1 is the best that this work allows."""
-        return self.step_s / self.busy_s[self.bound_by]
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Each lane's working time over step time, lanes in LANES' order."""
-        return {lane: self.busy_s[lane] / self.step_s for lane in LANES if lane in self.busy_s}
-
-
 def training_steps(trace: Iterable[OpRecord]) -> list[StepWindow]:
     """The windows of all steps with a backward half, in order.
 
@@ -128,29 +96,12 @@ def training_steps(trace: Iterable[OpRecord]) -> list[StepWindow]:
     return windows
 
 
-def summarize_trace(trace: Sequence[OpRecord]) -> TraceSummary:
-    """What the steady training steps spent their time on. Raises ReportError without such a step."""
-    windows = training_steps(trace)
-    if not windows:
-        raise ReportError("the trace holds no training step: nothing to report")
-    steady = windows[1:] or windows
-    busy = [{lane: _busy_seconds(trace, lane, window) for lane in LANES} for window in steady]
-    medians = {lane: statistics.median(b[lane] for b in busy) for lane in LANES}
-    numbers = {window.step for window in steady}
-    inside = [op for op in trace if op.step in numbers]
-    reads = [op for op in inside if op.lane == "nvme_read"]
-    return TraceSummary(
-        num_steps=len(windows),
-        step_s=statistics.median(window.seconds for window in steady),
-        busy_s={lane: seconds for lane, seconds in medians.items() if seconds > 0},
-        read_bytes=round(sum(op.num_bytes for op in reads) / len(steady)),
-        stall_s=sum(_wait(op) for op in inside) / len(steady),
-        num_misses=sum(op.op_id < 0 for op in reads),
-    )
-
-
 def _wait(op: OpRecord) -> float:
     return getattr(op, "wait_s", 0.0)
+
+
+def _is_miss(op: OpRecord) -> bool:
+    return getattr(op, "is_miss", False)
 
 
 def _busy_seconds(trace: Iterable[OpRecord], lane: str, window: StepWindow) -> float:
@@ -170,26 +121,6 @@ def _busy_seconds(trace: Iterable[OpRecord], lane: str, window: StepWindow) -> f
 # --- text --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSummary:
-    """The numbers of a finished run. What is None was not measured and is not printed.
-
-    `weights_bytes`: the model's weights, what they take when all are in memory. `budget_bytes`:
-    what they may take here. `own_peak_bytes`: peak less what the process held before the model.
-    """
-
-    loss_before: float
-    loss_after: float
-    tokens_per_s: float | None
-    weights_bytes: int
-    budget_bytes: int | None = None
-    peak_bytes: int | None = None
-    own_peak_bytes: int | None = None
-    eval_loss_before: float | None = None
-    eval_loss_after: float | None = None
-    files_untouched: bool | None = None
-
-
 def format_table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ()) -> str:
     """Columns aligned with two spaces between; numbers to the right, text to the left."""
     cells = [[str(cell) for cell in row] for row in ([header] if header else []) + [*rows]]
@@ -205,38 +136,70 @@ def format_table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ()
     return "\n".join(lines)
 
 
-def summary_table(run: RunSummary, trace: TraceSummary) -> str:
-    """The table that ends a run: loss, speed, memory, lanes, the limit, what was read."""
-    rows: list[tuple[str, str]] = [("loss", f"{run.loss_before:.3f} → {run.loss_after:.3f}")]
-    if run.eval_loss_before is not None and run.eval_loss_after is not None:
-        rows.append(("held-out loss", f"{run.eval_loss_before:.3f} → {run.eval_loss_after:.3f}"))
-    speed = f"{trace.step_s:.2f} s a step"
-    if run.tokens_per_s is not None:
-        speed = f"{run.tokens_per_s:,.0f} tokens/s, {speed}"
-    rows.append(("speed", speed))
-    rows.extend(("memory", line) for line in _memory_lines(run))
-    shares = [f"{LANE_LABELS[lane]} {share:.1%}" for lane, share in trace.shares.items()]
-    rows.append(("lanes busy", " · ".join(shares)))
-    limit = f"{trace.busy_s[trace.bound_by]:.2f} s of {LANE_LABELS[trace.bound_by]}"
-    rows.append(("step / limit", f"{trace.ratio_to_limit:.2f} ({trace.step_s:.2f} s / {limit})"))
-    rows.append(("read", f"{format_size(trace.read_bytes)} a step from the model's own files"))
-    rows.append(("waited", f"{trace.stall_s:.2f} s a step for weights; {trace.num_misses} misses"))
-    if run.files_untouched is not None:
-        verdict = "untouched (SHA-256 before = after)" if run.files_untouched else "CHANGED"
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes, for the table that ends a run. None: not known, not printed.
+
+    weights: what the model's weights take when all are in memory. budget: what they may take here.
+    peak: the most that the process held; before: what it held before the model was opened.
+    """
+
+    weights: int
+    budget: int | None = None
+    peak: int | None = None
+    before: int | None = None
+
+
+def summary_table(
+    metrics: Mapping[str, Any], memory: Memory, *, files_untouched: bool | None = None
+) -> str:
+    """The table that ends a run: loss, speed, memory, lanes, the limit, what was read.
+
+    metrics: as `trainer.TrainResult.metrics` names them; what is absent is left out.
+    """
+    rows: list[tuple[str, str]] = []
+    for label, first, last in (
+        ("loss", "loss_first", "loss_last"),
+        ("held-out loss", "eval_loss_first", "eval_loss"),
+    ):
+        if first in metrics and last in metrics:
+            rows.append((label, f"{metrics[first]:.3f} → {metrics[last]:.3f}"))
+    if "step_seconds" in metrics:
+        rows.append(("speed", _speed_line(metrics)))
+    rows.extend(("memory", line) for line in _memory_lines(memory))
+    if metrics.get("busy_share"):
+        shares = [f"{LANE_LABELS[k]} {v:.1%}" for k, v in metrics["busy_share"].items()]
+        rows.append(("lanes busy", " · ".join(shares)))
+    if "ratio_to_limit" in metrics:
+        ratio, lane = metrics["ratio_to_limit"], LANE_LABELS[metrics["bound_by"]]
+        rows.append(("step / limit", f"{ratio:.2f} × the time that {lane} alone takes"))
+    if "read_bytes_per_step" in metrics:
+        read, stall = metrics["read_bytes_per_step"], metrics["stall_seconds_per_step"]
+        line = f"{format_size(read)} a step from the model's own files, {stall:.2f} s waited for it"
+        rows.append(("read", line))
+    if files_untouched is not None:
+        verdict = "untouched (SHA-256 before = after)" if files_untouched else "CHANGED"
         rows.append(("model files", verdict))
     labels = ["" if i and rows[i - 1][0] == label else label for i, (label, _) in enumerate(rows)]
     return format_table([(label, text) for label, (_, text) in zip(labels, rows, strict=True)])
 
 
-def _memory_lines(run: RunSummary) -> list[str]:
-    lines = [f"weights {format_size(run.weights_bytes)} when all are in memory"]
-    if run.budget_bytes is not None:
-        share = run.budget_bytes / run.weights_bytes
-        lines[0] += f", {format_size(run.budget_bytes)} allowed here ({share:.0%})"
-    if run.peak_bytes is not None:
-        line = f"peak of the process {format_size(run.peak_bytes)}"
-        if run.own_peak_bytes is not None:
-            line += f", {format_size(run.own_peak_bytes)} of it after the libraries were loaded"
+def _speed_line(metrics: Mapping[str, Any]) -> str:
+    line = f"{metrics['step_seconds']:.2f} s a step"
+    tokens = metrics.get("train_tokens_per_second")
+    return line if tokens is None else f"{tokens:,.0f} tokens/s, {line}"
+
+
+def _memory_lines(memory: Memory) -> list[str]:
+    lines = [f"weights {format_size(memory.weights)} when all are in memory"]
+    if memory.budget is not None:
+        share = memory.budget / memory.weights
+        lines[0] += f", {format_size(memory.budget)} allowed here ({share:.0%})"
+    if memory.peak is not None:
+        line = f"peak of the process {format_size(memory.peak)}"
+        if memory.before is not None:
+            own = format_size(memory.peak - memory.before)
+            line += f", {own} of it since the libraries were loaded"
         lines.append(line)
     return lines
 
@@ -259,15 +222,16 @@ def draw_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
     dashed = {"color": BACKWARD, "lw": 1.8, "ls": "--", "marker": "D", "ms": 6}
     for name, series, style in (("training", train, solid), ("held out", held_out, dashed)):
         if series:
-            label = f"{name}  {series[0][1]:.2f} → {series[-1][1]:.2f}"
+            values = [f"{loss:.2f}" for _, loss in (series[0], series[-1])[-len(series) :]]
+            label = f"{name}  {' → '.join(values)}"
             axes.plot(*zip(*series, strict=True), label=label, **style)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)")
-    axes.set_title("Training loss", loc="left", color=INK, fontsize=13, pad=12)
+    figure.suptitle("Training loss", x=0.02, ha="left", color=INK, fontsize=13)
     axes.margins(y=0.15)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e4e4e0", lw=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
@@ -295,7 +259,7 @@ def timeline_figure(trace: Sequence[OpRecord], *, step: int | None = None) -> An
         canvas.draw_lane(row, [op for op in shown if op.lane == lane])
     canvas.finish(lanes, shown)
     figure.legend(
-        handles=_legend_handles(shown), loc="outside lower center", ncols=5, frameon=False
+        handles=_legend_handles(shown, window), loc="outside lower center", ncols=5, frameon=False
     )
     figure.draw_without_rendering()  # lays out, so that a label's width can be compared with its bar's
     canvas.label_blocks([op for op in shown if op.lane == "compute"], row=len(lanes) - 1)
@@ -324,7 +288,7 @@ class _Timeline:
             chosen = [op for op in ops if op.direction == direction]
             spans = [(self.at(op.start_s + _wait(op)), self.at(op.end_s)) for op in chosen]
             self._bars(row, spans, color, edge="white")
-            misses = [op.op_id < 0 and op.lane == "nvme_read" for op in chosen]
+            misses = [_is_miss(op) for op in chosen]
             missed = [span for span, is_miss in zip(spans, misses, strict=True) if is_miss]
             self._bars(row, missed, color, edge=MISS)
         waits = [(self.at(op.start_s), self.at(op.start_s + _wait(op))) for op in ops if _wait(op)]
@@ -345,12 +309,19 @@ class _Timeline:
     def _bars(
         self, row: int, spans: Sequence[tuple[float, float]], color: str, *, edge: str = "none"
     ) -> None:
-        boxes = [(start, stop - start) for start, stop in spans if stop > start]
-        bottom = row - self.BAR_HEIGHT / 2
-        width = 1.4 if edge == MISS else 0.5
-        self.axes.broken_barh(
-            boxes, (bottom, self.BAR_HEIGHT), facecolor=color, edgecolor=edge, lw=width
-        )
+        """Bars of one color. A white edge parts neighbours, but would hide a bar of a pixel or two:
+        thin ones get an edge of their own color instead, which makes them visible."""
+        thin = self.length / 400
+        for is_thin in (False, True):
+            boxes = [(a, b - a) for a, b in spans if b > a and (b - a < thin) == is_thin]
+            line = color if is_thin and edge == "white" else edge
+            self.axes.broken_barh(
+                boxes,
+                (row - self.BAR_HEIGHT / 2, self.BAR_HEIGHT),
+                facecolor=color,
+                edgecolor=line,
+                lw=1.4 if edge == MISS else 0.5,
+            )
 
     def finish(self, lanes: Sequence[str], shown: Sequence[OpRecord]) -> None:
         """Title, axis, lane names, and the line where forward turns into backward."""
@@ -397,9 +368,12 @@ class _Timeline:
                 strides = (n for n in (2, 5, 10, 20, 50) if n * pitch > 3.5 * per_character)
                 stride = next(strides, 100)
                 shown = [name.isdigit() and int(name) % stride == 0 for name in names]
+            taken = 0.0  # where the last name ends: bars of uneven length may leave no room
             for (start, stop), name, is_shown in zip(bars, names, shown, strict=True):
-                if is_shown:
-                    self.axes.text((start + stop) / 2, s=name, ha="center", fontsize=7, **style)
+                middle, half = (start + stop) / 2, per_character * (len(name) + 0.5) / 2
+                if is_shown and middle - half >= taken:
+                    self.axes.text(middle, s=name, ha="center", fontsize=7, **style)
+                    taken = middle + half
 
 
 def short_block_name(block: str) -> str:
@@ -410,7 +384,7 @@ def short_block_name(block: str) -> str:
     return "E" if "emb" in last or last in ("wte", "wpe") else "H" if "head" in last else last[:6]
 
 
-def _legend_handles(shown: Sequence[OpRecord]) -> list[Any]:
+def _legend_handles(shown: Sequence[OpRecord], window: StepWindow) -> list[Any]:
     from matplotlib.patches import Patch
 
     handles = [
@@ -418,9 +392,9 @@ def _legend_handles(shown: Sequence[OpRecord]) -> list[Any]:
         Patch(facecolor=BACKWARD, label="backward"),
     ]
     handles.append(Patch(facecolor=IDLE, edgecolor=WAIT, label="idle"))
-    if any(_wait(op) for op in shown):
+    if any(_wait(op) > 0.001 * window.seconds for op in shown):  # a pixel
         handles.append(Patch(facecolor=WAIT, label="compute waits for weights"))
-    if any(op.op_id < 0 and op.lane == "nvme_read" for op in shown):
+    if any(_is_miss(op) for op in shown):
         handles.append(Patch(facecolor="white", edgecolor=MISS, label="fetched on demand (miss)"))
     return handles
 

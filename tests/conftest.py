@@ -27,7 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow tests wait for `-m slow`, GPU tests for a GPU."""
-    wants_slow = "slow" in config.getoption("markexpr") or any("::" in arg for arg in config.args)
+    wants_slow = "slow" in str(config.getoption("markexpr")) or any(
+        "::" in arg for arg in config.args
+    )
     has_device = None
     for item in items:
         if item.get_closest_marker("slow") and not wants_slow:

@@ -7,6 +7,7 @@ after each. Nothing of ssdtune is used there, its cutting and counting neither.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,16 @@ def assert_equal(
     assert not different, f"{what} differ in {len(different)} of {len(expected)}: {different}"
 
 
+def assert_same_gradients(pair: Pair, *, rounding: float | None = None) -> None:
+    """Both models hold the same gradients now."""
+    assert_equal(gradients(pair.plain), gradients(pair.streamed), rounding=rounding)
+
+
+def assert_same_weights(pair: Pair, *, rounding: float | None = None) -> None:
+    """All that trains is the same in both models now."""
+    assert_equal(weights(pair.plain), weights(pair.streamed), "weights", rounding=rounding)
+
+
 def _is_zero(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and not tensor.any()
 
@@ -263,21 +274,22 @@ def assert_same_training(
     assert [n for n, _ in trained(models[0])] == [n for n, _ in trained(models[1])]
     parameters = [[p for _, p in trained(model)] for model in models]
     optimizers = [torch.optim.AdamW(p, lr=1e-2) for p in parameters]
-    for step, batch in enumerate(batches):
+    for batch in batches:
         pieces = cut(batch, num_micro)
         items = num_items(pieces)
-        expected = (plain_step or (lambda m, p: accumulate(m, p, items)))(pair.plain, pieces)
+        step_of = plain_step or partial(accumulate, items=items)
+        expected = step_of(pair.plain, pieces)
         loss = pair.streamed(**batch, **({"num_items_in_batch": items} if count else {})).loss
         loss.backward()
         assert_equal({"loss": expected}, {"loss": loss.detach()}, "losses", rounding=rounding)
-        assert_equal(*map(gradients, models), f"step {step}: gradients", rounding=rounding)
+        assert_same_gradients(pair, rounding=rounding)
         norms = [{"norm": nn.utils.clip_grad_norm_(p, 1.0)} for p in parameters]
-        assert_equal(norms[0], norms[1], f"step {step}: gradient norms", rounding=rounding)
+        assert_equal(norms[0], norms[1], "gradient norms", rounding=rounding)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     if rounding is None:
-        assert_equal(*map(weights, models), "weights")
+        assert_same_weights(pair)
 
 
 def num_misses(engine: Any) -> int:
@@ -288,6 +300,4 @@ def num_misses(engine: Any) -> int:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -17,6 +17,7 @@ from support import (
     Pair,
     accumulate_means,
     assert_equal,
+    assert_same_gradients,
     assert_same_training,
     cut,
     digests,
@@ -80,7 +81,10 @@ def test_a_decoder_behind_an_encoder_is_exact(name: str, tmp_path: Path, stream:
     batch = batches(name)[0]
     accumulate_means(pair.plain, cut(batch, 4), is_causal=False)
     pair.streamed(**batch).loss.backward()
-    assert_equal(*({n: g for n, g in gradients(m).items() if ".decoder." in n} for m in pair.models))
+    expected, found = (
+        {n: g for n, g in gradients(m).items() if ".decoder." in n} for m in pair.models
+    )
+    assert_equal(expected, found)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -88,13 +92,16 @@ def test_the_auxiliary_loss_of_routers_trains(name: str, tmp_path: Path, stream:
     """It is that of each micro-batch, as plain accumulation has it, with a coefficient that counts."""
     pair = make_pair(name, tmp_path, stream, adapt=with_router_lora)
     for model in pair.models:
-        model.config.output_router_logits = model.get_base_model().config.output_router_logits = True
+        model.config.output_router_logits = model.get_base_model().config.output_router_logits = (
+            True
+        )
         model.get_base_model().router_aux_loss_coef = 1.0
     batch = batches(name)[0]
     pieces, items = cut(batch, 4), num_items([batch])
     expected = [pair.plain(**piece, num_items_in_batch=items) for piece in pieces]
     output = pair.streamed(**batch, num_items_in_batch=items)
-    assert torch.equal(output.aux_loss, sum(o.aux_loss for o in expected))
+    auxiliary: list[Any] = [o.aux_loss for o in expected]
+    assert torch.equal(output.aux_loss, sum(auxiliary[1:], auxiliary[0]))
     assert_same_training(pair, batches(name, 3))
     for layer in range(4):
         joined = torch.cat([o.router_logits[layer] for o in expected])
@@ -148,7 +155,9 @@ def test_more_memory_changes_no_bit(factor: float, tmp_path: Path, stream: Strea
 
 
 @pytest.mark.parametrize("num_micro", [1, 2, 8])
-def test_any_number_of_micro_batches_is_exact(num_micro: int, tmp_path: Path, stream: Stream) -> None:
+def test_any_number_of_micro_batches_is_exact(
+    num_micro: int, tmp_path: Path, stream: Stream
+) -> None:
     pair = make_pair("qwen3", tmp_path, stream, micro_batch_size=8 // num_micro)
     assert_same_training(pair, batches("qwen3", 2), num_micro=num_micro)
 
@@ -179,8 +188,8 @@ def test_dropout_is_drawn_again_as_forward_drew_it(tmp_path: Path, stream: Strea
         loss = model(**batch).loss
         loss.backward()
         seen.append({"loss": loss.detach(), "random numbers drawn after": torch.rand(3)})
-    assert_equal(*seen, "outcomes")
-    assert_equal(*map(gradients, pair.models))
+    assert_equal(seen[0], seen[1], "outcomes")
+    assert_same_gradients(pair)
 
 
 def test_recompute_sees_the_masks_of_forward(tmp_path: Path, stream: Stream) -> None:
@@ -188,7 +197,9 @@ def test_recompute_sees_the_masks_of_forward(tmp_path: Path, stream: Stream) -> 
     pair = make_pair("gpt2", tmp_path, stream, config={"resid_pdrop": 0.5})
     seen: list[torch.Tensor] = []
     for block in pair.streamed.get_base_model().transformer.h:
-        block.mlp.dropout.register_forward_hook(lambda _m, _a, out: seen.append(out.detach().clone()))
+        block.mlp.dropout.register_forward_hook(
+            lambda _m, _a, out: seen.append(out.detach().clone())
+        )
     pair.streamed(**batches("gpt2")[0]).loss.backward()
     forward, backward = seen[:16], seen[16:]  # 4 blocks, 4 micro-batches
     assert len(backward) == 16
@@ -207,7 +218,9 @@ def smollm2_batches(num_steps: int) -> list[dict[str, Any]]:
     words = (__doc__ or "").split() * 20
     ids = torch.tensor(tokenizer(" ".join(words))["input_ids"][: num_steps * 4 * 24])
     steps = ids.view(num_steps, 4, 24)
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in steps]
+    return [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in steps
+    ]
 
 
 def check_smollm2(stream: Stream, dtype: torch.dtype, num_steps: int) -> None:

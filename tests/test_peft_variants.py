@@ -25,7 +25,7 @@ from ssdtune.errors import SSDTuneError
 
 Stream = Callable[..., Any]
 ATTENTION = ["q_proj", "v_proj"]
-LLM = {"task_type": "CAUSAL_LM"}
+LLM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 EXACT: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(r=4, target_modules="all-linear", **LLM),
@@ -38,7 +38,9 @@ EXACT: dict[str, Callable[[], Any]] = {
         r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], **LLM
     ),
     "lora on the head alone": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], **LLM),
-    "lora on the embedding alone": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens"], **LLM),
+    "lora on the embedding alone": lambda: peft.LoraConfig(
+        r=4, target_modules=["embed_tokens"], **LLM
+    ),
     "trained head": lambda: peft.LoraConfig(
         r=4, target_modules=ATTENTION, modules_to_save=["lm_head"], **LLM
     ),
@@ -54,6 +56,9 @@ EXACT: dict[str, Callable[[], Any]] = {
     "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=[3, 7, 150], **LLM),
     "some layers only": lambda: peft.LoraConfig(
         r=4, target_modules=ATTENTION, layers_to_transform=[1, 3], **LLM
+    ),
+    "layers passed twice": lambda: peft.LoraConfig(
+        r=4, target_modules=ATTENTION, layer_replication=[(0, 3), (1, 4)], **LLM
     ),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=ATTENTION, **LLM),
     "lokr": lambda: peft.LoKrConfig(r=4, target_modules=ATTENTION, **LLM),
@@ -101,7 +106,14 @@ def test_prompts_equal_to_rounding(variant: str, tmp_path: Path, stream: Stream)
 def test_adalora_equals_with_one_micro_batch(tmp_path: Path, stream: Stream) -> None:
     """peft adds its orthogonality term once per forward: several micro-batches make another loss."""
     config = peft.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, deltaT=1, target_modules=ATTENTION, **LLM
+        init_r=4,
+        target_r=2,
+        total_step=10,
+        tinit=1,
+        tfinal=2,
+        deltaT=1,
+        target_modules=ATTENTION,
+        **LLM,
     )
     pair = make_pair(
         "llama", tmp_path, stream, micro_batch_size=8, adapt=lambda m: with_adapter(m, config)
@@ -145,9 +157,7 @@ def test_a_trained_head_of_a_tied_model_equals(name: str, tmp_path: Path, stream
     if name == "t5":
         means = partial(accumulate_means, is_causal=False)
         rounding = ROUNDING[torch.float32]
-        assert_same_training(
-            pair, batches(name), plain_step=means, count=False, rounding=rounding
-        )
+        assert_same_training(pair, batches(name), plain_step=means, count=False, rounding=rounding)
     else:
         assert_same_training(pair, batches(name))
 
@@ -161,7 +171,7 @@ def tiny_targets(name: str) -> list[str]:
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
 def test_an_initialisation_that_changes_the_base_is_refused(
-    init: str, tmp_path: Path, stream: Stream
+    init: Any, tmp_path: Path, stream: Stream
 ) -> None:
     """The change of the base weights would be lost, and the loss silently wrong."""
     before = saved(tmp_path)

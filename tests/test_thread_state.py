@@ -18,10 +18,9 @@ import torch
 from support import (
     Pair,
     accumulate,
-    assert_equal,
+    assert_same_gradients,
     assert_same_training,
     cut,
-    gradients,
     make_pair,
     num_items,
 )
@@ -47,7 +46,7 @@ class StatefulLlama(LlamaForCausalLM):
     around: Around = staticmethod(lambda layer, kind: nullcontext())
     skips: Callable[[int, int], bool] = staticmethod(lambda layer, kind: False)
 
-    def forward(
+    def forward(  # type: ignore[override] - as few arguments as these tests need
         self,
         input_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
@@ -159,7 +158,7 @@ def test_autocast_regions_are_found_again_by_recompute(
             total = total + under_autocast(pair.plain, piece, items, is_inside=is_inside)
         loss = under_autocast(pair.streamed, batch, items, is_inside=is_inside)
         assert torch.equal(loss, total)
-        assert_equal(*map(gradients, pair.models))
+        assert_same_gradients(pair)
         for model in pair.models:
             model.zero_grad()
 
@@ -206,7 +205,9 @@ def read_factor_in_layers(model: Any) -> None:
 def test_context_variables_travel_with_their_micro_batch(tmp_path: Path, stream: Stream) -> None:
     """One set by the caller, others by layers, each different; recompute finds the same values."""
     pair = stateful_pair(
-        tmp_path, stream, lambda layer, kind: factor(1 + layer / 4) if micro(kind) != 2 else nullcontext()
+        tmp_path,
+        stream,
+        lambda layer, kind: factor(1 + layer / 4) if micro(kind) != 2 else nullcontext(),
     )
     for model in pair.models:
         read_factor_in_layers(model)
@@ -234,7 +235,7 @@ def test_a_variable_set_for_good_reaches_later_layers_only(tmp_path: Path, strea
         contextvars.copy_context().run(accumulate, pair.plain, [piece], items)
     pair.streamed(**batch, num_items_in_batch=items).loss.backward()
     assert FACTOR.get() == 1.0
-    assert_equal(*map(gradients, pair.models))
+    assert_same_gradients(pair)
 
 
 # ------------------------------------------------------------------ modes
@@ -248,7 +249,11 @@ class ScaledSilu(TorchFunctionMode):
         self.scale = scale
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         return result * self.scale if func is torch.nn.functional.silu else result
@@ -262,7 +267,11 @@ class ScaledSiluBelow(TorchDispatchMode):
         self.scale = scale
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         return result * self.scale if func is torch.ops.aten.silu.default else result
@@ -293,7 +302,7 @@ def test_a_mode_of_the_caller_holds_inside(tmp_path: Path, stream: Stream) -> No
         loss = pair.streamed(**batch, num_items_in_batch=items).loss
         loss.backward()
     assert torch.equal(loss.detach(), expected)
-    assert_equal(*map(gradients, pair.models))
+    assert_same_gradients(pair)
 
 
 def test_recompute_leaves_the_state_of_backward_alone(tmp_path: Path, stream: Stream) -> None:
@@ -338,4 +347,3 @@ def test_unequal_paths_under_unequal_states(tmp_path: Path, stream: Stream) -> N
         read_factor_in_layers(model)
         model.get_base_model().skips = lambda layer, kind: (layer * 3 + micro(kind)) % 5 == 0
     assert_same_training(pair, batches())
-

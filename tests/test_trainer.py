@@ -14,6 +14,7 @@ import support
 import tiny_models
 import torch
 from peft import LoraConfig
+from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from ssdtune.data import CausalCollator
@@ -401,6 +402,22 @@ def test_a_name_a_budget_and_a_peft_config_are_enough(llama, tmp_path):
     assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_texts_of_a_formatting_func_are_tokenized_to_their_end(llama, stream, tmp_path):
+    rows = datasets.Dataset.from_list([{"q": "what colour", "a": "blue"}])
+    tokenizer = make_tokenizer()
+    trainer = SSDTrainer(
+        support.with_lora(stream(llama)),
+        arguments(SSDConfig, tmp_path),
+        CausalCollator(0),
+        rows,
+        processing_class=tokenizer,
+        formatting_func=lambda row: f"{row['q']}? {row['a']}",
+    )
+    (row,) = trainer.train_dataset
+    assert tokenizer.decode(row["input_ids"]) == "what colour? blue<|im_end|>"
+    assert row["labels"] == row["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -438,7 +455,9 @@ TWO_PROCESSES = """
 
     folder, out, find_unused = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "find_unused"
     rest = {"data_collator": CausalCollator(0), "train_dataset": t.make_rows(26)}
+    rest["eval_dataset"] = t.make_rows(11, seed=5)  # the last batch is short, and filled up
     more = {"ddp_backend": "gloo", "ddp_find_unused_parameters": find_unused}
+    more |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2}
     saved = {}
     for name in ("plain", "streamed"):
         kind, trainer, model = (
@@ -467,7 +486,7 @@ def test_two_processes_equal_their_twin_in_memory_to_rounding(mode, llama, tmp_p
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=0",
+        "--standalone",
     ]
     done = subprocess.run(
         [*command, str(script), str(llama), str(tmp_path), mode],
@@ -483,7 +502,7 @@ def test_two_processes_equal_their_twin_in_memory_to_rounding(mode, llama, tmp_p
     )
     plain, ours = ranks[0]["plain"], ranks[0]["streamed"]
     support.assert_equal(plain["weights"], ours["weights"], "weights", rounding=1e-4)
-    assert len(plain["logs"]) == len(ours["logs"]) == 3
+    assert len(plain["logs"]) == len(ours["logs"]) == 3 + 1
     for a, b in zip(plain["logs"], ours["logs"], strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+        for key in ("loss", "grad_norm", "eval_loss"):
+            assert b.get(key) == pytest.approx(a.get(key), rel=1e-5)

@@ -66,7 +66,9 @@ def test_each_block_is_read_at_most_twice_a_step(
 
 
 @pytest.mark.parametrize("num_micro", [2, 8])
-def test_every_block_is_visited_once_each_way(num_micro: int, tmp_path: Path, stream: Stream) -> None:
+def test_every_block_is_visited_once_each_way(
+    num_micro: int, tmp_path: Path, stream: Stream
+) -> None:
     """Forward in the model's order, backward in the opposite one, all micro-batches in each visit."""
     model = adapted("qwen3", tmp_path, stream, micro_batch_size=1)
     engine = train(model, "qwen3", rows=num_micro, num_steps=2)

@@ -1,9 +1,10 @@
 """The plan: one frozen value that says what every lane does in a step, before a byte moves.
 
-A step is a sequence of **visits**: (block, direction). Each visit finds its block's weights in a **slot**. Where the
-block is not yet in that slot, the visit has *fill ops*: LOAD (file to buffer, or straight into the slot where the
-file's bytes can be used in place) and, for staged blocks, UNPACK (buffer to slot on the CPU) or UPLOAD (buffer to a
-device slot). COMPUTE is the visit itself. The simulator and the engine read the same value.
+A step is a sequence of **visits**: (block, direction). Each visit finds its block's weights in a
+**slot**. Where the block is not yet in that slot, the visit has *fill ops*: LOAD (file to buffer, or
+straight into the slot where the file's bytes can be used in place) and, for staged blocks, UNPACK
+(buffer to slot on the CPU) or UPLOAD (buffer to a device slot). COMPUTE is the visit itself. The
+simulator and the engine read the same value.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class Kind(StrEnum):
     FETCH = "fetch"  # and back, for backward
 
 
+# What moves and uses weights; a step's other ops are of its block inputs.
+BLOCK_KINDS = (Kind.LOAD, Kind.UNPACK, Kind.UPLOAD, Kind.COMPUTE)
+
+
 class Direction(StrEnum):
     """Which half of the step a visit belongs to."""
 
@@ -61,17 +66,22 @@ class PlanError(SSDTuneError):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """One block's bytes. `slot_bytes`: laid out for compute. `file_bytes`: read to fill it, alignment included."""
+    """One block's bytes.
+
+    `slot_bytes`: laid out for compute. `file_bytes`: read to fill it, alignment included.
+    `is_staged`: its file bytes cannot be used in place: they are read into a buffer, then copied.
+    """
 
     name: str
     slot_bytes: int
     file_bytes: int
-    is_staged: bool = False  # its file bytes cannot be used in place: read into a buffer, then copied
+    is_staged: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """One passage of all micro-batches through a block: which slot, and whether the slot must be filled for it."""
+    """One passage of all micro-batches through a block: in which slot, and whether that must be
+    filled for it. `buffer`: the staging buffer that the fill passes, where it passes one."""
 
     block: int
     direction: Direction
@@ -82,7 +92,10 @@ class Visit:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
-    """One piece of work on one lane. `after`: ids of this step; `after_previous`: ids of the step before."""
+    """One piece of work on one lane, which begins when others have ended.
+
+    `after`: their ids in this step; `after_previous`: their ids in the step before.
+    """
 
     id: int
     kind: Kind
@@ -110,7 +123,7 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """What the plan may fill, in bytes. On a machine without a device, slots live in RAM and `device_bytes` is 0."""
+    """What the plan may fill, in bytes. Without a device, slots live in RAM; `device_bytes` is 0."""
 
     ram_bytes: int
     device_bytes: int = 0
@@ -120,8 +133,8 @@ class Budgets:
 class Plan:
     """Where every block lives, the slots and buffers, and the visits of each kind of step.
 
-    `tiers[i]`: where block i's weights stay between visits. `block_inputs`: where the inputs kept for backward stay.
-    `chunk_tokens`: positions whose logits exist at once in the head's loss.
+    `tiers[i]`: where block i's weights stay between visits. `block_inputs`: where the inputs kept for
+    backward stay. `chunk_tokens`: positions whose logits exist at once in the head's loss.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -142,11 +155,10 @@ class Plan:
     @property
     def ram_bytes(self) -> int:
         """Bytes of RAM that slots (without a device), buffers and RAM-resident blocks take."""
-        in_ram = sum(self.buffers)
-        if self.on_device:
-            kept = (b.file_bytes for b, t in zip(self.blocks, self.tiers, strict=True) if t is Tier.RAM)
-            return in_ram + sum(kept)
-        return in_ram + self.slot_bytes
+        if not self.on_device:
+            return sum(self.buffers) + self.slot_bytes
+        pairs = zip(self.blocks, self.tiers, strict=True)
+        return sum(self.buffers) + sum(b.file_bytes for b, tier in pairs if tier is Tier.RAM)
 
     @property
     def model_bytes(self) -> int:
@@ -167,10 +179,12 @@ class Plan:
             f"of {format_size(self.budgets.ram_bytes)}"
         )
         for kind, sequence in self.sequences.items():
-            yield (
-                f"{kind:9} {len(sequence.visits)} visits a step · reads {format_size(sequence.read_bytes)} from NVMe"
-            )
-        yield f"inputs    kept for backward in {self.block_inputs} · loss in chunks of {self.chunk_tokens} tokens"
+            reads = format_size(sequence.read_bytes)
+            yield f"{kind:9} {len(sequence.visits)} visits a step · reads {reads} from NVMe"
+        yield (
+            f"inputs    kept for backward in {self.block_inputs} · "
+            f"loss in chunks of {self.chunk_tokens} tokens"
+        )
 
     def to_json(self) -> str:
         """The whole plan as JSON; `from_json` gives an equal one."""
@@ -178,110 +192,160 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Reads what `to_json` wrote, and validates it."""
-        raw: dict[str, Any] = json.loads(text)
-        plan = Plan(
-            blocks=tuple(BlockShape(**b) for b in raw["blocks"]),
-            tiers=tuple(Tier(t) for t in raw["tiers"]),
-            slots=tuple(raw["slots"]),
-            buffers=tuple(raw["buffers"]),
-            on_device=raw["on_device"],
-            budgets=Budgets(**raw["budgets"]),
-            sequences={k: _sequence_from(v) for k, v in raw["sequences"].items()},
-            block_inputs=Tier(raw["block_inputs"]),
-            chunk_tokens=raw["chunk_tokens"],
-        )
-        validate(plan)
+        """Reads what `to_json` wrote, and validates it. Raises PlanError."""
+        try:
+            plan = _plan_from(json.loads(text))
+            validate(plan)
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"this is no plan: {type(error).__name__}: {error}") from error
         return plan
 
 
-def _sequence_from(raw: Mapping[str, Any]) -> StepPlan:
-    visits = tuple(Visit(**{**v, "direction": Direction(v["direction"])}) for v in raw["visits"])
-    ops = tuple(
-        Op(
-            **{
-                **o,
-                "kind": Kind(o["kind"]),
-                "lane": Lane(o["lane"]),
-                "direction": Direction(o["direction"]),
-                "after": tuple(o["after"]),
-                "after_previous": tuple(o["after_previous"]),
-            }
-        )
-        for o in raw["ops"]
+def _plan_from(raw: Mapping[str, Any]) -> Plan:
+    return Plan(
+        blocks=tuple(BlockShape(**b) for b in raw["blocks"]),
+        tiers=tuple(Tier(t) for t in raw["tiers"]),
+        slots=tuple(raw["slots"]),
+        buffers=tuple(raw["buffers"]),
+        on_device=raw["on_device"],
+        budgets=Budgets(**raw["budgets"]),
+        sequences={kind: _sequence_from(steps) for kind, steps in raw["sequences"].items()},
+        block_inputs=Tier(raw["block_inputs"]),
+        chunk_tokens=raw["chunk_tokens"],
     )
-    return StepPlan(visits=visits, ops=ops)
+
+
+def _sequence_from(raw: Mapping[str, Any]) -> StepPlan:
+    visits = tuple(_visit_from(visit) for visit in raw["visits"])
+    return StepPlan(visits=visits, ops=tuple(_op_from(op) for op in raw["ops"]))
+
+
+def _visit_from(raw: Mapping[str, Any]) -> Visit:
+    typed: dict[str, Any] = {"direction": Direction(raw["direction"])}
+    return Visit(**{**raw, **typed})
+
+
+def _op_from(raw: Mapping[str, Any]) -> Op:
+    typed: dict[str, Any] = {
+        "kind": Kind(raw["kind"]),
+        "lane": Lane(raw["lane"]),
+        "direction": Direction(raw["direction"]),
+        "after": tuple(raw["after"]),
+        "after_previous": tuple(raw["after_previous"]),
+    }
+    return Op(**{**raw, **typed})
+
+
+def passes_buffer(block: BlockShape, tier: Tier, *, on_device: bool) -> bool:
+    """Whether a fill of the block goes through a staging buffer. On a device all do, except those
+    whose file bytes stay in RAM for good."""
+    return tier is not Tier.RAM if on_device else block.is_staged
+
+
+def reuse_distances(visits: Sequence[Visit]) -> list[int]:
+    """For each visit of a step that repeats: how many visits back its slot was read last."""
+    last = {visit.slot: v - len(visits) for v, visit in enumerate(visits)}
+    distances: list[int] = []
+    for v, visit in enumerate(visits):
+        distances.append(v - last[visit.slot])
+        last[visit.slot] = v
+    return distances
 
 
 def make_ops(
-    visits: Sequence[Visit], blocks: Sequence[BlockShape], *, tiers: Sequence[Tier], on_device: bool
+    visits: Sequence[Visit], blocks: Sequence[BlockShape], *, on_device: bool
 ) -> tuple[Op, ...]:
-    """The ops of a step from its visits: each with the lane it needs and what must have happened before.
+    """The ops of a step from its visits: each with the lane it needs and what must be over before.
 
-    A slot is refilled after the visit that used it last; a buffer after the copy that emptied it. The step before
-    this one had the same visits, so the first user of a slot waits for the last user of the previous step.
+    A slot is refilled after the visit that used it last; a buffer after the copy that emptied it. The
+    step before this one had the same visits, so the first user of a slot waits for the last user of
+    the previous step.
     """
-    ops: list[Op] = []
-    last_use: dict[int, int] = {}  # slot -> id of the COMPUTE op that read it last
-    last_copy: dict[int, int] = {}  # buffer -> id of the op that emptied it last
-    first_waiting: list[tuple[int, str, int]] = []  # ops that wait for the previous step: (op id, "slot"|"buffer", index)
-
-    def add(kind: Kind, lane: Lane, v: int, num_bytes: int, after: list[int]) -> int:
-        visit = visits[v]
-        op = Op(
-            id=len(ops),
-            kind=kind,
-            lane=lane,
-            visit=v,
-            block=blocks[visit.block].name,
-            direction=visit.direction,
-            num_bytes=num_bytes,
-            after=tuple(after),
-        )
-        ops.append(op)
-        return op.id
-
+    ops = _Ops(visits, blocks)
     for v, visit in enumerate(visits):
-        block, ready = blocks[visit.block], []
+        written: list[int] = []
         if visit.is_filled_for:
-            slot_free = _after(last_use, visit.slot)
-            staged = visit.buffer is not None
             loaded: list[int] = []
-            if not (on_device and tiers[visit.block] is Tier.RAM):
-                after = _after(last_copy, visit.buffer) if visit.buffer is not None else slot_free
-                loaded = [add(Kind.LOAD, Lane.NVME_READ, v, block.file_bytes, after)]
-                if not after:
-                    what, index = ("buffer", visit.buffer) if visit.buffer is not None else ("slot", visit.slot)
-                    first_waiting.append((loaded[0], what, index))
-            if staged or not loaded:
+            if visit.buffer is not None:
+                loaded = [ops.add(Kind.LOAD, Lane.NVME_READ, v, writes=("buffer", visit.buffer))]
+            if not on_device and visit.buffer is None:
+                op_id = ops.add(Kind.LOAD, Lane.NVME_READ, v, writes=("slot", visit.slot))
+            else:
                 kind, lane = (Kind.UPLOAD, Lane.H2D) if on_device else (Kind.UNPACK, Lane.CPU)
-                copied = add(kind, lane, v, block.slot_bytes, [*loaded, *slot_free])
-                if not slot_free:
-                    first_waiting.append((copied, "slot", visit.slot))
-                if visit.buffer is not None:
-                    last_copy[visit.buffer] = copied
-                loaded = [copied]
-            ready = loaded
-        last_use[visit.slot] = add(Kind.COMPUTE, Lane.COMPUTE, v, 0, ready)
-    for op_id, what, index in first_waiting:
-        previous = last_use.get(index) if what == "slot" else last_copy.get(index)
-        if previous is not None:
-            ops[op_id] = dataclasses.replace(ops[op_id], after_previous=(previous,))
-    return tuple(ops)
+                op_id = ops.add(kind, lane, v, after=loaded, writes=("slot", visit.slot))
+                ops.reads("buffer", visit.buffer, op_id)
+            written = [op_id]
+        computed = ops.add(Kind.COMPUTE, Lane.COMPUTE, v, after=written)
+        ops.reads("slot", visit.slot, computed)
+    return ops.linked()
 
 
-def _after(last: Mapping[int, int], index: int) -> list[int]:
-    return [last[index]] if index in last else []
+class _Ops:
+    """The ops of a step as they are made, and who read each slot and each buffer last."""
+
+    def __init__(self, visits: Sequence[Visit], blocks: Sequence[BlockShape]) -> None:
+        self._visits, self._blocks = visits, blocks
+        self._ops: list[Op] = []
+        self._last_reader: dict[tuple[str, int], int] = {}
+        self._first_writers: dict[int, tuple[str, int]] = {}  # ops with no reader before them
+
+    def add(
+        self,
+        kind: Kind,
+        lane: Lane,
+        v: int,
+        *,
+        after: Sequence[int] = (),
+        writes: tuple[str, int] | None = None,
+    ) -> int:
+        """The id of a new op of visit `v`, after the last reader of the slot or buffer it writes."""
+        block, op_id = self._blocks[self._visits[v].block], len(self._ops)
+        if writes in self._last_reader:
+            after = [*after, self._last_reader[writes]]
+        elif writes is not None:
+            self._first_writers[op_id] = writes
+        num_bytes = {Kind.LOAD: block.file_bytes, Kind.COMPUTE: 0}.get(kind, block.slot_bytes)
+        self._ops.append(
+            Op(
+                id=op_id,
+                kind=kind,
+                lane=lane,
+                visit=v,
+                block=block.name,
+                direction=self._visits[v].direction,
+                num_bytes=num_bytes,
+                after=tuple(after),
+            )
+        )
+        return op_id
+
+    def reads(self, what: str, index: int | None, op_id: int) -> None:
+        """The op is the last reader of that slot or buffer so far; None: of none."""
+        if index is not None:
+            self._last_reader[what, index] = op_id
+
+    def linked(self) -> tuple[Op, ...]:
+        """The ops, those that write first waiting for who read last in the step before."""
+        for op_id, written in self._first_writers.items():
+            if written in self._last_reader:
+                previous = (self._last_reader[written],)
+                self._ops[op_id] = dataclasses.replace(self._ops[op_id], after_previous=previous)
+        return tuple(self._ops)
 
 
 def validate(plan: Plan) -> None:
-    """Checks a whole plan, once, by replaying its slots; raises PlanError naming what contradicts what.
+    """Checks a whole plan, once; raises PlanError naming what contradicts what.
 
-    Every visit's block fits its slot; a visit that is not filled for finds its block there, in the first step of a
-    steady run as in any other; ops refer to earlier ops only; RAM stays inside the budget.
+    Bytes stay inside the budgets; every visit's block fits its slot and its buffer; a visit that is
+    not filled for finds its block there, in the steady step as in any other; every visit has the ops
+    that it needs, and none of them writes what another still reads.
     """
     if len(plan.tiers) != len(plan.blocks):
         raise PlanError(f"the plan has {len(plan.blocks)} blocks but {len(plan.tiers)} tiers")
+    if plan.chunk_tokens < 1:
+        raise PlanError(f"chunk_tokens is {plan.chunk_tokens}: a loss needs at least one token")
     if plan.ram_bytes > plan.budgets.ram_bytes:
         raise PlanError(
             f"the plan needs {format_size(plan.ram_bytes)} of RAM, over the budget of "
@@ -292,33 +356,74 @@ def validate(plan: Plan) -> None:
             f"the slots need {format_size(plan.slot_bytes)} on the device, over the budget of "
             f"{format_size(plan.budgets.device_bytes)}: raise offload.vram"
         )
-    for kind, sequence in plan.sequences.items():
-        _validate_slots(plan, kind, sequence)
-        _validate_ops(kind, sequence)
+    for kind, steps in plan.sequences.items():
+        for v, visit in enumerate(steps.visits):
+            _validate_visit(plan, visit, f"{kind} visit {v}")
+        _validate_presence(plan, steps.visits, kind)
+        _validate_ops(plan, steps, kind)
 
 
-def _validate_slots(plan: Plan, kind: str, sequence: StepPlan) -> None:
-    held: dict[int, int] = {}
-    for cycle in range(2):
-        for v, visit in enumerate(sequence.visits):
-            block = plan.blocks[visit.block]
-            where = f"{kind} visit {v} ({block.name} {visit.direction})"
-            if block.slot_bytes > plan.slots[visit.slot]:
-                raise PlanError(f"{where} does not fit slot {visit.slot} of {plan.slots[visit.slot]} bytes")
-            if visit.is_filled_for:
-                held[visit.slot] = visit.block
-            elif held.setdefault(visit.slot, visit.block) != visit.block or (
-                cycle and held[visit.slot] != visit.block
-            ):
-                raise PlanError(f"{where} expects its weights in slot {visit.slot}, which holds another block")
-            if visit.buffer is not None and plan.buffers[visit.buffer] < block.file_bytes:
-                raise PlanError(f"{where} does not fit buffer {visit.buffer}")
+def _validate_visit(plan: Plan, visit: Visit, where: str) -> None:
+    for what, index, items in (
+        ("block", visit.block, plan.blocks),
+        ("slot", visit.slot, plan.slots),
+        ("buffer", visit.buffer, plan.buffers),
+    ):
+        if index is not None and not 0 <= index < len(items):
+            raise PlanError(f"{where} names {what} {index}, the plan has {len(items)}")
+    block = plan.blocks[visit.block]
+    where += f" ({block.name} {visit.direction})"
+    if block.slot_bytes > plan.slots[visit.slot]:
+        room = plan.slots[visit.slot]
+        raise PlanError(f"{where}: {block.slot_bytes} bytes do not fit slot {visit.slot} of {room}")
+    tier = plan.tiers[visit.block]
+    wants_buffer = visit.is_filled_for and passes_buffer(block, tier, on_device=plan.on_device)
+    if wants_buffer != (visit.buffer is not None):
+        raise PlanError(
+            f"{where} {'needs a buffer' if wants_buffer else 'has no use for a buffer'}"
+        )
+    if visit.buffer is not None and plan.buffers[visit.buffer] < block.file_bytes:
+        room = plan.buffers[visit.buffer]
+        raise PlanError(
+            f"{where}: {block.file_bytes} bytes do not fit buffer {visit.buffer} of {room}"
+        )
 
 
-def _validate_ops(kind: str, sequence: StepPlan) -> None:
-    computes = [op.visit for op in sequence.ops if op.kind is Kind.COMPUTE]
-    if computes != list(range(len(sequence.visits))):
-        raise PlanError(f"the {kind} step must compute every visit once, in order")
-    for op_id, op in enumerate(sequence.ops):
-        if op.id != op_id or any(a >= op_id for a in op.after):
-            raise PlanError(f"{kind} op {op_id} waits for an op that comes later")
+def _validate_presence(plan: Plan, visits: Sequence[Visit], kind: str) -> None:
+    """A visit that is not filled for finds its block in the slot, left by the visit before it there."""
+    for v, back in enumerate(reuse_distances(visits)):
+        visit, before = visits[v], visits[v - back]
+        if not visit.is_filled_for and before.block != visit.block:
+            block, found = plan.blocks[visit.block].name, plan.blocks[before.block].name
+            raise PlanError(
+                f"{kind} visit {v} ({block} {visit.direction}) expects its weights in slot "
+                f"{visit.slot}, which holds {found}"
+            )
+
+
+def _validate_ops(plan: Plan, steps: StepPlan, kind: str) -> None:
+    """Ids and references hold, and what `make_ops` finds necessary is there, waits included."""
+    for position, op in enumerate(steps.ops):
+        if op.id != position or not all(0 <= a < position for a in op.after):
+            raise PlanError(f"{kind} op {position} waits for an op that does not come before it")
+        if not all(0 <= a < len(steps.ops) for a in op.after_previous):
+            raise PlanError(f"{kind} op {position} waits for an op that no step has")
+    wanted = make_ops(steps.visits, plan.blocks, on_device=plan.on_device)
+    found = [op for op in steps.ops if op.kind in BLOCK_KINDS]
+    for i in range(max(len(wanted), len(found))):
+        is_there = _describe(found[i]) if i < len(found) else "missing"
+        needed = _describe(wanted[i]) if i < len(wanted) else "no op"
+        if is_there != needed:
+            raise PlanError(f"{kind} op {i} of its visits must be {needed}, but is {is_there}")
+    ids = [op.id for op in found]
+    for op, mine in zip(wanted, found, strict=True):
+        where = f"{kind} op {mine.id} ({_describe(mine)}) does not wait for op"
+        for missing in {ids[a] for a in op.after} - set(mine.after):
+            raise PlanError(f"{where} {missing}")
+        for missing in {ids[a] for a in op.after_previous} - set(mine.after_previous):
+            raise PlanError(f"{where} {missing} of the step before")
+
+
+def _describe(op: Op) -> str:
+    what = f"{op.kind} {op.block} {op.direction} for visit {op.visit} on {op.lane}"
+    return f"{what}, {op.num_bytes} bytes" if op.num_bytes else what

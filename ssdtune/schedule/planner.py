@@ -1,16 +1,17 @@
 """Makes a plan from a model's shape, budgets and the order of visits: a pure function.
 
-The policy is static: blocks of like size share a class of slots; every class gets one slot, the classes with several
-blocks as many more as the prefetch depth asks for, and what is left of the budget keeps blocks resident, spread
-evenly (grouped residents leave the drive idle for a while and then overrun it). The last blocks of forward are the
-first of backward, the first of backward's end are the first of the next forward: what a slot still holds is not
-fetched again.
+The policy is static. Blocks of like size share a class of slots; every class gets one slot, the
+classes with several blocks as many more as the prefetch depth asks for, and what is left of the
+budget keeps blocks resident, spread evenly (grouped residents leave the drive idle for a while and
+then overrun it). The last blocks of forward are the first of backward, the first of backward's end
+are the first of the next forward: what a slot still holds is not fetched again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from ssdtune.schedule.plan import (
     BlockShape,
@@ -22,35 +23,37 @@ from ssdtune.schedule.plan import (
     Tier,
     Visit,
     make_ops,
+    passes_buffer,
     validate,
 )
 from ssdtune.sizes import format_size
 
-SAME_CLASS = 0.8  # blocks whose sizes are within this ratio share slots: less is lost than a class of its own costs
+SAME_CLASS = 0.8  # sizes within this ratio share slots: less is lost than a class of its own costs
 
 Order = Sequence[tuple[int, Direction]]
+Classes = Sequence[Sequence[int]]  # blocks that share slots, the largest first
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Slots by class: `classes[i]` is the slot indices that block i may use."""
+    """Slots by class: `allowed[i]` is the slot indices that block i may use."""
 
     slots: tuple[int, ...]
-    classes: tuple[tuple[int, ...], ...]
+    allowed: tuple[tuple[int, ...], ...]
     buffers: tuple[int, ...]
     tiers: tuple[Tier, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a plan is asked for. `orders`: visits per kind of step. `prefetch`: fills that may run ahead.
+    """What a plan is asked for.
 
-    Args:
+    Attributes:
         blocks: shapes, in the order in which forward meets them.
-        orders: for "train" and "forward", the (block, direction) pairs of one step.
+        orders: for each kind of step ("train", "forward"), its (block, direction) pairs.
         budgets: bytes to stay within.
         on_device: whether slots live on a device (every fill then passes a buffer in RAM).
-        prefetch: how many fills may run ahead of compute in the class with the most blocks.
+        prefetch: how many fills may run ahead of compute in the classes with several blocks.
         block_inputs: tier of the inputs kept for backward.
         chunk_tokens: positions whose logits exist at once.
     """
@@ -65,7 +68,7 @@ class Request:
 
 
 def plain_orders(num_blocks: int, first_trained: int = 0) -> dict[str, list[tuple[int, Direction]]]:
-    """The order of a plain decoder: forward 0 … N-1, then backward down to the first block that trains."""
+    """A plain decoder's order: forward 0 … N-1, then backward down to the first block that trains."""
     forward = [(i, Direction.FORWARD) for i in range(num_blocks)]
     backward = [(i, Direction.BACKWARD) for i in reversed(range(first_trained, num_blocks))]
     return {"train": forward + backward, "forward": forward}
@@ -73,6 +76,8 @@ def plain_orders(num_blocks: int, first_trained: int = 0) -> dict[str, list[tupl
 
 def make_plan(request: Request) -> Plan:
     """The plan for `request`, validated. Raises PlanError with the smallest budget that works."""
+    if not request.blocks:
+        raise PlanError("there are no blocks to plan for")
     layout = _layout(request)
     steps = {kind: _step(request, layout, order) for kind, order in request.orders.items()}
     plan = Plan(
@@ -91,7 +96,7 @@ def make_plan(request: Request) -> Plan:
 
 
 def smallest_budgets(blocks: Sequence[BlockShape], *, on_device: bool) -> Budgets:
-    """The least bytes with which any plan works: one slot of the largest block, one buffer where one is needed."""
+    """The least bytes with which any plan works: a slot for the largest block, a buffer if needed."""
     slot = max(b.slot_bytes for b in blocks)
     buffer = max((b.file_bytes for b in blocks if b.is_staged or on_device), default=0)
     if on_device:
@@ -100,7 +105,7 @@ def smallest_budgets(blocks: Sequence[BlockShape], *, on_device: bool) -> Budget
 
 
 def size_classes(blocks: Sequence[BlockShape]) -> list[list[int]]:
-    """Blocks grouped so that all of a class are within SAME_CLASS of its largest; classes by falling size."""
+    """Blocks in classes, all within SAME_CLASS of the class's largest; classes by falling size."""
     classes: list[list[int]] = []
     for i in sorted(range(len(blocks)), key=lambda i: -blocks[i].slot_bytes):
         if classes and blocks[i].slot_bytes >= SAME_CLASS * blocks[classes[-1][0]].slot_bytes:
@@ -110,178 +115,188 @@ def size_classes(blocks: Sequence[BlockShape]) -> list[list[int]]:
     return classes
 
 
+# ------------------------------------------------------------------ slots, buffers, residents
+
+
 def _layout(request: Request) -> Layout:
-    """Chooses slots, buffers and residents: the richest of a few candidates that fits."""
-    blocks, budgets = request.blocks, request.budgets
-    least = smallest_budgets(blocks, on_device=request.on_device)
+    """Chooses slots, buffers and residents: the first of a few candidates that fits.
+
+    Fills that run ahead are worth most, so slots that all blocks share come before classes whose
+    blocks have one slot each, where every fill would wait for the visit before it to end.
+    """
+    least = smallest_budgets(request.blocks, on_device=request.on_device)
+    budgets = request.budgets
     if budgets.ram_bytes < least.ram_bytes or budgets.device_bytes < least.device_bytes:
         raise PlanError(_too_small(request, least))
-    classes = size_classes(blocks)
-    for prefetch in range(request.prefetch, -1, -1):
-        layout = _fit(request, classes, prefetch)
+    classes = size_classes(request.blocks)
+    shared = [[i for members in classes for i in members]]  # largest first
+    depths = range(max(request.prefetch, 0), 0, -1)
+    candidates = [*[(classes, d) for d in depths], *[(shared, d) for d in depths], (classes, 0)]
+    for groups, prefetch in candidates:
+        layout = _fit(request, groups, prefetch)
         if layout is not None:
             return layout
-    single = _fit(request, [[i for members in classes for i in members]], 0)  # largest first
+    single = _fit(request, shared, 0)
     assert single is not None  # smallest_budgets is what this layout takes
     return single
 
 
 def _too_small(request: Request, least: Budgets) -> str:
     largest = max(request.blocks, key=lambda b: b.slot_bytes)
-    lines = [f"the budget holds no block: {largest.name} alone needs {format_size(largest.slot_bytes)}"]
-    if request.budgets.ram_bytes < least.ram_bytes:
-        lines.append(
-            f"offload.ram is {format_size(request.budgets.ram_bytes)}; the smallest that works is "
-            f"{_round_up(least.ram_bytes)}"
-        )
-    if request.budgets.device_bytes < least.device_bytes:
-        lines.append(
-            f"offload.vram is {format_size(request.budgets.device_bytes)}; the smallest that works is "
-            f"{_round_up(least.device_bytes)}"
-        )
+    size = format_size(largest.slot_bytes)
+    lines = [f"the budget holds no block: {largest.name} alone needs {size}"]
+    for key, given, needed in (
+        ("offload.ram", request.budgets.ram_bytes, least.ram_bytes),
+        ("offload.vram", request.budgets.device_bytes, least.device_bytes),
+    ):
+        if given < needed:
+            smallest = f"{-(-needed // 10**6)}MB"  # may be typed in as it is; never too small
+            lines.append(f"{key} is {format_size(given)}; the smallest that works is {smallest}")
     return "\n".join(lines)
 
 
-def _round_up(num_bytes: int) -> str:
-    """A size that may be typed in as it is: whole megabytes, never less than what is needed."""
-    return f"{-(-num_bytes // 10**6)}MB"
-
-
-def _fit(request: Request, classes: list[list[int]], prefetch: int) -> Layout | None:
+def _fit(request: Request, classes: Classes, prefetch: int) -> Layout | None:
     """The layout with this prefetch depth, or None where it is over budget."""
-    blocks = request.blocks
-    num_slots = [min(len(c), 1 + prefetch) for c in classes]
+    blocks, budgets = request.blocks, request.budgets
+    num_slots = [min(len(members), 1 + prefetch) for members in classes]
     buffers = _buffers(request, prefetch)
-    slot_budget = request.budgets.device_bytes if request.on_device else request.budgets.ram_bytes - sum(buffers)
-    spent = sum(n * blocks[c[0]].slot_bytes for n, c in zip(num_slots, classes, strict=True))
-    if spent > slot_budget or sum(buffers) > request.budgets.ram_bytes:
+    ram_left = budgets.ram_bytes - sum(buffers)
+    slot_budget = budgets.device_bytes if request.on_device else ram_left
+    pairs = list(zip(num_slots, classes, strict=True))
+    left = slot_budget - sum(n * blocks[members[0]].slot_bytes for n, members in pairs)
+    if left < 0 or ram_left < 0:
         return None
-    residents = _residents(blocks, classes, num_slots, slot_budget - spent)
-    cached = _cached(request, residents, request.budgets.ram_bytes - sum(buffers)) if request.on_device else set()
-    return _place(request, classes, num_slots, buffers=buffers, residents=residents, cached=cached)
+    residents: set[int] = set()
+    for n, members in pairs:
+        chosen = _residents(blocks, members, n, left)
+        residents |= chosen
+        left -= sum(blocks[i].slot_bytes for i in chosen)
+        if len(chosen) == len(members):  # nobody is left to share slots
+            left += n * blocks[members[0]].slot_bytes
+    cached = _cached(blocks, residents, ram_left) if request.on_device else frozenset[int]()
+    slots, allowed = _number_slots(blocks, pairs, residents)
+    home = Tier.DEVICE if request.on_device else Tier.RAM
+    tiers = [
+        home if i in residents else Tier.RAM if i in cached else Tier.NVME
+        for i in range(len(blocks))
+    ]
+    return Layout(slots=slots, allowed=allowed, buffers=buffers, tiers=tuple(tiers))
 
 
 def _buffers(request: Request, prefetch: int) -> tuple[int, ...]:
-    """Buffers between file and slot: as many as may be in flight, each of the largest block that passes them."""
+    """Buffers between file and slot: as many as fills run ahead, each for the largest block."""
     sizes = [b.file_bytes for b in request.blocks if b.is_staged or request.on_device]
     return (max(sizes),) * max(1, min(prefetch, len(sizes))) if sizes else ()
 
 
 def _residents(
-    blocks: Sequence[BlockShape], classes: list[list[int]], num_slots: list[int], left: int
+    blocks: Sequence[BlockShape], members: Sequence[int], num_slots: int, left: int
 ) -> set[int]:
-    """Blocks that stay for good: whole classes that their slots hold anyway, then as many as fit, spread evenly."""
-    residents: set[int] = set()
-    for members, n in zip(classes, num_slots, strict=True):
-        if n >= len(members):
-            residents.update(members)
-            continue
-        size = blocks[members[0]].slot_bytes
-        fit = min(left // size, len(members)) if size else len(members)
-        if fit >= len(members) - n:  # the slots that the last few would share can hold them for good
-            residents.update(members)
-            left -= max(0, len(members) - n) * size
-        elif fit:
-            members_by_order = sorted(members)
-            residents.update(members_by_order[(2 * k + 1) * len(members) // (2 * fit)] for k in range(fit))
-            left -= fit * size
-    return residents
+    """Those of a class that stay for good: all, if its slots and what is left hold them; else as
+    many as what is left holds beside the shared slots, spread evenly."""
+    num, size = len(members), blocks[members[0]].slot_bytes
+    fit = min(left // size, num) if size else num
+    if fit >= num - num_slots:
+        return set(members)
+    in_order = sorted(members)
+    return {in_order[(2 * k + 1) * num // (2 * fit)] for k in range(fit)}
 
 
-def _cached(request: Request, residents: set[int], left: int) -> set[int]:
-    """With a device: blocks whose file bytes stay in RAM, spread evenly over those that are not on the device."""
-    streamed = [i for i in range(len(request.blocks)) if i not in residents]
-    total = sum(request.blocks[i].file_bytes for i in streamed)
-    if total <= left:
-        return set(streamed)
+def _cached(blocks: Sequence[BlockShape], residents: AbstractSet[int], left: int) -> frozenset[int]:
+    """With a device: blocks whose file bytes stay in RAM, spread evenly over the streamed ones."""
+    streamed = [i for i in range(len(blocks)) if i not in residents]
+    share = left / max(sum(blocks[i].file_bytes for i in streamed), 1)
     cached: set[int] = set()
-    share, due = left / max(total, 1), 0.0
+    due = 0.0
     for i in streamed:
         due += share
-        size = request.blocks[i].file_bytes
-        if due >= 1.0 and size <= left:
+        if due >= 1.0 and blocks[i].file_bytes <= left:
             cached.add(i)
             due -= 1.0
-            left -= size
-    return cached
+            left -= blocks[i].file_bytes
+    for i in streamed:  # what rounding and large blocks left over
+        if i not in cached and blocks[i].file_bytes <= left:
+            cached.add(i)
+            left -= blocks[i].file_bytes
+    return frozenset(cached)
 
 
-def _place(  # noqa: PLR0913 - one call, from _fit, with what _fit decided
-    request: Request,
-    classes: list[list[int]],
-    num_slots: list[int],
-    *,
-    buffers: tuple[int, ...],
-    residents: set[int],
-    cached: set[int],
-) -> Layout:
-    """Numbers the slots: shared ones of each class first, then one for each resident."""
-    blocks = request.blocks
+def _number_slots(
+    blocks: Sequence[BlockShape],
+    classes: Sequence[tuple[int, Sequence[int]]],
+    residents: AbstractSet[int],
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Bytes of all slots, and which of them each block may use: a resident its own, the others of
+    its class the shared ones. classes: (number of shared slots, members)."""
     slots: list[int] = []
     allowed: dict[int, tuple[int, ...]] = {}
-    for members, n in zip(classes, num_slots, strict=True):
+    for num_shared, members in classes:
         streamed = [i for i in members if i not in residents]
         if streamed:
-            shared = tuple(range(len(slots), len(slots) + n))
-            slots += [blocks[members[0]].slot_bytes] * n
+            shared = tuple(range(len(slots), len(slots) + num_shared))
+            slots += [blocks[members[0]].slot_bytes] * num_shared
             allowed.update(dict.fromkeys(streamed, shared))
         for i in members:
             if i in residents:
                 allowed[i] = (len(slots),)
                 slots.append(blocks[i].slot_bytes)
-    home = Tier.DEVICE if request.on_device else Tier.RAM
-    tiers = tuple(
-        home if i in residents else Tier.RAM if i in cached else Tier.NVME for i in range(len(blocks))
-    )
-    return Layout(
-        slots=tuple(slots),
-        classes=tuple(allowed[i] for i in range(len(blocks))),
-        buffers=buffers,
-        tiers=tiers,
-    )
+    return tuple(slots), tuple(allowed[i] for i in range(len(blocks)))
+
+
+# ------------------------------------------------------------------ visits
 
 
 def _step(request: Request, layout: Layout, order: Order) -> StepPlan:
-    assigned = assign_slots(order, layout.classes)
-    num_buffers, filled = len(layout.buffers), 0
+    num_buffered = 0
     visits: list[Visit] = []
+    assigned = assign_slots(order, layout.allowed)
     for (block, direction), (slot, is_filled_for) in zip(order, assigned, strict=True):
-        is_staged = request.on_device or request.blocks[block].is_staged
-        needs_buffer = is_filled_for and is_staged and not (request.on_device and layout.tiers[block] is Tier.RAM)
+        buffer = None
+        if is_filled_for and passes_buffer(
+            request.blocks[block], layout.tiers[block], on_device=request.on_device
+        ):
+            buffer = num_buffered % len(layout.buffers)
+            num_buffered += 1
         visits.append(
             Visit(
                 block=block,
                 direction=direction,
                 slot=slot,
                 is_filled_for=is_filled_for,
-                buffer=filled % num_buffers if needs_buffer else None,
+                buffer=buffer,
             )
         )
-        filled += needs_buffer
-    ops = make_ops(visits, request.blocks, tiers=layout.tiers, on_device=request.on_device)
+    ops = make_ops(visits, request.blocks, on_device=request.on_device)
     return StepPlan(visits=tuple(visits), ops=ops)
 
 
-def assign_slots(order: Order, classes: Sequence[tuple[int, ...]]) -> list[tuple[int, bool]]:
-    """For each visit of a step that repeats: its slot, and whether the slot must be filled.
+def assign_slots(order: Order, allowed: Sequence[Sequence[int]]) -> list[tuple[int, bool]]:
+    """For each visit of a step that repeats: its slot, and whether the slot must be filled for it.
 
-    The victim is the slot used longest ago: its last visit ended first, so its refill overlaps most. (Belady's rule
-    would evict the newest block of a cyclic order, and the fill would wait for the visit that just ended.) Runs the
-    order until what the slots hold at a step's end repeats, so that the step described is the steady one.
+    The victim is the slot used longest ago: its last visit ended first, so its refill overlaps most.
+    (Belady's rule would evict the newest block of a cyclic order, and the fill would wait for the
+    visit that just ended.) Runs the order until what the slots hold at a step's end repeats. Where
+    it repeats only after several steps (an odd number of visits through two slots), a plan of one
+    step must fill again what another step left elsewhere.
     """
     held: dict[int, int] = {}
-    recency: list[int] = list(dict.fromkeys(s for slots in classes for s in slots))  # longest ago first
+    recency = list(dict.fromkeys(s for slots in allowed for s in slots))  # used longest ago first
     seen: list[tuple[dict[int, int], list[int]]] = []
-    assigned: list[tuple[int, bool]] = []
+    chosen: list[int] = []
     while (held, recency) not in seen:
         seen.append((dict(held), list(recency)))
-        assigned = []
+        chosen = []
         for block, _ in order:
-            slots = classes[block]
+            slots = allowed[block]
             present = next((s for s in slots if held.get(s) == block), None)
             slot = next(s for s in recency if s in slots) if present is None else present
-            assigned.append((slot, present is None))
+            chosen.append(slot)
             held[slot] = block
             recency.remove(slot)
             recency.append(slot)
+    last = {slot: block for slot, (block, _) in zip(chosen, order, strict=True)}
+    assigned: list[tuple[int, bool]] = []
+    for slot, (block, _) in zip(chosen, order, strict=True):
+        assigned.append((slot, last[slot] != block))
+        last[slot] = block
     return assigned

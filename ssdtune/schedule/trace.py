@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from ssdtune.schedule.plan import Direction, Kind, Lane
 
-UNPLANNED = -1  # op_id of work that a steady step does not have: a first filling, a block fetched on demand
+UNPLANNED = (
+    -1
+)  # op_id of work that a steady step does not have: a first filling, a block fetched on demand
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,9 @@ class TraceOp:
     end_s: float
     num_bytes: int = 0
     wait_s: float = 0.0
-    is_miss: bool = False  # fetched on demand: the visit came in an order that the plan does not have
+    is_miss: bool = (
+        False  # fetched on demand: the visit came in an order that the plan does not have
+    )
 
 
 def steps(ops: Iterable[TraceOp]) -> dict[int, list[TraceOp]]:

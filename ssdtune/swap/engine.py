@@ -1,34 +1,64 @@
-"""The engine: carries out a plan. It knows blocks by number, slots and files; nothing of modules or methods.
+"""The engine: carries out a plan. It knows blocks by number, slots and files; nothing of modules or
+methods.
 
-One thread walks the plan's visits ahead of compute and fills slots as they fall free; `enter` is where compute waits
-for a block. Right whatever the caller does: a visit that the plan does not expect finds its block in a slot or has it
-fetched on demand (a *miss* in the trace), and the walk goes on from there.
+One thread walks the plan's visits ahead of compute and fills slots as they fall free; `enter` is
+where compute waits for a block. Right whatever the caller does: a visit that the plan does not
+expect finds its block in a slot or has it fetched on demand (a *miss* in the trace), and the walk
+goes on from there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from collections import deque
 from collections.abc import Sequence
 from time import perf_counter
 
 import torch
 
-from ssdtune.schedule.plan import Direction, Kind, Lane, Plan, StepPlan, Tier, Visit
+from ssdtune.errors import SSDTuneError
+from ssdtune.schedule.plan import Direction, Kind, Lane, Plan, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
+from ssdtune.schedule.walk import Walk
 from ssdtune.swap.fills import Fill, Lanes, SwapError
 from ssdtune.swap.readers import ReaderPool
-from ssdtune.swap.recipe import BlockRecipe
+from ssdtune.swap.recipe import BlockRecipe, alone
 from ssdtune.swap.slots import Slots
 from ssdtune.swap.storage import aligned_bytes
+
+TRACED_STEPS = 16  # of any kind: their ops are kept, older ones dropped when a step begins
+CLOSING_S = 10.0  # how long `close` waits for each thread
+
+
+@dataclasses.dataclass(slots=True)
+class _Visiting:
+    """The visit under way.
+
+    `is_own_fill`: its fill was begun for it, not ahead of it. `wait_s`: how long it waited for its
+    weights; None: it still does.
+    """
+
+    block: int
+    direction: Direction
+    fill: Fill
+    op_id: int
+    is_own_fill: bool
+    start_s: float
+    wait_s: float | None = None
+    # Streams that read the slot, each after it has waited for the copy into it.
+    streams: dict[torch.cuda.Stream, None] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
     """Streams blocks into slots as `plan` says.
 
+    `trace`: the ops of the last TRACED_STEPS steps, as they ended; other parts of a run may append.
+
     Args:
         plan: validated; its blocks are `recipes`, one for one.
         recipes: how each block is read and laid out.
-        pool: reads extents of files into memory.
+        pool: reads extents of files into memory; the engine's own from now on.
         device: where slots live.
         timeout_s: the longest wait for any block before an error names it.
     """
@@ -45,22 +75,27 @@ class Engine:
         self.plan, self.recipes, self.pool, self.timeout_s = plan, tuple(recipes), pool, timeout_s
         self.trace: list[TraceOp] = []
         self.slots = Slots(plan, self.recipes, device)
+        self._changed = threading.Condition()  # guards what follows, up to `_is_closing`
+        self._homes = _homes(plan)
+        self._held: dict[int, Fill] = {}  # slot -> the fill that brought, or brings, what it holds
+        self._demands: deque[Fill] = deque()  # claimed by `enter`, to be started before all others
+        self._walk = Walk(next(iter(plan.sequences.values())))
+        self._step = 0
+        self._visiting: _Visiting | None = None
+        self._is_closing = False
         cached = {
             i: aligned_bytes(recipe.file_bytes, pin=True)
             for i, (recipe, tier) in enumerate(zip(self.recipes, plan.tiers, strict=True))
             if plan.on_device and tier is Tier.RAM
         }
-        self._lanes = Lanes(self.slots, pool, self.trace.append, cached=cached, timeout_s=timeout_s)
-        self._homes = _homes(plan)
-        self._held: dict[int, Fill] = {}  # slot -> the fill that brought, or brings, what it holds
-        self._walk = _Walk(next(iter(plan.sequences.values())))
-        self._step = 0
-        self._current: tuple[int, Direction, int] | None = (
-            None  # block, direction, slot of the visit under way
+        self._lanes = Lanes(
+            self.slots,
+            pool,
+            self._record,
+            on_issued=self._notify,
+            cached=cached,
+            timeout_s=timeout_s,
         )
-        self._entered = (0, 0.0, 0.0)  # op id, start, wait of the visit under way
-        self._changed = threading.Condition()
-        self._is_closing = False
         self._thread = threading.Thread(target=self._fill_ahead, name="ssdtune-walk", daemon=True)
         self._thread.start()
 
@@ -70,40 +105,50 @@ class Engine:
         return self._step
 
     def begin_step(self, kind: str) -> None:
-        """A step of this kind begins: its visits are filled ahead, from the first."""
+        """A step of this kind begins: its visits are filled ahead, from the first.
+
+        What the last step left out is forgotten, failures too: what failed is read anew.
+        """
         with self._changed:
             self._leave()
             self._step += 1
             steps = self.plan.sequences[kind]
-            if self._walk.steps is not steps:
-                self._walk = _Walk(steps)
-            else:
+            if self._walk.steps is steps:
                 self._walk.begin_next()
+            else:
+                self._walk = Walk(steps)
+            failed = [slot for slot, fill in self._held.items() if fill.has_failed()]
+            for slot in failed:
+                del self._held[slot]
+            if failed:
+                self._walk.look_again()
+            self._trim_trace()
             self._changed.notify_all()
 
     def enter(self, block: int, direction: Direction) -> int:
-        """Makes a block present for its visit and returns its slot, which stays until the next `enter`.
+        """Makes a block present for its visit; returns its slot, which stays until the next visit.
 
-        Any thread may call (backward runs in autograd's own where there is a device). Raises SwapError.
+        Any thread may call, one at a time (backward runs in autograd's own where there is a device),
+        and again during the visit. On a device, the caller's current stream waits for the weights.
+        Raises SwapError; the visit may then be tried again.
         """
-        current = self._current
-        if current is not None and current[:2] == (block, direction):
-            return current[2]
         start = perf_counter()
-        with self._changed:
-            self._leave()
-            fill, op_id, is_new = self._find(block, direction)
-            self._current = (block, direction, fill.slot)
-            self._changed.notify_all()
-        if is_new:
-            self._lanes.start(fill)
-        try:
-            fill.wait(self.timeout_s)
-        except SwapError:
-            self._forget(fill)
-            raise
-        self._entered = (op_id, start, perf_counter() - start)
-        return fill.slot
+        while True:
+            visiting = self._visit(block, direction, start)
+            left = start + self.timeout_s - perf_counter()
+            try:
+                visiting.fill.wait(left)
+                break
+            except SwapError:
+                self._give_up(visiting)
+                # A fill begun before anybody waited for it may have failed of what is over by now.
+                if visiting.is_own_fill or perf_counter() > start + self.timeout_s / 2:
+                    raise
+        if visiting.wait_s is None:
+            visiting.wait_s = perf_counter() - start
+        if self.slots.device.type == "cuda":
+            self._wait_on_stream(visiting)
+        return visiting.fill.slot
 
     def leave(self) -> None:
         """The visit under way is over: its slot may be refilled."""
@@ -112,133 +157,184 @@ class Engine:
             self._changed.notify_all()
 
     def read(self, block: int, index: int) -> torch.Tensor:
-        """A fresh tensor with the block's tensor number `index`, outside any visit; from a slot where it is held."""
-        with self._changed:
-            held = next(
-                (f for f in self._held.values() if f.block == block and f.is_issued()), None
-            )
-            if held is not None and held.event is None:
-                return self.slots.tensors(block, held.slot)[index].clone()
+        """A fresh tensor with the block's tensor number `index`, outside any visit; from a slot that
+        holds it, else from the file. Raises SwapError."""
+        with self._changed, torch.inference_mode(False), torch.no_grad():
+            for fill in self._held.values():
+                # A device's slot may be in use by streams that know nothing of this read.
+                if fill.block == block and fill.is_present() and fill.event is None:
+                    return self.slots.tensors(block, fill.slot)[index].clone()
         return self._read_from_file(block, index)
 
     def follow(self, plan: Plan) -> None:
         """From the next step on, another plan over the same slots: another order of visits."""
-        assert (plan.slots, plan.buffers, plan.tiers) == (self.plan.slots, self.plan.buffers, self.plan.tiers)
+        mine = self.plan
+        assert (plan.slots, plan.buffers, plan.tiers) == (mine.slots, mine.buffers, mine.tiers)
         with self._changed:
             self._leave()
             self.plan = plan
             self._homes = _homes(plan)
-            self._walk = _Walk(next(iter(plan.sequences.values())))
+            self._walk = Walk(next(iter(plan.sequences.values())))
             self._changed.notify_all()
 
     def close(self) -> None:
         """Stops the threads and closes the files. The engine is of no use afterwards."""
         with self._changed:
+            if self._is_closing:
+                return
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join(timeout=self.timeout_s)
-        self._lanes.close()
-        self.pool.close()
+        self._lanes.stop()
+        self.pool.close(CLOSING_S)  # fails what is not read yet, so that nobody waits for it
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSING_S)
+        self._lanes.close(CLOSING_S)
+        for fill in [*self._held.values(), *self._demands]:
+            fill.issue(SwapError("the engine was closed"))
 
-    # ---- the visit under way -------------------------------------------------------------------------------------
+    # ---- the visit under way -----------------------------------------------------------------
 
-    def _leave(self) -> None:
-        """Ends the visit under way and records it; the caller holds the lock."""
-        if self._current is None:
-            return
-        block, direction, slot = self._current
-        op_id, start, wait = self._entered
-        if self.slots.device.type == "cuda":
-            self._lanes.last_read[slot] = torch.cuda.current_stream().record_event()
-        self.trace.append(
-            TraceOp(
-                op_id=op_id,
-                kind=Kind.COMPUTE,
-                lane=Lane.COMPUTE,
-                block=self.recipes[block].name,
-                direction=direction,
-                step=self._step,
-                start_s=start,
-                end_s=perf_counter(),
-                wait_s=wait,
-            )
-        )
-        self._walk.leave()
-        self._current = None
+    def _visit(self, block: int, direction: Direction, start: float) -> _Visiting:
+        """The visit under way if it is this one, else a new one; takes the lock itself."""
+        with self._changed:
+            if self._is_closing:
+                raise SwapError(f"cannot bring {self.recipes[block].name}: the engine is closed")
+            visiting = self._visiting
+            if visiting is None or (visiting.block, visiting.direction) != (block, direction):
+                self._leave()
+                visiting = self._visiting = self._arrive(block, direction, start)
+                self._changed.notify_all()
+            return visiting
 
-    def _find(self, block: int, direction: Direction) -> tuple[Fill, int, bool]:
-        """The fill that holds the block for this visit, the visit's op id, and whether the fill is still to start."""
+    # From here on, methods are called with the lock held unless they say otherwise.
+
+    def _arrive(self, block: int, direction: Direction, start: float) -> _Visiting:
+        """The visit that begins, with the fill that holds its block, or will."""
         position = self._walk.find(block, direction)
         if position is None:
-            held = next((f for f in self._held.values() if f.block == block), None)
-            if held is not None:
-                return held, UNPLANNED, False
-            return self._on_demand(block, direction, slot=self._homes[block][0], is_miss=True), UNPLANNED, True
+            present = (f for f in self._held.values() if f.block == block and not f.has_failed())
+            found = next(present, None)
+            fill = found or self._demand(block, direction, self._home(block))
+            return _Visiting(block, direction, fill, UNPLANNED, found is None, start)
         is_in_order = position == self._walk.done
         self._walk.enter(position)
-        op_id = self._walk.compute_op_id(position)
-        held = self._held.get(self._walk.visit(position).slot)
-        if held is not None and held.block == block:
-            return held, op_id, False
-        # In order and not yet claimed: compute was faster than the walk, which is no miss.
-        is_miss = not is_in_order or self._walk.ahead > position
-        slot = self._walk.visit(position).slot
-        fill = self._on_demand(block, direction, slot=slot, is_miss=is_miss)
-        if not is_miss:
-            fill.op_id = self._walk.fill_op_id(position)
-            self._walk.filled(position)
-        return fill, op_id, True
+        op_id, slot = self._walk.compute_op_id(position), self._walk.visit(position).slot
+        found = self._held.get(slot)
+        if found is not None and found.block == block:
+            return _Visiting(block, direction, found, op_id, False, start)
+        fill = self._demand(block, direction, slot)
+        if is_in_order:  # compute was faster than the walk: no miss, but the plan's own fill
+            fill.op_id, fill.is_miss = self._walk.fill_op_id(position), False
+        self._walk.filled(position)
+        return _Visiting(block, direction, fill, op_id, True, start)
 
-    def _on_demand(self, block: int, direction: Direction, *, slot: int, is_miss: bool) -> Fill:
-        """A new fill of the slot, now. The caller holds the lock."""
-        in_flight = self._held.get(slot)
-        if in_flight is not None:
-            in_flight.settle(self.timeout_s)
+    def _home(self, block: int) -> int:
+        """Where to put a block that the plan does not expect now: best not where a fill is under way."""
+        homes = self._homes[block]
+        idle = (s for s in homes if s not in self._held or self._held[s].is_issued())
+        return next(idle, homes[0])
+
+    def _demand(self, block: int, direction: Direction, slot: int) -> Fill:
+        """A new fill of the slot, started before any other. What the slot was to hold is lost."""
         fill = self._claim(block, slot, op_id=UNPLANNED, direction=direction, step=self._step)
-        fill.is_miss = is_miss
+        fill.is_miss = True
+        self._demands.append(fill)
+        self._walk.look_again()
         return fill
 
     def _claim(self, block: int, slot: int, *, op_id: int, direction: Direction, step: int) -> Fill:
-        """The slot is promised to the block; the caller starts the fill after it let go of the lock, since starting
-        may wait for a buffer."""
-        fill = Fill(
-            block=block,
-            name=self.recipes[block].name,
-            slot=slot,
-            op_id=op_id,
-            step=step,
-            direction=direction,
-        )
+        """The slot is promised to the block. The walk's thread starts the fill without the lock,
+        since starting may wait for a buffer."""
+        name = self.recipes[block].name
+        fill = Fill(block=block, name=name, slot=slot, op_id=op_id, step=step, direction=direction)
+        previous = self._held.get(slot)
+        if previous is not None and not previous.is_issued():
+            fill.behind = previous
+            fill.stage = f"waiting for {previous.name}, which is on its way into the same slot"
         self._held[slot] = fill
         return fill
 
-    def _forget(self, fill: Fill) -> None:
-        with self._changed:
-            if self._held.get(fill.slot) is fill:
-                del self._held[fill.slot]
-            self._current = None
+    def _leave(self) -> None:
+        """Ends the visit under way and records it."""
+        visiting, self._visiting = self._visiting, None
+        if visiting is None:
+            return
+        if visiting.wait_s is None:  # interrupted while it waited
+            self._walk.give_up()
+            return
+        slot = visiting.fill.slot
+        for stream in visiting.streams:  # last readers of the slot -> its refill
+            event = torch.cuda.Event()
+            event.record(stream)
+            self._lanes.last_reads.setdefault(slot, {})[stream] = event
+        self._walk.leave()
+        self._record(
+            TraceOp(
+                op_id=visiting.op_id,
+                kind=Kind.COMPUTE,
+                lane=Lane.COMPUTE,
+                block=self.recipes[visiting.block].name,
+                direction=visiting.direction,
+                step=self._step,
+                start_s=visiting.start_s,
+                end_s=perf_counter(),
+                wait_s=visiting.wait_s,
+            )
+        )
 
-    # ---- the walk ahead ------------------------------------------------------------------------------------------
+    def _give_up(self, visiting: _Visiting) -> None:
+        """The visit could not take place. A fill that has failed is forgotten; one that is still
+        under way keeps its slot, which it may write into at any time. Takes the lock itself."""
+        fill = visiting.fill
+        with self._changed:
+            if self._visiting is visiting:
+                self._visiting = None
+                self._walk.give_up()
+            if fill.has_failed() and self._held.get(fill.slot) is fill:
+                del self._held[fill.slot]
+            self._changed.notify_all()
+
+    def _wait_on_stream(self, visiting: _Visiting) -> None:
+        """The caller's stream waits for the copy into the slot; without the lock."""
+        stream = torch.cuda.current_stream(self.slots.device)
+        if stream not in visiting.streams:
+            if visiting.fill.event is not None:
+                stream.wait_event(visiting.fill.event)  # copy -> readers of the slot
+            visiting.streams[stream] = None
+
+    # ---- the walk ahead ----------------------------------------------------------------------
 
     def _fill_ahead(self) -> None:
+        """Starts all fills, in one thread's order; takes the lock itself."""
         while True:
             with self._changed:
-                fill = self._claim_next()
-                while fill is None:
-                    if self._is_closing:
-                        return
+                while (fill := self._next_to_start()) is None and not self._is_closing:
                     self._changed.wait()
-                    fill = self._claim_next()
+            if fill is None:
+                return
             self._lanes.start(fill)
+            del fill
+
+    def _next_to_start(self) -> Fill | None:
+        """A fill that compute waits for, else the plan's next; None when there is nothing to do."""
+        if self._is_closing:
+            return None
+        for fill in self._demands:
+            if fill.behind is None or fill.behind.is_issued():
+                self._demands.remove(fill)
+                fill.behind = None
+                return fill
+        return self._claim_next() if not self._demands else None
 
     def _claim_next(self) -> Fill | None:
-        """The next fill whose slot's last planned reader is done; None when there is nothing to do but wait."""
+        """The next fill whose slot's last planned reader is done."""
         while (position := self._walk.next_to_fill()) is not None:
             visit = self._walk.visit(position)
             held = self._held.get(visit.slot)
             if held is None or held.block != visit.block:
-                if self._current is not None and self._current[2] == visit.slot:
-                    return None  # read right now by a visit that the plan did not expect there
+                reading = self._visiting
+                if reading is not None and reading.fill.slot == visit.slot:
+                    return None  # by a visit that the plan did not expect there
                 if held is not None and not held.is_issued():
                     return None
                 self._walk.filled(position)
@@ -247,125 +343,62 @@ class Engine:
                     visit.slot,
                     op_id=self._walk.fill_op_id(position),
                     direction=visit.direction,
-                    step=self._step + (position >= self._walk.num_visits),
+                    step=self._step + self._walk.is_in_next_step(position),
                 )
             self._walk.filled(position)
         return None
 
+    def _notify(self) -> None:
+        """A fill has ended; takes the lock itself."""
+        with self._changed:
+            self._changed.notify_all()
+
+    # ---- trace, reads outside visits: without the lock ---------------------------------------
+
+    def _record(self, op: TraceOp) -> None:
+        self.trace.append(op)
+
+    def _trim_trace(self) -> None:
+        """Drops what is older than TRACED_STEPS, in place: others hold the list, or append to it."""
+        first = self._step - TRACED_STEPS + 1
+        count = next((i for i, op in enumerate(self.trace) if op.step >= first), len(self.trace))
+        del self.trace[:count]
+
     def _read_from_file(self, block: int, index: int) -> torch.Tensor:
-        """Reads one whole block into memory of its own and returns one of its tensors."""
-        recipe = self.recipes[block]
+        """Reads what one tensor needs, into memory of its own."""
+        recipe = alone(self.recipes[block], index, self.pool.storage.alignment)
         start = perf_counter()
         memory = aligned_bytes(recipe.file_bytes)
-        self.pool.submit(recipe.extents, memory, label=recipe.name).wait(self.timeout_s)
-        view = recipe.tensors[index]
-        if not recipe.is_staged:
-            found = view.of(memory).clone()
-        else:
-            found = torch.empty(view.shape, dtype=view.dtype)
-            targets = [found if i == index else torch.empty(0) for i in range(len(recipe.tensors))]
-            for copy in recipe.copies:
-                if copy.target == index:
-                    copy.run(memory, targets)
-        self.trace.append(
+        try:
+            self.pool.submit(recipe.extents, memory, label=recipe.name).wait(self.timeout_s)
+        except SSDTuneError as error:
+            raise SwapError(f"could not read {recipe.name}: {error}") from error
+        self._record(
             TraceOp(
                 op_id=UNPLANNED,
                 kind=Kind.LOAD,
                 lane=Lane.NVME_READ,
-                block=recipe.name,
+                block=self.recipes[block].name,
                 direction=Direction.FORWARD,
                 step=self._step,
                 start_s=start,
                 end_s=perf_counter(),
                 num_bytes=recipe.file_bytes,
-                is_miss=True,
             )
         )
-        return found.to(self.slots.device)
-
-
-class _Walk:
-    """Where compute and the fills ahead of it stand in a step that repeats. Positions count on from step to step.
-
-    `done`: visits before it are over. `ahead`: visits before it have their slot filled, or on its way.
-    """
-
-    def __init__(self, steps: StepPlan) -> None:
-        self.steps = steps
-        self.num_visits = len(steps.visits)
-        self.done = 0
-        self.ahead = 0
-        self._entered: int | None = None
-        self._reuse = _reuse_distances(steps)
-        self._first_op = {op.visit: op.id for op in reversed(steps.ops)}
-        self._compute_op = {op.visit: op.id for op in steps.ops if op.kind is Kind.COMPUTE}
-
-    def visit(self, position: int) -> Visit:
-        """The visit at a position of this step or the next."""
-        return self.steps.visits[position % self.num_visits]
-
-    def compute_op_id(self, position: int) -> int:
-        """The plan's id of the visit's COMPUTE op."""
-        return self._compute_op[position % self.num_visits]
-
-    def fill_op_id(self, position: int) -> int:
-        """The plan's id of the first op that fills the visit's slot; UNPLANNED where a steady step needs none."""
-        visit = position % self.num_visits
-        return self._first_op[visit] if self.steps.visits[visit].is_filled_for else UNPLANNED
-
-    def begin_next(self) -> None:
-        """A new step: what the last one left out is over, what was filled ahead for this one stays."""
-        self.ahead = max(0, self.ahead - self.num_visits)
-        self.done = 0
-        self._entered = None
-
-    def find(self, block: int, direction: Direction) -> int | None:
-        """The first visit of this step, not yet done, to that block in that direction."""
-        for position in range(self.done, self.num_visits):
-            visit = self.steps.visits[position]
-            if visit.block == block and visit.direction is direction:
-                return position
-        return None
-
-    def enter(self, position: int) -> None:
-        """Compute is at `position`: what lies before it is over, even if it never came."""
-        self.done = position
-        self.ahead = max(self.ahead, position)
-        self._entered = position
-
-    def leave(self) -> None:
-        """The visit that was entered is over."""
-        if self._entered is not None:
-            self.done = self._entered + 1
-            self._entered = None
-
-    def next_to_fill(self) -> int | None:
-        """The next position to fill whose slot's last planned reader is done; None if there is none now."""
-        position = self.ahead
-        if (
-            position >= 2 * self.num_visits
-            or position - self._reuse[position % self.num_visits] >= self.done
-        ):
-            return None
-        return position
-
-    def filled(self, position: int) -> None:
-        """The slot of `position` holds its block, or will."""
-        self.ahead = position + 1
-
-
-def _reuse_distances(steps: StepPlan) -> list[int]:
-    """For each visit: how many positions back its slot was read last, in a step that repeats."""
-    num = len(steps.visits)
-    distances = []
-    for v, visit in enumerate(steps.visits):
-        back = next(d for d in range(1, num + 1) if steps.visits[(v - d) % num].slot == visit.slot)
-        distances.append(back)
-    return distances
+        with torch.inference_mode(False), torch.no_grad():
+            view = recipe.tensors[0]
+            if recipe.is_staged:
+                found = torch.empty(view.shape, dtype=view.dtype)
+                for copy in recipe.copies:
+                    copy.run(memory, [found])
+            else:
+                found = view.of(memory).clone()
+            return found.to(self.slots.device)
 
 
 def _homes(plan: Plan) -> list[tuple[int, ...]]:
-    """The slots that each block may use when it is fetched on demand: those of its visits, else any that fits."""
+    """The slots of each block's visits, else all that fit: where it goes when fetched on demand."""
     homes: list[dict[int, None]] = [{} for _ in plan.blocks]
     for steps in plan.sequences.values():
         for visit in steps.visits:

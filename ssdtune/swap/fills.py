@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,10 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.readers import ReaderPool, Ticket
-from ssdtune.swap.slots import Slots
+from ssdtune.swap.slots import Buffer, Slots
+from ssdtune.swap.storage import StorageError, StorageTimeout
+
+LANES = {Kind.LOAD: Lane.NVME_READ, Kind.UNPACK: Lane.CPU, Kind.UPLOAD: Lane.H2D}
 
 
 class SwapError(SSDTuneError):
@@ -21,7 +25,15 @@ class SwapError(SSDTuneError):
 
 
 class Fill:
-    """One block on its way into one slot, for one visit. `op_id`: the plan's id of its first op, or UNPLANNED."""
+    """One block on its way into one slot, for one visit.
+
+    Attributes:
+        op_id: the plan's id of its first op, or UNPLANNED.
+        is_miss: fetched on demand, out of the plan's order.
+        behind: an earlier fill of the same slot, which must have ended before this one starts.
+        stage: what it is waiting for, for messages.
+        event: recorded after the copy was issued: copy -> readers of the slot. None without a device.
+    """
 
     def __init__(
         self, *, block: int, name: str, slot: int, op_id: int, step: int, direction: Direction
@@ -29,181 +41,214 @@ class Fill:
         self.block, self.name, self.slot = block, name, slot
         self.op_id, self.step, self.direction = op_id, step, direction
         self.is_miss = False
-        self.event: torch.cuda.Event | None = (
-            None  # recorded after the copy was issued: copy -> readers of the slot
-        )
+        self.behind: Fill | None = None
+        self.stage = "not started"
+        self.event: torch.cuda.Event | None = None
         self._error: BaseException | None = None
         self._issued = threading.Event()
 
     def issue(self, error: BaseException | None = None) -> None:
         """The slot's bytes are there, or their copy is queued before `event`; or it failed."""
-        self._error = error
-        self._issued.set()
+        if not self._issued.is_set():
+            self._error = error
+            self._issued.set()
 
     def is_issued(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether it has ended, failed or not: `wait` would not wait."""
         return self._issued.is_set()
 
-    def settle(self, timeout_s: float) -> None:
-        """Waits until nothing more is written into the slot by the host's doing, failed or not."""
-        if not self._issued.wait(timeout_s):
-            raise SwapError(
-                f"waited {timeout_s:.0f} s for {self.name}, on its way into slot {self.slot}"
-            )
+    def has_failed(self) -> bool:
+        """Whether it has ended and the slot does not hold the block."""
+        return self._issued.is_set() and self._error is not None
+
+    def is_present(self) -> bool:
+        """Whether it has ended and the slot holds the block."""
+        return self._issued.is_set() and self._error is None
 
     def wait(self, timeout_s: float) -> None:
-        """Waits until the slot holds the block. Raises SwapError that names the block, its cause chained.
+        """Waits until the slot holds the block, or its copy is queued on the device.
 
-        On a device the host waits until the copy is issued, then the current stream waits for the copy: an event
-        that is waited for before it is recorded would be no wait at all.
+        Raises SwapError that names the block, its cause chained. On a device the reader's stream must
+        then wait for `event`: an event waited for before it is recorded would be no wait at all, so
+        the host waits first until the copy is issued.
         """
         if not self._issued.wait(timeout_s):
             raise SwapError(
-                f"waited {timeout_s:.0f} s for the weights of {self.name} to arrive in slot {self.slot}"
+                f"waited {timeout_s:.3g} s for the weights of {self.name} to arrive in slot "
+                f"{self.slot}: {self.stage}.\nThe drive does not answer or is slower than planned: "
+                "see `ssdtune doctor`."
             )
         if self._error is not None:
-            raise SwapError(
-                f"could not load the weights of {self.name}: {self._error}"
-            ) from self._error
-        if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
+            what = f"could not load the weights of {self.name}: {self._error}"
+            raise SwapError(what) from self._error
 
 
-class _Buffer:
-    """A staging buffer: free to be filled again once its last copy has ended."""
+class _Item(NamedTuple):
+    """A fill under way. `ticket`: None where its bytes are in RAM. `memory`: where they are read to."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.is_free = threading.Event()
-        self.is_free.set()
-        self.copied: torch.cuda.Event | None = None  # copy out of the buffer -> next read into it
-
-    def take(self, timeout_s: float) -> None:
-        """Waits in the caller's (worker) thread; the compute thread never comes here on the planned path."""
-        if not self.is_free.wait(timeout_s):
-            raise SwapError(f"waited {timeout_s:.0f} s for a staging buffer")
-        self.is_free.clear()
-        if self.copied is not None:
-            self.copied.synchronize()
+    fill: Fill
+    ticket: Ticket | None
+    buffer: Buffer | None
+    memory: torch.Tensor
 
 
 class Lanes:
-    """Carries fills: reads by the pool, then, for staged blocks, the copy into the slot by a thread of its own."""
+    """Carries fills: reads by the pool, then, for staged blocks, the copy into the slot by a thread
+    of its own. `start` is for one thread only, so that reads are in the order of fills.
+
+    Args:
+        slots: where to.
+        pool: reads.
+        record: takes a TraceOp of each op that ended.
+        on_issued: told when a fill has ended.
+        cached: block -> memory that keeps its file bytes for good.
+        timeout_s: the longest wait for a read, or for a buffer.
+    """
 
     def __init__(
         self,
         slots: Slots,
         pool: ReaderPool,
-        trace: Callable[[TraceOp], None],
+        record: Callable[[TraceOp], None],
         *,
+        on_issued: Callable[[], None],
         cached: Mapping[int, torch.Tensor],
         timeout_s: float,
     ) -> None:
-        self.slots, self.pool, self.trace, self.timeout_s = slots, pool, trace, timeout_s
-        self.last_read: dict[
-            int, torch.cuda.Event
-        ] = {}  # slot -> last reader of the slot -> refill
-        self._upload_stream = (
-            torch.cuda.Stream(slots.device) if slots.device.type == "cuda" else None
-        )
-        self._buffers = [_Buffer(memory) for memory in slots.buffers]
-        self._next_buffer = 0
-        self._order = threading.Lock()  # buffers are taken in the order in which fills start
-        self._cached = dict(cached)  # block -> memory that keeps its file bytes in RAM
+        self.slots, self.pool, self.timeout_s = slots, pool, timeout_s
+        self._record_op, self._on_issued = record, on_issued
+        # slot -> stream -> last read on it: last readers of the slot -> its refill
+        self.last_reads: dict[int, dict[torch.cuda.Stream, torch.cuda.Event]] = {}
+        self._uploads: torch.cuda.Stream | None = None
+        if slots.device.type == "cuda":
+            self._uploads = torch.cuda.Stream(slots.device)
+            # Kernels that read or wrote the slots' memory when it was another tensor's -> first fills.
+            self._uploads.wait_stream(torch.cuda.current_stream(slots.device))
+        self._cached = dict(cached)
         self._is_in_cache: set[int] = set()
-        self._todo: queue.SimpleQueue[tuple[Fill, Ticket | None, _Buffer | None] | None] = (
-            queue.SimpleQueue()
-        )
+        self._late: dict[
+            int, Ticket
+        ] = {}  # slot -> a read that timed out and may still write into it
+        self._todo: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ssdtune-fill", daemon=True)
         self._thread.start()
 
     def start(self, fill: Fill) -> None:
-        """Issues a fill's reads; may wait for a free buffer. Failures come out of the fill's `wait`."""
+        """Issues a fill's reads; may wait for a free buffer. Failures come out of its `wait`."""
         try:
-            with self._order:
-                self._start(fill)
+            self._todo.put(self._started(fill))
         except Exception as error:  # reported where the block is needed, with its name
-            fill.issue(error)
+            self._issue(fill, error)
 
-    def close(self) -> None:
-        """Ends the copying thread after the fills in flight."""
+    def stop(self) -> None:
+        """Ends the waiting for buffers: no fill starts any more."""
+        self.slots.buffers.close()
+
+    def close(self, timeout_s: float) -> None:
+        """Ends the copying thread after the fills in flight, and waits for the device's copies:
+        whoever gets the memory next knows nothing of these streams."""
         self._todo.put(None)
-        self._thread.join(timeout=self.timeout_s)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+        if self._uploads is not None:
+            self._uploads.synchronize()
+            for events in self.last_reads.values():
+                for event in events.values():
+                    event.synchronize()
 
-    def _start(self, fill: Fill) -> None:
+    def _started(self, fill: Fill) -> _Item:
         recipe = self.slots.recipes[fill.block]
-        buffer: _Buffer | None = None
-        if fill.block in self._cached:
-            memory = self._cached[fill.block]
-        elif recipe.is_staged:
-            buffer = self._buffers[self._next_buffer]
-            self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
-            buffer.take(self.timeout_s)
+        late = self._late.get(fill.slot)
+        if late is not None:
+            fill.stage = (
+                f"a read of {late.label} into the same slot, which timed out, has not ended"
+            )
+            _await_end(late, self.timeout_s)
+            del self._late[fill.slot]
+        buffer: Buffer | None = None
+        memory = self._cached.get(fill.block)
+        if memory is None and recipe.is_staged:
+            fill.stage = "waiting for a staging buffer"
+            buffer = self.slots.buffers.take(recipe.file_bytes, self.timeout_s)
             memory = buffer.memory
-        else:
+        elif memory is None:
             memory = self.slots.memory[fill.slot]
         ticket = None
-        if fill.block not in self._is_in_cache:
+        if recipe.extents and fill.block not in self._is_in_cache:
+            files = ", ".join(dict.fromkeys(extent.path.name for extent in recipe.extents))
+            fill.stage = f"being read from {files}"
             try:
                 ticket = self.pool.submit(recipe.extents, memory, label=fill.name)
             except BaseException:
                 if buffer is not None:
-                    buffer.is_free.set()
+                    self.slots.buffers.give(buffer)
                 raise
-        self._todo.put((fill, ticket, buffer))
+        return _Item(fill, ticket, buffer, memory)
 
     def _run(self) -> None:
         while (item := self._todo.get()) is not None:
-            fill, ticket, buffer = item
+            error: Exception | None = None
+            late: Ticket | None = None
             try:
-                self._finish(fill, ticket, buffer)
-                fill.issue()
-            except (
-                Exception
-            ) as error:  # a worker's failure surfaces in the caller, with the block's name
-                fill.issue(error)
-            if buffer is not None:
-                buffer.is_free.set()
+                self._finish(item)
+            except StorageTimeout as caught:
+                error, late = caught, item.ticket
+                if item.buffer is None and late is not None and item.fill.block not in self._cached:
+                    self._late[item.fill.slot] = late
+            except Exception as caught:  # surfaces in the caller, with the block's name
+                error = caught
+            if item.buffer is not None:
+                self.slots.buffers.give(item.buffer, late=late)
+            self._issue(item.fill, error)
+            del item  # an idle thread must not keep memory alive
 
-    def _finish(self, fill: Fill, ticket: Ticket | None, buffer: _Buffer | None) -> None:
-        recipe = self.slots.recipes[fill.block]
-        if ticket is not None:
-            ticket.wait(self.timeout_s)
-            self._record(fill, Kind.LOAD, (ticket.started, ticket.finished), recipe.file_bytes)
+    def _issue(self, fill: Fill, error: Exception | None = None) -> None:
+        fill.issue(error)
+        self._on_issued()
+
+    def _finish(self, item: _Item) -> None:
+        fill, recipe = item.fill, self.slots.recipes[item.fill.block]
+        if item.ticket is not None:
+            item.ticket.wait(self.timeout_s)
+            span = (item.ticket.started, item.ticket.finished)
+            self._record(fill, Kind.LOAD, span, recipe.file_bytes)
             if fill.block in self._cached:
                 self._is_in_cache.add(fill.block)
         if recipe.is_staged:
-            memory = self._cached[fill.block] if buffer is None else buffer.memory
+            fill.stage = "being copied into the slot"
             start = perf_counter()
-            self._copy(fill, memory)
-            if buffer is not None:
-                buffer.copied = fill.event
-            kind = Kind.UNPACK if self._upload_stream is None else Kind.UPLOAD
+            self._copy(item)
+            kind = Kind.UNPACK if self._uploads is None else Kind.UPLOAD
             self._record(fill, kind, (start, perf_counter()), recipe.slot_bytes)
 
-    def _copy(self, fill: Fill, memory: torch.Tensor) -> None:
-        """From buffer to slot: at once on a CPU, behind the slot's last reader on the upload stream of a device."""
-        if self._upload_stream is None:
-            self.slots.unpack(fill.block, memory, fill.slot)
+    def _copy(self, item: _Item) -> None:
+        """At once on a CPU; on a device behind the slot's last readers, on the upload stream."""
+        fill = item.fill
+        if self._uploads is None:
+            self.slots.unpack(fill.block, item.memory, fill.slot)
             return
-        with torch.cuda.stream(self._upload_stream):
-            last_read = self.last_read.get(fill.slot)
-            if last_read is not None:
-                self._upload_stream.wait_event(last_read)
-            self.slots.unpack(fill.block, memory, fill.slot)
-            fill.event = self._upload_stream.record_event()
+        with torch.cuda.stream(self._uploads):
+            for last_read in self.last_reads.pop(fill.slot, {}).values():
+                self._uploads.wait_event(last_read)  # last reader of the slot -> its refill
+            try:
+                self.slots.unpack(fill.block, item.memory, fill.slot)
+            finally:  # also of what was queued before a failure
+                fill.event = torch.cuda.Event()
+                fill.event.record(self._uploads)
+                if item.buffer is not None:
+                    item.buffer.copied = fill.event
 
     def _record(self, fill: Fill, kind: Kind, span: tuple[float, float], num_bytes: int) -> None:
-        lanes = {Kind.LOAD: Lane.NVME_READ, Kind.UNPACK: Lane.CPU, Kind.UPLOAD: Lane.H2D}
-        # A fill's ops follow each other in the plan: LOAD first, then the copy (alone where the bytes are in RAM).
-        follows = (
-            kind is not Kind.LOAD and fill.op_id != UNPLANNED and fill.block not in self._cached
-        )
-        self.trace(
+        op_id = fill.op_id
+        if op_id != UNPLANNED and fill.block not in self._cached:
+            op_id += kind is not Kind.LOAD  # in the plan the copy follows its LOAD
+        elif kind is Kind.LOAD:
+            op_id = UNPLANNED  # into RAM, for good: no steady step has it
+        self._record_op(
             TraceOp(
-                op_id=fill.op_id + follows,
+                op_id=op_id,
                 kind=kind,
-                lane=lanes[kind],
+                lane=LANES[kind],
                 block=fill.name,
                 direction=fill.direction,
                 step=fill.step,
@@ -213,3 +258,13 @@ class Lanes:
                 is_miss=fill.is_miss,
             )
         )
+
+
+def _await_end(late: Ticket, timeout_s: float) -> None:
+    """Waits until a read writes no more, whether it brought its bytes or not. StorageTimeout."""
+    try:
+        late.wait(timeout_s)
+    except StorageTimeout:
+        raise
+    except StorageError:
+        pass

@@ -1,24 +1,31 @@
-"""Slots and buffers: all the memory that weights pass through, allocated once, exactly as planned."""
+"""Slots and buffers: all memory that weights pass through, allocated once, exactly as planned."""
 
 from __future__ import annotations
+
+import threading
+from time import perf_counter
 
 import torch
 
 from ssdtune.schedule.plan import Plan
+from ssdtune.swap.readers import Ticket
 from ssdtune.swap.recipe import BlockRecipe
-from ssdtune.swap.storage import aligned_bytes
+from ssdtune.swap.storage import StorageError, aligned_bytes
+
+LATE_POLL_S = 0.1  # a buffer whose read timed out tells nobody when it is free after all
 
 
 class Slots:
-    """The plan's slots and buffers on a device, and the tensors of a block inside a slot (made once, reused)."""
+    """The plan's slots on a device, and a block's tensors inside a slot (made once, reused)."""
 
     def __init__(self, plan: Plan, recipes: tuple[BlockRecipe, ...], device: torch.device) -> None:
-        pin = device.type != "cpu"
         self.device = device
         self.recipes = recipes
+        # A device's allocator gives memory on 512-byte boundaries, RAM comes in pages.
         self.memory = [self._slot(n) for n in plan.slots]
-        self.buffers = [aligned_bytes(n, pin=pin) for n in plan.buffers]
+        self.buffers = Buffers([aligned_bytes(n, pin=device.type != "cpu") for n in plan.buffers])
         self._tensors: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._lock = threading.Lock()  # the filling and the computing thread may ask at once
 
     def _slot(self, num_bytes: int) -> torch.Tensor:
         if self.device.type == "cpu":
@@ -28,14 +35,85 @@ class Slots:
     def tensors(self, block: int, slot: int) -> list[torch.Tensor]:
         """The block's tensors in that slot, in the recipe's order; the same objects every time."""
         key = (block, slot)
-        if key not in self._tensors:
-            memory = self.memory[slot]
-            self._tensors[key] = [view.of(memory) for view in self.recipes[block].tensors]
-        return self._tensors[key]
+        with self._lock:
+            if key not in self._tensors:
+                memory = self.memory[slot]
+                with torch.inference_mode(False):  # they outlive whoever asks first
+                    made = [view.of(memory) for view in self.recipes[block].tensors]
+                self._tensors[key] = made
+            return self._tensors[key]
 
     def unpack(self, block: int, buffer: torch.Tensor, slot: int) -> None:
-        """Copies a block from a filled buffer into a slot, on the current stream where there is one."""
+        """Copies a block from a filled buffer into a slot, on the current stream if there is one."""
         targets = self.tensors(block, slot)
         with torch.no_grad():
             for copy in self.recipes[block].copies:
                 copy.run(buffer, targets)
+
+
+class Buffer:
+    """One staging buffer. `copied`: the copy out of it, which the next read into it waits for.
+    `late`: a read that timed out and may still write into it."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.copied: torch.cuda.Event | None = None
+        self.late: Ticket | None = None
+        self.is_taken = False
+
+    def is_free(self) -> bool:
+        """Whether nothing is read into it or copied by the host any more."""
+        return not self.is_taken and (self.late is None or self.late.done())
+
+
+class Buffers:
+    """The staging buffers, the one unused longest first."""
+
+    def __init__(self, memories: list[torch.Tensor]) -> None:
+        self._buffers = [Buffer(memory) for memory in memories]
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def take(self, num_bytes: int, timeout_s: float) -> Buffer:
+        """A free buffer of at least so many bytes; waits for one. Raises StorageError."""
+        deadline = perf_counter() + timeout_s
+        with self._changed:
+            while True:
+                if self._is_closed:
+                    raise StorageError("the engine was closed")
+                buffer = next(
+                    (b for b in self._buffers if b.is_free() and _fits(b, num_bytes)), None
+                )
+                if buffer is not None:
+                    break
+                if perf_counter() > deadline:
+                    raise StorageError(self._why_none(timeout_s))
+                self._changed.wait(LATE_POLL_S)
+            buffer.is_taken = True
+        if buffer.copied is not None:
+            buffer.copied.synchronize()  # copy out of the buffer -> next read into it
+        return buffer
+
+    def give(self, buffer: Buffer, *, late: Ticket | None = None) -> None:
+        """The buffer is free, once `late`, a read that may still write into it, is over."""
+        with self._changed:
+            buffer.late = late
+            buffer.is_taken = False
+            self._buffers.remove(buffer)
+            self._buffers.append(buffer)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the waiting."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _why_none(self, timeout_s: float) -> str:
+        late = [b.late.label for b in self._buffers if b.late is not None and not b.late.done()]
+        why = f"waited {timeout_s:g} s for one of {len(self._buffers)} staging buffers"
+        return f"{why}; reads of {', '.join(late)} did not end" if late else why
+
+
+def _fits(buffer: Buffer, num_bytes: int) -> bool:
+    return buffer.memory.nbytes >= num_bytes

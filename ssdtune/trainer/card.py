@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ssdtune import __version__
+
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.data import DataStats
@@ -17,7 +19,7 @@ SHOWN = (
     "max_length per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
     "optim learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed dtype bf16 fp16"
 ).split()
-PACKAGES = ("ssdtune", "torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft")
 
 
 def model_card(config: TrainConfig, stats: DataStats, metrics: Mapping[str, Any]) -> str:
@@ -59,7 +61,8 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
         found["evaluation loss"] = f"{before}{metrics['eval_loss']:.4f}"
     found["optimizer steps"] = metrics.get("global_step", 0)
     found["trained parameters"] = f"{metrics.get('num_trainable', 0):,}"
-    found["versions"] = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    versions = [f"ssdtune {__version__}", *(f"{name} {_version(name)}" for name in PACKAGES)]
+    found["versions"] = ", ".join(versions)
     return found
 
 

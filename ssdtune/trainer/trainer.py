@@ -118,6 +118,11 @@ class SSDTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> Any:
         """The micro-batches of the next optimizer step and their number of trained tokens."""
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run that is resumed within an epoch: Trainer's loop would make one step more.
+            self.control.should_training_stop = True
+            self._group = []
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._group, self._losses = batches if self.streamer is not None else [], []
         return batches, num_items

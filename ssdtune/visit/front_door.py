@@ -69,6 +69,17 @@ def given(pieces: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list
     return [{**kwargs, **piece} for piece in pieces]
 
 
+def refuse_filled_cache(kwargs: Mapping[str, Any]) -> None:
+    """Recompute would read keys and values that are gone or add its own once more. Empty caches are left out."""
+    for name in ("past_key_values", "cache"):
+        num_cached = getattr(kwargs.get(name), "get_seq_length", lambda: 0)()
+        if num_cached:
+            raise FrontDoorError(
+                f"{name} brings a cache of {num_cached} positions into training, which a streamed model can't use.\n"
+                f"Prefix tuning is not supported: choose LoRA or prompt tuning. To only evaluate, use torch.no_grad()."
+            )
+
+
 def _num_rows(kwargs: Mapping[str, Any]) -> int | None:
     for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels", "pixel_values"):
         value = kwargs.get(name)
@@ -214,7 +225,7 @@ def bind(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """All arguments by name, so that they can be cut by name."""
     if not args:
         return kwargs
-    names = [n for n in inspect.signature(forward).parameters]
+    names = list(inspect.signature(forward).parameters)
     if len(args) > len(names):
         raise FrontDoorError(f"forward takes {len(names)} positional arguments, got {len(args)}")
     return {**dict(zip(names, args, strict=False)), **kwargs}

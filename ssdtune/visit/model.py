@@ -45,6 +45,8 @@ class FrontDoor:
         bound = front_door.bind(self.inner, args, kwargs)
         size = self.model.ssdtune.micro_batch_size  # type: ignore[union-attr]
         has_cache = any(bound.get(name) is not None for name in ("past_key_values", "cache"))
+        if torch.is_grad_enabled():
+            front_door.refuse_filled_cache(bound)
         if size is None or has_cache:
             return [bound]
         return front_door.cut(bound, size, self.model.config)

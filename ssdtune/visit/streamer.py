@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import InputStore, Kept
@@ -71,6 +72,11 @@ class Meeting:
         step = self.streamer.step
         if self._trainable[0] != step:
             self._trainable = (step, [p for p in self.module.parameters() if p.requires_grad])
+            if any(p.is_meta for p in self._trainable[1]):
+                raise SSDTuneError(
+                    f"an adapter on {self.streamer.blocks[self.block]} has no memory: it is on the meta device.\n"
+                    f"Leave out low_cpu_mem_usage=True in get_peft_model, or load the adapter's weights first."
+                )
         return self._trainable[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

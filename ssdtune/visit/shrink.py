@@ -1,0 +1,432 @@
+"""A config's tiny sister: the same class and flags, a few layers of every kind, narrow, few words.
+
+    for small in candidates(config):      # the smallest first; later ones are wider
+        model = model_class(small)        # the caller takes the first that builds and runs
+
+Numbers keep their relations because a whole part (text, vision, …) is divided by two factors: head
+counts by one, head widths by the other, all other widths by their product. So whatever was heads ×
+head width, or a multiple of the hidden size, still is. What a number means is told by its name.
+
+Layers: a prefix, and the first two of each further kind. A layer's kind is what all per-layer lists
+say of it (`layer_types`), which index lists hold it (`mlp_only_layers`) and on which side of each
+threshold it lies (`first_k_dense_replace`); the lists, indices and thresholds follow.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PREFIX_LAYERS = 4  # a first, a last, and neighbours that can alternate
+MAX_LAYERS = 14
+VOCABULARY = 160
+POSITIONS = 512
+PATCHES_A_SIDE = 8  # of an image
+HEAD_WIDTHS = (8, 16, 32)  # the narrowest heads to try, one candidate each
+OTHER_HEAD_WIDTH = 2  # state-space heads and the like, where no rotary table needs an even half
+MIN_HIDDEN = 32
+
+
+class ShrinkError(Exception):
+    """This config's numbers do not tell how it could be made small."""
+
+
+# ------------------------------------------------------------------ what a number means
+
+_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
+_TOP_K = r"(moe_)?(top_?k|k)|moe_topk|(num_)?(experts|selected)_per_tok(en)?|num_selected_experts|top_k_experts"
+ROLES: tuple[tuple[str, str], ...] = (  # the first that matches a whole name counts
+    (r".*token_(id|ids|index)|image_token|.*_token", "token"),
+    (r".*vocab_size.*|.*vocabulary.*", "vocabulary"),
+    (
+        r"(original_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length"
+        r"|max_(source|target)_positions|max_sequence_length",
+        "positions",
+    ),
+    (r"sliding_window(_size)?|attention_chunk_size|attention_window_size|window_size", "window"),
+    (_EXPERTS, "experts"),
+    (_TOP_K, "top_k"),
+    (r"n_group|num_expert_groups?", "expert_groups"),
+    (r"topk_group", "top_groups"),
+    (r"(mamba_)?chunk_size", "chunk"),
+    (r"(ssm_|mamba_)?(d_)?state(_size)?", "state"),
+    (
+        r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(encoder|decoder)_layers|num_blocks|depth",
+        "layers",
+    ),
+    (
+        r"(.*_)?(num|n)_(.*_)?heads?|(encoder|decoder)_attention_heads|n_head_kv|kv_n_heads"
+        r"|num_query_groups|(mamba_)?n_?groups|num_key_value_groups",
+        "heads",
+    ),
+    (r"head_dim|kv_channels|d_kv|d_head|attention_head_dim|rotary_dim", "head_width"),
+    (r"(.*_)?head_dim|(.*_)?d_head|.*headdim|.*head_size|qk_(nope|rope)_head_dim", "other_width"),
+    (r"hidden_size_per_layer_input", "width"),
+    (r".*(layer|block|position|kernel|theta|base|multiple|factor|scalar|num_).*", "other"),
+    (r"image_size", "image"),
+    (r"mm_tokens_per_image|image_seq_length", "image_tokens"),
+    (
+        r".*(hidden|intermediate|ffn|inner|embd|embed|emb_dim|width|rank|lru|mlp|d_model|d_ff|d_ssm"
+        r"|out_dim|output_dim|projection_dim|dim).*",
+        "width",
+    ),
+)
+THRESHOLDS = r"first_k_dense_replace|num_dense_layers|.*layer_(start|end)_index|max_window_layers"
+FROM_THE_END = r"num_kv_shared_layers"
+PERIODS = r".*(period|interval|every_n_layers|sparse_step|layer_step|layer_freq)"
+INDEX_LISTS = r".*(layers|idxs?|indices|indexes|layer_ids)"
+DROPOUT = r".*(dropout|pdrop|drop_rate|drop_path|layerdrop|jitter).*"
+HIDDEN_NAMES = ("embed_dim", "hidden_size", "d_model", "n_embd", "dim")
+HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+
+
+def role_of(name: str) -> str:
+    """What a whole number of that name is: one of the roles above, "other" where nothing is known."""
+    return next((role for pattern, role in ROLES if re.fullmatch(pattern, name)), "other")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# ------------------------------------------------------------------ parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tower's config and those that only continue it (no layers of their own)."""
+
+    configs: list[PretrainedConfig]
+
+    def numbers(self, *roles: str) -> Iterator[int]:
+        """Yields all whole numbers in these roles, those in lists too."""
+        for config in self.configs:
+            for name, value in _fields(config):
+                if role_of(name) in roles:
+                    yield from (v for v in _flat(value) if _is_count(v))
+            for overrides in _overrides(config).values():
+                yield from (v for name, v in overrides.items() if role_of(name) in roles)
+
+    def first(self, names: Sequence[str]) -> int | None:
+        """The value of the first of these names that is a number."""
+        values = (vars(config).get(name) for name in names for config in self.configs)
+        return next((v for v in values if _is_count(v)), None)
+
+
+def _fields(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    for name, value in list(vars(config).items()):
+        if not name.startswith("_") and value is not None:
+            yield name, value
+
+
+def _overrides(config: PretrainedConfig) -> Mapping[int, Mapping[str, Any]]:
+    """Layer -> values that it has in the place of the config's own (transformers' per_layer_config)."""
+    return getattr(vars(config).get("_heterogeneity_spec"), "per_layer_overrides", {})
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for member in value:
+            yield from _flat(member)
+    else:
+        yield value
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+def _parts(config: PretrainedConfig) -> list[Part]:
+    """The towers of a config; one without layers belongs to the tower it sits in."""
+    own, parts = Part([config]), []
+    for _, value in _fields(config):
+        if _is_config(value):
+            below = _parts(value)
+            if len(below) == 1 and num_layers(value) is None:
+                own.configs.extend(below[0].configs)
+            else:
+                parts.extend(below)
+    return [own, *parts]
+
+
+def num_layers(config: PretrainedConfig) -> int | None:
+    """How many layers the tower has, None for a config without any."""
+    for name, value in _fields(config):
+        if role_of(name) == "layers" and _is_count(value):
+            return value
+    if any(_is_config(value) for _, value in _fields(config)):
+        return None
+    found = getattr(config, "num_hidden_layers", None)  # some compute it
+    return found if _is_count(found) else None
+
+
+# ------------------------------------------------------------------ widths
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What counts of heads, widths of heads and all other widths are divided by."""
+
+    heads: int = 1
+    head_width: int = 1
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_width
+
+
+def _factors(part: Part, narrowest: int) -> Factors:
+    heads = [n for n in part.numbers("heads") if n > 1]
+    by_heads = _largest_divisor(heads, lambda f: all(n // f >= 2 for n in heads))
+    widths = list(part.numbers("head_width"))
+    others = [n for n in part.numbers("other_width") if n > 1]
+    hidden, count = part.first(HIDDEN_NAMES), part.first(HEAD_NAMES)
+    if not widths and hidden and count and hidden % count == 0:
+        widths = [hidden // count]
+    if not widths and not others and hidden:  # no heads at all
+        return Factors(1, max(1, hidden // max(MIN_HIDDEN, 4 * narrowest)))
+
+    def is_fine(factor: int) -> bool:
+        narrow = all(n // factor >= narrowest and n // factor % 2 == n % 2 for n in widths)
+        return narrow and all(n // factor >= OTHER_HEAD_WIDTH for n in others)
+
+    return Factors(by_heads, _largest_divisor([*widths, *others], is_fine))
+
+
+def _largest_divisor(numbers: Sequence[int], is_fine: Any) -> int:
+    common = math.gcd(*numbers) if numbers else 1
+    divisors = (f for f in range(common, 0, -1) if common % f == 0)
+    return next((f for f in divisors if is_fine(f)), 1)
+
+
+def _divided(value: int, by: int) -> int:
+    """Exactly where it divides; else near it, a multiple of four."""
+    if value <= 0 or value % by == 0:
+        return value // by if value > 0 else value
+    return max(4, round(value / by / 4) * 4) if value > 4 else value
+
+
+# ------------------------------------------------------------------ layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Which of a tower's layers stay."""
+
+    total: int
+    kept: tuple[int, ...]
+
+    def resized(self, name: str, value: Any) -> Any:
+        """The value of a config's field for the kept layers; the same where it is not about layers."""
+        if isinstance(value, (list, tuple, str)):
+            if _is_index_list(name, value, self.total):
+                return type(value)(i for i, layer in enumerate(self.kept) if layer in value)
+            if len(value) == self.total and self.total > 1:
+                picked = [value[layer] for layer in self.kept]
+                return "".join(picked) if isinstance(value, str) else type(value)(picked)
+            return value
+        if not _is_count(value):
+            return value
+        if role_of(name) == "layers":
+            return len(self.kept) if value == self.total else min(value, PREFIX_LAYERS)
+        if re.fullmatch(FROM_THE_END, name):
+            return sum(layer >= self.total - value for layer in self.kept)
+        if re.fullmatch(THRESHOLDS, name) and 0 <= value <= self.total:
+            return sum(layer < value for layer in self.kept)
+        return value
+
+
+def _is_index_list(name: str, value: Any, total: int) -> bool:
+    if isinstance(value, str) or not re.fullmatch(INDEX_LISTS, name) or not len(value):
+        return False
+    is_rising = all(_is_count(v) and 0 <= v < total for v in value)
+    return is_rising and all(a < b for a, b in zip(value, value[1:], strict=False))
+
+
+def choose_layers(config: PretrainedConfig) -> Layers:
+    """A prefix that spans every period, and the first two layers of each kind that it lacks."""
+    total = num_layers(config) or 0
+    fields = list(_fields(config))
+    overrides = _overrides(config)
+    kinds = [
+        (_kind(fields, layer, total), repr(overrides.get(layer))) for layer in range(total)
+    ]
+    periods = [v for name, v in fields if re.fullmatch(PERIODS, name) and _is_count(v)]
+    prefix = max([PREFIX_LAYERS, *(p + 1 for p in periods if 1 < p < MAX_LAYERS - 2)])
+    kept = list(range(min(prefix, total)))
+    for layer in range(len(kept), total):
+        if sum(kinds[k] == kinds[layer] for k in kept) < 2 and len(kept) < MAX_LAYERS:
+            kept.append(layer)
+    return Layers(total, tuple(kept))
+
+
+def _kind(fields: Sequence[tuple[str, Any]], layer: int, total: int) -> tuple[Any, ...]:
+    kind: list[Any] = []
+    for name, value in fields:
+        if isinstance(value, (list, tuple, str)):
+            if _is_index_list(name, value, total):
+                kind.append(layer in value)
+            elif len(value) == total:
+                kind.append(value[layer])
+        elif _is_count(value) and re.fullmatch(FROM_THE_END, name):
+            kind.append(layer >= total - value)
+        elif _is_count(value) and re.fullmatch(THRESHOLDS, name):
+            kind.append(layer < value)
+    return tuple(map(repr, kind))
+
+
+# ------------------------------------------------------------------ the small config
+
+
+def candidates(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yields small copies of a config, the narrowest first; the config itself stays as it is.
+
+    Raises ShrinkError where it has no layers or no hidden size.
+    """
+    if not any(num_layers(part.configs[0]) for part in _parts(config)):
+        raise ShrinkError(f"{type(config).__name__} does not say how many layers it has")
+    seen: list[Mapping[str, Any]] = []
+    for narrowest in HEAD_WIDTHS:
+        small = copy.deepcopy(config)
+        _shrink(small, narrowest)
+        described = small.to_dict()
+        if described not in seen:
+            seen.append(described)
+            yield small
+
+
+def _shrink(config: PretrainedConfig, narrowest: int) -> None:
+    """Changes all towers of a config in place."""
+    parts = _parts(config)
+    tokens = _Tokens()
+    hidden: dict[int, int] = {}  # of the language model: what other towers hand to it must fit
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    parts.sort(key=lambda part: text not in part.configs)
+    for part in parts:
+        factors = _factors(part, narrowest)
+        before = part.first(HIDDEN_NAMES)
+        if not hidden and before:
+            hidden = {before: _divided(before, factors.width)}
+        for member in part.configs:
+            own = set(_own_widths(member)) if text not in part.configs else set()
+            layers = choose_layers(member)
+            for name, value in _fields(member):
+                if _is_config(value):
+                    continue
+                small = _value(name, layers.resized(name, value), factors, tokens, vars(member))
+                if role_of(name) == "width" and name not in own and _is_count(value):
+                    small = hidden.get(value, small)
+                vars(member)[name] = small
+            if overrides := _overrides(member):
+                vars(member)["_heterogeneity_spec"] = dataclasses.replace(
+                    vars(member)["_heterogeneity_spec"],
+                    per_layer_overrides={
+                        i: {
+                            name: _value(name, value, factors, tokens, vars(member))
+                            for name, value in overrides[layer].items()
+                        }
+                        for i, layer in enumerate(layers.kept)
+                        if layer in overrides
+                    },
+                )
+        for member in part.configs:
+            tokens.place(member)
+
+
+def _own_widths(config: PretrainedConfig) -> list[str]:
+    """The name of a tower's own hidden size, which may equal the language model's by chance."""
+    return [name for name in HIDDEN_NAMES if name in vars(config)][:1]
+
+
+def _value(  # noqa: C901 - one case for each role
+    name: str, value: Any, factors: Factors, tokens: _Tokens, fields: Mapping[str, Any]
+) -> Any:
+    """A field's value in the small config, its layers already chosen."""
+    if isinstance(value, float):
+        return 0.0 if re.fullmatch(DROPOUT, name) else value
+    if isinstance(value, dict):
+        return _rope(value, factors)
+    role = role_of(name)
+    if isinstance(value, (list, tuple)) and role in ("width", "heads", "experts", "top_k", "token"):
+        return type(value)(_value(name, v, factors, tokens, fields) for v in value)
+    if not _is_count(value):
+        return value
+    match role:
+        case "token":
+            return tokens.moved(value)
+        case "vocabulary":
+            return min(value, VOCABULARY)
+        case "positions":
+            return min(value, POSITIONS) if "original" not in name else min(value, POSITIONS // 2)
+        case "window":
+            return min(value, 8) if "patch_size" not in fields and value > 0 else value
+        case "experts":
+            return min(value, 4)
+        case "top_k" | "expert_groups":
+            return min(value, 2)
+        case "top_groups":
+            return min(value, 1)
+        case "chunk" | "state":
+            return min(value, 16)
+        case "heads":
+            return value // factors.heads if value > 1 else value
+        case "head_width" | "other_width":
+            return max(1, value // factors.head_width)
+        case "image":
+            return _image_size(value, fields)
+        case "image_tokens":
+            return 4
+        case "width":
+            return _divided(value, factors.width)
+    return value
+
+
+def _image_size(value: int, fields: Mapping[str, Any]) -> int:
+    patch = fields.get("patch_size")
+    return min(value, PATCHES_A_SIDE * patch) if isinstance(patch, int) else value
+
+
+def _rope(value: dict[Any, Any], factors: Factors) -> dict[Any, Any]:
+    """Rotary parameters: lists with one entry for each half-dimension shrink with the heads."""
+    small: dict[Any, Any] = {}
+    for name, member in value.items():
+        if isinstance(member, dict):
+            small[name] = _rope(member, factors)
+        elif name == "mrope_section":
+            small[name] = [n // factors.head_width for n in member]
+        elif name in ("short_factor", "long_factor"):
+            small[name] = list(member)[: max(1, len(member) // factors.head_width)]
+        elif name == "original_max_position_embeddings":
+            small[name] = min(member, POSITIONS // 2)
+        else:
+            small[name] = member
+    return small
+
+
+class _Tokens:
+    """Special tokens beyond the small vocabulary get ids from its end, equal ones equal ids."""
+
+    def __init__(self) -> None:
+        self._moved: dict[int, int] = {}
+
+    def moved(self, token: int) -> int:
+        """The id in the small vocabulary."""
+        if token < VOCABULARY // 2:
+            return token
+        return self._moved.setdefault(token, VOCABULARY - 1 - len(self._moved))
+
+    def place(self, config: PretrainedConfig) -> None:
+        """Nothing of a tower may lie beyond a vocabulary that was smaller from the start."""
+        size = vars(config).get("vocab_size")
+        if not _is_count(size):
+            return
+        for name, value in _fields(config):
+            if role_of(name) == "token" and _is_count(value) and value >= size:
+                vars(config)[name] = size - 1
