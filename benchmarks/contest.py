@@ -49,7 +49,7 @@ class Entrant:
         self.log = scratch / f"{name}.log"
         spec_file = scratch / f"{name}.json"
         spec_file.write_text(json.dumps(self.spec))
-        paths = [str(ROOT), *([str(packages)] if packages else [])]
+        paths = [*([str(packages)] if packages else []), str(ROOT)]
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         environment = {
             **os.environ,

@@ -243,7 +243,27 @@ class Ours(Base):
             "streamed_bytes": trace.read_bytes(ops),
             "misses": sum(op.is_miss for op in ops),
             "planned_bytes": self.plan.sequences["train"].read_bytes,
+            "visits": self._visits(ops),
         }
+
+    def _visits(self, ops: list[Any]) -> list[tuple[int, int, float]]:
+        """The plan's visits: slot, bytes to read for it, and how long it computed in this step.
+
+        Empty where the step's visits are not the plan's, as in the first steps of a model."""
+        from ssdtune.schedule.plan import Lane
+
+        sequence = self.plan.sequences["train"]
+        computed = [op.end_s - op.start_s - op.wait_s for op in ops if op.lane is Lane.COMPUTE]
+        if len(computed) != len(sequence.visits):
+            return []
+        reads: dict[int, int] = {}
+        for op in sequence.ops:
+            if op.lane is Lane.NVME_READ:
+                reads[op.visit] = reads.get(op.visit, 0) + op.num_bytes
+        return [
+            (visit.slot, reads.get(i, 0), seconds)
+            for i, (visit, seconds) in enumerate(zip(sequence.visits, computed, strict=True))
+        ]
 
     def about(self) -> dict[str, Any]:
         from ssdtune.schedule.plan import Tier

@@ -62,6 +62,28 @@ def step_flops(
     return float(tokens * (block + head + 4 * attention_forward))
 
 
+def predict_step(visits: Sequence[tuple[int, float, float]], bytes_per_s: float) -> float:
+    """Seconds of a steady step of a plan: one drive, one computer, slots free after their visit.
+
+    visits: (slot, bytes to read for it, seconds of compute), in order. A fill starts when the fill
+    before it has ended and the slot's last visit is over. Unlike `floor` it knows that forward
+    can't borrow the drive's idle time from backward: the last steps of a few are compared.
+    """
+    num_steps = 4
+    drive = now = 0.0
+    free_at: dict[int, float] = {}
+    step_ends = []
+    for _ in range(num_steps):
+        for slot, num_bytes, compute_s in visits:
+            if num_bytes:
+                drive = max(drive, free_at.get(slot, 0.0)) + num_bytes / bytes_per_s
+                now = max(now, drive)
+            now += compute_s
+            free_at[slot] = now
+        step_ends.append(now)
+    return step_ends[-1] - step_ends[-2]
+
+
 def compare_losses(expected: Sequence[float], got: Sequence[float]) -> dict[str, Any]:
     """How the losses of the first steps that both made differ. NaN counts as infinitely off."""
     pairs = list(zip(expected, got, strict=False))

@@ -13,7 +13,7 @@ COLUMNS = (
     "trains",
     "losses",
     "s / step (p20-p80, n)",
-    "floor (limit)",
+    "floor (limit); predicted",
     "ratio",
     "to limit",
     "stall",
@@ -55,7 +55,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['trains']}, {row['dtype']}",
         _losses(row),
         f"{seconds['p50']:.2f} ({seconds['p20']:.2f}-{seconds['p80']:.2f}, {seconds['n']})",
-        f"{row['floor']['seconds']:.2f} ({row['floor']['limit']})" if "floor" in row else "",
+        _floor(row),
         f"{row['ratio']['p50']:.3f} of {row['base']}",
         _to_limit(row),
         f"{row['stall_s']:.2f} s" if "stall_s" in row else "",
@@ -72,6 +72,14 @@ def _losses(row: Mapping[str, Any]) -> str:
     if losses["bit_equal"]:
         return f"equal to the bit, {losses['steps']} steps"
     return f"off by {losses['max_difference']:.1e} of {losses['first_expected']:.3f}"
+
+
+def _floor(row: Mapping[str, Any]) -> str:
+    if "floor" not in row:
+        return ""
+    floor = row["floor"]
+    predicted = f"; {floor['predicted_s']:.2f}" if "predicted_s" in floor else ""
+    return f"{floor['seconds']:.2f} ({floor['limit']}){predicted}"
 
 
 def _to_limit(row: Mapping[str, Any]) -> str:

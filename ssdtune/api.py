@@ -1,21 +1,35 @@
-"""`stream()`: what a notebook user calls."""
+"""`stream()`: what a notebook user calls, and `plan()`: what it would do."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.config import Offload
+from ssdtune.errors import SSDTuneError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-AUTO_RAM_SHARE = 0.5  # of what is free: the rest is for activations, adapters and whatever else runs
+    from ssdtune.schedule.plan import Plan, Tier
+    from ssdtune.swap.storage import Storage, StorageChoice
+    from ssdtune.visit.assemble import Options
+    from ssdtune.visit.build import MetaModel
+
+AUTO_RAM_SHARE = (
+    0.5  # of what is free: the rest is for activations, adapters and whatever else runs
+)
 AUTO_VRAM_SHARE = 0.6
 DEFAULT_PREFETCH = 2  # fills ahead: with fewer a step waits for the drive, more gain nothing
 DEFAULT_CHUNK_TOKENS = 4096
+
+
+class OffloadError(SSDTuneError):
+    """What `offload` asks for is not to be had on this machine."""
 
 
 def stream(
@@ -29,75 +43,186 @@ def stream(
     """The ordinary Hugging Face model, its blocks streamed from its own safetensors files.
 
     The full weights are never in memory, at load either. Base weights are frozen; adapters from
-    `peft.get_peft_model` train as usual, under any loop that calls `model(**batch)`.
+    `peft.get_peft_model` train as usual, under any loop that calls `model(**batch)`. The first time
+    a model type is streamed, a small random copy of it is trained both ways and compared (seconds).
 
     Args:
         model_name_or_path: a folder with safetensors files, or a hub id.
-        offload: budgets and paths: a dict or `ssdtune.Offload`; sizes as "300MB", "1.5GiB", bytes or "auto".
-            `ram` and `vram` bound what the streamed weights and their buffers may fill.
-        micro_batch_size: rows that pass a block at once. A larger batch is cut into groups of so many, and all of
-            them pass each block before it leaves. None: batches are not cut.
+        offload: budgets and paths: a dict or `ssdtune.Offload`; sizes as "300MB", "1.5GiB", bytes
+            or "auto". `ram` and `vram` bound what the streamed weights and their buffers may fill.
+        micro_batch_size: rows that pass a block at once. A larger batch is cut into groups of so
+            many, and all of them pass each block before it leaves. None: batches are not cut.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
-        from_pretrained_kwargs: `revision`, `trust_remote_code`, `attn_implementation`, … as in `from_pretrained`;
-            what is not honoured is refused by name.
+        from_pretrained_kwargs: `revision`, `trust_remote_code`, `attn_implementation`, … as in
+            `from_pretrained`; what is not honoured is refused by name.
 
     Raises:
-        SSDTuneError: a file, key, budget or argument is wrong; the message says which and what to do.
+        SSDTuneError: a file, key, budget or argument is wrong, or the architecture can't be
+            streamed; the message says which and what to do.
     """
+    from ssdtune.assets import cache_folder
     from ssdtune.visit.assemble import assemble
-    from ssdtune.visit.build import build_meta
+    from ssdtune.visit.check import ensure_checked
 
     chosen = Offload.of(offload)
-    meta = build_meta(model_name_or_path, dtype=dtype, **from_pretrained_kwargs)
-    return assemble(meta, options_for(chosen, meta.folder, micro_batch_size))
+    meta, options = _prepare(
+        model_name_or_path, chosen, micro_batch_size, dtype=dtype, **from_pretrained_kwargs
+    )
+    model_class = type(meta.model)  # assemble() puts a class of its own over it
+    model = assemble(
+        meta, options
+    )  # first: files and budgets are checked sooner than architectures
+    try:
+        ensure_checked(
+            model_class,
+            meta.config,
+            allow_unchecked=chosen.allow_unchecked,
+            findings=cache_folder() / "checked",
+            say=_say,
+        )
+    except BaseException:
+        model.ssdtune.close()  # type: ignore[union-attr]
+        raise
+    return model
 
 
-def options_for(offload: Offload, folder: Path, micro_batch_size: int | None) -> Any:
-    """`assemble.Options` on this machine: every `auto` replaced by what is free here."""
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What `stream` would do: the model without weights, the options, the plan of a step."""
+
+    meta: MetaModel
+    options: Options
+    plan: Plan
+
+
+def plan(
+    model_name_or_path: str | os.PathLike[str],
+    *,
+    offload: Offload | dict[str, Any] | None = None,
+    micro_batch_size: int | None = None,
+    dtype: str | torch.dtype = "auto",
+    **from_pretrained_kwargs: Any,
+) -> Planned:
+    """The plan with which `stream` of the same arguments would begin. No weights are read.
+
+    Raises SSDTuneError as `stream` does, for a budget that is too small above all; architectures
+    are not checked.
+    """
+    from ssdtune.visit.draft import draft
+
+    meta, options = _prepare(
+        model_name_or_path,
+        Offload.of(offload),
+        micro_batch_size,
+        dtype=dtype,
+        **from_pretrained_kwargs,
+    )
+    return Planned(meta, options, draft(meta, options).plan())
+
+
+def _prepare(
+    name: str | os.PathLike[str], offload: Offload, micro_batch_size: int | None, **build: Any
+) -> tuple[MetaModel, Options]:
+    from ssdtune.visit.build import build_meta
+
+    meta = build_meta(name, **build)
+    return meta, options_for(offload, meta.checkpoint.files, micro_batch_size)
+
+
+def options_for(
+    offload: Offload, files: Sequence[Path], micro_batch_size: int | None = None
+) -> Options:
+    """`assemble.Options` on this machine: every `auto` replaced by what is free or found here.
+
+    files: the model's safetensors files. Raises OffloadError for a storage that is not to be had.
+    """
     import torch
 
-    from ssdtune.schedule.plan import Budgets, Tier
+    from ssdtune.memory import free_ram
+    from ssdtune.schedule.plan import Budgets
     from ssdtune.visit.assemble import Options
 
-    has_device = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if has_device else torch.device("cpu")
-    vram = 0
-    if has_device:
+    device, vram = torch.device("cpu"), 0
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
         vram = offload.vram or int(torch.cuda.mem_get_info(device)[0] * AUTO_VRAM_SHARE)
-    inputs = Tier.DEVICE if offload.block_inputs == "auto" else Tier(offload.block_inputs)
-    if not has_device and inputs is Tier.RAM:
-        inputs = Tier.DEVICE  # the same memory
+    elif offload.vram is not None:
+        _say("note: offload.vram has no effect: there is no CUDA device here")
     return Options(
         device=device,
-        budgets=Budgets(ram_bytes=offload.ram or int(free_ram() * AUTO_RAM_SHARE), device_bytes=vram),
-        storage=choose(offload.storage, folder),
+        budgets=Budgets(
+            ram_bytes=offload.ram or int(free_ram() * AUTO_RAM_SHARE), device_bytes=vram
+        ),
+        storage=choose(offload.storage, files),
         prefetch=DEFAULT_PREFETCH if offload.prefetch is None else offload.prefetch,
         reader_threads=offload.reader_threads,
         micro_batch_size=micro_batch_size,
         chunk_tokens=offload.loss_chunk_tokens or DEFAULT_CHUNK_TOKENS,
-        block_inputs=inputs,
+        block_inputs=_input_tier(offload.block_inputs, device),
         scratch=offload.path,
     )
 
 
-def choose(wanted: str, folder: Path) -> Any:
-    """The storage that reads `folder`, as asked for or as a probe finds best."""
+def _input_tier(wanted: str, device: torch.device) -> Tier:
+    from ssdtune.schedule.plan import Tier
+
+    tier = Tier.DEVICE if wanted == "auto" else Tier(wanted)
+    return Tier.DEVICE if tier is Tier.RAM and device.type == "cpu" else tier  # the same memory
+
+
+# ------------------------------------------------------------------ storage
+
+
+def choose(wanted: str, files: Sequence[Path]) -> Storage:
+    """The storage that reads a model's files: as asked for, or the best that a probe finds.
+
+    "auto" falls back on the page cache with one printed line that says why. Raises OffloadError.
+    """
     from ssdtune.swap.storage import BufferedStorage, choose_storage
 
-    return BufferedStorage() if wanted == "buffered" else choose_storage(folder).storage
+    if wanted == "buffered":
+        return BufferedStorage()
+    largest = max(files, key=lambda file: file.stat().st_size)
+    if wanted == "gds":
+        raise _no_gds(largest)
+    choice = choose_storage(largest)
+    if not choice.is_direct:
+        _complain(wanted, choice, largest)
+    return choice.storage
 
 
-def free_ram() -> int:
-    """Bytes of RAM that the kernel would give now without swapping, within the cgroup's limit where there is one."""
-    with open("/proc/meminfo") as meminfo:
-        fields = dict(line.split(":", 1) for line in meminfo)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        folder = Path("/sys/fs/cgroup")
-        try:
-            bound = (folder / limit).read_text().strip()
-            if bound != "max":
-                free = min(free, int(bound) - int((folder / used).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(free, 0)
+def _complain(wanted: str, choice: StorageChoice, file: Path) -> None:
+    if wanted == "direct":
+        raise OffloadError(
+            f"offload.storage: direct I/O is not to be had for {file}: {choice.reason}.\n"
+            "Move the model to a drive that has it, or set offload.storage: buffered."
+        )
+    _say(
+        f"warning: {file.parent} is read through the page cache, since {choice.reason}: slower, "
+        "and the CPU copies every byte"
+    )
+
+
+def _no_gds(file: Path) -> OffloadError:
+    """Why GPUDirect Storage is refused: for want of it here, or by the engine, which lacks it yet."""
+    from ssdtune.swap.gds import choose_gds
+
+    choice = choose_gds(file)
+    if choice.pool is None:
+        return OffloadError(
+            f"offload.storage: gds is not to be had here: {choice.reason}.\n"
+            "Set offload.storage: auto."
+        )
+    choice.pool.close()
+    return OffloadError(
+        f"offload.storage: gds is not supported yet by the engine (it works here: {choice.reason}).\n"
+        "Set offload.storage: auto."
+    )
+
+
+def _say(line: str) -> None:
+    """Of several processes one speaks."""
+    from ssdtune.report import say
+
+    if os.environ.get("RANK", "0") == "0":
+        say(line)

@@ -87,14 +87,15 @@ def _train(words: list[str]) -> object:
         return 0
     from ssdtune.trainer import train_from_config
 
-    return train_from_config(loaded)
+    result = train_from_config(loaded)
+    return EXIT_INTERRUPTED if getattr(result, "was_interrupted", False) else result
 
 
 def _plan(words: list[str]) -> object:
     loaded = _load(words)
     if loaded is None:
         return 0
-    from ssdtune.report import print_plan
+    from ssdtune.planning import print_plan
 
     return print_plan(loaded)
 

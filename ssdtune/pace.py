@@ -31,6 +31,7 @@ class Rung:
     steps: int
     micro_batches: int
     eval_rows: int
+    learning_rate: float
 
     @property
     def flop(self) -> float:
@@ -39,12 +40,13 @@ class Rung:
         return NUM_PARAMETERS * ROW_TOKENS * (trained + 2 * self.eval_rows * EVAL_FLOP)
 
 
+# Few steps, so large ones: 2e-3 took held-out loss from 2.99 to 2.74 in two steps of four rows.
 LADDER = (
-    Rung(steps=24, micro_batches=4, eval_rows=40),
-    Rung(steps=12, micro_batches=4, eval_rows=24),
-    Rung(steps=12, micro_batches=2, eval_rows=12),
-    Rung(steps=8, micro_batches=2, eval_rows=8),
-    Rung(steps=4, micro_batches=2, eval_rows=4),
+    Rung(steps=24, micro_batches=4, eval_rows=40, learning_rate=5e-4),
+    Rung(steps=12, micro_batches=4, eval_rows=24, learning_rate=1e-3),
+    Rung(steps=12, micro_batches=2, eval_rows=12, learning_rate=1e-3),
+    Rung(steps=8, micro_batches=2, eval_rows=8, learning_rate=2e-3),
+    Rung(steps=4, micro_batches=2, eval_rows=4, learning_rate=2e-3),
 )
 
 
@@ -80,7 +82,8 @@ def choose_rung(gflops: float) -> Rung:
 
 def flags(rung: Rung, *, eval_path: str | None) -> list[str]:
     """The rung as flags of `ssdtune train`; evaluation at the end on rows of `eval_path`, if any."""
-    chosen = ["--max_steps", str(rung.steps)]
+    chosen = ["--max_steps", str(rung.steps), "--warmup_steps", "0"]
+    chosen += ["--learning_rate", str(rung.learning_rate)]
     chosen += ["--per_device_train_batch_size", "2"]
     chosen += ["--gradient_accumulation_steps", str(rung.micro_batches)]
     if eval_path is None:
@@ -94,5 +97,7 @@ def big_flags(gflops: float) -> list[str]:
     tokens = gflops * 1e9 * BIG_STEP_SECONDS / (BIG_NUM_PARAMETERS * TRAIN_FLOP)
     length = next((n for n in (256, 128, 64) if 2 * n <= tokens), 32)
     chosen = ["--max_length", str(length), "--per_device_train_batch_size", "1"]
-    chosen += ["--gradient_accumulation_steps", "2"]
+    # The prompt alone fills a short row; weights that are random have no answers to learn.
+    chosen += ["--gradient_accumulation_steps", "2", "--train_on", "all"]
+    chosen += ["--warmup_steps", "0"]
     return [*chosen, "--eval_dataset", "[]", "--eval_strategy", "no"]

@@ -138,10 +138,9 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return found
 
 
-def weights_num_bytes(folder: Path, *, dtype: str) -> int:
-    """What the weights take when all are in memory, in the format that computes. Files are bf16."""
-    in_files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return in_files * 2 if dtype == "float32" else in_files
+def file_num_bytes(folder: Path) -> int:
+    """Bytes of the model's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def peak_num_bytes() -> int:
@@ -204,8 +203,10 @@ def run(job: Job) -> None:
         ask_untrained(loaded)
         report.say()
     result = train_from_config(loaded)
+    in_files = file_num_bytes(job.model)  # in bfloat16, both models
     memory = report.Memory(
-        weights=weights_num_bytes(job.model, dtype=loaded.config.dtype),
+        weights=in_files * 2 if loaded.config.dtype == "float32" else in_files,
+        files=in_files,
         budget=loaded.config.offload.ram,
         peak=peak_num_bytes(),
         before=before,

@@ -140,11 +140,13 @@ def format_table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ()
 class Memory:
     """Bytes, for the table that ends a run. None: not known, not printed.
 
-    weights: what the model's weights take when all are in memory. budget: what they may take here.
+    weights: what the model's weights take when all are in memory, in the format that computes.
+    files: what they take in the model's files. budget: what they may take in memory here.
     peak: the most that the process held; before: what it held before the model was opened.
     """
 
     weights: int
+    files: int | None = None
     budget: int | None = None
     peak: int | None = None
     before: int | None = None
@@ -192,6 +194,8 @@ def _speed_line(metrics: Mapping[str, Any]) -> str:
 
 def _memory_lines(memory: Memory) -> list[str]:
     lines = [f"weights {format_size(memory.weights)} when all are in memory"]
+    if memory.files is not None and memory.files != memory.weights:
+        lines[0] += f" as they compute ({format_size(memory.files)} in the files)"
     if memory.budget is not None:
         share = memory.budget / memory.weights
         lines[0] += f", {format_size(memory.budget)} allowed here ({share:.0%})"
@@ -351,6 +355,7 @@ class _Timeline:
         below the bars."""
         (left, _), (right, _) = self.axes.transData.transform([(0, 0), (1, 0)])
         per_character = 7 * 0.64 * self.axes.figure.dpi / 72 / (right - left)  # 7 pt, 0.64 em wide
+        taken = 0.0  # where the last name ends: bars of uneven length may leave no room
         for direction in ("F", "B"):
             chosen = [op for op in ops if op.direction == direction]
             bars = [(self.at(op.start_s + _wait(op)), self.at(op.end_s)) for op in chosen]
@@ -368,7 +373,6 @@ class _Timeline:
                 strides = (n for n in (2, 5, 10, 20, 50) if n * pitch > 3.5 * per_character)
                 stride = next(strides, 100)
                 shown = [name.isdigit() and int(name) % stride == 0 for name in names]
-            taken = 0.0  # where the last name ends: bars of uneven length may leave no room
             for (start, stop), name, is_shown in zip(bars, names, shown, strict=True):
                 middle, half = (start + stop) / 2, per_character * (len(name) + 0.5) / 2
                 if is_shown and middle - half >= taken:

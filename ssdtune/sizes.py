@@ -1,7 +1,7 @@
 """Sizes of memory as people write them: "300MB", "1.5GiB", plain bytes, or "auto".
 
 GB is 10**9 bytes and GiB is 2**30, as drives and as kernels count. A number without a unit is
-refused below 1 MiB: `ram: 54` is far likelier 54 GB forgotten than 54 bytes meant.
+refused below 10**6: `ram: 54` is far likelier 54 GB forgotten than 54 bytes meant.
 """
 
 import re
@@ -14,7 +14,7 @@ UNITS = {"B": 1, **_DECIMAL, **_BINARY}
 _UNIT_OF = {unit.lower(): unit for unit in UNITS}
 _AMBIGUOUS = ("k", "m", "g", "t")
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})\s*([A-Za-z]*)")
-_SMALLEST_WITHOUT_UNIT = 2**20
+_SMALLEST_WITHOUT_UNIT = 10**6
 _LARGEST = 2**60  # 1 EiB: above it somebody's keyboard is stuck
 
 ALLOWED = 'a size such as "300MB", "1.5GiB" or "21GB" (GB is 10**9, GiB is 2**30), or auto'
@@ -27,7 +27,7 @@ class SizeError(SSDTuneError):
 def parse_size(value: str | int | float | None) -> int | None:
     """Bytes, or None for "auto" (and for None, so that reading twice changes nothing).
 
-    value: text with a unit, or a whole number of bytes from 1 MiB up, as number or as text.
+    value: text with a unit, or a whole number of bytes from 10**6 up, as number or as text.
     A fraction of a byte is dropped ("0.3KB" is 300, "0.0015KB" is 1). Raises SizeError.
     """
     if value is None or (isinstance(value, str) and value.strip().lower() == "auto"):

@@ -20,7 +20,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ["ACCELERATE_USE_CPU"] = os.environ.get("ACCELERATE_USE_CPU", "true")
     if os.access(ON_DISK, os.W_OK):
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(ON_DISK))
 

@@ -41,7 +41,7 @@ def calls(monkeypatch):
         monkeypatch.setitem(sys.modules, module_name, module)
 
     stand_in("ssdtune.trainer", "train_from_config")
-    stand_in("ssdtune.report", "print_plan")
+    stand_in("ssdtune.planning", "print_plan")
     stand_in("ssdtune.doctor", "print_doctor")
     stand_in("ssdtune.generate", "generate_from_run")
     return received

@@ -166,6 +166,9 @@ def test_fills_run_ahead_across_the_end_of_a_step(tmp_path: Path, make: MakeEngi
     engine.begin_step("forward")
     check_slot(engine, blocks, 0, engine.enter(0, F))
     storage.gate.set()
+    loads = Counter(op.step for op in engine.trace if op.kind is Kind.LOAD)
+    assert loads[0] + loads[1] == 7
+    assert loads[2] == 2, "fills ahead are counted in the step that they are for"
 
 
 # ------------------------------------------------------------------ any order
@@ -235,6 +238,29 @@ def test_a_visit_out_of_order_is_a_miss_and_the_walk_goes_on(
         *[(f"layers.{i}", UNPLANNED) for i in (2, 3, 4)],  # 5's visit put them behind compute
         *[("layers.5", UNPLANNED)],
     ]
+
+
+def test_what_a_miss_took_the_place_of_is_brought_back(tmp_path: Path, make: MakeEngine) -> None:
+    """Ahead of its visit, as before."""
+    blocks = plain_blocks(tmp_path)
+    order = plain_orders(7)["forward"]
+    engine = make(blocks, num_slots=2.0, prefetch=1, orders={"forward": order})
+    engine.begin_step("forward")
+    engine.enter(0, F)
+
+    def loads() -> list[str]:
+        return [op.block for op in engine.trace if op.kind is Kind.LOAD]
+
+    wait_for(lambda: loads() == ["layers.0", "layers.1"])
+    taken = next(v for v in engine.plan.sequences["forward"].visits if v.block == 1).slot
+    block = next(
+        v.block for v in engine.plan.sequences["forward"].visits if v.slot == taken and v.block != 1
+    )
+    engine.enter(block, B)  # the plan has no such visit
+    engine.leave()
+    wait_for(lambda: loads().count("layers.1") == 2)
+    engine.enter(1, F)
+    assert [op.block for op in misses(engine)] == [f"layers.{block}"]
 
 
 def test_what_a_slot_still_holds_is_not_fetched_again(tmp_path: Path, make: MakeEngine) -> None:
@@ -376,7 +402,7 @@ def test_memory_that_a_late_read_may_write_is_not_used_again(
     wait_for(lambda: all(fill.is_issued() for fill in engine._held.values()))
     engine.begin_step("train")
     try:
-        with pytest.raises(SwapError, match=r"layers\.3.*(timed out|did not end|staging buffer)"):
+        with pytest.raises(SwapError, match=r"layers\.3.*(timed out|not read|staging buffer)"):
             engine.enter(3, F)
         num_asked = len(storage.asked)
     finally:
@@ -390,8 +416,11 @@ def test_memory_that_a_late_read_may_write_is_not_used_again(
     run_step(engine, blocks)
 
 
-def test_an_interrupted_wait_leaves_the_engine_usable(tmp_path: Path, make: MakeEngine) -> None:
-    """Ctrl-C in a notebook, while a block is waited for."""
+@pytest.mark.parametrize("again", ["the same visit", "a new step"])
+def test_an_interrupted_wait_leaves_the_engine_usable(
+    again: str, tmp_path: Path, make: MakeEngine
+) -> None:
+    """Ctrl-C in a notebook, while a block is waited for. The visit did not take place."""
     blocks = plain_blocks(tmp_path)
     storage = gated(blocks)
     storage.gate.clear()
@@ -410,9 +439,13 @@ def test_an_interrupted_wait_leaves_the_engine_usable(tmp_path: Path, make: Make
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     threading.Timer(0.1, storage.gate.set).start()
-    check_slot(engine, blocks, 0, engine.enter(0, F))
+    if again == "the same visit":
+        check_slot(engine, blocks, 0, engine.enter(0, F))
     run_step(engine, blocks)
     assert not misses(engine)
+    computed = [op for op in engine.trace if op.kind is Kind.COMPUTE and op.step == 1]
+    assert len(computed) == (again == "the same visit")
+    assert traces.stall_seconds(engine.trace) > 0
 
 
 def test_closing_ends_all_threads_and_further_visits_say_so(tmp_path: Path) -> None:

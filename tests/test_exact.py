@@ -49,9 +49,10 @@ def batches(name: str, num_steps: int = 5, rows: int = 8) -> list[dict[str, Any]
 def test_five_steps_equal_training_in_memory(
     name: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
 ) -> None:
-    pair = make_pair(name, tmp_path, stream, dtype=dtype)
+    num_micro = 4 if dtype == torch.float32 else 2
+    pair = make_pair(name, tmp_path, stream, dtype=dtype, micro_batch_size=8 // num_micro)
     before = digests(tmp_path)
-    assert_same_training(pair, batches(name))
+    assert_same_training(pair, batches(name), num_micro=num_micro)
     assert num_misses(pair.engine) == 0
     assert digests(tmp_path) == before
 
@@ -92,16 +93,13 @@ def test_the_auxiliary_loss_of_routers_trains(name: str, tmp_path: Path, stream:
     """It is that of each micro-batch, as plain accumulation has it, with a coefficient that counts."""
     pair = make_pair(name, tmp_path, stream, adapt=with_router_lora)
     for model in pair.models:
-        model.config.output_router_logits = model.get_base_model().config.output_router_logits = (
-            True
-        )
+        model.get_base_model().config.output_router_logits = True
         model.get_base_model().router_aux_loss_coef = 1.0
     batch = batches(name)[0]
     pieces, items = cut(batch, 4), num_items([batch])
     expected = [pair.plain(**piece, num_items_in_batch=items) for piece in pieces]
     output = pair.streamed(**batch, num_items_in_batch=items)
-    auxiliary: list[Any] = [o.aux_loss for o in expected]
-    assert torch.equal(output.aux_loss, sum(auxiliary[1:], auxiliary[0]))
+    assert output.aux_loss == sum(o.aux_loss for o in expected)
     assert_same_training(pair, batches(name, 3))
     for layer in range(4):
         joined = torch.cat([o.router_logits[layer] for o in expected])

@@ -21,7 +21,7 @@ from support import (
     padded,
 )
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.visit import front_door
@@ -108,7 +108,8 @@ def test_what_has_no_rows_goes_to_every_micro_batch(name: str, value: Any) -> No
         ("position_ids", numbered(3, ROWS + 1, LENGTH)),
         ("attention_mask", {"full_attention": numbered(ROWS, LENGTH)}),
         ("attention_mask", numbered(1, 1, LENGTH, LENGTH)),
-        ("encoder_outputs", (numbered(ROWS, LENGTH),)),
+        ("encoder_outputs", (numbered(ROWS + 1, LENGTH),)),
+        ("encoder_outputs", [numbered(ROWS, LENGTH)]),
         ("pixel_values", numbered(ROWS + 1, 3)),
         ("pixel_values_videos", numbered(64, 3)),
     ],
@@ -126,6 +127,17 @@ def test_a_batch_that_is_small_enough_is_passed_as_it_is(size: int) -> None:
     (piece,) = front_door.cut(batch, size, PLAIN_CONFIG)
     assert piece.keys() == batch.keys()
     assert all(piece[key] is batch[key] for key in batch)
+
+
+def test_the_encoders_outputs_are_cut_inside() -> None:
+    states, hidden = numbered(ROWS, LENGTH, 4), (numbered(ROWS, 2), numbered(ROWS, 3))
+    given = BaseModelOutput(last_hidden_state=states, hidden_states=hidden)  # type: ignore[arg-type]
+    pieces = cut_one("encoder_outputs", given)
+    assert all(isinstance(piece, BaseModelOutput) for piece in pieces)
+    assert torch.equal(torch.cat([piece.last_hidden_state for piece in pieces]), states)
+    for i in range(2):
+        assert torch.equal(torch.cat([piece.hidden_states[i] for piece in pieces]), hidden[i])
+    assert [piece[0].shape[0] for piece in cut_one("encoder_outputs", (states,))] == [2, 2, 1]
 
 
 def image_rows(*images_per_row: int, tokens: int = 2) -> torch.Tensor:
@@ -201,8 +213,8 @@ def test_outputs_are_joined_row_by_row() -> None:
     logits = [numbered(2, 3) + 10 * i for i in range(3)]
     pieces: list[Any] = [CausalLMOutput(logits=x, loss=torch.tensor(1.0)) for x in logits]
     joined: Any = front_door.join(pieces, torch.tensor(0.25))
-    assert isinstance(joined, CausalLMOutput)
-    assert torch.equal(joined.logits, torch.cat(logits))
+    assert type(joined) is CausalLMOutput
+    assert torch.equal(joined["logits"], torch.cat(logits))
     assert joined.loss == 0.25
 
 

@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 from support import (
+    ROUNDING,
     Pair,
     assert_same_gradients,
     assert_same_training,
@@ -22,11 +23,15 @@ from support import (
     digests,
     make_pair,
     num_items,
+    num_misses,
     trained,
     with_lora,
 )
 
+import ssdtune
 from ssdtune.errors import SSDTuneError
+from ssdtune.schedule import trace
+from ssdtune.schedule.plan import Kind
 
 Stream = Callable[..., Any]
 
@@ -38,11 +43,12 @@ def batch(step: int = 0, name: str = "llama") -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------ bare and accelerate
 
 
-def test_a_bare_loop_trains(tmp_path: Path, stream: Stream) -> None:
+def test_a_bare_loop_trains(tmp_path: Path) -> None:
     """`model(**batch).loss.backward()`, nothing else: the loss falls, the files stay as they are."""
     tiny_models.save(tiny_models.build("llama"), tmp_path)
     before = digests(tmp_path)
-    model = with_lora(stream(tmp_path))
+    base = ssdtune.stream(tmp_path, offload={"ram": "2MB"}, micro_batch_size=2)
+    model = with_lora(base)
     optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=1e-2)
     losses = []
     for _ in range(8):
@@ -51,6 +57,7 @@ def test_a_bare_loop_trains(tmp_path: Path, stream: Stream) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    base.ssdtune.close()
     assert losses[-1] < losses[0] - 0.5
     assert digests(tmp_path) == before
 
@@ -248,17 +255,55 @@ def test_generation_gives_the_same_tokens(name: str, tmp_path: Path, stream: Str
         for row, pad in enumerate((0, 2, 5)):
             padded["input_ids"][row, :pad] = 0
             padded["attention_mask"][row, :pad] = 0
-    for options in ({}, {"num_beams": 3}, {"do_sample": True}):
+    for options in ({}, {"num_beams": 3}, {"do_sample": True}, {"use_cache": False}):
         answers = []
         for model in pair.models:
             torch.manual_seed(11)
             answers.append(
                 model.eval().generate(
-                    **padded, max_new_tokens=6, use_cache=True, pad_token_id=0, **options
+                    **padded, max_new_tokens=6, pad_token_id=0, **{"use_cache": True, **options}
                 )
             )
         assert torch.equal(*answers), options
         assert answers[0].shape[1] > 1
+
+
+def test_every_token_reads_the_model_once(tmp_path: Path, stream: Stream) -> None:
+    """As planned: the logits too, which are computed when generation reads them."""
+    pair = make_pair("llama", tmp_path, stream)
+    prompt = tiny_models.batch("llama", 3, 9)["input_ids"]
+    pair.streamed.eval().generate(prompt, max_new_tokens=6, min_new_tokens=6, use_cache=True)
+    assert num_misses(pair.engine) == 0
+    for ops in list(trace.steps(pair.engine.trace).values())[-3:-1]:
+        read = [op.block for op in ops if op.kind is Kind.LOAD]
+        assert sorted(read) == sorted(block.name for block in pair.engine.plan.blocks)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_logits_may_be_read_after_the_run(name: str, tmp_path: Path, stream: Stream) -> None:
+    """A loss of one's own, logits between steps: they bring the head in outside of any run."""
+    pair = make_pair(name, tmp_path, stream)
+    for step in range(3):
+        inputs = batch(step, name)
+        labels = inputs.pop("labels")
+        with torch.no_grad():
+            expected = torch.cat(
+                [pair.plain(**x, labels=y).logits for x, y in pieces(inputs, labels)]
+            )
+            assert torch.equal(pair.streamed(**inputs, labels=labels).logits, expected)
+        for x, y in pieces(inputs, labels):
+            own_loss(pair.plain(**x, labels=y).logits, y).backward()
+        logits = pair.streamed(**inputs, labels=labels).logits
+        (own_loss(logits, labels) * 4).backward()
+        assert_same_gradients(pair, rounding=ROUNDING[torch.float32])
+
+
+def pieces(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Any:
+    return zip(cut(inputs, 4), labels.chunk(4), strict=True)
+
+
+def own_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n", "deepseek_v3", "gemma3_vlm", "t5"])

@@ -1,6 +1,5 @@
 """The quickstart's options, its numbers, and what it tells a user who errs."""
 
-import types
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ def config_of(*argv):
     return load_config(None, job_of(*argv).flags).config
 
 
-def result_of(losses, held_out=(), **metrics):
-    log = [{"step": i, "loss": loss} for i, loss in enumerate(losses, start=1)]
-    log += [{"step": i, "eval_loss": loss} for i, loss in enumerate(held_out)]
-    return types.SimpleNamespace(log_history=log, metrics=metrics, trace=[])
-
-
 @pytest.fixture
 def model_folder(tmp_path):
     folder = tmp_path / "model"
@@ -37,7 +30,7 @@ def test_it_trains_the_real_model_on_the_reference_by_default():
     config = config_of()
     assert config.model_name_or_path == f"/cache/{assets.MODEL_NAME}"
     assert [source.path for source in config.dataset] == [f"/cache/{assets.TRAIN_NAME}"]
-    assert [source.path for source in config.eval_dataset] == [f"/cache/{assets.EVAL_NAME}"]
+    assert job_of().eval_path == f"/cache/{assets.EVAL_NAME}"
 
 
 def test_each_quickstart_is_a_fresh_run():
@@ -62,7 +55,7 @@ def test_a_users_own_file_is_not_mixed_with_ours(tmp_path):
     path.write_text('{"text": "hello"}\n')
     config = config_of("--dataset", str(path))
     assert [source.path for source in config.dataset] == [str(path)]
-    assert config.eval_dataset == ()
+    assert job_of("--dataset", str(path)).eval_path is None
 
 
 @pytest.mark.parametrize(
@@ -105,30 +98,23 @@ def test_a_changed_byte_in_a_model_file_is_seen(model_folder):
     assert [name for name in before if after[name] != before[name]] == ["model-2.safetensors"]
 
 
-def test_the_summary_takes_each_number_from_where_it_was_measured(model_folder):
-    job = quickstart.Job(model=model_folder, output=Path("runs/x"), flags=(), is_big=False)
-    result = result_of([5, 4, 3, 2, 1, 0], [4.5, 2.5], train_tokens_per_second=321.5)
-    baseline = quickstart.peak_num_bytes()
-    run = quickstart.summarize(result, job, budget=1000, baseline=baseline)
-    assert (run.loss_before, run.loss_after) == (4, 1)
-    assert (run.eval_loss_before, run.eval_loss_after) == (4.5, 2.5)
-    assert run.tokens_per_s == 321.5
-    assert run.weights_bytes == 1500
-    assert run.peak_bytes is not None
-    assert run.own_peak_bytes == run.peak_bytes - baseline
+def test_only_weight_files_count_as_weights(model_folder):
+    assert quickstart.file_num_bytes(model_folder) == 1500
 
 
-def test_one_evaluation_is_no_before_and_after(model_folder):
-    job = quickstart.Job(model=model_folder, output=Path("runs/x"), flags=(), is_big=False)
-    run = quickstart.summarize(result_of([2, 1], [1.5]), job, budget=None, baseline=0)
-    assert run.eval_loss_before is None
-    assert run.tokens_per_s is None
+def test_only_the_real_model_on_the_reference_is_asked(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "hello"}\n')
+    assert job_of().asks
+    assert not job_of("--big").asks
+    assert not job_of("--dataset", str(path)).asks
 
 
-def test_a_run_without_a_step_is_an_error_not_a_table(model_folder):
-    job = quickstart.Job(model=model_folder, output=Path("runs/x"), flags=(), is_big=False)
-    with pytest.raises(quickstart.QuickstartError, match="no loss"):
-        quickstart.summarize(result_of([]), job, budget=None, baseline=0)
+def test_what_to_try_next_does_not_send_in_circles(capsys):
+    quickstart.show_next(job_of())
+    assert "--big" in capsys.readouterr().out
+    quickstart.show_next(job_of("--big"))
+    assert "--big" not in capsys.readouterr().out
 
 
 def test_memory_that_was_held_once_stays_in_the_peak():

@@ -31,11 +31,11 @@ class Record:
     num_bytes: int
     step: int
     wait_s: float = 0.0
+    is_miss: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class WithoutWait:
-    op_id: int
     lane: str
     block: str
     direction: str
@@ -55,14 +55,18 @@ def trace_of(*starts, rows=STEP, directions="FB", first_step=1):
     ]
 
 
-def many_blocks(num_layers, *, forward_s=0.02, backward_s=0.05, read_s=0.01):
-    """A step of `num_layers` layers, an embedding and a head, each read just before its visit."""
+def many_blocks(num_layers, *, slowdown=1, forward_s=0.02, backward_s=0.05, read_s=0.01):
+    """A step of `num_layers` layers, an embedding and a head, each read just before its visit.
+
+    The first third takes `slowdown` times as long.
+    """
     names = ["embed", *(f"model.layers.{i}" for i in range(num_layers)), "lm_head"]
     rows, now = [], 0.0
     for block, way in [*((n, "F") for n in names), *((n, "B") for n in reversed(names))]:
         wait = read_s / 2
         rows.append(("nvme_read", block, way, now, now + read_s, 0.0, 10**6))
-        end = now + wait + (forward_s if way == "F" else backward_s)
+        compute_s = forward_s if way == "F" else backward_s
+        end = now + wait + compute_s * (slowdown if len(rows) < 4 * num_layers / 3 else 1)
         rows.append(("compute", block, way, now, end, wait, 0))
         now = end
     return rows
@@ -73,6 +77,14 @@ def pixels(path):
 
     image = (imread(path)[:, :, :3] * 255).round().astype(int)
     return {tuple(pixel) for row in image for pixel in row}
+
+
+def blue_rows(path):
+    """The pixel rows in which forward's color is seen."""
+    from matplotlib.image import imread
+
+    image = (imread(path)[:, :, :3] * 255).round().astype(int)
+    return [i for i, row in enumerate(image) if (abs(row - rgb(report.FORWARD)).sum(1) < 90).any()]
 
 
 def rgb(color):
@@ -92,61 +104,42 @@ def test_a_step_before_an_evaluation_ends_with_its_own_last_visit():
     assert [(w.step, w.seconds) for w in windows] == [(1, 9), (3, 9)]
 
 
+def busy(rows, lane, window):
+    return report._busy_seconds(rows, lane, window)
+
+
 def test_waiting_for_weights_is_not_computing():
-    summary = report.summarize_trace(trace_of(0, 10, 20))
-    assert summary.busy_s["compute"] == pytest.approx(7)
-    assert summary.stall_s == pytest.approx(2)
-
-
-def test_the_first_step_counts_only_when_it_is_alone():
-    slow = trace_of(0, rows=[(*row[:3], row[3] * 5, row[4] * 5, *row[5:]) for row in STEP])
-    steady = trace_of(100, 110, first_step=2)
-    assert report.summarize_trace(slow + steady).step_s == pytest.approx(9.5)
-    assert report.summarize_trace(slow).step_s == pytest.approx(45)
+    rows = trace_of(0, 10)
+    assert busy(rows, "compute", report.training_steps(rows)[0]) == pytest.approx(7)
 
 
 def test_work_prefetched_for_the_next_step_is_counted_where_it_happened():
-    early = Record(90, "load", "nvme_read", "model.layers.0", "F", 17.0, 19.0, 7, 3)
     rows = trace_of(0, 10, 20)
-    summary = report.summarize_trace([*rows, early])
-    # Steps 2 and 3 read 4 s by themselves; the early read adds 2 s to step 2 alone.
-    assert summary.busy_s["nvme_read"] == pytest.approx(5)
+    rows.append(Record(90, "load", "nvme_read", "model.layers.0", "F", 17.0, 21.0, 7, 3))
+    seconds = [busy(rows, "nvme_read", window) for window in report.training_steps(rows)]
+    # By itself each step reads 4 s; of the early read 3 s fall into step 2, and the last second
+    # into the time in which step 3 reads anyway.
+    assert seconds == pytest.approx([4, 7, 4])
 
 
 def test_reads_that_overlap_keep_a_lane_busy_once():
-    twin = [Record(50, "load", "nvme_read", "b", "F", 10.5, 12.5, 5, 2)]
-    summary = report.summarize_trace(trace_of(0, 10) + twin)
-    assert summary.busy_s["nvme_read"] == pytest.approx(4)
-
-
-def test_the_limit_is_the_busiest_lane():
-    summary = report.summarize_trace(trace_of(0, 10, 20))
-    assert summary.bound_by == "compute"
-    assert summary.ratio_to_limit == pytest.approx(9.5 / 7)
-    assert list(summary.shares) == ["nvme_read", "compute"]
-    assert summary.read_bytes == 500
-
-
-def test_fetches_that_no_plan_named_are_misses():
-    rows = trace_of(0, 10)
-    on_demand = dataclasses.replace(rows[-2], op_id=-1)
-    assert on_demand.lane == "nvme_read"
-    assert report.summarize_trace([*rows, on_demand]).num_misses == 1
+    rows = trace_of(0)
+    rows.append(Record(50, "load", "nvme_read", "b", "F", 0.5, 2.5, 5, 1))
+    assert busy(rows, "nvme_read", report.training_steps(rows)[0]) == pytest.approx(4)
 
 
 def test_a_record_without_wait_is_as_good():
     rows = [
-        WithoutWait(i, lane, block, way, start, end, num_bytes, 1)
-        for i, (lane, block, way, start, end, _, num_bytes) in enumerate(STEP)
+        WithoutWait(lane, block, way, start, end, num_bytes, 1)
+        for lane, block, way, start, end, _, num_bytes in STEP
     ]
-    assert report.summarize_trace(rows).busy_s["compute"] == pytest.approx(9)
+    assert busy(rows, "compute", report.training_steps(rows)[0]) == pytest.approx(9)
+    assert report.timeline_figure(rows).axes
 
 
 def test_a_trace_without_training_is_refused(tmp_path):
-    forward_only = trace_of(0, 10, directions="F")
-    for act in (report.summarize_trace, report.timeline_figure):
-        with pytest.raises(report.ReportError, match="no training step"):
-            act(forward_only)
+    with pytest.raises(report.ReportError, match="no training step"):
+        report.timeline_figure(trace_of(0, 10, directions="F"))
     with pytest.raises(report.ReportError, match="no training step 9"):
         report.draw_timeline(trace_of(0), tmp_path / "t.png", step=9)
     assert list(tmp_path.iterdir()) == []
@@ -158,48 +151,63 @@ def test_a_table_puts_numbers_right_and_text_left():
 
 
 def test_what_was_not_measured_is_not_printed():
-    run = report.RunSummary(loss_before=2, loss_after=1, tokens_per_s=None, weights_bytes=10**9)
-    table = report.summary_table(run, report.summarize_trace(trace_of(0, 10)))
-    for absent in ("tokens/s", "held-out", "peak", "allowed", "model files", "None"):
-        assert absent not in table
+    table = report.summary_table({"loss_last": 1.0, "eval_loss": 2.0}, report.Memory(weights=10**9))
+    assert table == "memory  weights 1.00 GB when all are in memory"
+
+
+MEASURED = {
+    "loss_first": 2.5,
+    "loss_last": 1.25,
+    "eval_loss_first": 2.4,
+    "eval_loss": 1.5,
+    "train_tokens_per_second": 1234.4,
+    "step_seconds": 9.5,
+    "busy_share": {"nvme_read": 0.4, "compute": 0.737},
+    "bound_by": "compute",
+    "ratio_to_limit": 1.357,
+    "read_bytes_per_step": 500_000_000,
+    "stall_seconds_per_step": 0.25,
+}
 
 
 def test_the_table_says_all_that_was_measured():
-    run = report.RunSummary(
-        loss_before=2.5,
-        loss_after=1.25,
-        tokens_per_s=1234.4,
-        weights_bytes=400_000_000,
-        budget_bytes=100_000_000,
-        peak_bytes=900_000_000,
-        own_peak_bytes=200_000_000,
-        eval_loss_before=2.4,
-        eval_loss_after=1.5,
-        files_untouched=True,
+    memory = report.Memory(
+        weights=400_000_000, budget=100_000_000, peak=900_000_000, before=700_000_000
     )
-    table = report.summary_table(run, report.summarize_trace(trace_of(0, 10, 20)))
+    table = report.summary_table(MEASURED, memory, files_untouched=True)
     for part in (
         "2.500 → 1.250",
         "2.400 → 1.500",
         "1,234 tokens/s, 9.50 s a step",
         "400 MB when all are in memory, 100 MB allowed here (25%)",
         "900 MB, 200 MB of it",
-        "compute 73.7%",
-        "1.36 (9.50 s / 7.00 s of compute)",
-        "500 B a step",
+        "NVMe read 40.0% · compute 73.7%",
+        "1.36 × the time that compute alone takes",
+        "500 MB a step from the model's own files, 0.25 s waited for it",
         "untouched",
     ):
         assert part in table
-    changed = report.summary_table(
-        dataclasses.replace(run, files_untouched=False), report.summarize_trace(trace_of(0, 10))
-    )
-    assert "CHANGED" in changed
+    starts = {line.index("2.") for line in table.splitlines()[:2]}
+    assert len(starts) == 1, "values don't stand under one another"
+
+
+def test_weights_that_grow_in_memory_are_told_with_their_files():
+    memory = report.Memory(weights=2 * 10**9, files=10**9, budget=10**8)
+    line = "2.00 GB when all are in memory as they compute (1.00 GB in the files), 100 MB allowed"
+    assert line in report.summary_table({}, memory)
+    same = report.Memory(weights=10**9, files=10**9)
+    assert "in the files" not in report.summary_table({}, same)
+
+
+def test_a_changed_model_file_is_shouted():
+    memory = report.Memory(weights=10**9)
+    assert "CHANGED" in report.summary_table(MEASURED, memory, files_untouched=False)
 
 
 def test_the_timeline_shows_waits_and_misses_only_where_there_were_some(tmp_path):
     path = tmp_path / "made" / "timeline.png"
     rows = trace_of(0, 10, 20, 30)
-    missed = [dataclasses.replace(r, op_id=-1) if r.lane == "nvme_read" else r for r in rows]
+    missed = [dataclasses.replace(r, is_miss=r.lane == "nvme_read") for r in rows]
     report.draw_timeline(missed, path)
     seen = pixels(path)
     assert {rgb(c) for c in (report.FORWARD, report.BACKWARD, report.WAIT, report.IDLE)} <= seen
@@ -212,9 +220,10 @@ def test_the_timeline_shows_waits_and_misses_only_where_there_were_some(tmp_path
     assert labels == ["forward", "backward", "idle", "compute waits for weights"]
 
 
+@pytest.mark.parametrize("slowdown", [1, 20])
 @pytest.mark.parametrize("num_layers", [1, 6, 30, 126])
-def test_no_two_texts_of_a_timeline_overlap(num_layers):
-    rows = many_blocks(num_layers)
+def test_no_two_texts_of_a_timeline_overlap(num_layers, slowdown):
+    rows = many_blocks(num_layers, slowdown=slowdown)
     length = rows[-1][4] * 1.05
     figure = report.timeline_figure(trace_of(0, length, 2 * length, rows=rows))
     figure.draw_without_rendering()
@@ -245,6 +254,17 @@ def test_the_loss_curve_needs_a_loss(tmp_path):
     with pytest.raises(report.ReportError, match="no loss"):
         report.draw_loss([{"step": 1, "grad_norm": 0.1}], tmp_path / "loss.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_short_work_is_still_seen(tmp_path):
+    rows = many_blocks(6, forward_s=5.0, backward_s=9.0, read_s=0.004)
+    length = rows[-1][4] * 1.05
+    path = tmp_path / "timeline.png"
+    without = [row for row in rows if row[0] == "compute"]
+    report.draw_timeline(trace_of(0, length, rows=rows), path)
+    with_reads = blue_rows(path)
+    report.draw_timeline(trace_of(0, length, rows=without), path)
+    assert len(with_reads) > 1.5 * len(blue_rows(path))
 
 
 def test_the_loss_curve_shows_training_and_what_was_held_out(tmp_path):

@@ -44,6 +44,11 @@ class DeepSpeedNvme(Base):
         self.elements = trained_elements(model)
         largest = max(p.numel() for p in model.parameters())
         config = zero3_config(spec, Path(spec["scratch"]), largest, len(self.micro_batches))
+        # Made here and not by initialize(), which passes it float32 and gets bfloat16 on a CPU
+        # without float16: `dtype or half if … else …` groups the other way (0.19.8).
+        deepspeed.zero.Init(
+            module=model, config_dict_or_path=config, remote_device="nvme", pin_memory=False
+        )
         self.engine: Any = deepspeed.initialize(model=model, config=config)[0]
         self.config = config
 

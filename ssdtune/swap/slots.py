@@ -88,7 +88,7 @@ class Buffers:
                     break
                 if perf_counter() > deadline:
                     raise StorageError(self._why_none(timeout_s))
-                self._changed.wait(LATE_POLL_S)
+                self._changed.wait(min(LATE_POLL_S, max(deadline - perf_counter(), 0.001)))
             buffer.is_taken = True
         if buffer.copied is not None:
             buffer.copied.synchronize()  # copy out of the buffer -> next read into it

@@ -144,7 +144,8 @@ class Progress(TrainerCallback):
             self._eval = f" (eval {logs['eval_loss']:.4g} @{state.global_step})"
         elif "loss" in logs:
             self._logs = dict(logs)
-        self._show(state, is_new="loss" in logs or "eval_loss" in logs)
+        is_evaluated = "eval_loss" in logs
+        self._show(state, is_new="loss" in logs or is_evaluated, is_evaluated=is_evaluated)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -156,13 +157,15 @@ class Progress(TrainerCallback):
             self._bar.close()
             self._bar = None
 
-    def _show(self, state: Any, *, is_new: bool) -> None:
+    def _show(self, state: Any, *, is_new: bool, is_evaluated: bool = False) -> None:
         if not self.telemetry.records:
             return
         left = self.telemetry.seconds_left(state.max_steps - state.global_step)
         line = progress_line(state, self._logs, self.telemetry.records[-1], self._eval, left)
         if self._bar is not None:
             self._bar.set_description_str(line)
+            if is_evaluated:
+                self._bar.write(line)  # stays above the bar
         elif is_new:
             say(line)
 

@@ -54,7 +54,18 @@ def find_points(model: PreTrainedModel) -> list[Point]:
         for name, module in model.named_modules()
         if module not in taken and _own_bytes(module) >= LARGE_LEFTOVER_BYTES and not list(module.children())
     ]
-    return [*first, *large, *layers, *last]
+    order = {module: i for i, module in enumerate(names)}
+    tied = list(_tied_to(model, {p.module for p in first + large + last}, inside))
+    return [*first, *large, *sorted([*layers, *tied], key=lambda point: order[point.module]), *last]
+
+
+def _tied_to(model: PreTrainedModel, chosen: set[nn.Module], inside: set[nn.Module]) -> Iterator[Point]:
+    """Other modules that hold a chosen one's parameter: an encoder's and a decoder's own views of one embedding."""
+    shared = {id(p) for module in chosen for p in module.parameters(recurse=False)}
+    for name, module in model.named_modules():
+        holds = any(id(p) in shared for p in module.parameters(recurse=False))
+        if holds and module not in chosen and module not in inside:
+            yield Point(name, module)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[Point]:

@@ -96,6 +96,8 @@ def _cut_one(name: str, value: Any, rows: int, spans: Spans, images: Mapping[str
         return [value] * len(spans)
     if name in _REFUSED:
         raise FrontDoorError(_cannot_cut(name, _REFUSED[name]))
+    if name == "encoder_outputs" and isinstance(value, (tuple, ModelOutput)):
+        return _cut_states(value, rows, spans)
     if not isinstance(value, torch.Tensor):
         raise FrontDoorError(_cannot_cut(name, f"it is a {type(value).__name__}"))
     if value.dim() == 0:
@@ -107,6 +109,16 @@ def _cut_one(name: str, value: Any, rows: int, spans: Spans, images: Mapping[str
     if value.shape[0] == rows:
         return [value[a:b] for a, b in spans]
     raise FrontDoorError(_cannot_cut(name, f"its shape is {tuple(value.shape)} for {rows} rows"))
+
+
+def _cut_states(value: Any, rows: int, spans: Spans) -> list[Any]:
+    """An encoder's outputs, as generation without a cache hands them to every step."""
+    if isinstance(value, ModelOutput):
+        cut_fields = {k: _cut_states(v, rows, spans) for k, v in value.items()}
+        return [type(value)(**{k: v[i] for k, v in cut_fields.items()}) for i in range(len(spans))]
+    if isinstance(value, tuple):
+        return list(zip(*(_cut_states(v, rows, spans) for v in value), strict=True))
+    return _cut_one("encoder_outputs[...]", value, rows, spans, {})
 
 
 def _cut_positions(value: torch.Tensor, rows: int, spans: Spans) -> list[torch.Tensor]:

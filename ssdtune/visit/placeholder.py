@@ -118,7 +118,14 @@ def _is_value_free(func: Any, tensor: Placeholder, kwargs: dict[str, Any]) -> bo
             f"{tensor.source.name} is streamed as {tensor.dtype} and can't be converted to {dtype}.\n"
             f"Pass dtype= to ssdtune.stream() instead of converting the model afterwards."
         )
-    return device is None or torch.device(device) == tensor.device
+    return device is None or _is_same(torch.device(device), tensor.device)
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    """accelerate calls the CPU `cpu:0` in a process group; a device without a number is the current one."""
+    if one.type != other.type or one.type == "cpu":
+        return one.type == other.type
+    return all(d.index in (None, torch.cuda.current_device()) for d in (one, other)) or one.index == other.index
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -45,8 +46,9 @@ _TOP_K = r"(moe_)?(top_?k|k)|moe_topk|(num_)?(experts|selected)_per_tok(en)?|num
 ROLES: tuple[tuple[str, str], ...] = (  # the first that matches a whole name counts
     (r".*token_(id|ids|index)|image_token|.*_token", "token"),
     (r".*vocab_size.*|.*vocabulary.*", "vocabulary"),
+    (r"original_max_position_embeddings", "old_positions"),
     (
-        r"(original_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length"
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length"
         r"|max_(source|target)_positions|max_sequence_length",
         "positions",
     ),
@@ -87,12 +89,28 @@ HIDDEN_NAMES = ("embed_dim", "hidden_size", "d_model", "n_embd", "dim")
 HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
 
 
+_AT_MOST = {
+    "vocabulary": VOCABULARY,
+    "positions": POSITIONS,
+    "old_positions": POSITIONS // 2,
+    "experts": 4,
+    "top_k": 2,
+    "expert_groups": 2,
+    "top_groups": 1,
+    "chunk": 16,
+    "state": 16,
+}
+_LISTED = frozenset(
+    {"width", "heads", "experts", "top_k", "token", "image"}
+)  # also one by layer or axis
+
+
 def role_of(name: str) -> str:
     """What a whole number of that name is: one of the roles above, "other" where nothing is known."""
     return next((role for pattern, role in ROLES if re.fullmatch(pattern, name)), "other")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -247,7 +265,7 @@ def _is_index_list(name: str, value: Any, total: int) -> bool:
     if isinstance(value, str) or not re.fullmatch(INDEX_LISTS, name) or not len(value):
         return False
     is_rising = all(_is_count(v) and 0 <= v < total for v in value)
-    return is_rising and all(a < b for a, b in zip(value, value[1:], strict=False))
+    return is_rising and all(a < b for a, b in itertools.pairwise(value))
 
 
 def choose_layers(config: PretrainedConfig) -> Layers:
@@ -255,9 +273,7 @@ def choose_layers(config: PretrainedConfig) -> Layers:
     total = num_layers(config) or 0
     fields = list(_fields(config))
     overrides = _overrides(config)
-    kinds = [
-        (_kind(fields, layer, total), repr(overrides.get(layer))) for layer in range(total)
-    ]
+    kinds = [(_kind(fields, layer, total), repr(overrides.get(layer))) for layer in range(total)]
     periods = [v for name, v in fields if re.fullmatch(PERIODS, name) and _is_count(v)]
     prefix = max([PREFIX_LAYERS, *(p + 1 for p in periods if 1 < p < MAX_LAYERS - 2)])
     kept = list(range(min(prefix, total)))
@@ -302,94 +318,90 @@ def candidates(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
             yield small
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """How one tower's numbers shrink. `links`: widths that another tower has shrunk already."""
+
+    factors: Factors
+    tokens: _Tokens
+    links: Mapping[int, int]
+
+
 def _shrink(config: PretrainedConfig, narrowest: int) -> None:
-    """Changes all towers of a config in place."""
-    parts = _parts(config)
-    tokens = _Tokens()
-    hidden: dict[int, int] = {}  # of the language model: what other towers hand to it must fit
+    """Changes all towers of a config in place, the language model's first: others hand it vectors."""
+    tokens, links = _Tokens(), {}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    parts.sort(key=lambda part: text not in part.configs)
-    for part in parts:
+    for part in sorted(_parts(config), key=lambda part: text not in part.configs):
         factors = _factors(part, narrowest)
-        before = part.first(HIDDEN_NAMES)
-        if not hidden and before:
-            hidden = {before: _divided(before, factors.width)}
+        hidden = part.first(HIDDEN_NAMES)
         for member in part.configs:
-            own = set(_own_widths(member)) if text not in part.configs else set()
-            layers = choose_layers(member)
-            for name, value in _fields(member):
-                if _is_config(value):
-                    continue
-                small = _value(name, layers.resized(name, value), factors, tokens, vars(member))
-                if role_of(name) == "width" and name not in own and _is_count(value):
-                    small = hidden.get(value, small)
-                vars(member)[name] = small
-            if overrides := _overrides(member):
-                vars(member)["_heterogeneity_spec"] = dataclasses.replace(
-                    vars(member)["_heterogeneity_spec"],
-                    per_layer_overrides={
-                        i: {
-                            name: _value(name, value, factors, tokens, vars(member))
-                            for name, value in overrides[layer].items()
-                        }
-                        for i, layer in enumerate(layers.kept)
-                        if layer in overrides
-                    },
-                )
-        for member in part.configs:
+            _shrink_one(member, _Scale(factors, tokens, links))
             tokens.place(member)
+        if hidden and not links:
+            links = {hidden: _divided(hidden, factors.width)}
 
 
-def _own_widths(config: PretrainedConfig) -> list[str]:
+def _shrink_one(config: PretrainedConfig, scale: _Scale) -> None:
+    before = dict(vars(config))
+    layers, own = choose_layers(config), _own_width(config)
+    for name, value in _fields(config):
+        if _is_config(value):
+            continue
+        small = _value(name, layers.resized(name, value), scale, before)
+        if role_of(name) == "width" and name != own and _is_count(value):
+            small = scale.links.get(value, small)
+        vars(config)[name] = small
+    overrides = _overrides(config)
+    if overrides:
+        kept = {
+            index: {n: _value(n, v, scale, before) for n, v in overrides[layer].items()}
+            for index, layer in enumerate(layers.kept)
+            if layer in overrides
+        }
+        spec = vars(config)["_heterogeneity_spec"]
+        vars(config)["_heterogeneity_spec"] = dataclasses.replace(spec, per_layer_overrides=kept)
+
+
+def _own_width(config: PretrainedConfig) -> str | None:
     """The name of a tower's own hidden size, which may equal the language model's by chance."""
-    return [name for name in HIDDEN_NAMES if name in vars(config)][:1]
+    return next((name for name in HIDDEN_NAMES if name in vars(config)), None)
 
 
-def _value(  # noqa: C901 - one case for each role
-    name: str, value: Any, factors: Factors, tokens: _Tokens, fields: Mapping[str, Any]
-) -> Any:
-    """A field's value in the small config, its layers already chosen."""
+def _value(name: str, value: Any, scale: _Scale, fields: Mapping[str, Any]) -> Any:
+    """A field's value in the small config, its layers already chosen. fields: all as they were."""
     if isinstance(value, float):
         return 0.0 if re.fullmatch(DROPOUT, name) else value
     if isinstance(value, dict):
-        return _rope(value, factors)
-    role = role_of(name)
-    if isinstance(value, (list, tuple)) and role in ("width", "heads", "experts", "top_k", "token"):
-        return type(value)(_value(name, v, factors, tokens, fields) for v in value)
-    if not _is_count(value):
-        return value
+        return _rope(value, scale.factors)
+    if isinstance(value, (list, tuple)) and role_of(name) in _LISTED:
+        return type(value)(_value(name, member, scale, fields) for member in value)
+    return _number(role_of(name), value, scale, fields) if _is_count(value) else value
+
+
+def _number(role: str, value: int, scale: _Scale, fields: Mapping[str, Any]) -> int:
+    if role in _AT_MOST:
+        return min(value, _AT_MOST[role])
     match role:
         case "token":
-            return tokens.moved(value)
-        case "vocabulary":
-            return min(value, VOCABULARY)
-        case "positions":
-            return min(value, POSITIONS) if "original" not in name else min(value, POSITIONS // 2)
-        case "window":
+            return scale.tokens.moved(value)
+        case "window":  # of attention; a vision tower's is in pixels and follows its patches
             return min(value, 8) if "patch_size" not in fields and value > 0 else value
-        case "experts":
-            return min(value, 4)
-        case "top_k" | "expert_groups":
-            return min(value, 2)
-        case "top_groups":
-            return min(value, 1)
-        case "chunk" | "state":
-            return min(value, 16)
         case "heads":
-            return value // factors.heads if value > 1 else value
+            return value // scale.factors.heads if value > 1 else value
         case "head_width" | "other_width":
-            return max(1, value // factors.head_width)
+            return max(1, value // scale.factors.head_width)
+        case "width":
+            return _divided(value, scale.factors.width)
         case "image":
             return _image_size(value, fields)
         case "image_tokens":
             return 4
-        case "width":
-            return _divided(value, factors.width)
     return value
 
 
 def _image_size(value: int, fields: Mapping[str, Any]) -> int:
     patch = fields.get("patch_size")
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch
     return min(value, PATCHES_A_SIDE * patch) if isinstance(patch, int) else value
 
 
@@ -400,11 +412,12 @@ def _rope(value: dict[Any, Any], factors: Factors) -> dict[Any, Any]:
         if isinstance(member, dict):
             small[name] = _rope(member, factors)
         elif name == "mrope_section":
-            small[name] = [n // factors.head_width for n in member]
+            ends = [round(end / factors.head_width) for end in itertools.accumulate(member)]
+            small[name] = [end - start for start, end in itertools.pairwise([0, *ends])]
         elif name in ("short_factor", "long_factor"):
             small[name] = list(member)[: max(1, len(member) // factors.head_width)]
         elif name == "original_max_position_embeddings":
-            small[name] = min(member, POSITIONS // 2)
+            small[name] = min(member, _AT_MOST["old_positions"])
         else:
             small[name] = member
     return small

@@ -15,6 +15,7 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import InputStore, Kept
+from ssdtune.visit.accumulation import AccumulationWatch
 from ssdtune.visit.function import visit
 from ssdtune.visit.meet import Hub
 from ssdtune.visit.placeholder import Placeholder
@@ -101,9 +102,11 @@ class Streamer:
         self.observed: list[tuple[int, Direction]] = []  # visits of the step under way, as they came
         self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = None  # told when a step is over
         self.on_begin: Callable[[], None] | None = None  # told before a step begins
+        self.before_pass: Callable[[], None] | None = None  # called before each micro-batch's pass through a block
         self.input_store: InputStore | None = None  # where block inputs wait for backward; None: on the device, with autograd
         self.gradless: dict[Any, tuple[int, ...]] = {}  # see visit/function.py
         self._variants: dict[int, tuple[Any, ...]] = {}  # of the step under way, by block
+        self.accumulation = AccumulationWatch()
         self._hub: Hub | None = None
         self._kind = "forward"
         self._by_block: list[list[Weight]] = []
@@ -143,12 +146,16 @@ class Streamer:
             self._hub = None
             self._take_out()
             if self._kind == "forward":
-                self._end()
+                self.engine.leave()
+                self._interned.clear()
 
     def _point_name(self, point: int) -> str:
         return self.blocks[self.meetings[point].block]
 
     def _begin(self, kind: str) -> None:
+        self._take_out()  # logits that were read after the last run brought their head in once more
+        if self._kind == "forward":
+            self._tell_order()
         self.step += 1
         self._kind = kind
         if self.on_begin is not None:
@@ -159,15 +166,22 @@ class Streamer:
         self._variants.clear()
         if self.input_store is not None:
             self.input_store.begin_step(self.step)
+        if kind == "train":
+            self.accumulation.begin(p for meeting in self.meetings for p in meeting.trainable())
         self.engine.begin_step(kind)
 
     def _end(self) -> None:
-        """A step's last visit is over: backward has come back, or forward alone was wanted."""
+        """Backward has come back: the step's last visit is over."""
         self._take_out()
         self.engine.leave()
         self._awaits_end = False
         self._interned.clear()
-        if self.on_step is not None:
+        self._tell_order()
+
+    def _tell_order(self) -> None:
+        """Tells in what order the step visited its blocks. One of forward alone is known when the next step begins:
+        its logits may be computed after the run, when somebody reads them."""
+        if self.on_step is not None and self.observed:
             self.on_step(self._kind, self.observed)
 
     # ---- visits --------------------------------------------------------------------------------------------------
@@ -178,6 +192,8 @@ class Streamer:
             self._hub.wait(point)
         else:
             self.present(block, Direction.FORWARD)
+        if self.before_pass is not None:
+            self.before_pass()
 
     def present(self, block: int, direction: Direction) -> None:
         """Makes the block's weights present in its modules, in the place of their placeholders."""
@@ -186,6 +202,8 @@ class Streamer:
         if direction is Direction.BACKWARD and not self._awaits_end:
             self._awaits_end = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+        if direction is Direction.BACKWARD and self.before_pass is not None:
+            self.before_pass()
         slot = self.engine.enter(block, direction)
         if self._installed == (block, slot):
             return

@@ -55,12 +55,12 @@ def _text(
     mask = torch.ones_like(input_ids)
     labels = input_ids.clone()
     if is_padded:
-        pad = text.pad_token_id
+        pad = getattr(text, "pad_token_id", None)
         input_ids[-1, -NUM_PADDED:] = pad if isinstance(pad, int) and pad >= 0 else int(ids[0])
         mask[-1, -NUM_PADDED:] = 0
         labels[-1, -NUM_PADDED:] = -100
     if config.is_encoder_decoder:
-        labels = labels[:, LENGTH // 2 :]
+        labels = labels[:, LENGTH // 2 :].contiguous()
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
     return {name: value for name, value in batch.items() if accepts(plain.forward, name)}
 
@@ -90,13 +90,13 @@ def _image_form(plain: PreTrainedModel, generator: torch.Generator) -> _Form | N
     if _image_token(config) is None or not hasattr(config, "vision_config"):
         return None
     state = generator.get_state()
-    for kind in ("patches",) if _is_grid(config) else ("pixels", "several pixels"):
+    for kind in ("patches",) if _is_grid(config) else ("pixels", "sized pixels", "several pixels"):
         for num_tokens in IMAGE_TOKENS:
             text = _text(plain, 1, generator, is_padded=False)
             try:
                 with torch.no_grad():
                     plain(**_with_image(plain, copy.copy(text), (kind, num_tokens)))
-            except Exception:  # noqa: S112 - any refusal of the model's own code: not this form
+            except Exception:  # whatever the model's own code raises: not this form
                 continue
             generator.set_state(state)
             return kind, num_tokens
@@ -146,8 +146,8 @@ def _pixels(vision: Any, kind: str, rows: int) -> Batch:
             "image_grid_thw": torch.tensor([[1, GRID, GRID]] * rows),
         }
     side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-    shape = (rows, 3, side, side) if kind == "pixels" else (rows, 1, 3, side, side)
-    return {
-        "pixel_values": torch.randn(shape, generator=generator),
-        "image_sizes": torch.tensor([[side, side]] * rows),
-    }
+    shape = (rows, 1, 3, side, side) if kind == "several pixels" else (rows, 3, side, side)
+    made = {"pixel_values": torch.randn(shape, generator=generator)}
+    if kind == "sized pixels":
+        made["image_sizes"] = torch.tensor([[side, side]] * rows)
+    return made

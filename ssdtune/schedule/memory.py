@@ -1,0 +1,135 @@
+"""How much memory a training run will hold at its peak, part by part: a pure function of a plan and a few sizes.
+
+The peak of a step is at the turn-around, when every block input is kept and the last blocks recompute. What is held
+then is a sum of named parts; the sizes that depend on the architecture (`Footprint`) come from a rehearsal of one
+micro-batch on tensors without memory (`visit/memory.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from ssdtune.schedule.plan import Plan, Tier
+from ssdtune.sizes import format_size
+
+# What the math libraries keep from their first call on: packing buffers, code pages that get touched. Measured with
+# MKL and oneDNN on two CPUs at 15-25 MB; not part of `base_bytes`, which is taken before the first product.
+LIBRARY_BYTES = 20 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes that one micro-batch takes.
+
+    kept_bytes: inputs of blocks that are kept for backward, all blocks together.
+    hidden_bytes: the largest hidden state that goes from block to block.
+    held_bytes: what else is alive from forward to backward: masks, position tables, what lies between blocks.
+    workspace_bytes: recompute and backward of the greediest block, beyond its input.
+    loss_bytes: the logits of one chunk, with their gradients.
+    how: "rehearsed" or "by formula", and from what.
+    """
+
+    kept_bytes: int
+    hidden_bytes: int
+    held_bytes: int
+    workspace_bytes: int
+    loss_bytes: int
+    how: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed:
+    """Bytes that do not depend on the batch.
+
+    base_bytes: the process before the model was opened (its resident set), measured.
+    resident_bytes: weights and buffers outside of blocks, and streamed ones that were made trainable.
+    trained_bytes: parameters that train.
+    gradient_bytes: their gradients.
+    optimizer_bytes: the optimizer's states.
+    staging_bytes: what the store of block inputs takes beside them.
+    """
+
+    base_bytes: int
+    resident_bytes: int
+    trained_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    staging_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The parts of the peak, in bytes, by what they are for. Without a device all of it is RAM."""
+
+    ram: Mapping[str, int]
+    device: Mapping[str, int]
+    how: str
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of RAM at the peak."""
+        return sum(self.ram.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device at the peak; 0 without one."""
+        return sum(self.device.values())
+
+    @property
+    def natural_bytes(self) -> int:
+        """What grows with depth and tokens by nature, wherever it is: adapters and their states, kept inputs, masks."""
+        parts = (*self.ram.items(), *self.device.items())
+        return sum(n for name, n in parts if name in NATURAL)
+
+    def lines(self) -> Iterator[str]:
+        """Yields the prediction as a person reads it, the largest part first."""
+        for where, parts, total in (
+            ("RAM", self.ram, self.ram_bytes),
+            ("device", self.device, self.device_bytes),
+        ):
+            if parts:
+                yield f"peak      {format_size(total)} of {where} predicted ({self.how})"
+                for name, num_bytes in sorted(parts.items(), key=lambda part: -part[1]):
+                    if num_bytes:
+                        yield f"          {format_size(num_bytes):>8}  {name}"
+
+
+ADAPTERS, STATES = "adapters and gradients", "optimizer states"
+INPUTS, HELD = "block inputs kept for backward", "masks, tables and what lies between blocks"
+WORKSPACE = "workspace of one block or loss chunk"
+NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD})
+
+
+def predict_peak(
+    plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int
+) -> Peak:
+    """The peak of a training step with so many micro-batches of the size that `footprint` describes.
+
+    Exact for what torch allocates, up to the temporaries inside single operators; the C library's heap may hold some
+    more than that (see `visit/memory.py`).
+    """
+    compute = {
+        "weights outside blocks": fixed.resident_bytes,
+        ADAPTERS: fixed.trained_bytes + fixed.gradient_bytes,
+        STATES: fixed.optimizer_bytes,
+        HELD: num_micro_batches * footprint.held_bytes,
+        # The gradient that each micro-batch hands from block to block, or its hidden state on the way forward.
+        "hidden states and gradients in flight": num_micro_batches * footprint.hidden_bytes,
+        WORKSPACE: max(footprint.workspace_bytes, footprint.loss_bytes),
+    }
+    kept = num_micro_batches * footprint.kept_bytes
+    ram = {"process before the model": fixed.base_bytes, "math libraries": LIBRARY_BYTES}
+    if plan.on_device:
+        cached = plan.ram_bytes - sum(plan.buffers)
+        ram |= {"buffers": sum(plan.buffers), "weights that stay in RAM": cached}
+        device = {"slots": plan.slot_bytes, **compute}
+        where = {Tier.DEVICE: device, Tier.RAM: ram}.get(plan.block_inputs)
+    else:
+        ram |= {"slots": plan.slot_bytes, "buffers": sum(plan.buffers), **compute}
+        device = {}
+        where = None if plan.block_inputs is Tier.NVME else ram
+    if where is not None:
+        where[INPUTS] = kept
+    ram["staging of block inputs"] = fixed.staging_bytes
+    return Peak(ram=ram, device=device, how=footprint.how)
