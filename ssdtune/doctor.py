@@ -28,7 +28,8 @@ OPTIONAL = {"kvikio": ("kvikio-cu13", "kvikio-cu12"), "deepspeed": ("deepspeed",
 PROBE_BYTES = 256 * 2**20  # the drive's own cache holds less of it than is read
 CHUNK_BYTES = 16 * 2**20
 LARGE_ENOUGH = 64 * 2**20  # a smaller file tells little of a drive
-MATMUL_S = 0.2  # a dtype
+MATMUL_S = 0.2  # for each dtype
+READ_S = 0.5  # for each way of reading
 CPU_WIDTH, DEVICE_WIDTH = 384, 4096
 MUCH_SLOWER = 2.0
 
@@ -123,15 +124,15 @@ def _matmul() -> Iterator[str]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width = DEVICE_WIDTH if device == "cuda" else CPU_WIDTH
-    fp32 = matmul_rate(torch.float32, width=width, device=device)
-    bf16 = matmul_rate(torch.bfloat16, width=width, device=device)
+    fp32 = matmul_rate(torch.float32, width=width, device=device, seconds=MATMUL_S)
+    bf16 = matmul_rate(torch.bfloat16, width=width, device=device, seconds=MATMUL_S)
     yield _row("matmul", f"float32 {_tera(fp32)} · bfloat16 {_tera(bf16)} ({width} × {width})")
     if bf16 * MUCH_SLOWER < fp32:
         yield _row("", f"bfloat16 is {fp32 / bf16:.0f} times slower than float32 here: set")
         yield _row("", "dtype: float32 (weights in memory take twice the bytes, files stay as is)")
 
 
-def matmul_rate(dtype: Any, *, width: int, device: str, seconds: float = MATMUL_S) -> float:
+def matmul_rate(dtype: Any, *, width: int, device: str, seconds: float) -> float:
     """FLOP/s of [width, width] @ [width, width], the best of a few within `seconds`."""
     import torch
 
@@ -179,11 +180,11 @@ def _reading(file: Path, what: str) -> Iterator[str]:
 
     choice = choose_storage(file)
     name = "direct I/O" if choice.is_direct else "through the page cache"
-    rate = measure_read_rate(choice.storage, file)
+    rate = measure_read_rate(choice.storage, file, READ_S)
     yield _row("reading", f"{name} at {rate:.2f} GB/s, {what}")
     yield _row("", f"because {choice.reason}")
     if choice.is_direct:
-        buffered = measure_read_rate(BufferedStorage(choice.storage.alignment), file)
+        buffered = measure_read_rate(BufferedStorage(choice.storage.alignment), file, READ_S)
         yield _row("", f"through the page cache it would be {buffered:.2f} GB/s")
     gds = choose_gds(file)
     if gds.pool is not None:

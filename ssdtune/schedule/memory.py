@@ -101,9 +101,7 @@ WORKSPACE = "workspace of one block or loss chunk"
 NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD})
 
 
-def predict_peak(
-    plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int
-) -> Peak:
+def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int) -> Peak:
     """The peak of a training step with so many micro-batches of the size that `footprint` describes.
 
     Exact for what torch allocates, up to the temporaries inside single operators; the C library's heap may hold some

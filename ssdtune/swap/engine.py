@@ -21,6 +21,7 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Kind, Lane, Plan, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.schedule.walk import Walk
+from ssdtune.swap.device_clock import DeviceClock
 from ssdtune.swap.fills import Fill, Lanes, SwapError
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe, alone
@@ -46,8 +47,11 @@ class _Visiting:
     is_own_fill: bool
     start_s: float
     wait_s: float | None = None
-    # Streams that read the slot, each after it has waited for the copy into it.
+    # On a device: the streams that read the slot, each after it has waited for the copy into it; and
+    # marks on the first of them, where the visit begins and where its weights are there.
     streams: dict[torch.cuda.Stream, None] = dataclasses.field(default_factory=dict)
+    reached: torch.cuda.Event | None = None
+    ready: torch.cuda.Event | None = None
 
 
 class Engine:
@@ -122,6 +126,8 @@ class Engine:
                 del self._held[slot]
             if failed:
                 self._walk.look_again()
+            if self._lanes.clock is not None:
+                self._lanes.clock.collect()
             self._trim_trace()
             self._changed.notify_all()
 
@@ -135,6 +141,10 @@ class Engine:
         start = perf_counter()
         while True:
             visiting = self._visit(block, direction, start)
+            if self._lanes.clock is not None and visiting.reached is None:
+                visiting.reached = self._lanes.clock.mark(
+                    torch.cuda.current_stream(self.slots.device)
+                )
             left = start + self.timeout_s - perf_counter()
             try:
                 visiting.fill.wait(left)
@@ -146,8 +156,8 @@ class Engine:
                     raise
         if visiting.wait_s is None:
             visiting.wait_s = perf_counter() - start
-        if self.slots.device.type == "cuda":
-            self._wait_on_stream(visiting)
+        if self._lanes.clock is not None:
+            self._wait_on_stream(visiting, self._lanes.clock)
         return visiting.fill.slot
 
     def leave(self) -> None:
@@ -262,25 +272,30 @@ class Engine:
         if visiting.wait_s is None:  # interrupted while it waited
             self._walk.give_up()
             return
-        slot = visiting.fill.slot
-        for stream in visiting.streams:  # last readers of the slot -> its refill
-            event = torch.cuda.Event()
-            event.record(stream)
-            self._lanes.last_reads.setdefault(slot, {})[stream] = event
         self._walk.leave()
-        self._record(
-            TraceOp(
-                op_id=visiting.op_id,
-                kind=Kind.COMPUTE,
-                lane=Lane.COMPUTE,
-                block=self.recipes[visiting.block].name,
-                direction=visiting.direction,
-                step=self._step,
-                start_s=visiting.start_s,
-                end_s=perf_counter(),
-                wait_s=visiting.wait_s,
-            )
+        op = TraceOp(
+            op_id=visiting.op_id,
+            kind=Kind.COMPUTE,
+            lane=Lane.COMPUTE,
+            block=self.recipes[visiting.block].name,
+            direction=visiting.direction,
+            step=self._step,
+            start_s=visiting.start_s,
+            end_s=perf_counter(),
+            wait_s=visiting.wait_s,
         )
+        if self._lanes.clock is None:
+            self._record(op)
+        else:
+            self._leave_on_device(visiting, op, self._lanes.clock)
+
+    def _leave_on_device(self, visiting: _Visiting, op: TraceOp, clock: DeviceClock) -> None:
+        """Marks the end of the visit's reads on every stream that read the slot."""
+        ends = {stream: clock.mark(stream) for stream in visiting.streams}
+        # last readers of the slot -> its refill
+        self._lanes.last_reads.setdefault(visiting.fill.slot, {}).update(ends)
+        if visiting.reached is not None and ends:
+            clock.add(op, visiting.reached, next(iter(ends.values())), ready=visiting.ready)
 
     def _give_up(self, visiting: _Visiting) -> None:
         """The visit could not take place. A fill that has failed is forgotten; one that is still
@@ -294,13 +309,15 @@ class Engine:
                 del self._held[fill.slot]
             self._changed.notify_all()
 
-    def _wait_on_stream(self, visiting: _Visiting) -> None:
+    def _wait_on_stream(self, visiting: _Visiting, clock: DeviceClock) -> None:
         """The caller's stream waits for the copy into the slot; without the lock."""
         stream = torch.cuda.current_stream(self.slots.device)
         if stream not in visiting.streams:
             if visiting.fill.event is not None:
                 stream.wait_event(visiting.fill.event)  # copy -> readers of the slot
             visiting.streams[stream] = None
+        if visiting.ready is None:
+            visiting.ready = clock.mark(stream)
 
     # ---- the walk ahead ----------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import torch
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
+from ssdtune.swap.device_clock import DeviceClock
 from ssdtune.swap.readers import ReaderPool, Ticket
 from ssdtune.swap.slots import Buffer, Slots
 from ssdtune.swap.storage import StorageError, StorageTimeout
@@ -119,8 +120,10 @@ class Lanes:
         self._record_op, self._on_issued = record, on_issued
         # slot -> stream -> last read on it: last readers of the slot -> its refill
         self.last_reads: dict[int, dict[torch.cuda.Stream, torch.cuda.Event]] = {}
+        self.clock: DeviceClock | None = None
         self._uploads: torch.cuda.Stream | None = None
         if slots.device.type == "cuda":
+            self.clock = DeviceClock(slots.device, record)
             self._uploads = torch.cuda.Stream(slots.device)
             # Kernels that read or wrote the slots' memory when it was another tensor's -> first fills.
             self._uploads.wait_stream(torch.cuda.current_stream(slots.device))
@@ -216,47 +219,52 @@ class Lanes:
                 self._is_in_cache.add(fill.block)
         if recipe.is_staged:
             fill.stage = "being copied into the slot"
-            start = perf_counter()
-            self._copy(item)
-            kind = Kind.UNPACK if self._uploads is None else Kind.UPLOAD
-            self._record(fill, kind, (start, perf_counter()), recipe.slot_bytes)
+            if self._uploads is None or self.clock is None:
+                start = perf_counter()
+                self.slots.unpack(fill.block, item.memory, fill.slot)
+                self._record(fill, Kind.UNPACK, (start, perf_counter()), recipe.slot_bytes)
+            else:
+                start, end = self._upload(item, self._uploads, self.clock)
+                op = self._op(fill, Kind.UPLOAD, (0.0, 0.0), recipe.slot_bytes)
+                self.clock.add(op, start, end)
 
-    def _copy(self, item: _Item) -> None:
-        """At once on a CPU; on a device behind the slot's last readers, on the upload stream."""
+    def _upload(
+        self, item: _Item, uploads: torch.cuda.Stream, clock: DeviceClock
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Queues the copy behind the slot's last readers; marks of its start and end."""
         fill = item.fill
-        if self._uploads is None:
-            self.slots.unpack(fill.block, item.memory, fill.slot)
-            return
-        with torch.cuda.stream(self._uploads):
+        with torch.cuda.stream(uploads):
             for last_read in self.last_reads.pop(fill.slot, {}).values():
-                self._uploads.wait_event(last_read)  # last reader of the slot -> its refill
+                uploads.wait_event(last_read)  # last reader of the slot -> its refill
+            start = clock.mark(uploads)
             try:
                 self.slots.unpack(fill.block, item.memory, fill.slot)
             finally:  # also of what was queued before a failure
-                fill.event = torch.cuda.Event()
-                fill.event.record(self._uploads)
+                end = fill.event = clock.mark(uploads)
                 if item.buffer is not None:
-                    item.buffer.copied = fill.event
+                    item.buffer.copied = end
+        return start, end
 
     def _record(self, fill: Fill, kind: Kind, span: tuple[float, float], num_bytes: int) -> None:
+        self._record_op(self._op(fill, kind, span, num_bytes))
+
+    def _op(self, fill: Fill, kind: Kind, span: tuple[float, float], num_bytes: int) -> TraceOp:
         op_id = fill.op_id
         if op_id != UNPLANNED and fill.block not in self._cached:
             op_id += kind is not Kind.LOAD  # in the plan the copy follows its LOAD
         elif kind is Kind.LOAD:
             op_id = UNPLANNED  # into RAM, for good: no steady step has it
-        self._record_op(
-            TraceOp(
-                op_id=op_id,
-                kind=kind,
-                lane=LANES[kind],
-                block=fill.name,
-                direction=fill.direction,
-                step=fill.step,
-                start_s=span[0],
-                end_s=span[1],
-                num_bytes=num_bytes,
-                is_miss=fill.is_miss,
-            )
+        return TraceOp(
+            op_id=op_id,
+            kind=kind,
+            lane=LANES[kind],
+            block=fill.name,
+            direction=fill.direction,
+            step=fill.step,
+            start_s=span[0],
+            end_s=span[1],
+            num_bytes=num_bytes,
+            is_miss=fill.is_miss,
         )
 
 

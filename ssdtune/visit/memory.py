@@ -66,9 +66,7 @@ def predict(
         optimizer_bytes=num_states * trained,
         staging_bytes=staging_bytes(streamer.engine.plan.block_inputs),
     )
-    return predict_peak(
-        streamer.engine.plan, footprint, fixed, num_micro_batches=num_micro_batches
-    )
+    return predict_peak(streamer.engine.plan, footprint, fixed, num_micro_batches=num_micro_batches)
 
 
 def resident_set_bytes() -> int:
@@ -102,9 +100,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts what it made."""
         kwargs = kwargs or {}
         pytree.tree_map_only(torch.Tensor, lambda x: self._meet(x, is_made=False), (args, kwargs))

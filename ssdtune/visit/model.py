@@ -43,7 +43,7 @@ class FrontDoor:
         if pieces is not None:
             return front_door.given(pieces, args, kwargs)
         bound = front_door.bind(self.inner, args, kwargs)
-        size = self.model.ssdtune.micro_batch_size  # type: ignore[union-attr]
+        size: int | None = self.model.ssdtune.micro_batch_size  # type: ignore
         has_cache = any(bound.get(name) is not None for name in ("past_key_values", "cache"))
         if torch.is_grad_enabled():
             front_door.refuse_filled_cache(bound)

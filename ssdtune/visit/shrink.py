@@ -243,13 +243,13 @@ class Layers:
 
     def resized(self, name: str, value: Any) -> Any:
         """The value of a config's field for the kept layers; the same where it is not about layers."""
-        if isinstance(value, (list, tuple, str)):
+        if isinstance(value, (list, tuple)):
             if _is_index_list(name, value, self.total):
                 return type(value)(i for i, layer in enumerate(self.kept) if layer in value)
-            if len(value) == self.total and self.total > 1:
-                picked = [value[layer] for layer in self.kept]
-                return "".join(picked) if isinstance(value, str) else type(value)(picked)
-            return value
+            is_per_layer = len(value) == self.total > 1
+            return type(value)(value[i] for i in self.kept) if is_per_layer else value
+        if _is_pattern(name, value, self.total):
+            return "".join(value[layer] for layer in self.kept)
         if not _is_count(value):
             return value
         if role_of(name) == "layers":
@@ -261,8 +261,13 @@ class Layers:
         return value
 
 
+def _is_pattern(name: str, value: Any, total: int) -> bool:
+    """One letter for each layer, as `hybrid_override_pattern` has it."""
+    return isinstance(value, str) and name.endswith("pattern") and len(value) == total
+
+
 def _is_index_list(name: str, value: Any, total: int) -> bool:
-    if isinstance(value, str) or not re.fullmatch(INDEX_LISTS, name) or not len(value):
+    if not re.fullmatch(INDEX_LISTS, name) or not len(value):
         return False
     is_rising = all(_is_count(v) and 0 <= v < total for v in value)
     return is_rising and all(a < b for a, b in itertools.pairwise(value))
@@ -286,11 +291,10 @@ def choose_layers(config: PretrainedConfig) -> Layers:
 def _kind(fields: Sequence[tuple[str, Any]], layer: int, total: int) -> tuple[Any, ...]:
     kind: list[Any] = []
     for name, value in fields:
-        if isinstance(value, (list, tuple, str)):
-            if _is_index_list(name, value, total):
-                kind.append(layer in value)
-            elif len(value) == total:
-                kind.append(value[layer])
+        if isinstance(value, (list, tuple)) and _is_index_list(name, value, total):
+            kind.append(layer in value)
+        elif isinstance(value, (list, tuple)) or _is_pattern(name, value, total):
+            kind.append(value[layer] if len(value) == total else None)
         elif _is_count(value) and re.fullmatch(FROM_THE_END, name):
             kind.append(layer >= total - value)
         elif _is_count(value) and re.fullmatch(THRESHOLDS, name):

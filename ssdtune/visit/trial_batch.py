@@ -62,6 +62,13 @@ def _text(
     if config.is_encoder_decoder:
         labels = labels[:, LENGTH // 2 :].contiguous()
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return _accepted(plain, batch)
+
+
+def _accepted(plain: PreTrainedModel, batch: Batch) -> Batch:
+    """What the model's forward names; all of it where it names nothing (`*args, **kwargs`)."""
+    if not accepts(plain.forward, "input_ids"):
+        return batch
     return {name: value for name, value in batch.items() if accepts(plain.forward, name)}
 
 
@@ -133,7 +140,7 @@ def _with_image(plain: PreTrainedModel, text: Batch, form: _Form | None) -> Batc
     }
     for name in ("token_type_ids", "mm_token_type_ids"):
         made[name] = is_image
-    return {name: value for name, value in made.items() if accepts(plain.forward, name)}
+    return _accepted(plain, made)
 
 
 def _pixels(vision: Any, kind: str, rows: int) -> Batch:

@@ -1,0 +1,112 @@
+"""One training run whose memory is watched, in a process of its own. Not a test: test_bounded.py starts it.
+
+    python bounded_child.py '{"folder": …, "mode": "streamed", …}'     prints one JSON line of results
+
+With "group" it joins that memory cgroup first. When everything is imported and the math libraries have been used, it
+sets the group's limit to what it holds plus "headroom" bytes, then opens the model and trains.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def held(what: str = "VmRSS") -> int:
+    """Bytes, from /proc/self/status."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition(what + ":")[2].split()[0]) * 1024
+
+
+def limit(group: Path, headroom: int) -> None:
+    """Anonymous memory may grow by `headroom`; the page cache counts as well, but is given up first."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    anonymous = int(stat["rss"] if "rss" in stat else stat["anon"])
+    is_v1 = (group / "memory.limit_in_bytes").exists()
+    name = "memory.limit_in_bytes" if is_v1 else "memory.max"
+    (group / name).write_text(str(anonymous + headroom))
+
+
+def in_memory(job: dict[str, Any]) -> Any:
+    """What the limit must not let live: the same model, its weights in memory."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # not a mapping of the file
+    return model
+
+
+def streamed(job: dict[str, Any]) -> Any:
+    """The smallest budget with room for the next block while one computes."""
+    import torch
+    from support import smallest_ram
+
+    from ssdtune.schedule.plan import Budgets, Tier
+    from ssdtune.swap.storage import choose_storage
+    from ssdtune.visit import assemble
+    from ssdtune.visit.build import build_meta
+
+    meta = build_meta(job["folder"])
+    storage = choose_storage(Path(job["folder"])).storage
+    options = assemble.Options(
+        device=torch.device("cpu"),
+        budgets=Budgets(ram_bytes=int(smallest_ram(meta, storage.alignment) * 2.3)),
+        storage=storage,
+        micro_batch_size=1,
+        chunk_tokens=job["tokens"],
+        block_inputs=Tier(job["block_inputs"]),
+        scratch=Path(job["scratch"]),
+        timeout_s=120.0,
+    )
+    return assemble.assemble(meta, options)
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """Two steps: a short one that makes the optimizer's states, then the one that is measured."""
+    group = Path(job["group"]) if job.get("group") else None
+    if group is not None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from ssdtune.visit import memory
+    from ssdtune.visit.assemble import assemble  # noqa: F401
+
+    torch.set_num_threads(job["threads"])
+    base = held()
+    if group is not None:
+        limit(group, job["headroom"])
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    model = streamed(job) if job["mode"] == "streamed" else in_memory(job)
+    adapted = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"])).train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(3, job["vocab"], (job["rows"], job["tokens"]))
+    result: dict[str, Any] = {"base": base}
+    if job["mode"] == "streamed":
+        peak = memory.predict(
+            adapted, {"input_ids": ids[:1]}, num_micro_batches=job["rows"], base_bytes=base
+        )
+        keeper = memory.hold_to(adapted, peak)
+        result |= {"predicted": peak.ram_bytes, "natural": peak.natural_bytes, "how": peak.how}
+        result["parts"] = dict(peak.ram)
+    for batch in (ids[:, :8], ids):
+        loss = adapted(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        result["loss"] = float(loss)
+    result["peak"] = held("VmHWM")
+    if job["mode"] == "streamed":
+        store = model.ssdtune.input_store
+        result["trims"] = keeper.num_trims
+        result["stored"] = 0 if store is None else store.reserved_bytes
+        model.ssdtune.close()
+    return result
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    print("RESULT " + json.dumps(main(json.loads(sys.argv[1]))), flush=True)

@@ -1,0 +1,392 @@
+"""On a CUDA device the engine is as exact as on a CPU, whatever runs late: copies, readers, reads.
+
+Streams are slowed on purpose (`torch.cuda._sleep`), so that a missing wait shows as wrong bytes.
+"""
+
+import gc
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from engines import B, Blocks, F, check_slot, make_engine, run_step, write_blocks
+from peft import LoraConfig, get_peft_model
+from support import accumulate, assert_equal, cut, gradients, num_items, trained, weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM
+
+from ssdtune.schedule import trace as traces
+from ssdtune.schedule.plan import Budgets, Kind, Tier
+from ssdtune.schedule.planner import smallest_budgets
+from ssdtune.swap.engine import Engine
+from ssdtune.swap.storage import choose_storage
+from ssdtune.visit import assemble
+from ssdtune.visit.blocks import find_points
+from ssdtune.visit.build import build_meta
+from ssdtune.visit.placement import place
+from ssdtune.visit.recipes import make_recipe
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+LONG = 50_000_000  # clock cycles of a device: some 30 ms
+SIZES = {  # of device and RAM, in multiples of the smallest that works
+    "smallest": (1.0, 1.0),
+    "some in RAM": (3.0, 4.0),
+    "some resident": (3.4, 2.0),
+    "all resident": (100.0, 3.0),
+}
+
+# ------------------------------------------------------------------ whole models
+
+
+def streamed(folder: Path, dtype: torch.dtype, size: str) -> Any:
+    """The model of `folder` streamed to the device within a budget of that size."""
+    meta = build_meta(folder, dtype=dtype)
+    storage = choose_storage(folder).storage
+    placements = place(meta.model, meta.checkpoint.tensors)
+    shapes = [
+        make_recipe(
+            group.label,
+            [placements[name] for name in group.parameters],
+            meta.checkpoint.tensors,
+            alignment=storage.alignment,
+            on_device=True,
+        ).shape
+        for group in assemble._group_weights(meta.model, find_points(meta.model))
+    ]
+    least = smallest_budgets(shapes, on_device=True)
+    on_device, in_ram = SIZES[size]
+    return assemble.assemble(
+        meta,
+        assemble.Options(
+            device=DEVICE,
+            budgets=Budgets(
+                ram_bytes=int(least.ram_bytes * in_ram),
+                device_bytes=int(least.device_bytes * on_device),
+            ),
+            storage=storage,
+            micro_batch_size=2,
+            timeout_s=30.0,
+        ),
+    )
+
+
+def adapted(model: Any, targets: list[str]) -> Any:
+    """LoRA with the same random values in every model, none of them zero."""
+    torch.manual_seed(2)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    with torch.no_grad():
+        for _, parameter in trained(model):
+            parameter.add_(torch.randn(parameter.shape).to(parameter), alpha=0.05)
+    return model.train()
+
+
+def batch_on_device(name: str, seed: int) -> dict[str, torch.Tensor]:
+    made = tiny_models.batch(name, 8, 17 - seed % 2, seed=seed)
+    return {key: value.to(DEVICE) for key, value in made.items()}
+
+
+@pytest.fixture
+def one_kernel() -> Iterator[None]:
+    """One attention kernel whose backward adds in one order."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("one_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_streamed_training_equals_training_in_memory(
+    name: str, size: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Losses, gradients and weights of three AdamW steps, bit for bit."""
+    base = tiny_models.build(name, dtype=dtype)
+    tiny_models.save(base, tmp_path)
+    targets = tiny_models.lora_targets(base)
+    in_memory: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    plain = adapted(in_memory.to(DEVICE), targets)
+    ours = adapted(streamed(tmp_path, dtype, size), targets)
+    streamer = ours.get_base_model().ssdtune
+    models = plain, ours
+    optimizers = [torch.optim.AdamW([p for _, p in trained(m)], lr=1e-2) for m in models]
+    try:
+        for seed in range(3):
+            batch = batch_on_device(name, seed)
+            pieces = cut(batch, 4)
+            items = num_items(pieces)
+            expected = accumulate(plain, pieces, items)
+            loss = ours(**batch, num_items_in_batch=items).loss
+            loss.backward()
+            assert_equal({"loss": expected}, {"loss": loss.detach()}, "losses")
+            assert_equal(gradients(plain), gradients(ours))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_equal(weights(plain), weights(ours), "weights")
+        assert not any(op.is_miss for op in streamer.engine.trace)
+        if size == "some in RAM":
+            assert Tier.RAM in streamer.engine.plan.tiers
+        if "resident" in size:
+            assert Tier.DEVICE in streamer.engine.plan.tiers
+    finally:
+        streamer.close()
+
+
+def test_a_step_never_waits_for_the_whole_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("torch.cuda.synchronize was called in a step")
+
+    base = tiny_models.build("llama")
+    tiny_models.save(base, tmp_path)
+    model = adapted(streamed(tmp_path, torch.float32, "smallest"), ["q_proj"])
+    try:
+        model(**batch_on_device("llama", 0)).loss.backward()
+        monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+        for seed in (1, 2):
+            model(**batch_on_device("llama", seed)).loss.backward()
+    finally:
+        model.get_base_model().ssdtune.close()
+
+
+# ------------------------------------------------------------------ the engine alone
+
+MakeEngine = Callable[..., tuple[Engine, Blocks]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeEngine]:
+    """An engine of seven packed blocks on the device; closed after the test."""
+    made: list[Engine] = []
+
+    def make_one(**options: Any) -> tuple[Engine, Blocks]:
+        blocks = write_blocks(tmp_path, ["packed"] * 7)
+        options = {"num_slots": 0.0, "device_slots": 2.0, "prefetch": 1, **options}
+        made.append(make_engine(blocks, device=DEVICE, **options))
+        return made[-1], blocks
+
+    yield make_one
+    for engine in made:
+        engine.close()
+
+
+def snapshot(engine: Engine, block: int, slot: int) -> list[torch.Tensor]:
+    """Copies of the block's tensors, queued on the current stream; the host does not wait."""
+    return [tensor.clone() for tensor in engine.slots.tensors(block, slot)]
+
+
+def assert_all_right(found: list[tuple[int, list[torch.Tensor]]], blocks: Blocks) -> None:
+    for block, tensors in found:
+        for tensor, wanted in zip(tensors, blocks.expected[block], strict=True):
+            assert torch.equal(tensor.cpu(), wanted), (
+                f"layers.{block} was read too early or too late"
+            )
+
+
+def planned(engine: Engine, times: int = 2) -> Iterator[tuple[int, Any]]:
+    """Begins steps and yields their visits."""
+    for _ in range(times):
+        engine.begin_step("train")
+        for visit in engine.plan.sequences["train"].visits:
+            yield visit.block, visit.direction
+    engine.leave()
+
+
+@pytest.mark.parametrize("device_slots", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("num_slots", [0.0, 3.0])
+def test_every_visit_finds_its_block(
+    device_slots: float, num_slots: float, make: MakeEngine
+) -> None:
+    engine, blocks = make(device_slots=device_slots, num_slots=num_slots)
+    for _ in range(3):
+        run_step(engine, blocks)
+    assert not any(op.is_miss for op in engine.trace)
+
+
+def test_a_slot_is_not_refilled_under_a_slow_reader(make: MakeEngine) -> None:
+    """The host is visits ahead of the device when it asks for the refill."""
+    engine, blocks = make(device_slots=1.0, prefetch=0)
+    found = []
+    for block, direction in planned(engine):
+        slot = engine.enter(block, direction)
+        torch.cuda._sleep(LONG)
+        found.append((block, snapshot(engine, block, slot)))
+    assert_all_right(found, blocks)
+
+
+def test_a_reader_waits_for_a_slow_copy(make: MakeEngine) -> None:
+    engine, blocks = make()
+    uploads = engine._lanes._uploads
+    assert uploads is not None
+    found = []
+    for block, direction in planned(engine):
+        with torch.cuda.stream(uploads):
+            torch.cuda._sleep(LONG // 4)
+        found.append((block, snapshot(engine, block, engine.enter(block, direction))))
+    assert_all_right(found, blocks)
+
+
+def test_a_buffer_is_not_read_into_under_a_slow_copy(make: MakeEngine) -> None:
+    """One buffer, four slots: the next block is read while the last is still on its way."""
+    engine, blocks = make(device_slots=4.0, prefetch=1)
+    assert len(engine.plan.buffers) == 1
+    uploads = engine._lanes._uploads
+    assert uploads is not None
+    found = []
+    for block, direction in planned(engine, times=3):
+        with torch.cuda.stream(uploads):
+            torch.cuda._sleep(LONG)
+        found.append((block, snapshot(engine, block, engine.enter(block, direction))))
+    assert_all_right(found, blocks)
+
+
+def test_every_stream_that_enters_is_waited_for_and_waits(make: MakeEngine) -> None:
+    """Three streams read each visit, the first entered being the slowest."""
+    engine, blocks = make(device_slots=1.0, prefetch=0)
+    streams = [torch.cuda.Stream(DEVICE) for _ in range(3)]
+    found = []
+    for block, direction in planned(engine):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                slot = engine.enter(block, direction)
+                torch.cuda._sleep(LONG // (1 + 4 * i))
+                found.append((block, snapshot(engine, block, slot)))
+    for stream in streams:
+        stream.synchronize()
+    assert_all_right(found, blocks)
+
+
+def test_the_thread_that_enters_makes_no_difference(make: MakeEngine) -> None:
+    """Backward enters from autograd's device thread, and the next step's forward leaves it."""
+    engine, blocks = make(device_slots=1.0, prefetch=0)
+    found: list[tuple[int, list[torch.Tensor]]] = []
+
+    def visit(block: int, direction: Any) -> None:
+        slot = engine.enter(block, direction)
+        torch.cuda._sleep(LONG // 4)
+        found.append((block, snapshot(engine, block, slot)))
+
+    for block, direction in planned(engine):
+        if direction is F:
+            visit(block, direction)
+        else:
+            thread = threading.Thread(target=visit, args=(block, direction))
+            thread.start()
+            thread.join(30)
+    assert len(found) == 2 * len(engine.plan.sequences["train"].visits)
+    assert_all_right(found, blocks)
+
+
+def test_memory_in_use_before_becomes_slots_only_afterwards(make: MakeEngine) -> None:
+    """A freed tensor's kernel, still queued, must not write into the slot that gets its memory."""
+    slot_bytes = make()[0].plan.slots[0]
+    for _ in range(4):
+        freed = torch.empty(2 * slot_bytes, dtype=torch.uint8, device=DEVICE)
+        torch.cuda._sleep(LONG)
+        freed.fill_(7)
+        del freed
+        engine, blocks = make()
+        engine.begin_step("train")
+        check_slot(engine, blocks, 0, engine.enter(0, F))
+
+
+def test_a_visit_queues_its_work_and_waits_for_nothing(make: MakeEngine) -> None:
+    """No call that makes the host wait for the device, in any of the engine's threads."""
+    engine, blocks = make(device_slots=3.0, prefetch=2)
+    run_step(engine, blocks)
+    found = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for block, direction in planned(engine):
+            found.append((block, snapshot(engine, block, engine.enter(block, direction))))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_all_right(found, blocks)
+
+
+def test_out_of_order_visits_are_right(make: MakeEngine) -> None:
+    engine, blocks = make(device_slots=2.0)
+    found = []
+    engine.begin_step("train")
+    for block, direction in [(0, F), (5, F), (5, B), (1, B), (0, F), (6, F), (6, B), (2, F)] * 2:
+        slot = engine.enter(block, direction)
+        torch.cuda._sleep(LONG // 8)
+        found.append((block, snapshot(engine, block, slot)))
+    assert_all_right(found, blocks)
+
+
+def test_a_tensor_is_read_outside_visits(make: MakeEngine) -> None:
+    engine, blocks = make()
+    run_step(engine, blocks)
+    for block in (0, 6):
+        for index in (0, 1):
+            found = engine.read(block, index)
+            assert found.device == DEVICE
+            assert torch.equal(found.cpu(), blocks.expected[block][index])
+
+
+# ------------------------------------------------------------------ memory, times
+
+
+def test_memory_is_what_the_plan_says(make: MakeEngine) -> None:
+    """On the device: slots, and for a moment what a cast or a strided piece needs. Buffers: pinned,
+    exactly their bytes."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    engine, _ = make(device_slots=3.0, prefetch=2)
+    for block, direction in planned(engine, times=3):
+        engine.enter(block, direction)
+    torch.cuda.current_stream().synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    largest = max(view.num_bytes for view in engine.recipes[0].tensors)
+    assert peak <= engine.plan.slot_bytes + 512 * len(engine.plan.slots) + 2 * largest
+    for slot in range(len(engine.plan.slots)):
+        assert engine.slots.memory[slot].data_ptr() % 256 == 0
+    for buffer, num_bytes in zip(engine.slots.buffers._buffers, engine.plan.buffers, strict=True):
+        assert buffer.memory.is_pinned()
+        assert buffer.memory.nbytes == num_bytes
+
+
+def test_closing_gives_the_memory_back(tmp_path: Path) -> None:
+    blocks = write_blocks(tmp_path, ["packed"] * 7)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    engine = make_engine(blocks, device=DEVICE, num_slots=0.0, device_slots=3.0)
+    run_step(engine, blocks)
+    engine.close()
+    del engine
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 4096
+
+
+def test_the_trace_has_the_devices_own_times(make: MakeEngine) -> None:
+    """A long kernel is compute, not waiting, though the host has queued it in no time."""
+    engine, _ = make(device_slots=3.0, prefetch=2)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for block, direction in planned(engine, times=3):
+        engine.enter(block, direction)
+        start.record()
+        torch.cuda._sleep(LONG)
+        end.record()
+    end.synchronize()
+    engine.begin_step("train")  # what the device has done since is recorded
+    kernel_s = start.elapsed_time(end) / 1e3
+    steady = traces.steps(engine.trace)[2]
+    computed = [op for op in steady if op.kind is Kind.COMPUTE]
+    assert len(computed) == len(engine.plan.sequences["train"].visits)
+    for op in computed:
+        assert 0.9 * kernel_s <= op.end_s - op.start_s - op.wait_s
+    assert traces.stall_seconds(steady) < 0.2 * kernel_s * len(computed)
+    uploads = [op for op in steady if op.kind is Kind.UPLOAD]
+    assert Counter(op.op_id for op in uploads).most_common(1)[0][1] == 1
+    assert all(0 < op.end_s - op.start_s < kernel_s for op in uploads)
+    ordered = sorted(computed, key=lambda op: op.start_s)
+    assert all(a.end_s <= b.end_s for a, b in itertools.pairwise(ordered))
