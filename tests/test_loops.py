@@ -546,6 +546,23 @@ def test_weights_outside_their_visits_are_placeholders(tmp_path: Path, stream: S
         assert all(isinstance(p, Placeholder) for p in frozen)
 
 
+def test_a_head_that_late_logits_brought_in_is_out_when_a_step_begins(
+    tmp_path: Path, stream: Stream
+) -> None:
+    """Its slot is filled with another block as soon as the next step has begun."""
+    from ssdtune.visit.placeholder import Placeholder
+
+    base = make_pair("llama", tmp_path, stream).streamed.get_base_model()
+    with torch.no_grad():
+        inputs = {"input_ids": batch()["input_ids"]}
+        logits = base(**inputs).logits + 0
+        seen = []
+        base.model.register_forward_pre_hook(lambda *_: seen.append(base.lm_head.weight))
+        assert torch.equal(base(**inputs).logits, logits)
+    assert seen
+    assert all(isinstance(weight, Placeholder) for weight in seen)
+
+
 def test_reading_a_weight_between_steps_gives_the_files_values(
     tmp_path: Path, stream: Stream
 ) -> None:

@@ -82,10 +82,10 @@ def test_every_block_is_visited_once_each_way(
 
 
 def test_micro_batches_cost_no_reading(tmp_path: Path, stream: Stream) -> None:
-    """The same bytes for 2, 4 and 8 micro-batches."""
+    """The same bytes for 2 and for 8 micro-batches."""
     tiny_models.save(tiny_models.build("llama"), tmp_path)
     read = set()
-    for num_micro in (2, 4, 8):
+    for num_micro in (2, 8):
         model = with_lora(stream(tmp_path, micro_batch_size=1, factor=2.0))
         steps = trace.steps(train(model, "llama", rows=num_micro).trace)
         read.add(tuple(trace.read_bytes(steps[step]) for step in STEADY))

@@ -195,7 +195,8 @@ class NvmeInputs(InputStore):
                     if chunk.emptied is not None:
                         self._out.wait_event(chunk.emptied)
                     room.copy_(content[part], non_blocking=True)
-                    chunk.filled = self._out.record_event()
+                    chunk.filled = torch.cuda.Event()
+                    chunk.filled.record(self._out)
             chunk.is_filled = True
             self._jobs.put(_Job(chunk, record, piece, is_write=True))
 
@@ -209,7 +210,8 @@ class NvmeInputs(InputStore):
                 if chunk.filled is not None:
                     self._back.wait_event(chunk.filled)
                 target[part].copy_(chunk.memory[: part.stop - part.start], non_blocking=True)
-                chunk.emptied = self._back.record_event()
+                chunk.emptied = torch.cuda.Event()
+                chunk.emptied.record(self._back)
             if record.times_taken + 1 >= record.times_kept:
                 record.num_gone = piece + 1
                 self._disown(record, piece)
@@ -330,7 +332,7 @@ class NvmeInputs(InputStore):
         part = self._part(job.record, job.piece)
         alignment = self.file.alignment
         num_bytes = -(-(part.stop - part.start) // alignment) * alignment
-        view = memoryview(job.chunk.memory.numpy())[:num_bytes]
+        view = job.chunk.memory.numpy().data[:num_bytes]
         if job.is_write:
             if job.chunk.filled is not None:
                 job.chunk.filled.synchronize()

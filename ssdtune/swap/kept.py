@@ -252,7 +252,8 @@ class RamInputs(InputStore):
             return
         with torch.cuda.stream(self._out):
             self._bytes_of(record).copy_(content, non_blocking=True)
-            record.copied = self._out.record_event()
+            record.copied = torch.cuda.Event()
+            record.copied.record(self._out)
 
     def _room(self, num_bytes: int) -> tuple[int, int, int]:
         for i, (_, space) in enumerate(self._segments):

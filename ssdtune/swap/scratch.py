@@ -140,7 +140,7 @@ class ScratchFile:
     def _gives_back(self) -> bool:
         """Whether what is written directly comes back the same way."""
         num_bytes = max(PROBE_BYTES, self.alignment)
-        out, back = (memoryview(aligned_bytes(num_bytes).numpy()) for _ in range(2))
+        out, back = (aligned_bytes(num_bytes).numpy().data for _ in range(2))
         out[:] = os.urandom(num_bytes)
         try:
             self.write(0, out)

@@ -80,7 +80,9 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     pool = ReaderPool(options.storage, num_threads=options.reader_threads)
     _load_resident(model, placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)
-    streamer.engine = Engine(plan, recipes, pool, device=options.device, timeout_s=options.timeout_s)
+    streamer.engine = Engine(
+        plan, recipes, pool, device=options.device, timeout_s=options.timeout_s
+    )
     streamer.on_step = lambda kind, observed: planner.after_step(streamer, kind, observed)
     block_of = {g_point.module: i for i, g in enumerate(groups) for g_point in g.points}
     for index, point in enumerate(points):
@@ -90,7 +92,7 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
             point.module.forward = meeting  # type: ignore[method-assign]
     model.ssdtune = streamer  # type: ignore[assignment]
     stream_class(model)
-    if is_deferred:
+    if head is not None and is_deferred:
         _defer_logits(model, head, options.chunk_tokens)
     return model
 
@@ -151,7 +153,11 @@ def _first(placements: Placements, model: PreTrainedModel, name: str) -> str:
     if name in placements:
         return name
     wanted = model.get_parameter(name)
-    return next(n for n, p in model.named_parameters(remove_duplicate=False) if p is wanted and n in placements)
+    return next(
+        n
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if p is wanted and n in placements
+    )
 
 
 def _likely_orders(
@@ -163,7 +169,10 @@ def _likely_orders(
     """
     block_of = {id(p): i for i, g in enumerate(groups) for p in g.points}
     forward = [(block_of[id(p)], Direction.FORWARD) for p in points]
-    backward = [(block, Direction.BACKWARD) for block, _ in reversed(forward[1 : len(forward) - is_deferred])]
+    backward = [
+        (block, Direction.BACKWARD)
+        for block, _ in reversed(forward[1 : len(forward) - is_deferred])
+    ]
     return {"train": [*forward, *backward], "forward": forward}
 
 
@@ -171,7 +180,10 @@ class Replanner:
     """Makes the plan, and makes it anew from the order of visits that a step really had."""
 
     def __init__(
-        self, recipes: Sequence[BlockRecipe], options: Options, orders: dict[str, list[tuple[int, Direction]]]
+        self,
+        recipes: Sequence[BlockRecipe],
+        options: Options,
+        orders: dict[str, list[tuple[int, Direction]]],
     ) -> None:
         self.recipes, self.options, self.orders = recipes, options, orders
         self.num_replans = 0
@@ -191,7 +203,9 @@ class Replanner:
             )
         )
 
-    def after_step(self, streamer: Streamer, kind: str, observed: list[tuple[int, Direction]]) -> None:
+    def after_step(
+        self, streamer: Streamer, kind: str, observed: list[tuple[int, Direction]]
+    ) -> None:
         """Follows an order that differs from the plan's: a tower that comes later, a head that needs no backward."""
         if observed == self.orders[kind] or not observed or self.num_replans >= MAX_REPLANS:
             return
@@ -225,7 +239,11 @@ def _install_placeholders(
 
 
 def _load_resident(
-    model: PreTrainedModel, placements: Placements, meta: MetaModel, pool: ReaderPool, options: Options
+    model: PreTrainedModel,
+    placements: Placements,
+    meta: MetaModel,
+    pool: ReaderPool,
+    options: Options,
 ) -> None:
     """Reads what is not streamed: parameters outside blocks, persistent buffers; moves other buffers."""
     streamed = {id(p) for point in find_points(model) for p in point.module.parameters()}

@@ -52,14 +52,18 @@ def find_points(model: PreTrainedModel) -> list[Point]:
     large = [
         Point(name, module)
         for name, module in model.named_modules()
-        if module not in taken and _own_bytes(module) >= LARGE_LEFTOVER_BYTES and not list(module.children())
+        if module not in taken
+        and _own_bytes(module) >= LARGE_LEFTOVER_BYTES
+        and not list(module.children())
     ]
     order = {module: i for i, module in enumerate(names)}
     tied = list(_tied_to(model, {p.module for p in first + large + last}, inside))
     return [*first, *large, *sorted([*layers, *tied], key=lambda point: order[point.module]), *last]
 
 
-def _tied_to(model: PreTrainedModel, chosen: set[nn.Module], inside: set[nn.Module]) -> Iterator[Point]:
+def _tied_to(
+    model: PreTrainedModel, chosen: set[nn.Module], inside: set[nn.Module]
+) -> Iterator[Point]:
     """Other modules that hold a chosen one's parameter: an encoder's and a decoder's own views of one embedding."""
     shared = {id(p) for module in chosen for p in module.parameters(recurse=False)}
     for name, module in model.named_modules():
@@ -74,7 +78,10 @@ def _layers(model: PreTrainedModel) -> Iterator[Point]:
     for name, module in model.named_modules():
         if module in inside or not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        if all(isinstance(m, GradientCheckpointingLayer) or type(m).__name__ in not_split for m in module):
+        if all(
+            isinstance(m, GradientCheckpointingLayer) or type(m).__name__ in not_split
+            for m in module
+        ):
             inside.update(module.modules())
             for i, member in enumerate(module):
                 yield Point(f"{name}.{i}", member)

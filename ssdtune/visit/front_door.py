@@ -18,7 +18,9 @@ from transformers.utils.generic import ModelOutput
 from ssdtune.errors import SSDTuneError
 
 MICRO_BATCHES = "micro_batches"
-_SHARED = frozenset({"num_items_in_batch", "cache_position", "logits_to_keep", "return_dict", "use_cache"})
+_SHARED = frozenset(
+    {"num_items_in_batch", "cache_position", "logits_to_keep", "return_dict", "use_cache"}
+)
 _PER_IMAGE = ("image_sizes", "pixel_attention_mask")
 _REFUSED = {
     "cu_seq_lens_q": "packed sequences share one row",
@@ -42,7 +44,9 @@ def cut(kwargs: Mapping[str, Any], micro_batch_size: int, config: Any) -> list[d
     rows = _num_rows(kwargs)
     if rows is None or rows <= micro_batch_size:
         return [dict(kwargs)]
-    spans = [(start, min(start + micro_batch_size, rows)) for start in range(0, rows, micro_batch_size)]
+    spans = [
+        (start, min(start + micro_batch_size, rows)) for start in range(0, rows, micro_batch_size)
+    ]
     pieces: list[dict[str, Any]] = [{} for _ in spans]
     images = _image_spans(kwargs, spans, config)
     for name, value in kwargs.items():
@@ -60,7 +64,9 @@ def given(pieces: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list
         )
     for i, piece in enumerate(pieces):
         if not isinstance(piece, Mapping):
-            raise FrontDoorError(f"{MICRO_BATCHES}[{i}] is a {type(piece).__name__}, not a dict of what forward takes.")
+            raise FrontDoorError(
+                f"{MICRO_BATCHES}[{i}] is a {type(piece).__name__}, not a dict of what forward takes."
+            )
         if piece.keys() != pieces[0].keys():
             raise FrontDoorError(
                 f"{MICRO_BATCHES}[{i}] has {sorted(piece)}, but {MICRO_BATCHES}[0] has {sorted(pieces[0])}: "
@@ -91,7 +97,9 @@ def _num_rows(kwargs: Mapping[str, Any]) -> int | None:
 Spans = list[tuple[int, int]]
 
 
-def _cut_one(name: str, value: Any, rows: int, spans: Spans, images: Mapping[str, Spans]) -> list[Any]:
+def _cut_one(
+    name: str, value: Any, rows: int, spans: Spans, images: Mapping[str, Spans]
+) -> list[Any]:
     if value is None or name in _SHARED or isinstance(value, (bool, int, float, str)):
         return [value] * len(spans)
     if name in _REFUSED:
@@ -129,7 +137,9 @@ def _cut_positions(value: torch.Tensor, rows: int, spans: Spans) -> list[torch.T
         return [value[:, a:b] for a, b in spans]
     if value.dim() == 2 and value.shape[0] == rows:
         return [value[a:b] for a, b in spans]
-    raise FrontDoorError(_cannot_cut("position_ids", f"its shape is {tuple(value.shape)} for {rows} rows"))
+    raise FrontDoorError(
+        _cannot_cut("position_ids", f"its shape is {tuple(value.shape)} for {rows} rows")
+    )
 
 
 def _cannot_cut(name: str, why: str) -> str:
@@ -154,10 +164,15 @@ def _image_spans(kwargs: Mapping[str, Any], spans: Spans, config: Any) -> dict[s
         patches = grid.prod(-1).tolist()
         images = _group(patches, [t * merge * merge for t in tokens])
         bounds = [0, *torch.tensor(patches).cumsum(0).tolist()]
-        return {"image_grid_thw": images, "pixel_values": [(bounds[a], bounds[b]) for a, b in images]}
+        return {
+            "image_grid_thw": images,
+            "pixel_values": [(bounds[a], bounds[b]) for a, b in images],
+        }
     total = sum(tokens)
     if not total or total % pixels.shape[0]:
-        raise FrontDoorError(_cannot_cut("pixel_values", f"{total} image tokens for {pixels.shape[0]} images"))
+        raise FrontDoorError(
+            _cannot_cut("pixel_values", f"{total} image tokens for {pixels.shape[0]} images")
+        )
     images = _group([total // pixels.shape[0]] * pixels.shape[0], tokens)
     return dict.fromkeys(("pixel_values", *_PER_IMAGE), images)
 
@@ -171,7 +186,9 @@ def _group(sizes: Sequence[int], wanted: Sequence[int]) -> Spans:
             got += sizes[stop]
             stop += 1
         if got != want:
-            raise FrontDoorError(_cannot_cut("pixel_values", "images and image tokens of the rows don't match"))
+            raise FrontDoorError(
+                _cannot_cut("pixel_values", "images and image tokens of the rows don't match")
+            )
         spans.append((start, stop))
         start = stop
     return spans
@@ -189,7 +206,9 @@ def join(outputs: Sequence[Any], losses: torch.Tensor | None) -> Any:
         joined = {k: _join_field([o[k] for o in outputs], k == "loss", losses) for k in first}
         return type(first)(**joined)
     if isinstance(first, tuple):
-        return tuple(_join_field([o[i] for o in outputs], i == 0, losses) for i in range(len(first)))
+        return tuple(
+            _join_field([o[i] for o in outputs], i == 0, losses) for i in range(len(first))
+        )
     if isinstance(first, torch.Tensor):
         return _join_field(list(outputs), True, losses)
     raise FrontDoorError(f"can't join outputs of type {type(first).__name__} over micro-batches")
@@ -233,7 +252,9 @@ def accepts_extra(forward: Callable[..., Any]) -> bool:
     return has_extra or "num_items_in_batch" in names
 
 
-def bind(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """All arguments by name, so that they can be cut by name."""
     if not args:
         return kwargs
@@ -252,5 +273,7 @@ def num_trained(piece: Mapping[str, Any], config: Any) -> int | None:
     labels = piece.get("shift_labels", piece.get("labels"))
     if not isinstance(labels, torch.Tensor):
         return None
-    all_count = "shift_labels" in piece or labels.dim() < 2 or getattr(config, "is_encoder_decoder", False)
+    all_count = (
+        "shift_labels" in piece or labels.dim() < 2 or getattr(config, "is_encoder_decoder", False)
+    )
     return int(((labels if all_count else labels[..., 1:]) != -100).sum())

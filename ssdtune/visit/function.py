@@ -136,7 +136,8 @@ class _MappingAt:
 def _leaves(flat: list[Any]) -> list[Any]:
     """The same values as leaves of a graph of their own."""
     return [
-        x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in flat
+        x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for x in flat
     ]
 
 

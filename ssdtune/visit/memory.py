@@ -27,6 +27,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
 from ssdtune.schedule.memory import WORKSPACE, Fixed, Footprint, Peak, predict_peak
 from ssdtune.swap.inputs import staging_bytes
@@ -111,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
     def _meet(self, tensor: torch.Tensor, *, is_made: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._known or tensor.is_meta:
             return
         num_bytes = storage.nbytes() if is_made else 0
         self._known.add(key)
@@ -154,7 +155,7 @@ def _rehearse(base: Any, streamer: Streamer, micro_batch: Mapping[str, Any]) -> 
     inner = base.__dict__["_ssdtune_front_door"].inner
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
-        with rehearsal.on_stage(base), rehearsal.live, torch.enable_grad():
+        with rehearsal.on_stage(base), _unpacked(), rehearsal.live, torch.enable_grad():
             output = inner(**fakes)
             held = rehearsal.live.now
             del output
@@ -254,6 +255,20 @@ class _Stage:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See `_Rehearsal.play`."""
         return self.rehearsal.play(self.meeting, args, kwargs)
+
+
+@contextlib.contextmanager
+def _unpacked() -> Iterator[None]:
+    """transformers looks at the positions' values for packed rows and, where it can't, builds a full mask. Batches
+    cut at the front door have no packed rows."""
+    finder = getattr(masking_utils, "find_packed_sequence_indices", None)
+    try:
+        if finder is not None:
+            masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        yield
+    finally:
+        if finder is not None:
+            masking_utils.find_packed_sequence_indices = finder
 
 
 def _without_memory(parameter: torch.Tensor) -> nn.Parameter:

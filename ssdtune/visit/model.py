@@ -36,7 +36,9 @@ class FrontDoor:
         shares = self._share_loss(pieces) if len(pieces) > 1 else None
         streamer.loss_counts_items = False
         outputs = streamer.run([functools.partial(self.inner, **piece) for piece in pieces])
-        return front_door.join(outputs, _sum_losses(outputs, None if streamer.loss_counts_items else shares))
+        return front_door.join(
+            outputs, _sum_losses(outputs, None if streamer.loss_counts_items else shares)
+        )
 
     def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         pieces = kwargs.pop(front_door.MICRO_BATCHES, None)
@@ -75,7 +77,11 @@ def _sum_losses(outputs: list[Any], shares: list[float] | None) -> torch.Tensor 
         return None
     if shares is not None and any(shares):
         # The mean over no label is NaN, and so would be its product with a share of 0.
-        losses = [loss * share for loss, share in zip(losses, shares, strict=True) if loss is not None and share]
+        losses = [
+            loss * share
+            for loss, share in zip(losses, shares, strict=True)
+            if loss is not None and share
+        ]
     return sum(losses[1:], losses[0])  # type: ignore[arg-type]
 
 

@@ -43,10 +43,10 @@ class Placeholder(torch.Tensor):
 
     source: WeightSource
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(  # noqa: PLR0913 - what torch needs to describe a tensor
+    def __new__(
         cls,
         source: WeightSource,
         shape: torch.Size,
@@ -77,8 +77,8 @@ class Placeholder(torch.Tensor):
             return first.twin()
         if func._schema.is_mutable:
             _refuse_writes(func, args, kwargs)
-        args, kwargs = pytree.tree_map_only(Placeholder, lambda p: p.source.read(), (args, kwargs))
-        return func(*args, **kwargs)
+        real: Any = pytree.tree_map_only(Placeholder, lambda p: p.source.read(), (args, kwargs))
+        return func(*real[0], **real[1])
 
     def twin(self) -> Placeholder:
         """Another placeholder of the same weight."""
@@ -100,7 +100,7 @@ class Placeholder(torch.Tensor):
         """Description without values."""
         return f"Placeholder({self.source.name}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
-    def requires_grad_(self, requires_grad: bool = True) -> torch.Tensor:
+    def requires_grad_(self, requires_grad: bool = True) -> torch.Tensor:  # type: ignore[override]
         """To train a streamed weight makes it resident."""
         self.requires_grad = requires_grad
         return self
@@ -125,7 +125,10 @@ def _is_same(one: torch.device, other: torch.device) -> bool:
     """accelerate calls the CPU `cpu:0` in a process group; a device without a number is the current one."""
     if one.type != other.type or one.type == "cpu":
         return one.type == other.type
-    return all(d.index in (None, torch.cuda.current_device()) for d in (one, other)) or one.index == other.index
+    return (
+        all(d.index in (None, torch.cuda.current_device()) for d in (one, other))
+        or one.index == other.index
+    )
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

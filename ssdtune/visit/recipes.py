@@ -29,7 +29,9 @@ def make_recipe(
     On a device the bytes pass a buffer in any case, and every tensor starts on SLOT_ALIGNMENT.
     """
     sources = list(dict.fromkeys(piece.source for p in placements for piece in p.pieces))
-    where = merge_extents([entries[s] for s in sources], alignment=alignment, max_gap_bytes=MAX_GAP_BYTES)
+    where = merge_extents(
+        [entries[s] for s in sources], alignment=alignment, max_gap_bytes=MAX_GAP_BYTES
+    )
     in_place = not on_device and all(_is_in_place(p, entries, where) for p in placements)
     if in_place:
         tensors = [_view(p, where.offsets[p.pieces[0].source]) for p in placements]
@@ -57,14 +59,18 @@ def make_recipe(
     )
 
 
-def _is_in_place(placement: Placement, entries: Mapping[str, TensorEntry], where: ExtentMap) -> bool:
+def _is_in_place(
+    placement: Placement, entries: Mapping[str, TensorEntry], where: ExtentMap
+) -> bool:
     if not is_identity(placement, entries):
         return False
     return where.offsets[placement.pieces[0].source] % placement.dtype.itemsize == 0
 
 
 def _view(placement: Placement, offset: int) -> TensorView:
-    return TensorView(name=placement.target, dtype=placement.dtype, shape=placement.shape, offset=offset)
+    return TensorView(
+        name=placement.target, dtype=placement.dtype, shape=placement.shape, offset=offset
+    )
 
 
 def _packed(

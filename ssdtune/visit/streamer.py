@@ -83,7 +83,9 @@ class Meeting:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The plain forward, bound to the copy of the module."""
         copied = memo.get(id(self.module))
-        return types.MethodType(type(self.module).forward, copied if copied is not None else copy.copy(self.module))
+        return types.MethodType(
+            type(self.module).forward, copied if copied is not None else copy.copy(self.module)
+        )
 
 
 class Streamer:
@@ -96,14 +98,26 @@ class Streamer:
         self.engine: Engine
         self.blocks = list(blocks)
         self.step = 0
-        self.micro_batch_size: int | None = None  # rows that the front door lets through at once; None: all
-        self.loss_counts_items = False  # whether this run's losses are shares of the batch's: they add up
+        self.micro_batch_size: int | None = (
+            None  # rows that the front door lets through at once; None: all
+        )
+        self.loss_counts_items = (
+            False  # whether this run's losses are shares of the batch's: they add up
+        )
         self.meetings: list[Meeting] = []
-        self.observed: list[tuple[int, Direction]] = []  # visits of the step under way, as they came
-        self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = None  # told when a step is over
+        self.observed: list[
+            tuple[int, Direction]
+        ] = []  # visits of the step under way, as they came
+        self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = (
+            None  # told when a step is over
+        )
         self.on_begin: Callable[[], None] | None = None  # told before a step begins
-        self.before_pass: Callable[[], None] | None = None  # called before each micro-batch's pass through a block
-        self.input_store: InputStore | None = None  # where block inputs wait for backward; None: on the device, with autograd
+        self.before_pass: Callable[[], None] | None = (
+            None  # called before each micro-batch's pass through a block
+        )
+        self.input_store: InputStore | None = (
+            None  # where block inputs wait for backward; None: on the device, with autograd
+        )
         self.gradless: dict[Any, tuple[int, ...]] = {}  # see visit/function.py
         self._variants: dict[int, tuple[Any, ...]] = {}  # of the step under way, by block
         self.accumulation = AccumulationWatch()
@@ -111,7 +125,9 @@ class Streamer:
         self._kind = "forward"
         self._by_block: list[list[Weight]] = []
         self._parameters: dict[tuple[int, int], list[nn.Parameter]] = {}
-        self._installed: tuple[int, int] | None = None  # block and slot whose parameters are in the modules
+        self._installed: tuple[int, int] | None = (
+            None  # block and slot whose parameters are in the modules
+        )
         self._awaits_end = False
         self._interned: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
@@ -139,7 +155,10 @@ class Streamer:
         if self._hub is not None:
             return [call() for call in calls]
         self._begin("train" if torch.is_grad_enabled() else "forward")
-        self._hub = Hub(lambda point: self.present(self.meetings[point].block, Direction.FORWARD), self._point_name)
+        self._hub = Hub(
+            lambda point: self.present(self.meetings[point].block, Direction.FORWARD),
+            self._point_name,
+        )
         try:
             return self._hub.run(calls)
         finally:
@@ -208,7 +227,9 @@ class Streamer:
         if self._installed == (block, slot):
             return
         self._take_out()
-        for weight, parameter in zip(self._by_block[block], self._slot_parameters(block, slot), strict=True):
+        for weight, parameter in zip(
+            self._by_block[block], self._slot_parameters(block, slot), strict=True
+        ):
             if not weight.is_resident:
                 for owner, name in weight.owners:
                     owner._parameters[name] = parameter
@@ -235,7 +256,12 @@ class Streamer:
     def variant(self, block: int) -> tuple[Any, ...]:
         """Which adapters of the block are in use in this step: peft's switches, of every module that has them."""
         if block not in self._variants:
-            modules = (m for meeting in self.meetings if meeting.block == block for m in meeting.module.modules())
+            modules = (
+                m
+                for meeting in self.meetings
+                if meeting.block == block
+                for m in meeting.module.modules()
+            )
             self._variants[block] = tuple(
                 (m._disable_adapters, str(getattr(m, "_active_adapter", None)))
                 for m in modules
