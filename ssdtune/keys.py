@@ -379,6 +379,9 @@ class TrainConfig:
     eval_steps: float = key(
         Or("auto", _STEPS), "steps between two; auto: save_steps", default=None, example="100"
     )
+    eval_on_start: bool = key(
+        YesNo(), "evaluate before the first step: what training has changed", default=False
+    )
     save_strategy: str = key(
         OneOf(("no", "steps", "epoch"), later=("best",)), "when to save", default="steps"
     )

@@ -84,7 +84,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(3, job["vocab"], (job["rows"], job["tokens"]))
-    result: dict[str, Any] = {"base": base}
+    result: dict[str, Any] = {"base": base, "trims": 0, "stored": 0}
+    keeper = None
     if job["mode"] == "streamed":
         peak = memory.predict(
             adapted, {"input_ids": ids[:1]}, num_micro_batches=job["rows"], base_bytes=base
@@ -99,7 +100,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         optimizer.zero_grad()
         result["loss"] = float(loss)
     result["peak"] = held("VmHWM")
-    if job["mode"] == "streamed":
+    if keeper is not None:
         store = model.ssdtune.input_store
         result["trims"] = keeper.num_trims
         result["stored"] = 0 if store is None else store.reserved_bytes

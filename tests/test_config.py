@@ -72,6 +72,7 @@ OTHER_VALUES = {
     "data_seed": ("7", 7),
     "eval_strategy": ("no", "no"),
     "eval_steps": ("0.1", 0.1),
+    "eval_on_start": ("true", True),
     "save_strategy": ("epoch", "epoch"),
     "save_steps": ("20", 20),
     "save_total_limit": ("none", None),
@@ -594,7 +595,7 @@ def test_a_mutated_configuration_gives_a_value_or_a_message(tmp_path, seed):
             (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
             assert load_config(tmp_path / "again.yaml").config == config
             outcomes["value"] += 1
-    assert min(outcomes.values()) > 5, outcomes
+    assert min(outcomes.values()) >= 5, outcomes
 
 
 def test_random_python_values_are_values_or_messages():

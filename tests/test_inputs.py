@@ -172,9 +172,8 @@ def test_steps_of_any_lengths_do_not_grow_the_store(store: Any) -> None:
         store.begin_step(step)
         length = CHUNK * 6 if step == 2 else CHUNK // 4 * (1 + step % 7)
         kept = [store.keep(hidden(length, seed=i)) for i in range(8)]
-        for place in reversed(kept):
-            place.take()
-        del kept, place
+        while kept:
+            kept.pop().take()
         reserved.append(store.reserved_bytes)
     store.begin_step(99)
     assert store.used_bytes == 0
@@ -257,7 +256,7 @@ def test_on_a_drive_that_is_really_full(tmp_path: Path) -> None:
     if os.system(f"mount -t tmpfs -o size=2m tmpfs '{folder}' 2>/dev/null"):
         pytest.skip("cannot mount a small tmpfs here")
     try:
-        store = Nvme(folder)
+        store: Any = Nvme(folder)
         kept = [store.keep(hidden(CHUNK, seed=i)) for i in range(100)]
         with pytest.raises(ScratchError, match="ENOSPC"):
             kept += [store.keep(hidden(CHUNK, seed=i)) for i in range(100)]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 # Keys of TrainConfig that are TrainingArguments of the same name.
 SHARED = (
-    "adam_beta1 adam_beta2 adam_epsilon bf16 data_seed dataloader_num_workers eval_steps "
-    "eval_strategy fp16 gradient_accumulation_steps learning_rate load_best_model_at_end "
+    "adam_beta1 adam_beta2 adam_epsilon bf16 data_seed dataloader_num_workers eval_on_start "
+    "eval_steps eval_strategy fp16 gradient_accumulation_steps learning_rate load_best_model_at_end "
     "logging_steps lr_scheduler_type max_grad_norm max_steps metric_for_best_model "
     "num_train_epochs optim per_device_eval_batch_size per_device_train_batch_size run_name "
     "save_steps save_strategy save_total_limit seed warmup_steps weight_decay"
