@@ -75,7 +75,9 @@ def accelerate_state() -> Iterator[None]:
 @pytest.mark.usefixtures("accelerate_state")
 def test_an_accelerate_loop_in_bf16_equals(tmp_path: Path, stream: Stream) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, of other precision
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     pair = make_pair("qwen3", tmp_path, stream)
     sides = []
