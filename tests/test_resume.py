@@ -29,6 +29,14 @@ STEPS = 6  # of two epochs and a bit: 7 micro-batches in groups of 3, 3 and 1
 LORA = {"lora_dropout": 0.1}  # so that random states matter
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_as_in_a_terminal():
+    """A process started in the background by a shell ignores SIGINT, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Recording(SSDTrainer):
     """Notes which rows were trained, by their first tokens, which are all different."""
 

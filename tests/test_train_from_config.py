@@ -217,7 +217,7 @@ def test_a_run_tells_plan_data_first_sample_progress_and_summary(load, capsys):
         r"1/2  loss \d\.\d+  gnorm .* s  [\d,]+ tok/s  SSD .*-bound, stall .*ETA",
         r"2/2  loss \d\.\d+ \(eval \d\.\d+ @2\)",
         r"done      .*told",
-        r"loss \d\.\d+ → \d\.\d+   eval \d\.\d+ → \d\.\d+   peak RSS \d+ MB",
+        r"loss \d\.\d+ → \d\.\d+   eval \d\.\d+ → \d\.\d+   peak RSS [\d.]+ [MG]B",
         r"reads \d\.\d+ MB a step",
         r"busy NVMe read \d+\.\d% · compute \d+\.\d% · step / \w+ alone \d\.",
         r"ssdtune generate .*told -p",
