@@ -274,7 +274,9 @@ def test_what_is_rehearsed_is_what_a_step_allocates(
     model = stream(tmp_path, model_class=type(base), options={"chunk_tokens": 64})
     adapted = with_lora(model, ["in_proj"] if name == "mamba2" else tiny_models.lora_targets(base))
     batch = tiny_models.batch(name, 8, 128)
+    before = torch.get_rng_state()
     footprint = memory.footprint_of(adapted, {k: v[:2] for k, v in batch.items()})
+    assert torch.equal(torch.get_rng_state(), before)
     assert footprint.how.startswith("rehearsed")
     with memory.LiveBytes() as live:
         adapted(**batch).loss.backward()

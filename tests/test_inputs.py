@@ -223,6 +223,13 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         make_input_store(Tier.NVME, device=CPU)
 
 
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="no file system in RAM at /dev/shm")
+def test_a_folder_in_ram_is_refused() -> None:
+    with pytest.raises(InputsError, match=r"lies in RAM \(tmpfs\)"):
+        make_input_store(Tier.NVME, device=CPU, folder=Path("/dev/shm/not/there"))
+    assert not os.path.exists("/dev/shm/not")
+
+
 def test_where_autograd_keeps_them_there_is_no_store(tmp_path: Path) -> None:
     assert make_input_store(Tier.DEVICE, device=CPU) is None
     assert make_input_store(Tier.RAM, device=CPU) is None, "the same memory"

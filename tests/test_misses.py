@@ -84,8 +84,10 @@ OTHER_ORDERS = {
 }
 
 
-@pytest.mark.parametrize("factor", [1.0, 2.5])
-@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize(
+    ("order", "factor"),
+    [*((order, 1.0) for order in OTHER_ORDERS), ("one skipped", 2.5), ("backwards", 2.5)],
+)
 def test_another_order_trains_as_in_memory(
     order: str, factor: float, tmp_path: Path, stream: Stream
 ) -> None:
@@ -235,3 +237,23 @@ def test_two_streamed_models_take_turns(tmp_path: Path, stream: Stream) -> None:
     second = other.streamed(**tiny_models.batch("gpt2", 8)).loss
     (first + second).backward()
     assert_equal(plain_gradients(one, [batch(5)]), gradients(one.streamed))
+
+
+def test_a_dropped_model_ends_its_threads_and_frees_its_slots(tmp_path: Path) -> None:
+    import threading
+    import weakref
+
+    from support import streamed
+
+    before = {t.ident for t in threading.enumerate()}
+    tiny_models.save(tiny_models.build("llama"), tmp_path)
+    model = streamed(tmp_path)
+    model(**tiny_models.batch("llama", 4, 9, seed=0))
+    slots = weakref.ref(model.ssdtune.engine.slots)
+    started = [t for t in threading.enumerate() if t.ident not in before and "ssdtune" in t.name]
+    assert started
+    del model
+    gc.collect()
+    assert not any(thread.is_alive() for thread in started)
+    gc.collect()
+    assert slots() is None

@@ -390,7 +390,7 @@ def _validate_visit(plan: Plan, visit: Visit, where: str) -> None:
 
 
 def _validate_presence(plan: Plan, visits: Sequence[Visit], kind: str) -> None:
-    """A visit that is not filled for finds its block in the slot, left by the visit before it there."""
+    """A visit that is not filled for finds its block in its slot, where the visit before left it."""
     for v, back in enumerate(reuse_distances(visits)):
         visit, before = visits[v], visits[v - back]
         if not visit.is_filled_for and before.block != visit.block:

@@ -15,7 +15,10 @@ UNPLANNED = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TraceOp:
-    """One op as it ran. Seconds are of one monotonic clock; `wait_s`: what COMPUTE stood still for its weights."""
+    """One op as it ran. Seconds of one monotonic clock.
+
+    `wait_s`: how long COMPUTE stood still for its weights, at its start.
+    """
 
     op_id: int
     kind: Kind
@@ -41,7 +44,7 @@ def steps(ops: Iterable[TraceOp]) -> dict[int, list[TraceOp]]:
 
 
 def lane_seconds(ops: Iterable[TraceOp]) -> dict[Lane, float]:
-    """Seconds in which each lane had work, overlapping ops of one lane counted once; compute without its waits."""
+    """Seconds in which each lane had work: overlapping ops counted once, compute without its waits."""
     by_lane: dict[Lane, list[tuple[float, float]]] = {}
     for op in ops:
         by_lane.setdefault(op.lane, []).append((op.start_s + op.wait_s, op.end_s))

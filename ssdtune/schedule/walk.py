@@ -33,7 +33,7 @@ class Walk:
         return self._compute_op[position % self.num_visits]
 
     def fill_op_id(self, position: int) -> int:
-        """The plan's id of the first op that fills for the visit; UNPLANNED if a steady step has none."""
+        """The plan's id of the visit's first fill op; UNPLANNED if a steady step has none."""
         visit = position % self.num_visits
         return self._first_op[visit] if self.steps.visits[visit].is_filled_for else UNPLANNED
 
@@ -42,7 +42,7 @@ class Walk:
         return position >= self.num_visits
 
     def begin_next(self) -> None:
-        """A new step: what the last one left out is over, what was filled ahead for this one stays."""
+        """A new step: what the last one left out is over, what was filled ahead for it stays."""
         self.ahead = max(0, self.ahead - self.num_visits)
         self.done = 0
         self._entered = None

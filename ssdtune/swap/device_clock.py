@@ -18,11 +18,12 @@ import torch
 
 from ssdtune.schedule.trace import TraceOp
 
-REANCHOR_S = 60.0  # marks are told apart in float32 milliseconds: to 4 us within a minute, 0.25 ms in an hour
+# Marks are told apart in float32 milliseconds: to 4 us within a minute, to 0.25 ms in an hour.
+REANCHOR_S = 60.0
 
 
 class _Timed(NamedTuple):
-    """An op whose times are still marks. `ready`: when its weights were there; None: it never waits."""
+    """An op whose times are still marks. `ready`: when its weights were there; None: no wait."""
 
     op: TraceOp
     start: torch.cuda.Event
@@ -59,7 +60,7 @@ class DeviceClock:
         *,
         ready: torch.cuda.Event | None = None,
     ) -> None:
-        """Records the op with the marks' times once `end` is passed; `start`, `ready` lie before it."""
+        """Records the op with the marks' times once `end` is passed; the others lie before it."""
         with self._lock:
             self._pending.append(_Timed(op, start, ready, end))
         self.collect()

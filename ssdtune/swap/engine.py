@@ -239,7 +239,7 @@ class Engine:
         return _Visiting(block, direction, fill, op_id, True, start)
 
     def _home(self, block: int) -> int:
-        """Where to put a block that the plan does not expect now: best not where a fill is under way."""
+        """Where to put a block that the plan does not expect: best where no fill is under way."""
         homes = self._homes[block]
         idle = (s for s in homes if s not in self._held or self._held[s].is_issued())
         return next(idle, homes[0])

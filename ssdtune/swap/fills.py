@@ -85,7 +85,7 @@ class Fill:
 
 
 class _Item(NamedTuple):
-    """A fill under way. `ticket`: None where its bytes are in RAM. `memory`: where they are read to."""
+    """A fill under way. `ticket`: None if its bytes are in RAM. `memory`: where they are read to."""
 
     fill: Fill
     ticket: Ticket | None
@@ -125,13 +125,12 @@ class Lanes:
         if slots.device.type == "cuda":
             self.clock = DeviceClock(slots.device, record)
             self._uploads = torch.cuda.Stream(slots.device)
-            # Kernels that read or wrote the slots' memory when it was another tensor's -> first fills.
+            # Kernels that used the slots' memory when it was another tensor's -> first fills.
             self._uploads.wait_stream(torch.cuda.current_stream(slots.device))
         self._cached = dict(cached)
         self._is_in_cache: set[int] = set()
-        self._late: dict[
-            int, Ticket
-        ] = {}  # slot -> a read that timed out and may still write into it
+        # slot -> a read that timed out and may still write into it
+        self._late: dict[int, Ticket] = {}
         self._todo: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ssdtune-fill", daemon=True)
         self._thread.start()

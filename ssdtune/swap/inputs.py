@@ -37,7 +37,7 @@ from ssdtune.swap.kept import (
     RamInputs,
     Record,
 )
-from ssdtune.swap.scratch import ScratchError, ScratchFile, Space
+from ssdtune.swap.scratch import ScratchError, ScratchFile, Space, lies_in_ram
 from ssdtune.swap.storage import aligned_bytes
 
 __all__ = [
@@ -79,6 +79,11 @@ def make_input_store(
         raise InputsError(
             "block inputs are to wait on NVMe (offload.block_inputs: nvme), but no folder is given.\n"
             "Set offload.path to a folder on a fast drive; nothing is left in it afterwards."
+        )
+    if lies_in_ram(folder):
+        raise InputsError(
+            f"{folder} lies in RAM (tmpfs): block inputs would take there what they are to free.\n"
+            "Set offload.path to a folder on a drive, or offload.block_inputs to device or ram."
         )
     return NvmeInputs(ScratchFile(folder), device=device, trace=trace, timeout_s=timeout_s)
 

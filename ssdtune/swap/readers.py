@@ -114,7 +114,7 @@ class ReaderPool:
         self._threads: list[threading.Thread] = []
         self._fds: dict[Path, int] = {}
         self._fds_lock = threading.Lock()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may close in the midst of a submit
         self._is_closed = False
 
     def submit(
@@ -156,7 +156,8 @@ class ReaderPool:
             self._queue.put(None)
         deadline = time.perf_counter() + timeout_s
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.perf_counter()))
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.perf_counter()))
         if not any(thread.is_alive() for thread in self._threads):
             for fd in self._fds.values():
                 self.storage.close(fd)

@@ -47,7 +47,7 @@ class TensorView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """One piece of a file tensor (in the buffer) to a region of a slot tensor; casts if dtypes differ."""
+    """One piece of a file tensor (in a buffer) to a region of a slot tensor; casts if dtypes differ."""
 
     source: TensorView
     target: int  # index in BlockRecipe.tensors

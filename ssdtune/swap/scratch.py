@@ -162,6 +162,19 @@ class ScratchFile:
         )
 
 
+def lies_in_ram(folder: Path) -> bool:
+    """Whether files in this folder (or where it would be made) take RAM rather than a drive: /tmp often does."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    device = os.stat(there).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number]
+    return any(kind in ("tmpfs", "ramfs") for kind in kinds)
+
+
 def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
     """Descriptors of a new file without a name, plain and direct (None where there is no such I/O); the alignment."""
     try:

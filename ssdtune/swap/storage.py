@@ -1,4 +1,4 @@
-"""Ways to read a file: direct I/O where a probe finds that it is right, else buffered; and memory for it.
+"""Ways to read a file: direct I/O where a probe finds it right, else buffered; and memory for it.
 
 storage = choose_storage(path).storage          # direct I/O, or buffered and the reason why
 buffer = aligned_bytes(layout.num_bytes, pin=True)

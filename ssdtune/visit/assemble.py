@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     stream_class(model)
     if head is not None and is_deferred:
         _defer_logits(model, head, options.chunk_tokens)
+    # A model that is dropped gives its slots and threads back; the engine knows nothing of it.
+    weakref.finalize(model, streamer.engine.close)
     return model
 
 

@@ -31,6 +31,7 @@ from transformers import masking_utils
 
 from ssdtune.schedule.memory import WORKSPACE, Fixed, Footprint, Peak, predict_peak
 from ssdtune.swap.inputs import staging_bytes
+from ssdtune.visit.function import random_state, random_state_of
 from ssdtune.visit.loss import chunk_bytes
 from ssdtune.visit.streamer import Meeting, Streamer
 
@@ -130,7 +131,7 @@ def footprint_of(model: Any, micro_batch: Mapping[str, Any]) -> Footprint:
     base = _base(model)
     streamer: Streamer = base.ssdtune
     shape = _rows_and_length(micro_batch)
-    with _quiet("torch._subclasses.fake_tensor"):
+    with _quiet("torch._subclasses.fake_tensor"), random_state_of(random_state()):
         try:
             return _rehearse(base, streamer, micro_batch)
         except Exception as error:  # whatever a model does with values that are not there

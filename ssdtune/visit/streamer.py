@@ -209,8 +209,9 @@ class Streamer:
         """A forward came to a meeting point: returns with the block's weights present."""
         if self._hub is not None and self._hub.is_mine():
             self._hub.wait(point)
-        else:
-            self.present(block, Direction.FORWARD)
+        # After a wait too: it costs nothing where the hub made the block present, and a micro-batch
+        # on a stream of its own must wait for the copy on that stream.
+        self.present(block, Direction.FORWARD)
         if self.before_pass is not None:
             self.before_pass()
 
