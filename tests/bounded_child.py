@@ -29,12 +29,17 @@ def limit(group: Path, headroom: int) -> None:
 
 
 def in_memory(job: dict[str, Any]) -> Any:
-    """What the limit must not let live: the same model, its weights in memory."""
-    from transformers import AutoModelForCausalLM
+    """What the limit must not let live: the same model with its weights in memory."""
+    import torch
+    from safetensors.torch import load
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # not a mapping of the file
+    state = {}
+    for shard in sorted(Path(job["folder"]).glob("*.safetensors")):
+        state |= load(shard.read_bytes())  # not a mapping of the file, which could be given up
+    config = AutoConfig.from_pretrained(job["folder"])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(state)
     return model
 
 
@@ -75,6 +80,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     from ssdtune.visit.assemble import assemble  # noqa: F401
 
     torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
     base = held()
     if group is not None:
         limit(group, job["headroom"])

@@ -21,9 +21,10 @@ import torch
 from support import with_lora
 from transformers import LlamaConfig
 
-from ssdtune.schedule.memory import Fixed, Footprint, predict_peak
+from ssdtune.schedule.memory import HOLES, Fixed, Footprint, Peak, predict_peak
 from ssdtune.schedule.plan import BlockShape, Budgets, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit import memory
 
 CHILD = Path(__file__).parent / "bounded_child.py"
@@ -56,7 +57,7 @@ class Size:
 
 
 SMALL = Size(hidden=640, shallow=8, deep=24, tokens=32)
-LARGE = Size(hidden=1280, shallow=24, deep=48, tokens=512)
+LARGE = Size(hidden=1408, shallow=24, deep=48, tokens=512)
 
 
 # ------------------------------------------------------------------ a model on disk, never in memory
@@ -239,25 +240,22 @@ def test_the_same_model_in_memory_does_not_survive_that_limit(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_24_and_48_layers_take_the_same_with_inputs_in_ram_and_on_nvme(
+def test_24_and_48_layers_take_the_same_and_less_with_block_inputs_on_nvme(
     written: Callable[[Size], Path],
 ) -> None:
     """4 x 512 tokens, rank 16, each under a limit of a third of its own weights."""
     folder, threads = written(LARGE), os.cpu_count() or 1
-    runs = {
-        (layers, inputs): run_streamed(LARGE, layers, folder, inputs=inputs, threads=threads)
-        for inputs in ("device", "nvme")
-        for layers in (LARGE.shallow, LARGE.deep)
-    }
-    for inputs in ("device", "nvme"):
-        shallow, deep = (runs[layers, inputs] for layers in (LARGE.shallow, LARGE.deep))
-        assert beyond_nature(deep) == pytest.approx(beyond_nature(shallow), rel=0.05)
+    shallow = run_streamed(LARGE, LARGE.shallow, folder, threads=threads)
+    deep = run_streamed(LARGE, LARGE.deep, folder, threads=threads)
+    on_nvme = run_streamed(LARGE, LARGE.deep, folder, inputs="nvme", threads=threads)
+    assert beyond_nature(deep) == pytest.approx(beyond_nature(shallow), rel=0.05)
     kept = LARGE.deep * LARGE.rows * LARGE.tokens * LARGE.hidden * 4
-    assert runs[LARGE.deep, "nvme"]["stored"] >= kept
-    saved = runs[LARGE.deep, "device"]["peak"] - runs[LARGE.deep, "nvme"]["peak"]
-    assert saved > kept * 0.7, "inputs on NVMe are not in RAM"
-    losses = {inputs: runs[LARGE.deep, inputs]["loss"] for inputs in ("device", "nvme")}
-    assert losses["device"] == pytest.approx(losses["nvme"], abs=1.0)
+    assert on_nvme["stored"] >= kept
+    assert on_nvme["peak"] < deep["peak"] - 0.7 * kept, "inputs on NVMe are not in RAM"
+    assert beyond_nature(on_nvme) - staging_bytes(Tier.NVME) == pytest.approx(
+        beyond_nature(deep), rel=0.05
+    )
+    assert on_nvme["loss"] == deep["loss"], "the same bits by another way"
     assert_killed(LARGE, LARGE.deep, folder)
 
 
@@ -315,6 +313,12 @@ def small_plan(*, on_device: bool, inputs: Tier) -> Any:
     )
 
 
+def grown(before: Peak, after: Peak) -> int:
+    """By how many bytes, the allowance for the heap's holes apart."""
+    totals = [p.ram_bytes + p.device_bytes - p.ram.get(HOLES, 0) for p in (before, after)]
+    return totals[1] - totals[0]
+
+
 @pytest.mark.parametrize("on_device", [False, True], ids=["cpu", "device"])
 @pytest.mark.parametrize("inputs", list(Tier))
 def test_every_part_is_counted_once_and_where_it_is(on_device: bool, inputs: Tier) -> None:
@@ -337,8 +341,7 @@ def test_every_part_is_counted_once_and_where_it_is(on_device: bool, inputs: Tie
     four, five = (predict_peak(plan, footprint, fixed, num_micro_batches=n) for n in (4, 5))
     on_ssd = inputs is Tier.NVME
     assert four.natural_bytes == (16 + 4 + (0 if on_ssd else 12)) * MIB
-    grown = (five.ram_bytes + five.device_bytes) - (four.ram_bytes + four.device_bytes)
-    assert grown == (1 + 0.5 + (0 if on_ssd else 3)) * MIB
+    assert grown(four, five) == (1 + 0.5 + (0 if on_ssd else 3)) * MIB
     in_ram = inputs is Tier.RAM or not on_device
     kept = {"ram": four.ram, "device": four.device}["ram" if in_ram else "device"]
     assert kept.get("block inputs kept for backward", 0) == (0 if on_ssd else 12 * MIB)

@@ -16,6 +16,9 @@ from ssdtune.sizes import format_size
 # What the math libraries keep from their first call on: packing buffers, code pages that get touched. Measured with
 # MKL and oneDNN on two CPUs at 15-25 MB; not part of `base_bytes`, which is taken before the first product.
 LIBRARY_BYTES = 20 * 2**20
+# Without a device activations come from the C library's heap, which keeps holes between them. `HeapKeeper`
+# (visit/memory.py) gives them back when they pass half of this share of all else; more come within a pass.
+HOLES_SHARE = 0.06
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,7 @@ class Peak:
 
 ADAPTERS, STATES = "adapters and gradients", "optimizer states"
 INPUTS, HELD = "block inputs kept for backward", "masks, tables and what lies between blocks"
+HOLES = "holes in the heap, at most"
 WORKSPACE = "workspace of one block or loss chunk"
 NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD})
 
@@ -104,8 +108,8 @@ NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD})
 def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int) -> Peak:
     """The peak of a training step with so many micro-batches of the size that `footprint` describes.
 
-    Exact for what torch allocates, up to the temporaries inside single operators; the C library's heap may hold some
-    more than that (see `visit/memory.py`).
+    Exact for what torch allocates, up to the temporaries inside single operators. The holes of the C library's heap
+    are an allowance: without a `HeapKeeper` there may be more.
     """
     compute = {
         "weights outside blocks": fixed.resident_bytes,
@@ -130,4 +134,6 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
     if where is not None:
         where[INPUTS] = kept
     ram["staging of block inputs"] = fixed.staging_bytes
+    if not plan.on_device:
+        ram[HOLES] = int(HOLES_SHARE * sum(ram.values()))
     return Peak(ram=ram, device=device, how=footprint.how)
