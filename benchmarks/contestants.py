@@ -7,6 +7,7 @@ the same for all that train the same thing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -246,8 +247,8 @@ class Ours(Base):
             "visits": self._visits(ops),
         }
 
-    def _visits(self, ops: list[Any]) -> list[tuple[int, int, float]]:
-        """The plan's visits: slot, bytes to read for it, and how long it computed in this step.
+    def _visits(self, ops: list[Any]) -> list[tuple[int, int, float, str]]:
+        """The plan's visits: slot, bytes to read for it, how long it computed in this step, direction.
 
         Empty where the step's visits are not the plan's, as in the first steps of a model."""
         from ssdtune.schedule.plan import Lane
@@ -261,7 +262,7 @@ class Ours(Base):
             if op.lane is Lane.NVME_READ:
                 reads[op.visit] = reads.get(op.visit, 0) + op.num_bytes
         return [
-            (visit.slot, reads.get(i, 0), seconds)
+            (visit.slot, reads.get(i, 0), seconds, str(visit.direction))
             for i, (visit, seconds) in enumerate(zip(sequence.visits, computed, strict=True))
         ]
 
@@ -294,41 +295,31 @@ class Ours(Base):
 
 
 def streaming_options(meta: Any, storage: Any, spec: Spec) -> Any:
-    """`assemble.Options` with the smallest RAM budget that holds all slots of this prefetch depth.
+    """`draft.Options` with the smallest RAM budget that holds all slots of this prefetch depth.
 
     What is left for residents is then nothing: only blocks that their class's slots hold anyway,
     such as a tied embedding and head, which is a class of its own, stay.
     """
     from ssdtune.schedule.plan import Budgets
     from ssdtune.schedule.planner import size_classes
-    from ssdtune.visit import assemble
-    from ssdtune.visit.blocks import find_points
-    from ssdtune.visit.placement import place
-    from ssdtune.visit.recipes import make_recipe
+    from ssdtune.visit.draft import Options, draft
 
-    placements = place(meta.model, meta.checkpoint.tensors)
-    shapes = [
-        make_recipe(
-            group.label,
-            [placements[assemble._first(placements, meta.model, n)] for n in group.parameters],
-            meta.checkpoint.tensors,
-            alignment=storage.alignment,
-            on_device=False,
-        ).shape
-        for group in assemble._group_weights(meta.model, find_points(meta.model))
-    ]
-    prefetch = spec["prefetch"]
-    slots = sum(min(len(c), 1 + prefetch) * shapes[c[0]].slot_bytes for c in size_classes(shapes))
-    staged = [s.file_bytes for s in shapes if s.is_staged]
-    buffers = max(staged) * max(1, min(prefetch, len(staged))) if staged else 0
-    return assemble.Options(
+    options = Options(
         device=torch.device("cpu"),
-        budgets=Budgets(ram_bytes=slots + buffers),
+        budgets=Budgets(ram_bytes=2**60),  # replaced below
         storage=storage,
-        prefetch=prefetch,
+        prefetch=spec["prefetch"],
         micro_batch_size=spec["micro_rows"],
         chunk_tokens=spec["chunk_tokens"],
     )
+    shapes = [recipe.shape for recipe in draft(meta, options).recipes]
+    num_slots = [min(len(c), 1 + options.prefetch) for c in size_classes(shapes)]
+    slots = sum(
+        n * shapes[c[0]].slot_bytes for n, c in zip(num_slots, size_classes(shapes), strict=True)
+    )
+    staged = [s.file_bytes for s in shapes if s.is_staged]
+    buffers = max(staged) * max(1, min(options.prefetch, len(staged))) if staged else 0
+    return dataclasses.replace(options, budgets=Budgets(ram_bytes=slots + buffers))
 
 
 def builders() -> dict[str, Callable[[Spec], Contestant]]:

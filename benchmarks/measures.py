@@ -84,6 +84,15 @@ def predict_step(visits: Sequence[tuple[int, float, float]], bytes_per_s: float)
     return step_ends[-1] - step_ends[-2]
 
 
+def two_pass_bound(passes: Mapping[str, Sequence[float]], bytes_per_s: float) -> float:
+    """The least seconds of a step that goes forward and back: each pass takes the longer of its compute and its reading.
+
+    passes: name -> (seconds of compute, bytes to read). What the drive leaves idle in one pass can't be lent to the
+    other: a block that is read earlier would need a slot more, and the plan has given all slots to blocks already.
+    """
+    return sum(max(compute_s, num_bytes / bytes_per_s) for compute_s, num_bytes in passes.values())
+
+
 def compare_losses(expected: Sequence[float], got: Sequence[float]) -> dict[str, Any]:
     """How the losses of the first steps that both made differ. NaN counts as infinitely off."""
     pairs = list(zip(expected, got, strict=False))

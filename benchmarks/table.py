@@ -85,7 +85,10 @@ def _floor(row: Mapping[str, Any]) -> str:
 def _to_limit(row: Mapping[str, Any]) -> str:
     if "ratio_to_limit" not in row:
         return ""
-    return f"{row['ratio_to_limit']:.3f} (reading/memory {row['reading_over_in_memory']:.2f})"
+    return (
+        f"{row['ratio_to_limit']:.3f}, two passes {row['ratio_to_two_passes']:.3f} "
+        f"(reading/memory {row['reading_over_in_memory']:.2f})"
+    )
 
 
 def _busy(row: Mapping[str, Any]) -> str:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from ssdtune.config import TrainConfig
     from ssdtune.schedule.plan import Plan, Tier
     from ssdtune.swap.storage import Storage, StorageChoice
-    from ssdtune.visit.assemble import Options
     from ssdtune.visit.build import MetaModel
+    from ssdtune.visit.draft import Options
 
 AUTO_RAM_SHARE = (
     0.5  # of what is free: the rest is for activations, adapters and whatever else runs
@@ -117,7 +118,21 @@ def plan(
         dtype=dtype,
         **from_pretrained_kwargs,
     )
-    return Planned(meta, options, draft(meta, options).plan())
+    return Planned(meta, options, draft(meta, options).planner.plan())
+
+
+def stream_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The keywords of `stream` and `plan` that a configuration stands for."""
+    arguments: dict[str, Any] = {
+        "offload": config.offload,
+        "micro_batch_size": config.per_device_train_batch_size,
+        "dtype": config.dtype,
+        "revision": config.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.attn_implementation != "auto":
+        arguments["attn_implementation"] = config.attn_implementation
+    return arguments
 
 
 def _prepare(
@@ -132,7 +147,7 @@ def _prepare(
 def options_for(
     offload: Offload, files: Sequence[Path], micro_batch_size: int | None = None
 ) -> Options:
-    """`assemble.Options` on this machine: every `auto` replaced by what is free or found here.
+    """`draft.Options` on this machine: every `auto` replaced by what is free or found here.
 
     files: the model's safetensors files. Raises OffloadError for a storage that is not to be had.
     """
@@ -140,7 +155,7 @@ def options_for(
 
     from ssdtune.memory import free_ram
     from ssdtune.schedule.plan import Budgets
-    from ssdtune.visit.assemble import Options
+    from ssdtune.visit.draft import Options
 
     device, vram = torch.device("cpu"), 0
     if torch.cuda.is_available():

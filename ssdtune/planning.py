@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ssdtune.report import say
 from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
     from ssdtune.api import Planned
-    from ssdtune.config import Loaded, Offload, TrainConfig
+    from ssdtune.config import Loaded, Offload
 
 
 def print_plan(loaded: Loaded) -> int:
@@ -20,7 +20,7 @@ def print_plan(loaded: Loaded) -> int:
     """
     from transformers.utils import logging
 
-    from ssdtune.api import plan
+    from ssdtune.api import plan, stream_arguments
 
     logging.set_verbosity_error()
     config = loaded.config
@@ -28,20 +28,6 @@ def print_plan(loaded: Loaded) -> int:
     for line in plan_lines(planned, config.offload):
         say(line)
     return 0
-
-
-def stream_arguments(config: TrainConfig) -> dict[str, Any]:
-    """The keywords with which training calls `ssdtune.stream` for this configuration."""
-    arguments: dict[str, Any] = {
-        "offload": config.offload,
-        "micro_batch_size": config.per_device_train_batch_size,
-        "dtype": config.dtype,
-        "revision": config.model_revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    if config.attn_implementation != "auto":
-        arguments["attn_implementation"] = config.attn_implementation
-    return arguments
 
 
 def plan_lines(planned: Planned, offload: Offload) -> Iterator[str]:

@@ -202,7 +202,7 @@ def run(job: Job) -> None:
         report.say(f"\nbefore training: {QUESTION}")
         ask_untrained(loaded)
         report.say()
-    result = train_from_config(loaded)
+    result = train_from_config(loaded, tells_summary=False)  # the table says it
     in_files = file_num_bytes(job.model)  # in bfloat16, both models
     memory = report.Memory(
         weights=in_files * 2 if loaded.config.dtype == "float32" else in_files,

@@ -202,13 +202,20 @@ class Size(Reader):
     def read(self, node: Node, key: str) -> int | None:
         if node.value is not None and not isinstance(node.value, str | int | float):
             raise Refused(f"got {shown(node.value)}")
+        if isinstance(node.value, _Bytes):
+            return node.value
         try:
-            return parse_size(node.value)
+            num_bytes = parse_size(node.value)
         except SizeError as error:
             raise Refused(str(error)) from error
+        return None if num_bytes is None else _Bytes(num_bytes)
 
     def write(self, value: Any) -> str:
         return format_size_exactly(value)
+
+
+class _Bytes(int):
+    """Bytes that were read already: read again, 200KB must not look like a 200000 that lacks its unit."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

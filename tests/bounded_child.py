@@ -45,27 +45,25 @@ def in_memory(job: dict[str, Any]) -> Any:
 
 def streamed(job: dict[str, Any]) -> Any:
     """The smallest budget with room for the next block while one computes."""
-    import torch
-    from support import smallest_ram
+    from support import cpu_options, smallest_ram
 
     from ssdtune.schedule.plan import Budgets, Tier
     from ssdtune.swap.storage import choose_storage
-    from ssdtune.visit import assemble
+    from ssdtune.visit.assemble import assemble
     from ssdtune.visit.build import build_meta
 
     meta = build_meta(job["folder"])
     storage = choose_storage(Path(job["folder"])).storage
-    options = assemble.Options(
-        device=torch.device("cpu"),
-        budgets=Budgets(ram_bytes=int(smallest_ram(meta, storage.alignment) * 2.3)),
-        storage=storage,
+    options = cpu_options(
+        storage,
+        Budgets(ram_bytes=int(smallest_ram(meta, storage) * 2.3)),
         micro_batch_size=1,
         chunk_tokens=job["tokens"],
         block_inputs=Tier(job["block_inputs"]),
         scratch=Path(job["scratch"]),
         timeout_s=120.0,
     )
-    return assemble.assemble(meta, options)
+    return assemble(meta, options)
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
@@ -115,5 +113,5 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     print("RESULT " + json.dumps(main(json.loads(sys.argv[1]))), flush=True)

@@ -18,13 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ssdtune.schedule.plan import Budgets
-from ssdtune.schedule.planner import smallest_budgets
-from ssdtune.swap.storage import choose_storage
-from ssdtune.visit import assemble
-from ssdtune.visit.blocks import find_points
+from ssdtune.swap.storage import Storage, choose_storage
+from ssdtune.visit.assemble import assemble
 from ssdtune.visit.build import MetaModel, build_meta
-from ssdtune.visit.placement import place
-from ssdtune.visit.recipes import make_recipe
+from ssdtune.visit.draft import Options, smallest_budgets
 
 Batch = dict[str, Any]
 LORA_TARGETS = {"mamba2": ["in_proj"]}  # peft refuses the others: Mamba's fused kernels bypass them
@@ -34,21 +31,14 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative; sums in anot
 # ------------------------------------------------------------------ the two models
 
 
-def smallest_ram(meta: MetaModel, alignment: int) -> int:
+def smallest_ram(meta: MetaModel, storage: Storage) -> int:
     """Bytes of RAM with which any plan works: one slot, one buffer where one is needed."""
-    placements = place(meta.model, meta.checkpoint.tensors)
-    groups = assemble._group_weights(meta.model, find_points(meta.model))
-    shapes = [
-        make_recipe(
-            group.label,
-            [placements[name] for name in group.parameters],
-            meta.checkpoint.tensors,
-            alignment=alignment,
-            on_device=False,
-        ).shape
-        for group in groups
-    ]
-    return smallest_budgets(shapes, on_device=False).ram_bytes
+    return smallest_budgets(meta, cpu_options(storage, Budgets(ram_bytes=1))).ram_bytes
+
+
+def cpu_options(storage: Storage, budgets: Budgets, **more: Any) -> Options:
+    """Streaming on the CPU within `budgets`."""
+    return Options(device=torch.device("cpu"), budgets=budgets, storage=storage, **more)
 
 
 def streamed(
@@ -62,17 +52,16 @@ def streamed(
 ) -> PreTrainedModel:
     """The model of `folder` streamed on the CPU, with `factor` times the smallest RAM that works.
 
-    options: further fields of `assemble.Options`. build: as `build_meta` takes them.
+    options: further fields of `draft.Options`. build: as `build_meta` takes them.
     """
     meta = build_meta(folder, **build)
     storage = choose_storage(folder).storage
-    ram = int(smallest_ram(meta, storage.alignment) * factor)
-    return assemble.assemble(
+    ram = int(smallest_ram(meta, storage) * factor)
+    return assemble(
         meta,
-        assemble.Options(
-            device=torch.device("cpu"),
-            budgets=Budgets(ram_bytes=ram),
-            storage=storage,
+        cpu_options(
+            storage,
+            Budgets(ram_bytes=ram),
             micro_batch_size=micro_batch_size,
             timeout_s=timeout_s,
             **(options or {}),

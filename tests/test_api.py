@@ -223,4 +223,4 @@ def test_the_plan_is_made_of_the_keywords_that_training_uses(
     open_model(config)
     ((args, kwargs),) = seen
     assert args == (config.model_name_or_path,)
-    assert kwargs == planning.stream_arguments(config)
+    assert kwargs == api.stream_arguments(config)

@@ -97,6 +97,12 @@ def test_a_plan_s_step_is_predicted_from_its_slots(
     assert measures.predict_step(visits, bytes_per_s=10.0) == pytest.approx(expected)
 
 
+def test_each_pass_takes_the_longer_of_its_compute_and_its_reading() -> None:
+    passes = {"forward": (1.0, 20), "backward": (3.0, 20)}
+    assert measures.two_pass_bound(passes, bytes_per_s=10.0) == 2.0 + 3.0
+    assert measures.two_pass_bound(passes, bytes_per_s=5.0) == 4.0 + 4.0
+
+
 def test_losses_are_compared_over_the_steps_that_both_made() -> None:
     found = measures.compare_losses([2.0, 1.5, 1.0], [2.0, 1.25])
     assert found["steps"] == 2
@@ -168,7 +174,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     tiny_models.save(tiny_models.build("llama", dtype=torch.float32), folder / "tiny")
     command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "--model", folder / "tiny"]
     command += ["--rows", 2, "--length", LENGTH, "--rounds", ROUNDS, "--reading", 1, "--threads", 1]
-    command += ["--dtype", "float32", "--peers", "airllm", "--json", folder / "out.json"]
+    command += ["--dtype", "float32", "--micro-rows", 1, "--peers", "airllm"]
+    command += ["--json", folder / "out.json"]
     done = subprocess.run(
         [str(word) for word in command],
         capture_output=True,
@@ -236,6 +243,10 @@ def test_ratios_are_of_the_run_s_own_medians(run: tuple[dict[str, Any], str]) ->
     assert slow["reading_s"] == pytest.approx(
         slow["streamed_bytes"] / slow["throttled_to_bytes_per_s"]
     )
+    assert slow["ratio_to_two_passes"] == pytest.approx(
+        slow["seconds"]["p50"] / slow["two_passes_s"]
+    )
+    assert slow["two_passes_s"] >= slow["reading_s"]
     told = {bar["bar"]: bar for bar in run[0]["bars"]}
     free = told[f"2 x {LENGTH}: ours / in memory"]
     assert free["passed"] == (ours["ratio"]["p50"] <= free["limit"] == 1.05)

@@ -21,7 +21,7 @@ import torch
 from support import with_lora
 from transformers import LlamaConfig
 
-from ssdtune.schedule.memory import HOLES, Fixed, Footprint, Peak, predict_peak
+from ssdtune.schedule.memory import HOLES, INPUTS, Fixed, Footprint, Peak, predict_peak
 from ssdtune.schedule.plan import BlockShape, Budgets, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.swap.inputs import staging_bytes
@@ -343,8 +343,9 @@ def test_every_part_is_counted_once_and_where_it_is(on_device: bool, inputs: Tie
     assert four.natural_bytes == (16 + 4 + (0 if on_ssd else 12)) * MIB
     assert grown(four, five) == (1 + 0.5 + (0 if on_ssd else 3)) * MIB
     in_ram = inputs is Tier.RAM or not on_device
-    kept = {"ram": four.ram, "device": four.device}["ram" if in_ram else "device"]
-    assert kept.get("block inputs kept for backward", 0) == (0 if on_ssd else 12 * MIB)
+    kept = four.nvme if on_ssd else four.ram if in_ram else four.device
+    assert kept[INPUTS] == 12 * MIB
+    assert sum(INPUTS in parts for parts in (four.nvme, four.ram, four.device)) == 1
     assert (four.device_bytes > 0) == on_device
     if not on_device:
         assert four.ram_bytes == sum(four.ram.values()) >= (100 + 20 + 2 + 16 + 4 + 2 + 7) * MIB

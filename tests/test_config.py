@@ -638,3 +638,11 @@ def test_importing_the_configuration_is_quick_and_pulls_in_nothing_heavy(tmp_pat
         assert heavy.strip() == "[]"
         times.append(float(seconds))
     assert min(times) < 0.05  # CPU time beside what dataclasses and pathlib take by themselves
+
+
+def test_a_small_size_with_its_unit_may_be_read_again():
+    """`ram: 200KB` is right; a bare 200000 lacks its unit, wherever it comes from."""
+    assert Offload(ram="200KB").ram == 200_000
+    assert Offload.of({"ram": "200KB"}).ram == 200_000
+    with pytest.raises(SSDTuneError, match="has no unit"):
+        Offload(ram=200_000)

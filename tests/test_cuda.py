@@ -3,6 +3,7 @@
 Streams are slowed on purpose (`torch.cuda._sleep`), so that a missing wait shows as wrong bytes.
 """
 
+import dataclasses
 import gc
 import itertools
 import threading
@@ -22,14 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from ssdtune.schedule import trace as traces
 from ssdtune.schedule.plan import Budgets, Kind, Tier
-from ssdtune.schedule.planner import smallest_budgets
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.storage import choose_storage
-from ssdtune.visit import assemble
-from ssdtune.visit.blocks import find_points
+from ssdtune.visit.assemble import assemble
 from ssdtune.visit.build import build_meta
-from ssdtune.visit.placement import place
-from ssdtune.visit.recipes import make_recipe
+from ssdtune.visit.draft import Options, smallest_budgets
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -48,32 +46,19 @@ def streamed(folder: Path, dtype: torch.dtype, size: str) -> Any:
     """The model of `folder` streamed to the device within a budget of that size."""
     meta = build_meta(folder, dtype=dtype)
     storage = choose_storage(folder).storage
-    placements = place(meta.model, meta.checkpoint.tensors)
-    shapes = [
-        make_recipe(
-            group.label,
-            [placements[name] for name in group.parameters],
-            meta.checkpoint.tensors,
-            alignment=storage.alignment,
-            on_device=True,
-        ).shape
-        for group in assemble._group_weights(meta.model, find_points(meta.model))
-    ]
-    least = smallest_budgets(shapes, on_device=True)
-    on_device, in_ram = SIZES[size]
-    return assemble.assemble(
-        meta,
-        assemble.Options(
-            device=DEVICE,
-            budgets=Budgets(
-                ram_bytes=int(least.ram_bytes * in_ram),
-                device_bytes=int(least.device_bytes * on_device),
-            ),
-            storage=storage,
-            micro_batch_size=2,
-            timeout_s=30.0,
-        ),
+    options = Options(
+        device=DEVICE,
+        budgets=Budgets(ram_bytes=1, device_bytes=1),  # replaced below
+        storage=storage,
+        micro_batch_size=2,
+        timeout_s=30.0,
     )
+    least = smallest_budgets(meta, options)
+    on_device, in_ram = SIZES[size]
+    budgets = Budgets(
+        ram_bytes=int(least.ram_bytes * in_ram), device_bytes=int(least.device_bytes * on_device)
+    )
+    return assemble(meta, dataclasses.replace(options, budgets=budgets))
 
 
 def adapted(model: Any, targets: list[str]) -> Any:

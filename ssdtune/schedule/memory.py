@@ -19,6 +19,7 @@ LIBRARY_BYTES = 20 * 2**20
 # Without a device activations come from the C library's heap, which keeps holes between them. `HeapKeeper`
 # (visit/memory.py) gives them back when they pass half of this share of all else; more come within a pass.
 HOLES_SHARE = 0.06
+SMALL_SHARE = 0.02  # of a total: smaller parts are not told
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +64,12 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """The parts of the peak, in bytes, by what they are for. Without a device all of it is RAM."""
+    """The parts of the peak, in bytes, by what they are for. Without a device all of it is RAM, but for what a
+    scratch file on NVMe holds."""
 
     ram: Mapping[str, int]
     device: Mapping[str, int]
+    nvme: Mapping[str, int]
     how: str
 
     @property
@@ -86,16 +89,16 @@ class Peak:
         return sum(n for name, n in parts if name in NATURAL)
 
     def lines(self) -> Iterator[str]:
-        """Yields the prediction as a person reads it, the largest part first."""
-        for where, parts, total in (
-            ("RAM", self.ram, self.ram_bytes),
-            ("device", self.device, self.device_bytes),
-        ):
-            if parts:
-                yield f"peak      {format_size(total)} of {where} predicted ({self.how})"
-                for name, num_bytes in sorted(parts.items(), key=lambda part: -part[1]):
-                    if num_bytes:
-                        yield f"          {format_size(num_bytes):>8}  {name}"
+        """Yields the prediction as a person reads it: totals, then the parts that matter, the largest first."""
+        totals = [("RAM", self.ram), ("device", self.device), ("NVMe", self.nvme)]
+        told = [f"{format_size(sum(p.values()))} of {where}" for where, p in totals if p]
+        yield f"peak      {' and '.join(told)} predicted ({self.how})"
+        for where, parts in totals[:2]:
+            least = SMALL_SHARE * sum(parts.values())
+            ordered = sorted(parts.items(), key=lambda part: -part[1])
+            large = [f"{name} {format_size(n)}" for name, n in ordered if n > least]
+            if large:
+                yield f"          {where}: {' · '.join(large)}"
 
 
 ADAPTERS, STATES = "adapters and gradients", "optimizer states"
@@ -126,14 +129,13 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
         cached = plan.ram_bytes - sum(plan.buffers)
         ram |= {"buffers": sum(plan.buffers), "weights that stay in RAM": cached}
         device = {"slots": plan.slot_bytes, **compute}
-        where = {Tier.DEVICE: device, Tier.RAM: ram}.get(plan.block_inputs)
     else:
         ram |= {"slots": plan.slot_bytes, "buffers": sum(plan.buffers), **compute}
-        device = {}
-        where = None if plan.block_inputs is Tier.NVME else ram
-    if where is not None:
-        where[INPUTS] = kept
+        device = ram
+    nvme: dict[str, int] = {}
+    {Tier.DEVICE: device, Tier.RAM: ram, Tier.NVME: nvme}[plan.block_inputs][INPUTS] = kept
     ram["staging of block inputs"] = fixed.staging_bytes
     if not plan.on_device:
         ram[HOLES] = int(HOLES_SHARE * sum(ram.values()))
-    return Peak(ram=ram, device=device, how=footprint.how)
+        device = {}
+    return Peak(ram=ram, device=device, nvme=nvme, how=footprint.how)

@@ -85,15 +85,18 @@ class Rows:
     pad_token_id: int
 
 
-def train_from_config(loaded: Loaded) -> TrainResult:
+def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainResult:
     """Trains as the configuration says. `loaded.notes` are the caller's to print.
 
+    tells_summary: prints what the run came to and what to do next; it is in the result anyway.
     Raises SSDTuneError: for data, model, budget, checkpoint, or another process in `output_dir`.
     """
     from transformers.utils import logging
 
     from ssdtune.config import to_yaml
     from ssdtune.trainer.config import training_arguments
+    from ssdtune.trainer.telemetry import summary_lines
+    from ssdtune.visit.memory import resident_set_bytes
 
     config = loaded.config
     args = training_arguments(config, disable_tqdm=True)
@@ -106,8 +109,14 @@ def train_from_config(loaded: Loaded) -> TrainResult:
         if args.process_index == 0:
             content = to_yaml(config).encode()
             write_file_atomically(config.output_dir / CONFIG_NAME, content)
+        base_bytes = resident_set_bytes()
         with _streamed_model(config, args, say) as model:
-            return _train(config, args, rows, model, say)
+            result = _train(config, args, rows, model, base_bytes=base_bytes, say=say)
+        if tells_summary and not result.was_interrupted:
+            for line in summary_lines(result.metrics):
+                say(line)
+            say(f'next      ssdtune generate {shlex.quote(str(config.output_dir))} -p "…"')
+        return result
 
 
 def _silent(line: str) -> None:
@@ -212,18 +221,9 @@ def _streamed_model(config: TrainConfig, args: SSDConfig, say: Say) -> Iterator[
 
 def open_model(config: TrainConfig) -> Any:
     """`ssdtune.stream` with a configuration's keys; no adapter. Raises SSDTuneError."""
-    from ssdtune.api import stream
+    from ssdtune.api import stream, stream_arguments
 
-    chosen = {"attn_implementation": config.attn_implementation}
-    return stream(
-        config.model_name_or_path,
-        offload=config.offload,
-        micro_batch_size=config.per_device_train_batch_size,
-        dtype=config.dtype,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        **{key: value for key, value in chosen.items() if value != "auto"},
-    )
+    return stream(config.model_name_or_path, **stream_arguments(config))
 
 
 def _check_sizes(config: TrainConfig, model: Any, rows: Rows, say: Say) -> None:
@@ -250,8 +250,11 @@ def _check_sizes(config: TrainConfig, model: Any, rows: Rows, say: Say) -> None:
 # ------------------------------------------------------------------ training
 
 
-def _train(config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, say: Say) -> TrainResult:
-    from ssdtune.trainer.telemetry import duration, summary_lines
+def _train(
+    config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, *, base_bytes: int, say: Say
+) -> TrainResult:
+    from ssdtune.trainer.forecast import forecast
+    from ssdtune.trainer.telemetry import duration
 
     _check_sizes(config, model, rows, say)
     trainer, telemetry = _make_trainer(config, args, rows, model)
@@ -262,9 +265,12 @@ def _train(config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, say: Sa
     if wanted:
         say(f"resuming  {wanted if wanted is not True else config.output_dir}")
     say(_job_line(trainer, rows))
+    longest = rows.train.stats.longest_row
+    peak = forecast(trainer, longest_row=longest, base_bytes=base_bytes, say=say)
     started = perf_counter()
     output = trainer.train(resume_from_checkpoint=wanted or None)
-    result = _result(config, trainer, telemetry, dict(output.metrics))
+    metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}
+    result = _result(config, trainer, telemetry, metrics)
     if args.process_index == 0:
         _write_trace(config.output_dir, result)
     if result.was_interrupted:
@@ -273,9 +279,6 @@ def _train(config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, say: Sa
         return result
     _save_result(config, trainer, rows, result)
     say(f"done      {config.output_dir}   {duration(perf_counter() - started)}")
-    for line in summary_lines(result.metrics):
-        say(line)
-    say(f'next      ssdtune generate {shlex.quote(str(config.output_dir))} -p "…"')
     return result
 
 

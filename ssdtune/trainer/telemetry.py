@@ -272,7 +272,9 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         losses = [f"loss {metrics['loss_first']:.4g} → {metrics['loss_last']:.4g}"]
         if "eval_loss_first" in metrics:
             losses.append(f"eval {metrics['eval_loss_first']:.4g} → {metrics['eval_loss']:.4g}")
-        losses.append(f"peak RSS {format_size(metrics['peak_rss_bytes'])}")
+        predicted = metrics.get("predicted_peak_bytes")
+        told = f" ({format_size(predicted)} predicted)" if predicted else ""
+        losses.append(f"peak RSS {format_size(metrics['peak_rss_bytes'])}{told}")
         lines.append("   ".join(losses))
     if "step_seconds" in metrics:
         lines.append(

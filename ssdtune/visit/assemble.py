@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ssdtune.schedule.plan import Budgets, Direction, Plan, Tier
-from ssdtune.schedule.planner import Request, make_plan
+from ssdtune.schedule.plan import Direction
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import make_input_store
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe
-from ssdtune.swap.storage import Storage
-from ssdtune.visit.blocks import Point, find_points
+from ssdtune.visit.blocks import find_points
 from ssdtune.visit.build import MetaModel
-from ssdtune.visit.loss import HeadLoss, find_head, install, refresh
+from ssdtune.visit.draft import Group, Options, draft
+from ssdtune.visit.loss import HeadLoss, install, refresh
 from ssdtune.visit.model import stream_class
 from ssdtune.visit.placeholder import Placeholder
-from ssdtune.visit.placement import Placements, place
+from ssdtune.visit.placement import Placements
 from ssdtune.visit.recipes import make_recipe
 from ssdtune.visit.streamer import Meeting, Streamer, Weight
-
-MAX_REPLANS = 4  # a model whose order of visits changes from step to step is not followed for ever
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to stream. Bytes are exact; `prefetch`: fills that run ahead; `timeout_s`: the longest wait for a block."""
-
-    device: torch.device
-    budgets: Budgets
-    storage: Storage
-    prefetch: int = 2
-    reader_threads: int = 2
-    micro_batch_size: int | None = None
-    chunk_tokens: int = 4096
-    block_inputs: Tier = Tier.DEVICE
-    scratch: Path | None = None
-    timeout_s: float = 600.0
 
 
 def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
@@ -52,23 +31,9 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     Raises PlanError where the budget is too small, before any weight is read.
     """
     model = meta.model
-    placements = place(model, meta.checkpoint.tensors)
-    points = find_points(model)
-    groups = _group_weights(model, points)
-    recipes = [
-        make_recipe(
-            names.label,
-            [placements[_first(placements, model, name)] for name in names.parameters],
-            meta.checkpoint.tensors,
-            alignment=options.storage.alignment,
-            on_device=options.device.type != "cpu",
-        )
-        for names in groups
-    ]
-    head = find_head(model)
-    is_deferred = head is not None and head is points[-1].module
-    planner = Replanner(recipes, options, _likely_orders(points, groups, is_deferred=is_deferred))
-    plan = planner.plan()
+    drafted = draft(meta, options)
+    points, groups = drafted.points, drafted.groups
+    plan = drafted.planner.plan()
     streamer = Streamer([g.label for g in groups])
     streamer.micro_batch_size = options.micro_batch_size
     streamer.input_store = make_input_store(
@@ -79,22 +44,22 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
         timeout_s=options.timeout_s,
     )
     pool = ReaderPool(options.storage, num_threads=options.reader_threads)
-    _load_resident(model, placements, meta, pool, options)
+    _load_resident(model, drafted.placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)
     streamer.engine = Engine(
-        plan, recipes, pool, device=options.device, timeout_s=options.timeout_s
+        plan, drafted.recipes, pool, device=options.device, timeout_s=options.timeout_s
     )
-    streamer.on_step = lambda kind, observed: planner.after_step(streamer, kind, observed)
+    streamer.on_step = lambda kind, observed: drafted.planner.after_step(streamer, kind, observed)
     block_of = {g_point.module: i for i, g in enumerate(groups) for g_point in g.points}
     for index, point in enumerate(points):
         meeting = Meeting(streamer, index, block_of[point.module], point.module)
         streamer.meetings.append(meeting)
-        if not (is_deferred and point.module is head):
+        if not (drafted.is_deferred and point.module is drafted.head):
             point.module.forward = meeting  # type: ignore[method-assign]
     model.ssdtune = streamer  # type: ignore[assignment]
     stream_class(model)
-    if head is not None and is_deferred:
-        _defer_logits(model, head, options.chunk_tokens)
+    if drafted.head is not None and drafted.is_deferred:
+        _defer_logits(model, drafted.head, options.chunk_tokens)
     # A model that is dropped gives its slots and threads back; the engine knows nothing of it.
     weakref.finalize(model, streamer.engine.close)
     return model
@@ -121,104 +86,8 @@ def _defer_logits(model: PreTrainedModel, head: nn.Module, chunk_tokens: int) ->
     streamer.on_begin = follow_head
 
 
-@dataclasses.dataclass(slots=True)
-class _Group:
-    """One block: its parameters' first names, and the meeting points that need them (two where tied)."""
-
-    label: str
-    parameters: list[str]
-    points: list[Point]
-
-
-def _group_weights(model: PreTrainedModel, points: Sequence[Point]) -> list[_Group]:
-    """Points to blocks. Points that share a parameter share the block: it is stored and fetched once."""
-    first_names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first_names.setdefault(id(parameter), name)
-    groups: list[_Group] = []
-    owner: dict[str, _Group] = {}
-    for point in points:
-        names = list(dict.fromkeys(first_names[id(p)] for p in point.module.parameters()))
-        shared = next((owner[n] for n in names if n in owner), None)
-        group = shared or _Group(point.name, [], [])
-        if shared is None:
-            groups.append(group)
-        group.points.append(point)
-        for name in names:
-            if name not in owner:
-                owner[name] = group
-                group.parameters.append(name)
-    return groups
-
-
-def _first(placements: Placements, model: PreTrainedModel, name: str) -> str:
-    """The name under which a tied parameter is placed."""
-    if name in placements:
-        return name
-    wanted = model.get_parameter(name)
-    return next(
-        n
-        for n, p in model.named_parameters(remove_duplicate=False)
-        if p is wanted and n in placements
-    )
-
-
-def _likely_orders(
-    points: Sequence[Point], groups: Sequence[_Group], *, is_deferred: bool
-) -> dict[str, list[tuple[int, Direction]]]:
-    """Forward in the points' order; backward through the layers, not the embedding, which needs no gradient.
-
-    A head whose loss is computed in chunks makes its gradient in forward and is not visited again.
-    """
-    block_of = {id(p): i for i, g in enumerate(groups) for p in g.points}
-    forward = [(block_of[id(p)], Direction.FORWARD) for p in points]
-    backward = [
-        (block, Direction.BACKWARD)
-        for block, _ in reversed(forward[1 : len(forward) - is_deferred])
-    ]
-    return {"train": [*forward, *backward], "forward": forward}
-
-
-class Replanner:
-    """Makes the plan, and makes it anew from the order of visits that a step really had."""
-
-    def __init__(
-        self,
-        recipes: Sequence[BlockRecipe],
-        options: Options,
-        orders: dict[str, list[tuple[int, Direction]]],
-    ) -> None:
-        self.recipes, self.options, self.orders = recipes, options, orders
-        self.num_replans = 0
-
-    def plan(self) -> Plan:
-        """The plan for the orders known now."""
-        options = self.options
-        return make_plan(
-            Request(
-                blocks=tuple(r.shape for r in self.recipes),
-                orders=self.orders,
-                budgets=options.budgets,
-                on_device=options.device.type != "cpu",
-                prefetch=options.prefetch,
-                block_inputs=options.block_inputs,
-                chunk_tokens=options.chunk_tokens,
-            )
-        )
-
-    def after_step(
-        self, streamer: Streamer, kind: str, observed: list[tuple[int, Direction]]
-    ) -> None:
-        """Follows an order that differs from the plan's: a tower that comes later, a head that needs no backward."""
-        if observed == self.orders[kind] or not observed or self.num_replans >= MAX_REPLANS:
-            return
-        self.orders = {**self.orders, kind: list(observed)}
-        self.num_replans += 1
-        streamer.engine.follow(self.plan())
-
-
 def _install_placeholders(
-    model: PreTrainedModel, groups: Sequence[_Group], streamer: Streamer, device: torch.device
+    model: PreTrainedModel, groups: Sequence[Group], streamer: Streamer, device: torch.device
 ) -> None:
     """Every streamed parameter becomes a placeholder in every module that holds it."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -21,9 +21,9 @@ from torch import nn
 
 from ssdtune.schedule.plan import Budgets
 from ssdtune.swap.storage import choose_storage
-from ssdtune.visit.assemble import Options, assemble
+from ssdtune.visit.assemble import assemble
 from ssdtune.visit.build import build_meta
-from ssdtune.visit.draft import smallest_budgets
+from ssdtune.visit.draft import Options, smallest_budgets
 from ssdtune.visit.front_door import accepts, accepts_extra
 from ssdtune.visit.trial_batch import Batch, make_batches
 

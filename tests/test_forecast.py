@@ -1,0 +1,107 @@
+"""Before the first step a run says what it will hold, saves RAM where it is short, and reserves its disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import support
+import tiny_models
+import torch
+
+from ssdtune.data import CausalCollator
+from ssdtune.schedule.memory import INPUTS, Peak
+from ssdtune.schedule.plan import Tier
+from ssdtune.swap.scratch import ScratchError
+from ssdtune.trainer import SSDConfig, SSDTrainer
+from ssdtune.trainer import forecast as forecast_module
+from ssdtune.trainer.forecast import forecast
+from ssdtune.visit.memory import HeapKeeper, resident_set_bytes
+
+ROWS, LENGTH, MICRO = 2, 12, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("llama")
+    tiny_models.save(tiny_models.build("llama", dtype=torch.float32), made)
+    return made
+
+
+@pytest.fixture
+def make(folder: Path, tmp_path: Path):
+    """A trainer of a streamed model whose block inputs lie on the tier; closed after the test."""
+    opened = []
+
+    def trainer(tier: Tier = Tier.DEVICE, optim: str = "adamw_torch") -> SSDTrainer:
+        options = {"block_inputs": tier, "scratch": tmp_path}
+        model = support.streamed(folder, factor=2.3, options=options)
+        opened.append(model)
+        args = SSDConfig(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=ROWS,
+            gradient_accumulation_steps=MICRO,
+            optim=optim,
+            report_to="none",
+            use_cpu=True,
+        )
+        rows = [{"input_ids": [3] * LENGTH, "labels": [3] * LENGTH}] * ROWS * MICRO
+        return SSDTrainer(support.with_lora(model), args, CausalCollator(0), train_dataset=rows)
+
+    yield trainer
+    for model in opened:
+        model.ssdtune.close()
+
+
+def predicted(trainer: SSDTrainer) -> tuple[Peak, list[str]]:
+    lines: list[str] = []
+    base = resident_set_bytes()
+    return forecast(trainer, longest_row=LENGTH, base_bytes=base, say=lines.append), lines
+
+
+def test_a_peak_is_said_with_the_parts_that_matter(make) -> None:
+    peak, lines = predicted(make())
+    assert lines[0].startswith("peak      ")
+    assert "RAM predicted (rehearsed" in lines[0]
+    assert "RAM: process before the model" in lines[1]
+    assert peak.ram[INPUTS] >= MICRO * ROWS * LENGTH * 4
+    assert len(lines) == 2, "there is RAM enough: no warning"
+
+
+def test_optimizers_without_states_take_less(make) -> None:
+    adam, sgd = predicted(make())[0], predicted(make(optim="sgd"))[0]
+    assert adam.ram["optimizer states"] == adam.ram["adapters and gradients"] > 0, "two each"
+    assert sgd.ram["optimizer states"] == 0
+
+
+@pytest.mark.parametrize(("free", "is_held", "warns"), [(10**12, False, False), (1, True, True)])
+def test_the_heap_is_held_to_it_where_ram_is_short(
+    make, monkeypatch: pytest.MonkeyPatch, free: int, is_held: bool, warns: bool
+) -> None:
+    monkeypatch.setattr(forecast_module, "free_ram", lambda: free)
+    trainer = make()
+    _, lines = predicted(trainer)
+    assert isinstance(trainer.streamer.before_pass, HeapKeeper) == is_held
+    assert any("warning" in line and "offload.ram" in line for line in lines) == warns
+
+
+def test_room_for_block_inputs_is_reserved_before_the_first_step(make) -> None:
+    trainer = make(Tier.NVME)
+    peak, lines = predicted(trainer)
+    assert "of NVMe" in lines[0]
+    assert INPUTS not in peak.ram
+    assert trainer.streamer.input_store.reserved_bytes >= peak.nvme[INPUTS] > 0
+
+
+def test_a_full_drive_is_an_error_before_the_first_step(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(Tier.NVME)
+
+    def full(*args: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer.streamer.input_store.file.num_bytes = 0
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ScratchError, match="No space left"):
+        predicted(trainer)
