@@ -208,12 +208,26 @@ class Ours(Base):
         return self.streamer.engine.plan
 
     def step(self) -> float:
-        self._seen = len(self.trace)
+        self.mark()
         loss = self.model(**self.batch, num_items_in_batch=self.num_items).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(loss.detach())
+
+    def forward(self) -> float:
+        """The loss alone."""
+        self.mark()
+        with torch.no_grad():
+            return float(self.model(**self.batch, num_items_in_batch=self.num_items).loss)
+
+    def mark(self) -> None:
+        """What the trace holds now is of earlier steps."""
+        self._seen = len(self.trace)
+
+    def ops(self) -> list[Any]:
+        """What the trace holds of the last step."""
+        return self.trace[self._seen :]
 
     def settle(self) -> float | None:
         """Blocks that are read ahead for the next step belong to a steady step's cost: the step is
@@ -237,7 +251,7 @@ class Ours(Base):
     def about_step(self) -> dict[str, Any]:
         from ssdtune.schedule import trace
 
-        ops = self.trace[self._seen :]
+        ops = self.ops()
         return {
             "lane_s": {str(lane): s for lane, s in trace.lane_seconds(ops).items()},
             "stall_s": trace.stall_seconds(ops),
@@ -297,7 +311,7 @@ class Ours(Base):
 def streaming_options(meta: Any, storage: Any, spec: Spec) -> Any:
     """`draft.Options` with the smallest RAM budget that holds all slots of this prefetch depth.
 
-    What is left for residents is then nothing: only blocks that their class's slots hold anyway,
+    `resident_share` of all blocks' bytes more are for residents. Without it what is left for them is nothing: only blocks that their class's slots hold anyway,
     such as a tied embedding and head, which is a class of its own, stay.
     """
     from ssdtune.schedule.plan import Budgets
@@ -319,7 +333,8 @@ def streaming_options(meta: Any, storage: Any, spec: Spec) -> Any:
     )
     staged = [s.file_bytes for s in shapes if s.is_staged]
     buffers = max(staged) * max(1, min(options.prefetch, len(staged))) if staged else 0
-    return dataclasses.replace(options, budgets=Budgets(ram_bytes=slots + buffers))
+    more = int(spec.get("resident_share", 0.0) * sum(shape.slot_bytes for shape in shapes))
+    return dataclasses.replace(options, budgets=Budgets(ram_bytes=slots + buffers + more))
 
 
 def builders() -> dict[str, Callable[[Spec], Contestant]]:

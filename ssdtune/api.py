@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ssdtune.schedule.plan import Plan, Tier
     from ssdtune.swap.storage import Storage, StorageChoice
     from ssdtune.visit.build import MetaModel
-    from ssdtune.visit.draft import Options
+    from ssdtune.visit.draft import Draft, Options
 
 AUTO_RAM_SHARE = (
     0.5  # of what is free: the rest is for activations, adapters and whatever else runs
@@ -89,10 +89,11 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What `stream` would do: the model without weights, the options, the plan of a step."""
+    """What `stream` would do: the model without weights, the options, its blocks, the plan of a step."""
 
     meta: MetaModel
     options: Options
+    draft: Draft
     plan: Plan
 
 
@@ -118,7 +119,8 @@ def plan(
         dtype=dtype,
         **from_pretrained_kwargs,
     )
-    return Planned(meta, options, draft(meta, options).planner.plan())
+    drafted = draft(meta, options)
+    return Planned(meta, options, drafted, drafted.planner.plan())
 
 
 def stream_arguments(config: TrainConfig) -> dict[str, Any]:

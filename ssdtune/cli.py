@@ -16,6 +16,7 @@ ssdtune fine-tunes models larger than the memory, streaming their weights from t
 
   ssdtune train CONFIG.yaml [--key value …]   train; the same command again resumes
   ssdtune plan CONFIG.yaml [--key value …]    what would be where, and when; nothing is trained
+  ssdtune probe [FOLDER]                      measure this machine, so that plans tell times
   ssdtune doctor [PATH]                       what this machine can do, and how PATH is read
   ssdtune generate RUN -p "…"                 let a trained model answer
 
@@ -29,7 +30,7 @@ CONFIG.yaml holds keys of those below. Each is a flag too and then beats the fil
 --lora-r=32, --bf16, --offload.ram 300MB, --dataset data/chats.jsonl. Without CONFIG.yaml the
 required keys are flags. `ssdtune plan` takes the same arguments and trains nothing.
 """
-LATER = ("probe", "pack", "data", "eval", "merge", "trace", "replay")
+LATER = ("pack", "data", "eval", "merge", "trace", "replay")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -136,6 +137,37 @@ def _doctor(words: list[str]) -> object:
     return print_doctor(Path(words[0]).expanduser() if words else None)
 
 
+def _probe(words: list[str]) -> object:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="ssdtune probe",
+        description="Measure this machine's processor, memory and drive, in about a minute.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="on the drive that will stream; default: the cache's"
+    )
+    parser.add_argument("--file", type=Path, help="a large file to read; default: one is written")
+    parser.add_argument("--out", type=Path, help="the profile; default: where plans look for it")
+    arguments = parser.parse_args(words)
+    from ssdtune.probe import print_probe
+    from ssdtune.profiles import own_profile_path
+
+    out = arguments.out or own_profile_path()
+    folder = arguments.folder or out.parent
+    for path, is_there in ((folder, folder.is_dir()), (arguments.file, _is_file(arguments.file))):
+        if not is_there:
+            raise SSDTuneError(
+                f"{path}: there is no such {'file' if path != folder else 'folder'}."
+            )
+    return print_probe(folder, out, arguments.file)
+
+
+def _is_file(path: Path | None) -> bool:
+    return path is None or path.is_file()
+
+
 def _generate(words: list[str]) -> object:
     import argparse
 
@@ -170,6 +202,7 @@ def _generate(words: list[str]) -> object:
 VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "train": _train,
     "plan": _plan,
+    "probe": _probe,
     "doctor": _doctor,
     "generate": _generate,
 }

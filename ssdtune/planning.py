@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ssdtune.report import say
+from ssdtune.report import LANE_LABELS, say
 from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
     from ssdtune.api import Planned
-    from ssdtune.config import Loaded, Offload
+    from ssdtune.config import Loaded, Offload, TrainConfig
+    from ssdtune.schedule.simulate import Simulation
 
 
 def print_plan(loaded: Loaded) -> int:
@@ -23,11 +25,61 @@ def print_plan(loaded: Loaded) -> int:
     from ssdtune.api import plan, stream_arguments
 
     logging.set_verbosity_error()
+    # Libraries that call one another's old names: nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b|peft\b")
     config = loaded.config
     planned = plan(config.model_name_or_path, **stream_arguments(config))
-    for line in plan_lines(planned, config.offload):
+    for line in (*plan_lines(planned, config.offload), *prediction_lines(planned, config)):
         say(line)
     return 0
+
+
+def prediction_lines(planned: Planned, config: TrainConfig) -> Iterator[str]:
+    """Yields what a step of rows of `max_length` would take on this machine, where it has been measured.
+
+    Raises ProfileError for a profile that is broken.
+    """
+    import torch
+
+    from ssdtune.peft import attach, lora_config
+    from ssdtune.profiles import own_profile
+    from ssdtune.schedule.cost import predict_step
+    from ssdtune.visit.rehearsal import rehearse_draft
+
+    profile = own_profile()
+    if profile is None:
+        yield "predicted nothing: measure this machine with `ssdtune probe`, then plans tell times"
+        return
+    base: Any = planned.meta.model
+    rows = config.per_device_train_batch_size
+    with torch.device("meta"):  # adapters too have no memory yet
+        adapted = attach(base, lora_config(config, base))
+    batch = {"input_ids": torch.zeros(rows, config.max_length, dtype=torch.long)}
+    rehearsed = rehearse_draft(adapted, planned.draft, planned.options, batch)
+    if rehearsed.work is None:
+        yield f"predicted nothing: the model's work can't be counted ({rehearsed.footprint.how})"
+        return
+    num_micro_batches = config.gradient_accumulation_steps
+    found = predict_step(
+        planned.plan, "train", rehearsed.work, profile, num_micro_batches=num_micro_batches
+    )
+    tokens = rows * config.max_length * num_micro_batches
+    yield from simulation_lines(found, tokens)
+
+
+def simulation_lines(found: Simulation, num_tokens: int) -> Iterator[str]:
+    """Yields a predicted step: time, lanes, what bounds it and how far it is from its bounds."""
+    lanes = [f"{LANE_LABELS[lane]} {s:.3g} s" for lane, s in found.busy_s.items() if s > 0]
+    stalls = sum(found.stall_s.values())
+    yield (
+        f"predicted {found.step_s:.3g} s a step of {num_tokens:,} tokens · "
+        f"{num_tokens / found.step_s:,.0f} tokens/s · {LANE_LABELS[found.bound_by]}-bound · "
+        f"waits {stalls:.2g} s for weights"
+    )
+    yield (
+        f"          {' · '.join(lanes)} · step / longest lane {found.step_s / found.one_pass_s:.2f} · "
+        f"step / longest lane of each pass {found.step_s / found.two_pass_s:.2f}"
+    )
 
 
 def plan_lines(planned: Planned, offload: Offload) -> Iterator[str]:

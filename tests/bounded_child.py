@@ -76,6 +76,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     from ssdtune.visit import memory
     from ssdtune.visit.assemble import assemble  # noqa: F401
+    from ssdtune.visit.rehearsal import rehearse
 
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
@@ -91,9 +92,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"base": base, "trims": 0, "stored": 0}
     keeper = None
     if job["mode"] == "streamed":
-        peak = memory.predict(
-            adapted, {"input_ids": ids[:1]}, num_micro_batches=job["rows"], base_bytes=base
-        )
+        footprint = rehearse(adapted, {"input_ids": ids[:1]}).footprint
+        peak = memory.predict(adapted, footprint, num_micro_batches=job["rows"], base_bytes=base)
         keeper = memory.hold_to(adapted, peak)
         result |= {"predicted": peak.ram_bytes, "natural": peak.natural_bytes, "how": peak.how}
         result["parts"] = dict(peak.ram)

@@ -26,6 +26,7 @@ from ssdtune.schedule.plan import BlockShape, Budgets, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit import memory
+from ssdtune.visit.rehearsal import LiveBytes, rehearse
 
 CHILD = Path(__file__).parent / "bounded_child.py"
 VOCAB = 1024
@@ -273,10 +274,10 @@ def test_what_is_rehearsed_is_what_a_step_allocates(
     adapted = with_lora(model, ["in_proj"] if name == "mamba2" else tiny_models.lora_targets(base))
     batch = tiny_models.batch(name, 8, 128)
     before = torch.get_rng_state()
-    footprint = memory.footprint_of(adapted, {k: v[:2] for k, v in batch.items()})
+    footprint = rehearse(adapted, {k: v[:2] for k, v in batch.items()}).footprint
     assert torch.equal(torch.get_rng_state(), before)
     assert footprint.how.startswith("rehearsed")
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         adapted(**batch).loss.backward()
     gradients = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
     each = footprint.kept_bytes + footprint.held_bytes + footprint.hidden_bytes
@@ -293,7 +294,7 @@ def test_a_model_that_cannot_be_rehearsed_is_estimated_and_said_to_be(
     tiny_models.save(base, tmp_path)
     adapted = with_lora(stream(tmp_path, model_class=type(base)), tiny_models.lora_targets(base))
     batch = tiny_models.batch("t5", 2, 32)
-    footprint = memory.footprint_of(adapted, {"input_ids": batch["input_ids"]})
+    footprint = rehearse(adapted, {"input_ids": batch["input_ids"]}).footprint
     assert "by formula" in footprint.how
     assert min(dataclasses.astuple(footprint)[:-1]) > 0
 

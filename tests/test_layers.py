@@ -17,9 +17,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         (
             ["__main__", "quickstart"],  # entry points beside each other
             ["cli"],
-            ["generate", "planning", "doctor", "pace"],
+            ["generate", "planning", "doctor", "pace", "probe"],
             ["trainer"],
-            ["api"],
+            ["api", "profiles"],
             ["peft", "zeroth_order", "full"],
             ["visit"],
             ["swap"],

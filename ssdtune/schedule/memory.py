@@ -2,7 +2,7 @@
 
 The peak of a step is at the turn-around, when every block input is kept and the last blocks recompute. What is held
 then is a sum of named parts; the sizes that depend on the architecture (`Footprint`) come from a rehearsal of one
-micro-batch on tensors without memory (`visit/memory.py`).
+micro-batch on tensors without memory (`visit/rehearsal.py`).
 """
 
 from __future__ import annotations

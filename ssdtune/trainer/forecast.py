@@ -10,6 +10,7 @@ from ssdtune.memory import free_ram
 from ssdtune.schedule.memory import INPUTS
 from ssdtune.sizes import format_size
 from ssdtune.visit.memory import hold_to, predict, resident_set_bytes
+from ssdtune.visit.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from ssdtune.schedule.memory import Peak
@@ -37,9 +38,10 @@ def forecast(
         row,
         *[shorter] * (args.per_device_train_batch_size - 1),
     ]  # so that there is padding to mask
+    footprint = rehearse(trainer.model, trainer.data_collator(rows)).footprint
     peak = predict(
         trainer.model,
-        trainer.data_collator(rows),
+        footprint,
         num_micro_batches=args.gradient_accumulation_steps,
         base_bytes=base_bytes,
         num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), 2),

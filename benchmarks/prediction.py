@@ -1,0 +1,289 @@
+"""One command: predicted and measured steps side by side, over shapes, tokens, residents, methods and drive speeds.
+
+    python benchmarks/prediction.py [--rounds 4] [--profile FILE] [--json out.json]
+
+First this machine is measured (`ssdtune probe`), which sees none of the runs. Then every run is a process of its own:
+it says what it predicts from plan, counted operators and profile, and takes its steps. Predicted peak memory too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import inputs, measures  # noqa: E402
+
+# name -> sizes of a random Llama; "smollm2" is the real one
+SHAPES = {
+    "smollm2": None,
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
+    "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24},
+}
+TOKENS = ((1, 2, 64), (2, 1, 256))  # (micro-batches, rows, length)
+SHARES = (0.0, 0.5)  # of the layers' bytes that may stay
+KINDS = (
+    ("lora", 0.0),
+    ("lora", 1.5),
+    ("forward", 0.0),
+    ("forward", 1.5),
+)  # method, reading / compute
+TIME_BAR, MEDIAN_BAR, PEAK_BAR = 0.10, 0.05, 0.10
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    shape: str
+    micro_batches: int
+    rows: int
+    length: int
+    resident_share: float
+    method: str
+    reading: float  # the reader is slowed so that it takes so many times the predicted compute; 0: not slowed
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        slowed = f", reading {self.reading:g} x compute" if self.reading else ""
+        return (
+            f"{self.shape}, {self.method}, {self.micro_batches} x {self.rows} x {self.length}, "
+            f"resident {self.resident_share:.0%}{slowed}"
+        )
+
+
+def cases() -> Iterator[Case]:
+    """All runs."""
+    for shape in SHAPES:
+        for tokens in TOKENS:
+            for share in SHARES:
+                for method, reading in KINDS:
+                    yield Case(shape, *tokens, share, method, reading)
+
+
+def model_folder(shape: str, model: Path) -> Path:
+    """The model's files in float32, made once in the cache."""
+    if SHAPES[shape] is None:
+        return inputs.in_dtype(model, "float32", lambda line: None)
+    folder = inputs.cache_folder() / f"random-llama-{shape}"
+    if not (folder / "config.json").exists():
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        heads = SHAPES[shape]["hidden_size"] // 64
+        config = LlamaConfig(
+            **SHAPES[shape], num_attention_heads=heads, num_key_value_heads=heads, vocab_size=8192
+        )
+        made = folder.with_name(folder.name + "-new")
+        LlamaForCausalLM(config).save_pretrained(made)
+        made.rename(folder)
+    return folder
+
+
+# ------------------------------------------------------------------ the process of one run
+
+
+def child(job: dict[str, Any]) -> dict[str, Any]:
+    """Opens the model, predicts, takes steps."""
+    import torch
+
+    from benchmarks.contestants import Ours
+    from benchmarks.worker import forget_peak, memory_peak_bytes
+    from ssdtune.profiles import load_profile
+    from ssdtune.schedule import trace
+    from ssdtune.schedule.cost import predict_step
+    from ssdtune.schedule.plan import Lane
+    from ssdtune.schedule.profile import Curve
+    from ssdtune.visit.memory import predict, resident_set_bytes
+    from ssdtune.visit.rehearsal import rehearse
+
+    case = Case(**job["case"])
+    torch.set_num_threads(os.cpu_count() or 1)
+    base_bytes = resident_set_bytes()
+    forget_peak()
+    num_rows = case.micro_batches * case.rows
+    batch = [[3 + (7 * i + k) % 1000 for i in range(case.length)] for k in range(num_rows)]
+    ours = Ours(
+        {
+            "model": job["folder"],
+            "batch": batch,
+            "dtype": "float32",
+            "seed": 0,
+            "learning_rate": 1e-4,
+            "lora_rank": 16,
+            "micro_rows": case.rows,
+            "prefetch": 2,
+            "chunk_tokens": 4096,
+            "throttled": True,
+            "resident_share": case.resident_share,
+        }
+    )
+    if case.method == "forward":
+        ours.model.eval()
+    profile = load_profile(Path(job["profile"]))
+    micro = {key: value[: case.rows] for key, value in ours.batch.items()}
+    rehearsed = rehearse(ours.model, micro)
+    assert rehearsed.work is not None, rehearsed.footprint.how
+    kind = "train" if case.method == "lora" else "forward"
+    take = ours.step if case.method == "lora" else ours.forward
+    for _ in range(2):  # the order of visits is known after the first
+        take()
+    ours.settle()
+    plan, work = ours.plan, rehearsed.work
+
+    def simulated() -> Any:
+        return predict_step(plan, kind, work, profile, num_micro_batches=case.micro_batches)
+
+    found = simulated()
+    if case.reading:
+        read = plan.sequences[kind].read_bytes
+        rate = read / (case.reading * found.busy_s[Lane.COMPUTE]) if read else 1e15
+        ours.set({"bytes_per_s": rate})
+        slow = {"nvme_read": Curve(((1e6, 1e6 / rate),))}
+        profile = dataclasses.replace(profile, transfers={**profile.transfers, **slow})
+        found = simulated()
+        take()  # what was read ahead faster is gone
+        ours.settle()
+    times, lanes = [], []
+    for _ in range(job["rounds"]):
+        ours.mark()
+        start = trace_clock()
+        take()
+        done = trace_clock()
+        times.append(max(done, ours.settle() or done) - start)
+        lanes.append({str(k): v for k, v in trace.lane_seconds(ours.ops()).items()})
+    peak = predict(
+        ours.model,
+        rehearsed.footprint,
+        num_micro_batches=case.micro_batches,
+        base_bytes=base_bytes,
+    )
+    result = {
+        "predicted_s": found.step_s,
+        "predicted_lanes": {str(lane): s for lane, s in found.busy_s.items()},
+        "two_pass_s": found.two_pass_s,
+        "times": times,
+        "lanes": lanes,
+        "predicted_peak": peak.ram_bytes,
+        "peak": memory_peak_bytes(),
+    }
+    ours.close()
+    return result
+
+
+def trace_clock() -> float:
+    """The trace's clock."""
+    import time
+
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------ the command
+
+
+def run(case: Case, job: dict[str, Any]) -> dict[str, Any]:
+    """One run's row."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            __file__,
+            "--child",
+            json.dumps({**job, "case": dataclasses.asdict(case)}),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{case.name}: no result\n{done.stderr[-3000:]}")
+    row = json.loads(lines[-1].removeprefix("RESULT "))
+    measured = statistics.median(row["times"])
+    row |= {"case": case.name, "measured_s": measured, "error": row["predicted_s"] / measured - 1}
+    row["spread"] = (max(row["times"]) - min(row["times"])) / measured
+    row["peak_error"] = row["predicted_peak"] / row["peak"] - 1
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown."""
+    yield "| run | predicted | measured (spread) | off by | compute: predicted, measured | peak off by |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in rows:
+        compute = statistics.median([lanes.get("compute", 0.0) for lanes in row["lanes"]])
+        yield (
+            f"| {row['case']} | {row['predicted_s']:.3f} s | {row['measured_s']:.3f} s "
+            f"({row['spread']:.0%}) | {row['error']:+.1%} | {row['predicted_lanes']['compute']:.3f}, "
+            f"{compute:.3f} s | {row['peak_error']:+.1%} |"
+        )
+
+
+def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was promised and what came out."""
+    errors = [abs(row["error"]) for row in rows]
+    peaks = [abs(row["peak_error"]) for row in rows]
+    return [
+        measures.bar(
+            "nine tenths of the step times are off by", measures.quantile(errors, 0.9), TIME_BAR
+        ),
+        measures.bar("the median step time is off by", statistics.median(errors), MEDIAN_BAR),
+        measures.bar("every peak is off by", max(peaks), PEAK_BAR),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=inputs.cache_folder() / "smollm2-135m-instruct"
+    )
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--profile", type=Path, help="instead of measuring anew")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        print("RESULT " + json.dumps(child(json.loads(options.child))), flush=True)
+        return 0
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        profile = options.profile or Path(scratch) / "profile.yaml"
+        if options.profile is None:
+            from ssdtune.probe import print_probe
+
+            print_probe(inputs.cache_folder(), profile)
+        for case in cases():
+            if options.only in case.name:
+                folder = model_folder(case.shape, options.model)
+                job = {"folder": str(folder), "profile": str(profile), "rounds": options.rounds}
+                rows.append(run(case, job))
+                print(list(table(rows[-1:]))[-1], flush=True)
+    found = bars(rows)
+    for bar in found:
+        verdict = "met" if bar["passed"] else "**not met**"
+        print(f"- {bar['bar']} {bar['value']:.1%} (bar {bar['limit']:.0%}): {verdict}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "bars": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,478 @@
+"""`ssdtune probe`: measures this machine for the planner, in under a minute, and writes a profile.
+
+Each operator and transfer is timed at several sizes, the sizes in turn, a few rounds of each; a point of a curve is the
+median of its rounds. What is measured is what training does: matrix products of blocks' shapes in the number formats
+that models come in, fused attention and its backward, passes over values, reads of a model's files by the engine's own
+readers, writes past the page cache, copies. On a device its marks tell the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from ssdtune.profiles import save_profile
+from ssdtune.report import say
+from ssdtune.schedule.profile import Curve, InModel, Profile, curve_of
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16")
+MIB = 2**20
+ROUNDS = 5
+MAX_PIECE_S = 0.3  # larger sizes of what takes longer than this are left out: the last rate goes on
+# (tokens, width in, width out) of matrix products, from an adapter's of few tokens to a large model's layers
+PRODUCTS = (
+    (16, 256, 16),
+    (128, 576, 16),
+    (64, 576, 576),
+    (128, 576, 1536),
+    (512, 576, 1536),
+    (512, 1024, 4096),
+    (1024, 2048, 4096),
+    (1024, 4096, 8192),
+)
+LENGTHS = (32, 128, 512, 1024)  # of attention, 8 heads of 64
+PASS_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23, 2**25, 2**27)
+READ_BYTES = (2**20, 2**22, 2**24, 2**25, 2**26)
+COPY_BYTES = (2**16, 2**20, 2**23, 2**25, 2**27)
+
+
+Run = Callable[[], Any]
+
+
+# ------------------------------------------------------------------ timing
+
+
+def time_all(pieces: Mapping[float, Run], device: torch.device, *, rounds: int = ROUNDS) -> Curve:
+    """Size -> seconds of each piece. Sizes take turns, so that a load that comes and goes hits all of them."""
+    wait = _waiter(device)
+    kept: dict[float, list[float]] = {}
+    for size, run in sorted(pieces.items()):
+        run()  # allocates, compiles, warms up
+        wait()
+        kept[size] = []
+        if _timed(run, wait) > MAX_PIECE_S:
+            break
+    for _ in range(rounds):
+        for size, times in kept.items():
+            times.append(_timed(pieces[size], wait))
+    return curve_of((size, median(times)) for size, times in kept.items())
+
+
+def _timed(run: Run, wait: Callable[[], None]) -> float:
+    """Seconds of one run; short ones are repeated until the clock can tell."""
+    count = 1
+    while True:
+        start = perf_counter()
+        for _ in range(count):
+            run()
+        wait()
+        seconds = perf_counter() - start
+        if seconds > 2e-3 or count >= 256:
+            return seconds / count
+        count *= 4
+
+
+def _waiter(device: torch.device) -> Callable[[], None]:
+    import torch
+
+    if device.type == "cuda":
+        return lambda: torch.cuda.current_stream(device).synchronize()
+    return lambda: None
+
+
+# ------------------------------------------------------------------ operators
+
+
+def measure_operators(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
+    """All kinds of operators in one number format."""
+    import torch
+
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
+    with torch.no_grad():
+        curves = {"matmul": _products(made, device)}
+        passes: dict[float, Run] = {}
+        specials: dict[float, Run] = {}
+        for num_bytes in PASS_BYTES:
+            values = torch.randn(num_bytes // (3 * dtype.itemsize), **made)
+            passes[num_bytes] = _bind(torch.mul, values, values.clone())
+            specials[num_bytes * 2 / 3] = _bind(torch.nn.functional.silu, values)
+        curves["pointwise"] = time_all(passes, device)
+        curves["special"] = time_all(specials, device)
+    return curves | _attention(made, device)
+
+
+def _products(made: Mapping[str, Any], device: torch.device) -> Curve:
+    """Both products of a layer: values by the transposed weight, and gradients by the weight. Their layouts differ, and
+    so may their rates, many times over where a format is emulated; a point is the mean of the two."""
+    import torch
+
+    forward: dict[float, Run] = {}
+    backward: dict[float, Run] = {}
+    for tokens, wide, out in PRODUCTS:
+        weight = torch.randn(out, wide, **made)
+        flop = 2.0 * tokens * wide * out
+        forward[flop] = _bind(torch.nn.functional.linear, torch.randn(tokens, wide, **made), weight)
+        backward[flop] = _bind(torch.matmul, torch.randn(tokens, out, **made), weight)
+    one, two = time_all(forward, device), time_all(backward, device)
+    sizes = [size for size, _ in min(one.points, two.points, key=len)]
+    return curve_of((size, (one.seconds(size) + two.seconds(size)) / 2) for size in sizes)
+
+
+def _bind(function: Callable[..., Any], *args: Any) -> Run:
+    return lambda: function(*args)
+
+
+def _attention(made: Mapping[str, Any], device: torch.device) -> dict[str, Curve]:
+    import torch
+
+    from ssdtune.visit.counting import BACKWARD_FLOP
+
+    forward: dict[float, Run] = {}
+    both: dict[float, Run] = {}
+    for length in LENGTHS:
+        q, k, v = (torch.randn(1, 8, length, 64, **made).requires_grad_() for _ in range(3))
+        ahead = _attend(q.detach(), k.detach(), v.detach())
+        flop = 2.0 * 8 * length * length * 64
+        forward[flop] = ahead
+        both[flop] = _attend_and_back(q, k, v)
+    one, two = time_all(forward, device), time_all(both, device)
+    back = {
+        flop * BACKWARD_FLOP: max(seconds - one.seconds(flop), seconds / 10)
+        for flop, seconds in two.points
+    }
+    return {"attention": one, "attention_backward": curve_of(back.items())}
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Run:
+    import torch
+
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _attend_and_back(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Run:
+    import torch
+
+    ahead = _attend(q, k, v)
+    return lambda: torch.autograd.grad(ahead().sum(), (q, k, v))
+
+
+# ------------------------------------------------------------------ operators inside a model
+
+# A model of no particular kind: what its blocks take, beyond their operators' curves, is taken for any model's.
+REFERENCE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "vocab_size": 1024,
+}
+REFERENCE_TOKENS = (16, 64, 128, 256, 512)
+LEAST_FACTOR = 0.5
+REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more tokens
+
+
+def measure_in_model(
+    device: torch.device, dtype: torch.dtype, operators: dict[str, Curve]
+) -> InModel:
+    """Trains an adapter on a small random model, streamed with all weights in place, at several lengths."""
+    import warnings
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries about one another
+        model = _reference(Path(folder), device, dtype)
+        points: list[tuple[int, float, float]] = []
+        try:
+            for tokens in REFERENCE_TOKENS:
+                ids = torch.randint(3, REFERENCE["vocab_size"], (1, tokens), device=device)
+                start = perf_counter()
+                points += _passes(model, ids, operators)
+                if perf_counter() - start > REFERENCE_STEP_S:
+                    break
+        finally:
+            model.get_base_model().ssdtune.close()
+    return fit_in_model(points, is_hidden=device.type != "cpu")
+
+
+def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model, with LoRA on all linear layers; its file is gone when it is open."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ssdtune.schedule.plan import Budgets
+    from ssdtune.swap.storage import BufferedStorage
+    from ssdtune.visit.assemble import assemble
+    from ssdtune.visit.build import build_meta
+    from ssdtune.visit.draft import Options
+
+    sizes: dict[str, Any] = {**REFERENCE, "num_attention_heads": 8, "num_key_value_heads": 8}
+    made: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    made.to(dtype).save_pretrained(folder)
+    room = 2**30  # all of it, several times
+    options = Options(
+        device=device,
+        budgets=Budgets(ram_bytes=room, device_bytes=room if device.type != "cpu" else 0),
+        storage=BufferedStorage(),
+    )
+    base: Any = assemble(build_meta(folder, dtype=dtype), options)
+    return get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")).train()
+
+
+def _passes(
+    model: Any, ids: torch.Tensor, operators: dict[str, Curve]
+) -> Iterator[tuple[int, float, float]]:
+    """(operators, seconds by their curves, seconds measured) of a layer's two passes at this length."""
+    from ssdtune.schedule.plan import Direction, Lane
+    from ssdtune.visit.rehearsal import rehearse
+
+    work = rehearse(model, {"input_ids": ids}).work
+    assert work is not None
+    engine = model.get_base_model().ssdtune.engine
+    times: dict[Direction, list[float]] = {direction: [] for direction in Direction}
+    for _ in range(ROUNDS + 2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+        for op in list(engine.trace):
+            if op.step == engine.step and op.lane is Lane.COMPUTE and ".layers." in op.block:
+                times[op.direction].append(op.end_s - op.start_s - op.wait_s)
+    layer = next(i for i, recipe in enumerate(engine.recipes) if ".layers." in recipe.name)
+    curves = Profile(name="probe", operators={work.dtype: operators}, transfers={})
+    for direction, measured in times.items():
+        each = work.passes["train"][layer, direction][0]
+        steady = measured[2 * REFERENCE["num_hidden_layers"] :]  # the first steps allocate
+        yield each.num_calls, each.curves_s(curves, work.dtype), median(steady)
+
+
+def fit_in_model(points: Sequence[tuple[int, float, float]], *, is_hidden: bool) -> InModel:
+    """Overhead and factor from (operators, seconds by curves, seconds measured), relative errors as small as may be."""
+    if is_hidden:  # few tokens are all overhead, many all work
+        calls, _, least = min(points, key=lambda point: point[2])
+        _, curves_s, most = max(points, key=lambda point: point[2])
+        return InModel(overhead_s=least / calls, factor=most / curves_s, is_hidden=True)
+    # Least squares of measured = overhead * calls + factor * curves, each row over what was measured.
+    rows = [(calls / seconds, curves_s / seconds) for calls, curves_s, seconds in points]
+    aa, bb = sum(a * a for a, _ in rows), sum(b * b for _, b in rows)
+    ab, a1, b1 = sum(a * b for a, b in rows), sum(a for a, _ in rows), sum(b for _, b in rows)
+    determinant = aa * bb - ab * ab
+    overhead = (a1 * bb - b1 * ab) / determinant if determinant > 1e-12 * aa * bb else 0.0
+    factor = (b1 - overhead * ab) / bb
+    if overhead < 0 or factor < LEAST_FACTOR:  # no such machine: noise, or curves that don't hold
+        overhead, factor = 0.0, b1 / bb
+    return InModel(overhead_s=overhead, factor=factor)
+
+
+# ------------------------------------------------------------------ transfers
+
+
+def measure_reads(file: Path) -> Curve:
+    """Reads of a large file by the engine's readers, the way that files there are read; never the same bytes twice."""
+    from ssdtune.swap.readers import ReaderPool
+    from ssdtune.swap.storage import Extent, aligned_bytes, choose_storage
+
+    storage = choose_storage(file).storage
+    end = file.stat().st_size
+    sizes = [n for n in READ_BYTES if n * 2 <= end] or [end // 2 // 4096 * 4096]
+    memory = aligned_bytes(max(sizes))
+    places = _places(end, storage.alignment)
+    import torch
+
+    with ReaderPool(storage) as pool:
+
+        def read(num_bytes: int) -> None:
+            extent = Extent(
+                file, next(places) % _last(end, num_bytes, storage.alignment), num_bytes, 0
+            )
+            pool.submit([extent], memory, label="probe").wait(60)
+
+        pieces = {float(n): _bind(read, n) for n in sizes}
+        return time_all(pieces, torch.device("cpu"))
+
+
+def _places(end: int, alignment: int) -> Iterator[int]:
+    """Offsets all over the file, aligned."""
+    at = 0
+    while True:
+        yield at
+        at = (at + 97 * MIB) % max(end, 1) // alignment * alignment
+
+
+def _last(end: int, num_bytes: int, alignment: int) -> int:
+    return max((end - num_bytes) // alignment * alignment, alignment)
+
+
+def measure_writes(folder: Path) -> Curve:
+    """Writes into a scratch file that has its blocks already."""
+    import torch
+
+    from ssdtune.swap.scratch import ScratchFile
+    from ssdtune.swap.storage import aligned_bytes
+
+    memory = aligned_bytes(max(READ_BYTES))
+    memory.fill_(7)
+    file = ScratchFile(folder)
+    try:
+        file.reserve(max(READ_BYTES))
+        view = memory.numpy().data
+        pieces = {float(n): _bind(file.write, 0, view[:n]) for n in READ_BYTES}
+        return time_all(pieces, torch.device("cpu"))
+    finally:
+        file.close()
+
+
+def measure_copies(device: torch.device) -> dict[str, Curve]:
+    """Bytes from buffer to slot: a copy in RAM, and to and from a device where there is one."""
+    import torch
+
+    from ssdtune.swap.storage import aligned_bytes
+
+    has_device = device.type == "cuda"
+    source = aligned_bytes(max(COPY_BYTES), pin=has_device)
+    target = aligned_bytes(max(COPY_BYTES))
+    cpu = torch.device("cpu")
+    found = {
+        "unpack": time_all({float(n): _bind(target[:n].copy_, source[:n]) for n in COPY_BYTES}, cpu)
+    }
+    if has_device:
+        there = torch.empty(max(COPY_BYTES), dtype=torch.uint8, device=device)
+        for name, to, of in (("h2d", there, source), ("d2h", source, there)):
+            pieces = {float(n): _bind(to[:n].copy_, of[:n], True) for n in COPY_BYTES}
+            found[name] = time_all(pieces, device)
+    return found
+
+
+def measure_slowing(file: Path, device: torch.device) -> float:
+    """By what share matrix products take longer while a reader is at work, 0 or more."""
+    import torch
+
+    from ssdtune.swap.readers import ReaderPool
+    from ssdtune.swap.storage import Extent, aligned_bytes, choose_storage
+
+    values, weight = torch.randn(512, 1024, device=device), torch.randn(4096, 1024, device=device)
+    run, wait = _bind(torch.nn.functional.linear, values, weight), _waiter(device)
+    storage = choose_storage(file).storage
+    num_bytes = min(16 * MIB, file.stat().st_size // 2 // 4096 * 4096)
+    memory = aligned_bytes(num_bytes)
+    stop = threading.Event()
+    with ReaderPool(storage) as pool:
+
+        def read() -> None:
+            while not stop.is_set():
+                pool.submit([Extent(file, 0, num_bytes, 0)], memory, label="probe").wait(60)
+
+        alone, beside = [], []
+        for _ in range(4):
+            alone.append(_for_a_while(run, wait))
+            stop.clear()
+            reader = threading.Thread(target=read)
+            reader.start()
+            beside.append(_for_a_while(run, wait))
+            stop.set()
+            reader.join()
+    return max(0.0, median(beside) / median(alone) - 1)
+
+
+def _for_a_while(run: Run, wait: Callable[[], None], seconds: float = 0.3) -> float:
+    """Seconds of one run, over many."""
+    count, start = 0, perf_counter()
+    while perf_counter() - start < seconds:
+        run()
+        wait()
+        count += 1
+    return (perf_counter() - start) / count
+
+
+# ------------------------------------------------------------------ the machine
+
+
+def measure(folder: Path, file: Path | None = None) -> Profile:
+    """The profile of this machine. folder: on the drive that will stream. file: a large one there to read; without it
+    one is written for the purpose and removed. Raises StorageError where the drive fails."""
+    import torch
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    operators = {name: measure_operators(device, getattr(torch, name)) for name in DTYPES}
+    in_model = {
+        name: measure_in_model(device, getattr(torch, name), curves)
+        for name, curves in operators.items()
+    }
+    with _large_file(folder, file) as read_from:
+        transfers = {
+            "nvme_read": measure_reads(read_from),
+            "nvme_write": measure_writes(folder),
+            **measure_copies(device),
+        }
+        slowing = measure_slowing(read_from, device)
+    return Profile(
+        name=_machine_name(device),
+        operators=operators,
+        transfers=transfers,
+        in_model=in_model,
+        reading_slows=round(slowing, 4),
+    )
+
+
+@contextlib.contextmanager
+def _large_file(folder: Path, given: Path | None) -> Iterator[Path]:
+    """The given file, or one of random bytes that is gone afterwards."""
+    if given is not None:
+        yield given
+        return
+    block = os.urandom(16 * MIB)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="ssdtune-probe-") as made:
+        for _ in range(16):
+            made.write(block)
+        made.flush()
+        os.fsync(made.fileno())
+        yield Path(made.name)
+
+
+def _machine_name(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+# ------------------------------------------------------------------ the verb
+
+
+def print_probe(folder: Path, out: Path, file: Path | None = None) -> int:
+    """Measures, prints, writes; returns 0."""
+    start = perf_counter()
+    profile = measure(folder, file)
+    save_profile(profile, out)
+    for line in profile_lines(profile):
+        say(line)
+    say(f"written   {out} in {perf_counter() - start:.0f} s")
+    return 0
+
+
+def profile_lines(profile: Profile) -> Sequence[str]:
+    """The rates at the largest sizes."""
+    lines = [f"machine   {profile.name}"]
+    for dtype, curves in profile.operators.items():
+        rates = (
+            f"matmul {curves['matmul'].rate / 1e9:,.3g} GFLOP/s · attention "
+            f"{curves['attention'].rate / 1e9:,.3g} GFLOP/s · values {curves['pointwise'].rate / 1e9:.3g} GB/s"
+        )
+        inside = profile.in_model.get(dtype, InModel())
+        rates += f" · in a model {inside.factor:.2f} x + {inside.overhead_s * 1e6:.0f} us a call"
+        lines.append(f"{dtype:9} {rates}")
+    told = [f"{name} {curve.rate / 1e9:.3g} GB/s" for name, curve in profile.transfers.items()]
+    lines.append(
+        f"bytes     {' · '.join(told)} · reading slows compute by {profile.reading_slows:.1%}"
+    )
+    return lines

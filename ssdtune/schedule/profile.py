@@ -1,0 +1,219 @@
+"""What a machine can do: rates that were measured (`ssdtune probe`) or published, as one value.
+
+A *curve* says how long one piece of work of a given size takes: measured at a few sizes, straight lines between them,
+the last rate beyond the largest, the smallest one's time below the smallest. So it holds latency and caches as they
+are. Sizes are FLOP or bytes; times are seconds.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ssdtune.errors import SSDTuneError
+
+
+class ProfileError(SSDTuneError):
+    """A profile that can't be used; the message names the entry and what it should be."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds by size. points: (size, seconds), sizes rising, both above 0."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def seconds(self, size: float) -> float:
+        """How long one piece of this size takes; 0 for none."""
+        if size <= 0:
+            return 0.0
+        sizes = [point[0] for point in self.points]
+        at = bisect.bisect_left(sizes, size)
+        if at == 0:
+            return self.points[0][1]
+        if at == len(sizes):
+            return size * self.points[-1][1] / self.points[-1][0]
+        (low, low_s), (high, high_s) = self.points[at - 1], self.points[at]
+        return low_s + (high_s - low_s) * (size - low) / (high - low)
+
+    @property
+    def rate(self) -> float:
+        """Size per second at the largest size measured."""
+        return self.points[-1][0] / self.points[-1][1]
+
+
+# Kinds of operators, each measured per number format, and of transfers.
+OPERATORS = ("matmul", "attention", "attention_backward", "pointwise", "special")
+TRANSFERS = ("nvme_read", "nvme_write", "unpack", "h2d", "d2h")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InModel:
+    """What operators take inside a model beyond their curves, which are of one operator again and again.
+
+    overhead_s: of each call: the framework's own work, threads that wake up. factor: on the curves: caches that other
+    operators have used. is_hidden: whether the calls' overhead passes while a device computes: the longer of the two
+    counts, not their sum.
+    """
+
+    overhead_s: float = 0.0
+    factor: float = 1.0
+    is_hidden: bool = False
+
+    def seconds(self, num_calls: float, curves_s: float) -> float:
+        """So many calls whose curves say `curves_s` in all."""
+        calls, work = num_calls * self.overhead_s, self.factor * curves_s
+        return max(calls, work) if self.is_hidden else calls + work
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A machine's curves.
+
+    Attributes:
+        name: for people.
+        operators: dtype -> kind -> curve. "matmul": FLOP of matrix products of blocks' shapes; "attention" and
+            "attention_backward": FLOP of fused attention; "pointwise": bytes read and written; "special": the same, of exp, tanh, rsqrt and their like.
+        transfers: lane's work -> curve over bytes. Those of a device are missing where there is none.
+        in_model: dtype -> what is to be added inside a model; nothing where it was not measured.
+        reading_slows: by how much compute's time grows while a reader is at work, as a share; 0.05: 5 %.
+    """
+
+    name: str
+    operators: Mapping[str, Mapping[str, Curve]]
+    transfers: Mapping[str, Curve]
+    in_model: Mapping[str, InModel] = dataclasses.field(default_factory=dict[str, InModel])
+    reading_slows: float = 0.0
+
+    def operator(self, dtype: str, kind: str) -> Curve:
+        """Raises ProfileError where it was not measured."""
+        try:
+            return self.operators[dtype][kind]
+        except KeyError:
+            raise ProfileError(
+                f"profile {self.name}: operators.{dtype}.{kind} is missing.\n"
+                "Measure this machine with `ssdtune probe`."
+            ) from None
+
+    def transfer(self, name: str) -> Curve:
+        """Raises ProfileError where it was not measured."""
+        if name not in self.transfers:
+            raise ProfileError(
+                f"profile {self.name}: transfers.{name} is missing.\n"
+                "Measure this machine with `ssdtune probe`."
+            )
+        return self.transfers[name]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for YAML; `profile_from` gives an equal one."""
+        return {
+            "name": self.name,
+            "operators": {
+                dtype: {kind: _listed(curve) for kind, curve in curves.items()}
+                for dtype, curves in self.operators.items()
+            },
+            "transfers": {name: _listed(curve) for name, curve in self.transfers.items()},
+            "in_model": {dtype: dataclasses.asdict(each) for dtype, each in self.in_model.items()},
+            "reading_slows": self.reading_slows,
+        }
+
+
+def profile_from(content: Any, where: str) -> Profile:
+    """The profile that a mapping holds. `where`: its file. Raises ProfileError naming the entry."""
+    entries = _mapping(content, where)
+    known = {field.name for field in dataclasses.fields(Profile)}
+    for key in entries:
+        if key not in known:
+            names = ", ".join(sorted(known))
+            raise ProfileError(f"{where}: {key!r} is no entry of a profile: {names}.")
+    operators = {
+        str(dtype): _curves(curves, f"{where}: operators.{dtype}")
+        for dtype, curves in _mapping(entries.get("operators"), f"{where}: operators").items()
+    }
+    slows: Any = entries.get("reading_slows", 0.0)
+    if not isinstance(slows, int | float) or not 0 <= slows < math.inf:
+        raise ProfileError(f"{where}: reading_slows is {slows!r}; it is a share, 0 or more.")
+    return Profile(
+        name=str(entries.get("name", where)),
+        operators=operators,
+        transfers=_curves(entries.get("transfers"), f"{where}: transfers"),
+        in_model=_in_model(entries.get("in_model", {}), f"{where}: in_model"),
+        reading_slows=float(slows),
+    )
+
+
+def _in_model(found: Any, where: str) -> dict[str, InModel]:
+    if not found:
+        return {}
+    made: dict[str, InModel] = {}
+    for dtype, content in _mapping(found, where).items():
+        each = _mapping(content, f"{where}.{dtype}")
+        overhead, factor = each.get("overhead_s", 0.0), each.get("factor", 1.0)
+        if not (overhead == 0 or _is_positive(overhead)) or not _is_positive(factor):
+            raise ProfileError(
+                f"{where}.{dtype}: overhead_s must be 0 or more and factor above 0, got {each!r:.80}."
+            )
+        made[str(dtype)] = InModel(
+            overhead_s=float(overhead), factor=float(factor), is_hidden=bool(each.get("is_hidden"))
+        )
+    return made
+
+
+def _mapping(found: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(found, Mapping) or not found:
+        raise ProfileError(
+            f"{where}: must be a mapping with entries, got {found!r:.60}.\n"
+            "Make a profile with `ssdtune probe`."
+        )
+    return dict(found)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
+def _curves(found: Any, where: str) -> dict[str, Curve]:
+    return {str(k): _curve(points, f"{where}.{k}") for k, points in _mapping(found, where).items()}
+
+
+def _curve(found: Any, where: str) -> Curve:
+    wanted = f"{where}: must be a list of [size, seconds], sizes rising, both above 0"
+    if not isinstance(found, list | tuple) or not found:
+        raise ProfileError(f"{wanted}, got {found!r:.60}.")
+    points: list[Any] = list(found)  # pyright: ignore[reportUnknownArgumentType]
+    pairs = [_pair(point) for point in points]
+    for point, pair in zip(points, pairs, strict=True):
+        if pair is None:
+            raise ProfileError(f"{wanted}, got {point!r:.60}.")
+    measured = [pair for pair in pairs if pair is not None]
+    if any(b[0] <= a[0] for a, b in itertools.pairwise(measured)):
+        raise ProfileError(f"{wanted}; they don't rise.")
+    return Curve(tuple(measured))
+
+
+def _pair(point: Any) -> tuple[float, float] | None:
+    if not isinstance(point, list | tuple):
+        return None
+    numbers: list[Any] = list(point)  # pyright: ignore[reportUnknownArgumentType]
+    if len(numbers) != 2 or not all(_is_positive(number) for number in numbers):
+        return None
+    return float(numbers[0]), float(numbers[1])
+
+
+def _is_positive(number: Any) -> bool:
+    return (
+        isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
+    )
+
+
+def _listed(curve: Curve) -> list[list[float]]:
+    return [[float(size), float(f"{seconds:.4g}")] for size, seconds in curve.points]
+
+
+def curve_of(points: Iterable[tuple[float, float]]) -> Curve:
+    """A curve from measured points in any order. Larger work never takes less time: what noise says else is levelled."""
+    levelled: list[tuple[float, float]] = []
+    for size, seconds in sorted(points):
+        least = levelled[-1][1] if levelled else 0.0
+        levelled.append((size, max(seconds, least)))
+    return Curve(tuple(levelled))

@@ -1,0 +1,152 @@
+"""The simulator: when every op of a plan begins and ends, given how long each takes. A pure function.
+
+Ops of a lane run in the plan's order, each when the ops it waits for have ended (`Op.after`, and `after_previous` in
+the step before). With lanes in order and slots assigned, the earliest schedule is one pass of maxima and sums over the
+ops, no event queue. Steps follow one another until they repeat; times are of the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op, StepPlan
+
+NUM_STEPS = 4  # what the first ones leave behind for the next has settled by then
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedOp:
+    """One op of a steady step. Seconds since the step before it ended; what is done ahead for it begins before 0.
+
+    `waited_for`: the id of the op that let it begin last; None where only its lane held it up, or nothing.
+    `is_previous`: whether that op belongs to the step before.
+    """
+
+    op: Op
+    start_s: float
+    end_s: float
+    waited_for: int | None = None
+    is_previous: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """A steady step.
+
+    Attributes:
+        step_s: from the end of the step before to its end, `between_s` included.
+        ops: in the plan's order.
+        busy_s: lane -> seconds of work.
+        stall_s: lane or kind of op that compute waited for -> seconds in which it stood still.
+        one_pass_s: the longest lane's work: no order of this work is faster.
+        two_pass_s: the same of forward and backward apart. A lane's idle time in one can be lent to the other only as
+            far as slots hold blocks ahead; a step may come in below it by that much.
+    """
+
+    step_s: float
+    ops: tuple[SimulatedOp, ...]
+    busy_s: Mapping[Lane, float]
+    stall_s: Mapping[Kind, float]
+    one_pass_s: float
+    two_pass_s: float
+
+    @property
+    def bound_by(self) -> Lane:
+        """The lane with the most work."""
+        return max(self.busy_s, key=lambda lane: self.busy_s[lane])
+
+    def critical_path(self) -> list[SimulatedOp]:
+        """The chain of ops that ends with the step, each begun when the one before it ended; earliest first."""
+        path: list[SimulatedOp] = []
+        on_lane: dict[int, int | None] = {}
+        last: dict[Lane, int] = {}
+        for each in self.ops:
+            on_lane[each.op.id] = last.get(each.op.lane)
+            last[each.op.lane] = each.op.id
+        current: SimulatedOp | None = max(self.ops, key=lambda each: each.end_s, default=None)
+        while current is not None:
+            path.append(current)
+            if current.is_previous:
+                break
+            before = current.waited_for
+            if before is None:
+                before = on_lane[current.op.id]
+            current = None if before is None else self.ops[before]
+        return path[::-1]
+
+
+def simulate(steps: StepPlan, seconds: Sequence[float], *, between_s: float = 0.0) -> Simulation:
+    """A steady step of the plan.
+
+    Args:
+        steps: its ops and visits.
+        seconds: of each op, by id.
+        between_s: from a step's last visit to the next one's first: the optimizer, loading rows. Lanes other than
+            compute go on meanwhile.
+    """
+    assert len(seconds) == len(steps.ops), (len(seconds), len(steps.ops))
+    free = dict.fromkeys(Lane, 0.0)
+    previous: list[float] = []  # ends in the step before
+    ends: list[float] = []
+    begins: list[tuple[float, int | None, bool]] = []
+    step_end = before_end = 0.0
+    for _ in range(NUM_STEPS):
+        previous, ends, begins = ends, [], []
+        for op in steps.ops:
+            start, cause, is_previous = free[op.lane], None, False
+            for other in op.after:
+                if ends[other] > start:
+                    start, cause, is_previous = ends[other], other, False
+            for other in op.after_previous:
+                if previous and previous[other] > start:
+                    start, cause, is_previous = previous[other], other, True
+            begins.append((start, cause, is_previous))
+            free[op.lane] = start + seconds[op.id]
+            ends.append(free[op.lane])
+        before_end = step_end
+        step_end = free[Lane.COMPUTE] = free[Lane.COMPUTE] + between_s
+    simulated = tuple(
+        SimulatedOp(
+            op=op,
+            start_s=start - before_end,
+            end_s=end - before_end,
+            waited_for=cause,
+            is_previous=is_previous,
+        )
+        for op, end, (start, cause, is_previous) in zip(steps.ops, ends, begins, strict=True)
+    )
+    return Simulation(
+        step_s=step_end - before_end,
+        ops=simulated,
+        busy_s=_busy(steps.ops, seconds),
+        stall_s=_stalls(simulated),
+        one_pass_s=max([*_busy(steps.ops, seconds).values(), 0.0]) + between_s,
+        two_pass_s=between_s + sum(_pass_s(steps.ops, seconds, d) for d in Direction),
+    )
+
+
+def _busy(ops: Sequence[Op], seconds: Sequence[float]) -> dict[Lane, float]:
+    busy: dict[Lane, float] = {}
+    for op in ops:
+        busy[op.lane] = busy.get(op.lane, 0.0) + seconds[op.id]
+    return busy
+
+
+def _pass_s(ops: Sequence[Op], seconds: Sequence[float], direction: Direction) -> float:
+    busy = _busy([op for op in ops if op.direction is direction], seconds)
+    return max(busy.values(), default=0.0)
+
+
+def _stalls(ops: Sequence[SimulatedOp]) -> dict[Kind, float]:
+    """How long compute stood still, by the kind of op it waited for."""
+    stalls: dict[Kind, float] = {}
+    until = 0.0
+    for each in ops:
+        if each.op.lane is not Lane.COMPUTE:
+            continue
+        if each.waited_for is not None and each.start_s > until:
+            kind = ops[each.waited_for].op.kind
+            stalls[kind] = stalls.get(kind, 0.0) + each.start_s - until
+        until = each.end_s
+    return stalls

@@ -1,0 +1,97 @@
+"""Counts operators as they are dispatched: matrix products, attention, and what passes over values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+# Functions that a processor computes by many instructions a value.
+SPECIAL = (
+    "exp",
+    "log",
+    "silu",
+    "gelu",
+    "tanh",
+    "sigmoid",
+    "softmax",
+    "sin",
+    "cos",
+    "erf",
+    "softplus",
+    "bernoulli",
+)
+LOOKUPS = (
+    "embedding",
+    "index",
+    "gather",
+    "scatter",
+)  # touch as many bytes as they make, whatever the table holds
+MADE_FROM_NOTHING = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "scalar_tensor",
+)
+BACKWARD_FLOP = 2.5  # of attention's forward: two products become five, recomputed scores included
+
+
+class WorkCounter(TorchDispatchMode):
+    """counts: (kind, size, bytes) -> how many, as `schedule.cost.Work` has them. Works on tensors without memory too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, float, float]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator and counts it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace != "prim" and not func.is_view:
+            entry = _entry(func, args, kwargs, out)
+            if entry is not None:
+                self.counts[entry] += 1
+        return out
+
+
+def _entry(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float, float] | None:
+    name = func._schema.name.partition("::")[2]
+    if name == "_unsafe_view" or name in MADE_FROM_NOTHING:
+        return None
+    if "scaled_dot_product" in name:
+        return _attention(name, func, args, kwargs)
+    made = _bytes_of(out)
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        flop = flop_registry[packet](*args, **kwargs, out_val=out)
+        return "matmul", float(flop), float(_bytes_of((args, kwargs)) + made)
+    if any(word in name for word in LOOKUPS):
+        return "pointwise", 2.0 * made, 0.0
+    kind = "special" if any(word in name for word in SPECIAL) else "pointwise"
+    size = float(_bytes_of((args, kwargs)) + made)
+    return (kind, size, 0.0) if size else None
+
+
+def _attention(name: str, func: Any, args: Any, kwargs: Any) -> tuple[str, float, float]:
+    """FLOP of fused attention: two products over all pairs of positions, half of them where it is causal."""
+    named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | dict(kwargs)
+    query, key = named["query"], named["key"]
+    batch, heads, length, width = query.shape
+    flop = 4.0 * batch * heads * length * key.shape[-2] * width
+    if named.get("is_causal"):
+        flop /= 2
+    if name.endswith("backward"):
+        return "attention_backward", BACKWARD_FLOP * flop, 0.0
+    return "attention", flop, 0.0
+
+
+def _bytes_of(values: Any) -> int:
+    """Bytes of all tensors, an expanded one as large as its memory."""
+    tensors = [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
+    return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)

@@ -1,0 +1,81 @@
+"""The probe's arithmetic, and one whole small measurement."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssdtune import probe
+from ssdtune.cli import main
+from ssdtune.profiles import load_profile
+from ssdtune.schedule.profile import OPERATORS, InModel, ProfileError
+
+
+def test_overhead_and_factor_are_found_again() -> None:
+    points = [
+        (n, s, 3e-5 * n + 1.2 * s) for n, s in ((60, 1e-3), (60, 1e-2), (160, 3e-2), (160, 1e-4))
+    ]
+    found = probe.fit_in_model(points, is_hidden=False)
+    assert found.overhead_s == pytest.approx(3e-5)
+    assert found.factor == pytest.approx(1.2)
+
+
+def test_curves_that_do_not_hold_give_a_factor_alone() -> None:
+    points = [(60, 1e-3, 5e-4), (60, 1e-2, 4e-3), (160, 1e-3, 6e-4)]
+    found = probe.fit_in_model(points, is_hidden=False)
+    assert found.overhead_s == 0
+    assert 0.3 < found.factor < 0.7
+
+
+def test_on_a_device_the_longer_of_calls_and_work_counts() -> None:
+    points = [(100, 1e-4, 2e-3), (100, 2e-2, 2.2e-2)]
+    found = probe.fit_in_model(points, is_hidden=True)
+    assert found.is_hidden
+    assert found.seconds(100, 1e-4) == pytest.approx(2e-3)
+    assert found.seconds(100, 2e-2) == pytest.approx(2.2e-2)
+
+
+def test_a_curve_is_measured_at_every_size_and_rises() -> None:
+    values = {float(n): torch.randn(n).exp_ for n in (10**3, 10**5, 10**6)}
+    curve = probe.time_all(values, torch.device("cpu"), rounds=2)
+    assert [size for size, _ in curve.points] == [1e3, 1e5, 1e6]
+    assert curve.points[-1][1] > curve.points[0][1] > 0
+
+
+def test_a_machine_is_measured_and_its_profile_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it, at few and small sizes."""
+    monkeypatch.setattr(probe, "DTYPES", ("float32",))
+    monkeypatch.setattr(probe, "ROUNDS", 1)
+    monkeypatch.setattr(probe, "PRODUCTS", probe.PRODUCTS[:3])
+    monkeypatch.setattr(probe, "PASS_BYTES", probe.PASS_BYTES[:3])
+    monkeypatch.setattr(probe, "LENGTHS", probe.LENGTHS[:2])
+    monkeypatch.setattr(probe, "READ_BYTES", probe.READ_BYTES[:2])
+    monkeypatch.setattr(probe, "COPY_BYTES", probe.COPY_BYTES[:2])
+    monkeypatch.setattr(probe, "REFERENCE_TOKENS", (8, 32))
+    out = tmp_path / "deep" / "profile.yaml"
+    assert main(["probe", str(tmp_path), "--out", str(out)]) == 0
+    profile = load_profile(out)
+    assert set(profile.operators["float32"]) == set(OPERATORS)
+    assert {"nvme_read", "nvme_write", "unpack"} <= set(profile.transfers)
+    assert isinstance(profile.in_model["float32"], InModel)
+    assert profile.transfers["nvme_read"].rate > 1e6
+    assert "written" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["deep"], "nothing is left behind"
+
+
+def test_a_folder_or_file_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["probe", str(tmp_path), "--file", str(tmp_path / "none")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_profile_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("a: [")
+    with pytest.raises(ProfileError, match=r"p\.yaml: can't read it"):
+        load_profile(path)

@@ -1,0 +1,100 @@
+"""What a rehearsal counts: operators of a visit, for a streamed model and for one that has no weights yet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_models
+import torch
+from support import with_lora
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssdtune.schedule.plan import Budgets, Direction
+from ssdtune.swap.storage import choose_storage
+from ssdtune.visit.build import build_meta
+from ssdtune.visit.counting import WorkCounter
+from ssdtune.visit.draft import draft
+from ssdtune.visit.rehearsal import rehearse, rehearse_draft
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    tiny_models.save(tiny_models.build("llama", dtype=torch.float32), tmp_path)
+    return tmp_path
+
+
+def test_a_counter_knows_products_attention_and_passes_over_values() -> None:
+    x, w = torch.randn(6, 8), torch.randn(8, 4)
+    q = torch.randn(1, 2, 16, 8)
+    with WorkCounter() as counter:
+        y = (x @ w).t()
+        torch.exp(y)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        torch.nn.functional.embedding(torch.tensor([1, 2]), torch.randn(1000, 4))
+    kinds = {kind: size for (kind, size, _) in counter.counts for kind in [kind]}
+    assert counter.counts[("matmul", 2.0 * 6 * 8 * 4, 4.0 * (48 + 32 + 24))] == 1
+    assert counter.counts[("special", 2.0 * 4 * 24, 0.0)] == 1
+    assert kinds["attention"] == 4 * 2 * 16 * 16 * 8 / 2
+    assert counter.counts[("pointwise", 2.0 * 2 * 4 * 4, 0.0)] == 1, "a lookup reads no whole table"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3"])
+def test_products_of_a_step_are_those_that_torch_counts(
+    name: str, tmp_path: Path, stream: Callable[..., Any]
+) -> None:
+    """All visits of a micro-batch against FlopCounterMode around the model in memory, and the layers' forward again."""
+    base = tiny_models.build(name, dtype=torch.float32)
+    tiny_models.save(base, tmp_path)
+    model = stream(tmp_path, model_class=type(base), micro_batch_size=2)
+    adapted = with_lora(model, tiny_models.lora_targets(base))
+    batch = tiny_models.batch(name, 2, 16)
+    work = rehearse(adapted, batch).work
+    assert work is not None
+    counted = sum(
+        size * number
+        for works in work.passes["train"].values()
+        for each in works
+        for (kind, size, _), number in each.operators.items()
+        if kind == "matmul"
+    )
+    plain = with_lora(base, tiny_models.lora_targets(base))
+    with FlopCounterMode(display=False) as forward:
+        loss = plain(**batch).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    head = 2 * batch["input_ids"].numel() * base.get_output_embeddings().weight.numel()
+    wanted = 2 * forward.get_total_flops() - head + backward.get_total_flops()
+    # The first block's input needs no gradient, which a rehearsed block of its kind has.
+    assert 0.98 * wanted <= counted <= 1.25 * wanted
+
+
+def test_a_model_without_weights_is_counted_like_the_streamed_one(
+    llama: Path, stream: Callable[..., Any]
+) -> None:
+    batch = {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
+    streamed = rehearse(with_lora(stream(llama, micro_batch_size=2)), batch)
+    meta = build_meta(llama)
+    options = support.cpu_options(choose_storage(llama).storage, Budgets(ram_bytes=10**8))
+    drafted = draft(meta, options)
+    with torch.device("meta"):
+        adapted = with_lora(meta.model)
+    plain = rehearse_draft(adapted, drafted, options, batch)
+    assert plain.work is not None
+    assert streamed.work is not None
+    assert plain.work.passes == streamed.work.passes
+    assert plain.work.between == streamed.work.between
+    assert plain.footprint == streamed.footprint
+    assert all(p.is_meta for p in meta.model.parameters()), "it is as it was"
+    assert "forward" not in vars(drafted.points[1].module)
+
+
+def test_forward_alone_has_no_gradient_of_the_loss(llama: Path, stream: Callable[..., Any]) -> None:
+    batch = {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
+    work = rehearse(with_lora(stream(llama, micro_batch_size=2)), batch).work
+    assert work is not None
+    train, alone = work.passes["train"], work.passes["forward"]
+    head = next(k for k in train if train[k] != alone[k])
+    assert head[1] is Direction.FORWARD
+    assert train[head][-1].flop == 2 * alone[head][-1].flop
