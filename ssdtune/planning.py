@@ -12,7 +12,6 @@ from ssdtune.sizes import format_size
 if TYPE_CHECKING:
     from ssdtune.api import Planned
     from ssdtune.config import Loaded, Offload, TrainConfig
-    from ssdtune.schedule.simulate import Simulation
 
 
 def print_plan(loaded: Loaded) -> int:
@@ -64,22 +63,7 @@ def prediction_lines(planned: Planned, config: TrainConfig) -> Iterator[str]:
         planned.plan, "train", rehearsed.work, profile, num_micro_batches=num_micro_batches
     )
     tokens = rows * config.max_length * num_micro_batches
-    yield from simulation_lines(found, tokens)
-
-
-def simulation_lines(found: Simulation, num_tokens: int) -> Iterator[str]:
-    """Yields a predicted step: time, lanes, what bounds it and how far it is from its bounds."""
-    lanes = [f"{LANE_LABELS[lane]} {s:.3g} s" for lane, s in found.busy_s.items() if s > 0]
-    stalls = sum(found.stall_s.values())
-    yield (
-        f"predicted {found.step_s:.3g} s a step of {num_tokens:,} tokens · "
-        f"{num_tokens / found.step_s:,.0f} tokens/s · {LANE_LABELS[found.bound_by]}-bound · "
-        f"waits {stalls:.2g} s for weights"
-    )
-    yield (
-        f"          {' · '.join(lanes)} · step / longest lane {found.step_s / found.one_pass_s:.2f} · "
-        f"step / longest lane of each pass {found.step_s / found.two_pass_s:.2f}"
-    )
+    yield from found.lines(tokens, LANE_LABELS)
 
 
 def plan_lines(planned: Planned, offload: Offload) -> Iterator[str]:

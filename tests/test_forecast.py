@@ -10,13 +10,16 @@ import tiny_models
 import torch
 
 from ssdtune.data import CausalCollator
+from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.memory import INPUTS, Peak
 from ssdtune.schedule.plan import Tier
+from ssdtune.schedule.profile import OPERATORS, profile_from
 from ssdtune.swap.scratch import ScratchError
 from ssdtune.trainer import SSDConfig, SSDTrainer
 from ssdtune.trainer import forecast as forecast_module
-from ssdtune.trainer.forecast import forecast
+from ssdtune.trainer.forecast import forecast, forecast_step
 from ssdtune.visit.memory import HeapKeeper, resident_set_bytes
+from ssdtune.visit.rehearsal import rehearse
 
 ROWS, LENGTH, MICRO = 2, 12, 3
 
@@ -105,3 +108,28 @@ def test_a_full_drive_is_an_error_before_the_first_step(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ScratchError, match="No space left"):
         predicted(trainer)
+
+
+def test_a_step_is_predicted_where_the_machine_was_measured(
+    make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trainer = make()
+    lines: list[str] = []
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    assert forecast_step(trainer, [LENGTH] * 6, lines.append) is None
+    assert lines == []
+    rate = [[1, 1e-9], [10**9, 1.0]]  # a FLOP or byte takes a nanosecond
+    content = {
+        "name": "slow",
+        "operators": {"float32": dict.fromkeys(OPERATORS, rate)},
+        "transfers": {"nvme_read": rate, "unpack": rate},
+    }
+    save_profile(profile_from(content, "here"), own_profile_path())
+    found = forecast_step(trainer, [LENGTH, 2, 3, LENGTH - 2], lines.append)
+    assert found is not None
+    padded = rehearse(trainer.model, {"input_ids": torch.zeros(ROWS, LENGTH - 1, dtype=torch.long)})
+    assert padded.work is not None
+    flop = sum(w.flop for works in padded.work.passes["train"].values() for w in works)
+    assert found.busy_s["compute"] > MICRO * flop * 1e-9
+    assert found.step_s >= found.two_pass_s * 0.8
+    assert f"a step of {ROWS * (LENGTH - 1) * MICRO} tokens" in lines[0]

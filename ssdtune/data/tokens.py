@@ -53,6 +53,10 @@ class Tokenized:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def lengths(self, most: int = 2000) -> list[int]:
+        """Tokens of each row, of the first `most`."""
+        return [len(ids) for ids in self.dataset[:most]["input_ids"]]
+
 
 def tokenize_rows(
     rows: DatasetRows | Sequence[DatasetRows],

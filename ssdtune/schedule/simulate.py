@@ -8,7 +8,7 @@ ops, no event queue. Steps follow one another until they repeat; times are of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, StepPlan
 
@@ -55,6 +55,19 @@ class Simulation:
     def bound_by(self) -> Lane:
         """The lane with the most work."""
         return max(self.busy_s, key=lambda lane: self.busy_s[lane])
+
+    def lines(self, num_tokens: int, labels: Mapping[str, str]) -> Iterator[str]:
+        """Yields the step as a person reads it. labels: of lanes."""
+        lanes = [f"{labels[lane]} {s:.3g} s" for lane, s in self.busy_s.items() if s > 0]
+        yield (
+            f"predicted {self.step_s:.3g} s a step of {num_tokens:,} tokens · "
+            f"{num_tokens / self.step_s:,.0f} tokens/s · {labels[self.bound_by]}-bound · "
+            f"waits {sum(self.stall_s.values()):.2g} s for weights"
+        )
+        yield (
+            f"          {' · '.join(lanes)} · step / longest lane {self.step_s / self.one_pass_s:.2f} · "
+            f"step / longest lane of each pass {self.step_s / self.two_pass_s:.2f}"
+        )
 
     def critical_path(self) -> list[SimulatedOp]:
         """The chain of ops that ends with the step, each begun when the one before it ended; earliest first."""

@@ -1,19 +1,24 @@
-"""Before the first step: what the run will hold at its peak, said; RAM that is short, saved; disk, reserved."""
+"""Before the first step: the run's peak and the time of a step, said; RAM that is short, saved; disk, reserved."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.memory import free_ram
+from ssdtune.profiles import own_profile
+from ssdtune.report import LANE_LABELS
+from ssdtune.schedule.cost import predict_step
 from ssdtune.schedule.memory import INPUTS
 from ssdtune.sizes import format_size
 from ssdtune.visit.memory import hold_to, predict, resident_set_bytes
-from ssdtune.visit.rehearsal import rehearse
+from ssdtune.visit.rehearsal import Rehearsed, rehearse
 
 if TYPE_CHECKING:
     from ssdtune.schedule.memory import Peak
+    from ssdtune.schedule.simulate import Simulation
     from ssdtune.trainer.trainer import SSDTrainer
 
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
@@ -32,13 +37,7 @@ def forecast(
     longest_row: tokens. base_bytes: what the process held before the model was opened.
     """
     args: Any = trainer.args
-    row = {"input_ids": [0] * longest_row, "labels": [0] * longest_row}
-    shorter = {"input_ids": [0] * (longest_row - 1), "labels": [0] * (longest_row - 1)}
-    rows = [
-        row,
-        *[shorter] * (args.per_device_train_batch_size - 1),
-    ]  # so that there is padding to mask
-    footprint = rehearse(trainer.model, trainer.data_collator(rows)).footprint
+    footprint = _rehearsed(trainer, longest_row).footprint
     peak = predict(
         trainer.model,
         footprint,
@@ -54,6 +53,41 @@ def forecast(
     if store is not None:
         store.reserve(_kept_bytes(peak))
     return peak
+
+
+def forecast_step(
+    trainer: SSDTrainer, lengths: Sequence[int], say: Callable[[str], None]
+) -> Simulation | None:
+    """The time of a step whose micro-batches are as long as these rows make them on average, said.
+
+    None where this machine has no profile, or the model's work could not be counted. lengths: tokens of every row.
+    Raises ProfileError for a profile that is broken.
+    """
+    profile = own_profile()
+    if profile is None or trainer.streamer is None:
+        return None
+    args: Any = trainer.args
+    rows, num_micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    padded = [max(lengths[i : i + rows]) for i in range(0, len(lengths), rows)]
+    length = round(statistics.mean(padded))
+    work = _rehearsed(trainer, length).work
+    if work is None:
+        return None
+    plan = trainer.streamer.engine.plan
+    found = predict_step(plan, "train", work, profile, num_micro_batches=num_micro_batches)
+    for line in found.lines(rows * length * num_micro_batches, LANE_LABELS):
+        say(line)
+    return found
+
+
+def _rehearsed(trainer: SSDTrainer, length: int) -> Rehearsed:
+    """One micro-batch whose first row has so many tokens and the others one less, so that there is padding to mask."""
+    args: Any = trainer.args
+    row, shorter = (
+        {name: [0] * n for name in ("input_ids", "labels")} for n in (length, length - 1)
+    )
+    rows = [row, *[shorter] * (args.per_device_train_batch_size - 1)]
+    return rehearse(trainer.model, trainer.data_collator(rows))
 
 
 def _save_ram(trainer: SSDTrainer, peak: Peak, say: Callable[[str], None]) -> None:

@@ -253,7 +253,7 @@ def _check_sizes(config: TrainConfig, model: Any, rows: Rows, say: Say) -> None:
 def _train(
     config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, *, base_bytes: int, say: Say
 ) -> TrainResult:
-    from ssdtune.trainer.forecast import forecast
+    from ssdtune.trainer.forecast import forecast, forecast_step
     from ssdtune.trainer.telemetry import duration
 
     _check_sizes(config, model, rows, say)
@@ -267,9 +267,12 @@ def _train(
     say(_job_line(trainer, rows))
     longest = rows.train.stats.longest_row
     peak = forecast(trainer, longest_row=longest, base_bytes=base_bytes, say=say)
+    step = forecast_step(trainer, rows.train.lengths(), say)
     started = perf_counter()
     output = trainer.train(resume_from_checkpoint=wanted or None)
     metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}
+    if step is not None:
+        metrics["predicted_step_seconds"] = step.step_s
     result = _result(config, trainer, telemetry, metrics)
     if args.process_index == 0:
         _write_trace(config.output_dir, result)

@@ -277,8 +277,10 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         losses.append(f"peak RSS {format_size(metrics['peak_rss_bytes'])}{told}")
         lines.append("   ".join(losses))
     if "step_seconds" in metrics:
+        predicted_s = metrics.get("predicted_step_seconds")
+        told = f" ({predicted_s:.3g} s predicted)" if predicted_s else ""
         lines.append(
-            f"step {metrics['step_seconds']:.3g} s · "
+            f"step {metrics['step_seconds']:.3g} s{told} · "
             f"{metrics['train_tokens_per_second']:,.0f} tokens/s · "
             f"reads {format_size(metrics['read_bytes_per_step'])} a step · "
             f"waits {metrics['stall_seconds_per_step']:.2g} s for weights"
