@@ -19,6 +19,8 @@ def describe(model: Path, *, num_threads: int) -> dict[str, Any]:
     import torch
     import transformers
 
+    from ssdtune.probe import processor_name
+
     return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -35,14 +37,6 @@ def describe(model: Path, *, num_threads: int) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
     }
-
-
-def processor_name() -> str:
-    """As the kernel has it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.lower().startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def _mount(path: Path) -> tuple[str, str]:

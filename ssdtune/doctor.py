@@ -167,7 +167,7 @@ def _drive(place: Path) -> Iterator[str]:
     free = f"{format_size(usage.free)} free of {format_size(usage.total)}"
     yield _row("drive", f"{place.resolve()}: {free}")
     try:
-        with _probe_file(place, usage.free) as (file, what):
+        with _probe_file(place) as (file, what):
             yield from _reading(file, what)
     except (OSError, StorageError) as error:
         yield _row("reading", f"not measured: {' '.join(str(error).split())}")
@@ -194,22 +194,29 @@ def _reading(file: Path, what: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _probe_file(place: Path, free_bytes: int) -> Iterator[tuple[Path, str]]:
+def _probe_file(place: Path) -> Iterator[tuple[Path, str]]:
     """A large file of that place and what it is; one is written for the while if there is none."""
     found = _large_file(place)
     if found is not None:
         yield found, f"measured on {found.name}"
         return
-    folder = place if place.is_dir() else place.parent
+    with random_file(place if place.is_dir() else place.parent) as file:
+        yield file, f"measured on a file of {format_size(PROBE_BYTES)} made for it"
+
+
+@contextlib.contextmanager
+def random_file(folder: Path) -> Iterator[Path]:
+    """A file of PROBE_BYTES to measure with, gone afterwards. Raises OSError, where there is little room too."""
+    free_bytes = shutil.disk_usage(folder).free
     if free_bytes < 2 * PROBE_BYTES:
         raise OSError(f"only {format_size(free_bytes)} are free for a file to measure with")
-    with tempfile.NamedTemporaryFile(prefix=".ssdtune-doctor-", suffix=".tmp", dir=folder) as file:
+    with tempfile.NamedTemporaryFile(prefix=".ssdtune-probe-", suffix=".tmp", dir=folder) as file:
         chunk = os.urandom(CHUNK_BYTES)  # zeros would measure a file system's compression
         for _ in range(PROBE_BYTES // CHUNK_BYTES):
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
-        yield Path(file.name), f"measured on a file of {format_size(PROBE_BYTES)} made for it"
+        yield Path(file.name)
 
 
 def _large_file(place: Path) -> Path | None:

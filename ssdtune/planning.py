@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.report import LANE_LABELS, say
+from ssdtune.report import LANE_LABELS, hush_libraries, say
 from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ def print_plan(loaded: Loaded) -> int:
     from ssdtune.api import plan, stream_arguments
 
     logging.set_verbosity_error()
-    # Libraries that call one another's old names: nothing that a user could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b|peft\b")
+    hush_libraries()
     config = loaded.config
     planned = plan(config.model_name_or_path, **stream_arguments(config))
-    for line in (*plan_lines(planned, config.offload), *prediction_lines(planned, config)):
+    told = itertools.chain(plan_lines(planned, config.offload), prediction_lines(planned, config))
+    for line in told:  # the plan is there before its time is worked out
         say(line)
     return 0
 

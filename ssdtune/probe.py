@@ -3,13 +3,14 @@
 Each operator and transfer is timed at several sizes, the sizes in turn, a few rounds of each; a point of a curve is the
 median of its rounds. What is measured is what training does: matrix products of blocks' shapes in the number formats
 that models come in, fused attention and its backward, passes over values, reads of a model's files by the engine's own
-readers, writes past the page cache, copies. On a device its marks tell the time.
+readers, writes past the page cache, copies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
+import platform
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ssdtune.doctor import random_file
 from ssdtune.profiles import save_profile
 from ssdtune.report import say
 from ssdtune.schedule.profile import Curve, InModel, Profile, curve_of
@@ -43,6 +45,7 @@ PRODUCTS = (
 LENGTHS = (32, 128, 512, 1024)  # of attention, 8 heads of 64
 PASS_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23, 2**25, 2**27)
 READ_BYTES = (2**20, 2**22, 2**24, 2**25, 2**26)
+READ_STRIDE = 97 * 2**20  # from one read to the next, so that a drive's own cache helps little
 COPY_BYTES = (2**16, 2**20, 2**23, 2**25, 2**27)
 
 
@@ -205,7 +208,7 @@ def measure_in_model(
 
 
 def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model, with LoRA on all linear layers; its file is gone when it is open."""
+    """The model, its file in `folder`, with LoRA on all linear layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -275,7 +278,9 @@ def fit_in_model(points: Sequence[tuple[int, float, float]], *, is_hidden: bool)
 
 
 def measure_reads(file: Path) -> Curve:
-    """Reads of a large file by the engine's readers, the way that files there are read; never the same bytes twice."""
+    """Reads all over a large file by the engine's readers, the way that files there are read."""
+    import torch
+
     from ssdtune.swap.readers import ReaderPool
     from ssdtune.swap.storage import Extent, aligned_bytes, choose_storage
 
@@ -283,31 +288,18 @@ def measure_reads(file: Path) -> Curve:
     end = file.stat().st_size
     sizes = [n for n in READ_BYTES if n * 2 <= end] or [end // 2 // 4096 * 4096]
     memory = aligned_bytes(max(sizes))
-    places = _places(end, storage.alignment)
-    import torch
-
+    steps = itertools.count()
     with ReaderPool(storage) as pool:
 
         def read(num_bytes: int) -> None:
-            extent = Extent(
-                file, next(places) % _last(end, num_bytes, storage.alignment), num_bytes, 0
+            last = max(
+                (end - num_bytes) // storage.alignment * storage.alignment, storage.alignment
             )
-            pool.submit([extent], memory, label="probe").wait(60)
+            place = next(steps) * READ_STRIDE % last
+            pool.submit([Extent(file, place, num_bytes, 0)], memory, label="probe").wait(60)
 
         pieces = {float(n): _bind(read, n) for n in sizes}
         return time_all(pieces, torch.device("cpu"))
-
-
-def _places(end: int, alignment: int) -> Iterator[int]:
-    """Offsets all over the file, aligned."""
-    at = 0
-    while True:
-        yield at
-        at = (at + 97 * MIB) % max(end, 1) // alignment * alignment
-
-
-def _last(end: int, num_bytes: int, alignment: int) -> int:
-    return max((end - num_bytes) // alignment * alignment, alignment)
 
 
 def measure_writes(folder: Path) -> Curve:
@@ -405,7 +397,7 @@ def measure(folder: Path, file: Path | None = None) -> Profile:
         name: measure_in_model(device, getattr(torch, name), curves)
         for name, curves in operators.items()
     }
-    with _large_file(folder, file) as read_from:
+    with random_file(folder) if file is None else contextlib.nullcontext(file) as read_from:
         transfers = {
             "nvme_read": measure_reads(read_from),
             "nvme_write": measure_writes(folder),
@@ -421,29 +413,20 @@ def measure(folder: Path, file: Path | None = None) -> Profile:
     )
 
 
-@contextlib.contextmanager
-def _large_file(folder: Path, given: Path | None) -> Iterator[Path]:
-    """The given file, or one of random bytes that is gone afterwards."""
-    if given is not None:
-        yield given
-        return
-    block = os.urandom(16 * MIB)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="ssdtune-probe-") as made:
-        for _ in range(16):
-            made.write(block)
-        made.flush()
-        os.fsync(made.fileno())
-        yield Path(made.name)
-
-
 def _machine_name(device: torch.device) -> str:
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "CPU")
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """As the kernel has it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.lower().startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
 
 
 # ------------------------------------------------------------------ the verb

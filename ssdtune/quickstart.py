@@ -14,7 +14,6 @@ import os
 import resource
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,8 +190,7 @@ def run(job: Job) -> None:
     from ssdtune.config import load_config
     from ssdtune.trainer import train_from_config
 
-    # Libraries that call one another's old names: nothing that a user could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b|peft\b")
+    report.hush_libraries()
     loaded = load_config(CONFIG, [*pace_flags(job), *job.flags])
     files = fingerprint(job.model)
     for name in ("datasets", "peft", "transformers.trainer"):

@@ -7,6 +7,7 @@ of `ssdtune.schedule.trace.TraceOp`.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,11 @@ class OpRecord(Protocol):
 
 class ReportError(SSDTuneError):
     """There is nothing to draw, or nothing to draw it with."""
+
+
+def hush_libraries() -> None:
+    """Libraries that call one another's old names: nothing that a user could change."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b|peft\b")
 
 
 def say(line: str = "") -> None:

@@ -109,7 +109,7 @@ class Profile:
         return self.transfers[name]
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values for YAML; `profile_from` gives an equal one."""
+        """Plain values for YAML, times to four digits; `profile_from` reads them."""
         return {
             "name": self.name,
             "operators": {

@@ -38,7 +38,7 @@ class Simulation:
         step_s: from the end of the step before to its end, `between_s` included.
         ops: in the plan's order.
         busy_s: lane -> seconds of work.
-        stall_s: lane or kind of op that compute waited for -> seconds in which it stood still.
+        stall_s: kind of op that compute waited for -> seconds in which it stood still.
         one_pass_s: the longest lane's work: no order of this work is faster.
         two_pass_s: the same of forward and backward apart. A lane's idle time in one can be lent to the other only as
             far as slots hold blocks ahead; a step may come in below it by that much.
@@ -129,12 +129,13 @@ def simulate(steps: StepPlan, seconds: Sequence[float], *, between_s: float = 0.
         )
         for op, end, (start, cause, is_previous) in zip(steps.ops, ends, begins, strict=True)
     )
+    busy = _busy(steps.ops, seconds)
     return Simulation(
         step_s=step_end - before_end,
         ops=simulated,
-        busy_s=_busy(steps.ops, seconds),
+        busy_s=busy,
         stall_s=_stalls(simulated),
-        one_pass_s=max([*_busy(steps.ops, seconds).values(), 0.0]) + between_s,
+        one_pass_s=max(busy.values(), default=0.0) + between_s,
         two_pass_s=between_s + sum(_pass_s(steps.ops, seconds, d) for d in Direction),
     )
 

@@ -103,8 +103,7 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
     say = report.say if args.process_index == 0 else _silent
     with warnings.catch_warnings(), _own_folder(args, config.output_dir):
         logging.set_verbosity_error()  # what a run says is said here
-        # Libraries that call one another's old names: nothing that a user could change.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b|peft\b")
+        report.hush_libraries()
         rows = _load_rows(config, args, say)
         if args.process_index == 0:
             content = to_yaml(config).encode()

@@ -257,9 +257,8 @@ class _Rehearsal:
         stages: list[tuple[nn.Module, Callable[..., Any]]] = [
             (point.module, _Stage(self, point)) for point in self.cast.points
         ]
-        head = self.cast.head
-        if head is not None and "_ssdtune_front_door" not in self.cast.base.__dict__:
-            stages.append((head.module, _no_logits))
+        if self.cast.head is not None:
+            stages.append((self.cast.head.module, _no_logits))
         try:
             for module in self.cast.base.modules():
                 before.append((module, dict(module._parameters)))
@@ -284,16 +283,19 @@ class _Rehearsal:
         """One block's forward."""
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         kind = (type(point.module), *(tuple(p.shape) for p in point.module.parameters()))
-        if kind not in self.workspaces:
+        is_new = kind not in self.workspaces
+        if is_new:
             self.workspaces[kind] = self._workspace(kind, point, args, kwargs)
         for i, x in enumerate(tensors):
             self._alive.append(x)
             if x.is_floating_point() and (i == 0 or x.requires_grad):
                 self.kept[x.untyped_storage()._cdata] = x.nbytes
                 self.hidden.append(x.nbytes)
-        with torch.no_grad(), WorkCounter() as counter:
+        counter = WorkCounter()
+        with torch.no_grad(), counter if is_new else contextlib.nullcontext():
             out = point.inner(*args, **kwargs)
-        self.works.setdefault((kind, Direction.FORWARD), Work(dict(counter.counts)))
+        if is_new:
+            self.works[kind, Direction.FORWARD] = Work(dict(counter.counts))
         for direction in Direction:
             self.add(point, direction, self.works[kind, direction])
         return pytree.tree_map_only(
