@@ -151,21 +151,18 @@ def _probe(words: list[str]) -> object:
     parser.add_argument("--file", type=Path, help="a large file to read; default: one is written")
     parser.add_argument("--out", type=Path, help="the profile; default: where plans look for it")
     arguments = parser.parse_args(words)
+    from ssdtune.assets import cache_folder
     from ssdtune.probe import print_probe
     from ssdtune.profiles import own_profile_path
 
-    out = arguments.out or own_profile_path()
-    folder = arguments.folder or out.parent
-    for path, is_there in ((folder, folder.is_dir()), (arguments.file, _is_file(arguments.file))):
-        if not is_there:
-            raise SSDTuneError(
-                f"{path}: there is no such {'file' if path != folder else 'folder'}."
-            )
-    return print_probe(folder, out, arguments.file)
-
-
-def _is_file(path: Path | None) -> bool:
-    return path is None or path.is_file()
+    folder = arguments.folder or cache_folder()
+    if arguments.folder is None:
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise SSDTuneError(f"{folder}: there is no such folder.")
+    if arguments.file is not None and not arguments.file.is_file():
+        raise SSDTuneError(f"{arguments.file}: there is no such file.")
+    return print_probe(folder, arguments.out or own_profile_path(), arguments.file)
 
 
 def _generate(words: list[str]) -> object:

@@ -65,6 +65,17 @@ def test_a_machine_is_measured_and_its_profile_written(
     assert [p.name for p in tmp_path.iterdir()] == ["deep"], "nothing is left behind"
 
 
+def test_a_machine_whose_cache_is_not_there_yet_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, calls = tmp_path / "cache" / "ssdtune", []
+    monkeypatch.setenv("SSDTUNE_CACHE", str(cache))
+    monkeypatch.setattr(probe, "print_probe", lambda *given: calls.append(given) or 0)
+    assert main(["probe"]) == 0
+    assert calls == [(cache, cache / "profile.yaml", None)]
+    assert cache.is_dir()
+
+
 def test_a_folder_or_file_that_is_not_there_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
