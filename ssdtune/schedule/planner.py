@@ -45,6 +45,25 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What a layout is made from: who shares slots, how many, and who stays.
+
+    Attributes:
+        classes: blocks that share slots, the largest first.
+        num_slots: for each class, the slots shared by those of it that are streamed.
+        prefetch: fills that run ahead; as many buffers, where fills pass buffers.
+        residents: blocks with a slot of their own.
+        cached: with a device, blocks whose file bytes stay in RAM.
+    """
+
+    classes: Classes
+    num_slots: tuple[int, ...]
+    prefetch: int
+    residents: frozenset[int] = frozenset()
+    cached: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What a plan is asked for.
 
@@ -78,9 +97,15 @@ def make_plan(request: Request) -> Plan:
     """The plan for `request`, validated. Raises PlanError with the smallest budget that works."""
     if not request.blocks:
         raise PlanError("there are no blocks to plan for")
-    layout = _layout(request)
+    plan = plan_of(request, layout_of(request, first_choice(request)))
+    validate(plan)
+    return plan
+
+
+def plan_of(request: Request, layout: Layout) -> Plan:
+    """The plan with this layout, not validated."""
     steps = {kind: _step(request, layout, order) for kind, order in request.orders.items()}
-    plan = Plan(
+    return Plan(
         blocks=request.blocks,
         tiers=layout.tiers,
         slots=layout.slots,
@@ -91,8 +116,6 @@ def make_plan(request: Request) -> Plan:
         block_inputs=request.block_inputs,
         chunk_tokens=request.chunk_tokens,
     )
-    validate(plan)
-    return plan
 
 
 def smallest_budgets(blocks: Sequence[BlockShape], *, on_device: bool) -> Budgets:
@@ -118,8 +141,18 @@ def size_classes(blocks: Sequence[BlockShape]) -> list[list[int]]:
 # ------------------------------------------------------------------ slots, buffers, residents
 
 
-def _layout(request: Request) -> Layout:
-    """Chooses slots, buffers and residents: the first of a few candidates that fits.
+def first_choice(request: Request) -> Choice:
+    """The first of a few skeletons that fits, filled statically. Raises PlanError."""
+    for classes, prefetch in skeletons(request):
+        choice = static_choice(request, classes, prefetch)
+        if choice is not None:
+            return choice
+    raise AssertionError("smallest_budgets is what the last skeleton takes")
+
+
+def skeletons(request: Request) -> list[tuple[Classes, int]]:
+    """Ways to share slots, with a prefetch depth, the best first. Raises PlanError for a budget too
+    small for the last of them.
 
     Fills that run ahead are worth most, so slots that all blocks share come before classes whose
     blocks have one slot each, where every fill would wait for the visit before it to end.
@@ -131,14 +164,8 @@ def _layout(request: Request) -> Layout:
     classes = size_classes(request.blocks)
     shared = [[i for members in classes for i in members]]  # largest first
     depths = range(max(request.prefetch, 0), 0, -1)
-    candidates = [*[(classes, d) for d in depths], *[(shared, d) for d in depths], (classes, 0)]
-    for groups, prefetch in candidates:
-        layout = _fit(request, groups, prefetch)
-        if layout is not None:
-            return layout
-    single = _fit(request, shared, 0)
-    assert single is not None  # smallest_budgets is what this layout takes
-    return single
+    ahead = [*[(classes, d) for d in depths], *[(shared, d) for d in depths]]
+    return [*ahead, (classes, 0), (shared, 0)]
 
 
 def _too_small(request: Request, least: Budgets) -> str:
@@ -155,31 +182,54 @@ def _too_small(request: Request, least: Budgets) -> str:
     return "\n".join(lines)
 
 
-def _fit(request: Request, classes: Classes, prefetch: int) -> Layout | None:
-    """The layout with this prefetch depth, or None where it is over budget."""
-    blocks, budgets = request.blocks, request.budgets
-    num_slots = [min(len(members), 1 + prefetch) for members in classes]
-    buffers = _buffers(request, prefetch)
-    ram_left = budgets.ram_bytes - sum(buffers)
-    slot_budget = budgets.device_bytes if request.on_device else ram_left
-    pairs = list(zip(num_slots, classes, strict=True))
-    left = slot_budget - sum(n * blocks[members[0]].slot_bytes for n, members in pairs)
-    if left < 0 or ram_left < 0:
+def static_choice(request: Request, classes: Classes, prefetch: int) -> Choice | None:
+    """With this prefetch depth, what is left of the budget filled class by class, the largest
+    first; None where the slots alone are over budget."""
+    blocks = request.blocks
+    num_slots = tuple(min(len(members), 1 + prefetch) for members in classes)
+    empty = Choice(classes=classes, num_slots=num_slots, prefetch=prefetch)
+    room = room_for(request, empty)
+    if room is None:
         return None
+    slot_left, ram_left = room
     residents: set[int] = set()
-    for n, members in pairs:
-        chosen = _residents(blocks, members, n, left)
+    for n, members in zip(num_slots, classes, strict=True):
+        chosen = _residents(blocks, members, n, slot_left)
         residents |= chosen
-        left -= sum(blocks[i].slot_bytes for i in chosen)
+        slot_left -= sum(blocks[i].slot_bytes for i in chosen)
         if len(chosen) == len(members):  # nobody is left to share slots
-            left += n * blocks[members[0]].slot_bytes
+            slot_left += n * blocks[members[0]].slot_bytes
     cached = _cached(blocks, residents, ram_left) if request.on_device else frozenset[int]()
-    slots, allowed = _number_slots(blocks, pairs, residents)
+    return dataclasses.replace(empty, residents=frozenset(residents), cached=cached)
+
+
+def room_for(request: Request, choice: Choice) -> tuple[int, int] | None:
+    """Bytes that a choice leaves: where slots live, and in RAM (the same without a device). None
+    where it is over budget."""
+    blocks, budgets = request.blocks, request.budgets
+    slots = sum(blocks[i].slot_bytes for i in choice.residents)
+    for n, members in zip(choice.num_slots, choice.classes, strict=True):
+        if any(i not in choice.residents for i in members):
+            slots += n * blocks[members[0]].slot_bytes
+    ram = budgets.ram_bytes - sum(_buffers(request, choice.prefetch))
+    if request.on_device:
+        ram -= sum(blocks[i].file_bytes for i in choice.cached)
+        slot_left = budgets.device_bytes - slots
+    else:
+        slot_left = ram = ram - slots
+    return (slot_left, ram) if slot_left >= 0 and ram >= 0 else None
+
+
+def layout_of(request: Request, choice: Choice) -> Layout:
+    """Slots, buffers and tiers of a choice that fits."""
+    pairs = list(zip(choice.num_slots, choice.classes, strict=True))
+    slots, allowed = _number_slots(request.blocks, pairs, choice.residents)
     home = Tier.DEVICE if request.on_device else Tier.RAM
     tiers = [
-        home if i in residents else Tier.RAM if i in cached else Tier.NVME
-        for i in range(len(blocks))
+        home if i in choice.residents else Tier.RAM if i in choice.cached else Tier.NVME
+        for i in range(len(request.blocks))
     ]
+    buffers = _buffers(request, choice.prefetch)
     return Layout(slots=slots, allowed=allowed, buffers=buffers, tiers=tuple(tiers))
 
 
