@@ -438,7 +438,6 @@ def test_durations_are_said_in_the_unit_that_fits():
 # ------------------------------------------------------------------ several processes
 
 
-@pytest.mark.slow
 def test_two_processes_train_one_adapter_and_resume_it(load, tmp_path):
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -52,6 +52,14 @@ class SSDConfig(TrainingArguments):
         },
     )
 
+    def __post_init__(self) -> None:
+        """Without a GPU, torchrun's processes must be told to meet on the CPU: accelerate would take each for the
+        only one."""
+        import torch
+
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        super().__post_init__()
+
 
 def training_arguments(config: TrainConfig, **more: Any) -> SSDConfig:
     """The SSDConfig of a TrainConfig: keys of the same name, nothing else set. more: overrides."""
