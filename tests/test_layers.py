@@ -134,12 +134,12 @@ def test_lazy_imports_are_seen_and_those_for_types_are_not(tmp_path: Path) -> No
 
 
 def test_schedules_are_pure() -> None:
-    """Names, bytes and FLOPs: no tensors, files, clocks or threads."""
+    """Names, bytes and FLOPs: no tensors, files, clocks or threads. A generator with a seed of its own is pure."""
     impure = [
         f"{path.name} imports {name}"
         for path in (PACKAGE / "schedule").glob("*.py")
         for name in imports(path)
-        if name.split(".")[0] in IMPURE
+        if name.split(".")[0] in IMPURE and name != "random.Random"
     ]
     assert not impure
 

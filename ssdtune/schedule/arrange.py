@@ -1,0 +1,111 @@
+"""Which blocks stay, once it is known how many: patterns over blocks that are alike, filling up, moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from random import Random
+
+from ssdtune.schedule.counts import Counts
+from ssdtune.schedule.planner import Choice, Request, room_for
+
+NEAR = 3  # half of the moves look no further
+
+Pattern = Callable[[Sequence[int], int], set[int]]  # blocks that are alike, how many -> which
+
+
+def arranged(
+    request: Request,
+    empty: Choice,
+    groups: Sequence[Sequence[int]],
+    counts: Counts,
+    pattern: Pattern,
+) -> Choice:
+    """Which blocks of each kind stay; what room is left over is used. groups: the blocks of each kind."""
+    stay: set[int] = set()
+    keep: set[int] = set()
+    for members, num_resident, num_cached in zip(
+        groups, counts.resident, counts.cached, strict=True
+    ):
+        chosen = pattern(members, num_resident)
+        stay |= chosen
+        keep |= pattern([i for i in members if i not in chosen], num_cached)
+    choice = dataclasses.replace(empty, residents=frozenset(stay), cached=frozenset(keep))
+    return filled_up(request, choice)
+
+
+def spread(members: Sequence[int], num: int) -> set[int]:
+    """Evenly, half a gap from the ends."""
+    return {members[(2 * k + 1) * len(members) // (2 * num)] for k in range(num)}
+
+
+def first(members: Sequence[int], num: int) -> set[int]:
+    """Those that forward meets first."""
+    return set(members[:num])
+
+
+def last(members: Sequence[int], num: int) -> set[int]:
+    """Those that forward meets last."""
+    return set(members[len(members) - num :])
+
+
+def ends(members: Sequence[int], num: int) -> set[int]:
+    """Half of them first, half last."""
+    return first(members, num // 2) | last(members, num - num // 2)
+
+
+def spread_inside(members: Sequence[int], num: int) -> set[int]:
+    """Evenly over all but those that the slots hold at the step's turns anyway."""
+    inside = members[2:-2]
+    return spread(inside, num) if 0 < num <= len(inside) else spread(members, num)
+
+
+PATTERNS = (spread, spread_inside, first, last, ends)
+
+
+def filled_up(request: Request, choice: Choice) -> Choice:
+    """What room is left taken by more blocks, the largest that fits first, from the middle outwards."""
+    streamed = [i for i in range(len(request.blocks)) if i not in choice.residents]
+    middle = len(request.blocks) / 2
+    for i in sorted(streamed, key=lambda i: (-request.blocks[i].slot_bytes, abs(i - middle))):
+        choice = _with(request, choice, i)
+    return choice
+
+
+def _with(request: Request, choice: Choice, block: int) -> Choice:
+    """The block stays too, in a slot of its own or else in RAM, where there is room."""
+    more = dataclasses.replace(
+        choice, residents=choice.residents | {block}, cached=choice.cached - {block}
+    )
+    if room_for(request, more) is not None:
+        return more
+    if request.on_device and block not in choice.cached:
+        more = dataclasses.replace(choice, cached=choice.cached | {block})
+        if room_for(request, more) is not None:
+            return more
+    return choice
+
+
+def moved(request: Request, choice: Choice, chance: Random) -> Choice | None:
+    """One that stays changes places with one that does not, in slots or in RAM; None where nobody does or it does not
+    fit."""
+    in_ram = bool(choice.cached) and (not choice.residents or chance.random() < 0.5)
+    held = choice.cached if in_ram else choice.residents
+    others = [i for i in range(len(request.blocks)) if i not in held]
+    if not held or not others:
+        return None
+    out = chance.choice(sorted(held))
+    near = [i for i in others if abs(i - out) <= NEAR]
+    into = chance.choice(near if near and chance.random() < 0.5 else others)
+    swapped = dataclasses.replace(
+        choice,
+        residents=_exchanged(choice.residents, out, into),
+        cached=_exchanged(choice.cached, out, into),
+    )
+    return filled_up(request, swapped) if room_for(request, swapped) is not None else None
+
+
+def _exchanged(held: frozenset[int], one: int, other: int) -> frozenset[int]:
+    """With the two blocks in each other's place."""
+    places = {one: other, other: one}
+    return frozenset(places.get(i, i) for i in held)

@@ -1,0 +1,105 @@
+"""How many blocks of each kind stay where: the least step time as a small integer program.
+
+Blocks of one kind are alike: bytes and seconds. A step is as long as its passes, a pass as long as its longest lane
+(planner.md's two-pass bound; FlexGen, arXiv 2303.06865, solves shares the same way). How many stay matters here, which
+ones is the arrangement's part (`search.py`). Solved by HiGHS; where `highspy` is missing there is no answer and the
+search goes on from greedy counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ssdtune.schedule.plan import Direction, Lane
+
+READ_WEIGHT = 1e-6  # of a tie: of two plans as fast, the one that reads less
+SOLVE_S = 2.0  # the solver's limit; it takes milliseconds
+
+Load = Mapping[tuple[Direction, Lane], float]  # seconds of one block
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BlockKind:
+    """Blocks that are alike.
+
+    Attributes:
+        num: how many.
+        slot_bytes: of one where slots live.
+        file_bytes: of one in RAM, as the file has it.
+        streamed, cached, resident: seconds of one on each lane in each pass, fetched from NVMe, kept in RAM beside a
+            device, and in a slot of its own.
+    """
+
+    num: int
+    slot_bytes: int
+    file_bytes: int
+    streamed: Load
+    cached: Load
+    resident: Load
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counts:
+    """How many of each kind stay in slots of their own, and in RAM beside a device."""
+
+    resident: tuple[int, ...]
+    cached: tuple[int, ...]
+
+
+def best_counts(
+    kinds: Sequence[BlockKind], *, slot_room: int, ram_room: int, on_device: bool
+) -> Counts | None:
+    """The counts with the least bound; None where no solver is installed, or it found nothing.
+
+    slot_room, ram_room: bytes beside the shared slots and buffers; one and the same without a device.
+    """
+    try:
+        import highspy
+    except ImportError:
+        return None
+    solver: Any = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("time_limit", SOLVE_S)
+    resident = [solver.addIntegral(lb=0, ub=kind.num) for kind in kinds]
+    cached = [solver.addIntegral(lb=0, ub=kind.num if on_device else 0) for kind in kinds]
+    passes = {direction: solver.addVariable(lb=0) for direction in Direction}
+    for r, c, kind in zip(resident, cached, kinds, strict=True):
+        solver.addConstr(r + c <= kind.num)
+    for direction, lane in sorted({key for kind in kinds for key in kind.streamed}):
+        work: Any = 0.0
+        key = (direction, lane)
+        for r, c, kind in zip(resident, cached, kinds, strict=True):
+            streamed = kind.streamed.get(key, 0.0)
+            work += streamed * kind.num
+            work += (kind.resident.get(key, 0.0) - streamed) * r
+            work += (kind.cached.get(key, 0.0) - streamed) * c
+        solver.addConstr(passes[direction] >= work)
+    solver.addConstr(_total(resident, [k.slot_bytes for k in kinds]) <= slot_room)
+    if on_device:
+        solver.addConstr(_total(cached, [k.file_bytes for k in kinds]) <= ram_room)
+    saved = _total(resident, [_reading_s(k) for k in kinds]) + _total(
+        cached, [_reading_s(k) for k in kinds]
+    )
+    solver.minimize(sum(passes.values()) - READ_WEIGHT * saved)
+    if solver.getModelStatus() not in (
+        highspy.HighsModelStatus.kOptimal,
+        highspy.HighsModelStatus.kTimeLimit,
+    ):
+        return None
+    return Counts(
+        resident=tuple(round(solver.val(r)) for r in resident),
+        cached=tuple(round(solver.val(c)) for c in cached),
+    )
+
+
+def _total(variables: Sequence[Any], weights: Sequence[float]) -> Any:
+    total: Any = 0.0
+    for variable, weight in zip(variables, weights, strict=True):
+        total += float(weight) * variable
+    return total
+
+
+def _reading_s(kind: BlockKind) -> float:
+    return sum(s for (_, lane), s in kind.streamed.items() if lane is Lane.NVME_READ)

@@ -1,0 +1,266 @@
+"""The fastest plan within budgets, by prediction: counts, arrangement, simulation, local moves. A pure function.
+
+How many blocks stay is a small integer program for each way to share slots (`counts.py`), and greedy by kinds besides.
+Which ones stay is an arrangement: spread evenly is good where the drive is the limit (grouped residents leave it idle
+for a while, then overrun it), the ends of the step where slots already hold its turns. Every candidate is simulated;
+the best is polished by moves of one or two blocks. The seed is fixed: equal requests have equal plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from random import Random
+
+from ssdtune.schedule.arrange import PATTERNS, Pattern, arranged, moved
+from ssdtune.schedule.counts import BlockKind, Counts, best_counts
+from ssdtune.schedule.plan import Direction, Lane, Plan, PlanError, validate
+from ssdtune.schedule.planner import (
+    Choice,
+    Layout,
+    Request,
+    layout_of,
+    plan_of,
+    room_for,
+    skeletons,
+    static_choice,
+)
+from ssdtune.schedule.simulate import Simulation, simulate
+
+NUM_POLISHED = 3  # of the best candidates
+DIGITS = 4  # step times that agree so far are a tie: fewer bytes read, then less memory
+
+Seconds = Callable[[Plan], Sequence[float]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The plan, the layout it follows, its predicted step, how many plans were simulated for it."""
+
+    plan: Plan
+    layout: Layout
+    simulation: Simulation
+    num_tries: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How far a search goes.
+
+    Attributes:
+        depths: how many fills may run ahead.
+        num_tries: plans simulated at most; 100 blocks take 2-5 ms each.
+        patience: moves in vain after which nothing more is expected; None: by the number of blocks.
+    """
+
+    depths: Sequence[int] = (1, 2, 3, 4)
+    num_tries: int = 200
+    patience: int | None = None
+
+
+def search(
+    request: Request,
+    seconds_of: Seconds,
+    *,
+    kind: str = "train",
+    between_s: float = 0.0,
+    effort: Effort | None = None,
+) -> Found:
+    """The plan whose steps of this kind are predicted to be the fastest, validated.
+
+    Args:
+        request: blocks, orders, budgets; its `prefetch` is not looked at.
+        seconds_of: seconds of each op of a plan's step of that kind, by id (`cost.op_seconds`).
+        kind: of step.
+        between_s: from a step's last visit to the next one's first.
+        effort: how far to go; None: as far as has always been enough.
+
+    Raises PlanError where nothing fits, with the smallest budget that does.
+    """
+    effort = effort or Effort()
+    hunt = _Hunt(request, seconds_of, kind, between_s, effort.num_tries)
+    for choice in _candidates(hunt, effort.depths):
+        hunt.evaluate(choice)
+    _polish(hunt, 10 + len(request.blocks) if effort.patience is None else effort.patience)
+    best = hunt.best()
+    validate(best.plan)
+    return dataclasses.replace(best, num_tries=len(hunt.seen))
+
+
+class _Hunt:
+    """What has been simulated."""
+
+    def __init__(
+        self,
+        request: Request,
+        seconds_of: Seconds,
+        kind: str,
+        between_s: float,
+        num_tries: int,
+    ) -> None:
+        self.request, self.kind, self.between_s = request, kind, between_s
+        self.seen: dict[tuple[object, ...], tuple[float, ...]] = {}  # choice -> key
+        self.choices: dict[tuple[object, ...], Choice] = {}
+        self._seconds_of, self._num_tries = seconds_of, num_tries
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all tries are used up."""
+        return len(self.seen) >= self._num_tries
+
+    def evaluate(self, choice: Choice) -> tuple[float, ...] | None:
+        """What to compare by, less is better; None where it does not fit or no try is left."""
+        name = _name(choice)
+        if name in self.seen:
+            return self.seen[name]
+        if self.is_over or room_for(self.request, choice) is None:
+            return None
+        found = self.simulated(choice)
+        step_s = float(f"{found.simulation.step_s:.{DIGITS}g}")
+        read = found.plan.sequences[self.kind].read_bytes
+        memory = found.plan.slot_bytes + found.plan.ram_bytes
+        self.seen[name] = (step_s, read, memory)
+        self.choices[name] = choice
+        return self.seen[name]
+
+    def simulated(self, choice: Choice) -> Found:
+        """The plan of a choice and its step."""
+        layout = layout_of(self.request, choice)
+        plan = plan_of(self.request, layout)
+        simulation = simulate(
+            plan.sequences[self.kind], self._seconds_of(plan), between_s=self.between_s
+        )
+        return Found(plan=plan, layout=layout, simulation=simulation, num_tries=1)
+
+    def ranked(self) -> list[Choice]:
+        """All that were simulated, the best first."""
+        return [self.choices[name] for name in sorted(self.seen, key=lambda n: self.seen[n])]
+
+    def best(self) -> Found:
+        """The best of all."""
+        return self.simulated(self.ranked()[0])
+
+    def seconds(self, plan: Plan) -> Sequence[float]:
+        """Of each op."""
+        return self._seconds_of(plan)
+
+
+def _name(choice: Choice) -> tuple[object, ...]:
+    classes = tuple(tuple(members) for members in choice.classes)
+    return classes, choice.num_slots, choice.prefetch, choice.residents, choice.cached
+
+
+# ------------------------------------------------------------------ candidates
+
+
+def _candidates(hunt: _Hunt, depths: Sequence[int]) -> Iterator[Choice]:
+    """For each way to share slots that fits: the static choice, the solver's and greedy counts, each arranged."""
+    request = dataclasses.replace(hunt.request, prefetch=max(depths))
+    allowed = {*depths, 0}
+    found = False
+    for classes, depth in skeletons(request):
+        if depth not in allowed or (depth == 0 and found and 0 not in depths):
+            continue
+        static = static_choice(request, classes, depth)
+        if static is None:
+            continue
+        found = True
+        yield static
+        empty = dataclasses.replace(static, residents=frozenset(), cached=frozenset())
+        kinds = _kinds(hunt, empty)
+        for counts, patterns in _counts(hunt, empty, list(kinds.values())):
+            for pattern in patterns:
+                yield arranged(request, empty, list(kinds), counts, pattern)
+    if not found:
+        raise PlanError("no way to share slots fits the budget")
+
+
+def _kinds(hunt: _Hunt, empty: Choice) -> dict[tuple[int, ...], BlockKind]:
+    """Blocks that are alike, members -> what one of them takes; from the plan in which nothing stays."""
+    plan = plan_of(hunt.request, layout_of(hunt.request, empty))
+    steps, seconds = plan.sequences[hunt.kind], hunt.seconds(plan)
+    loads: list[dict[tuple[Direction, Lane], float]] = [{} for _ in plan.blocks]
+    for op in steps.ops:
+        load, key = loads[steps.visits[op.visit].block], (op.direction, op.lane)
+        load[key] = load.get(key, 0.0) + seconds[op.id]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (block, load) in enumerate(zip(plan.blocks, loads, strict=True)):
+        on_compute = tuple(
+            sorted((d, f"{s:.2g}") for (d, lane), s in load.items() if lane is Lane.COMPUTE)
+        )
+        groups.setdefault((block.slot_bytes, block.file_bytes, on_compute), []).append(i)
+    return {tuple(members): _kind(plan, members, loads) for members in groups.values()}
+
+
+def _kind(
+    plan: Plan,
+    members: Sequence[int],
+    loads: Sequence[Mapping[tuple[Direction, Lane], float]],
+) -> BlockKind:
+    block, keys = plan.blocks[members[0]], {key for i in members for key in loads[i]}
+    mean = {key: sum(loads[i].get(key, 0.0) for i in members) / len(members) for key in keys}
+    return BlockKind(
+        num=len(members),
+        slot_bytes=block.slot_bytes,
+        file_bytes=block.file_bytes,
+        streamed=mean,
+        cached={key: s for key, s in mean.items() if key[1] is not Lane.NVME_READ},
+        resident={key: s for key, s in mean.items() if key[1] is Lane.COMPUTE},
+    )
+
+
+def _counts(
+    hunt: _Hunt, empty: Choice, kinds: Sequence[BlockKind]
+) -> Iterator[tuple[Counts, Sequence[Pattern]]]:
+    """How many of each kind stay, as the solver has it, and greedily from both ends; with the ways to arrange them."""
+    room = room_for(hunt.request, empty)
+    assert room is not None
+    on_device = hunt.request.on_device
+    solved = best_counts(kinds, slot_room=room[0], ram_room=room[1], on_device=on_device)
+    if solved is not None:
+        yield solved, PATTERNS
+    by_worth = sorted(range(len(kinds)), key=lambda k: -_worth(kinds[k]))
+    yield _greedy(kinds, by_worth, room, on_device=on_device), PATTERNS[:1] if solved else PATTERNS
+    yield _greedy(kinds, by_worth[::-1], room, on_device=on_device), PATTERNS[:1]
+
+
+def _greedy(
+    kinds: Sequence[BlockKind], order: Sequence[int], room: tuple[int, int], *, on_device: bool
+) -> Counts:
+    """As many as there is room for, kind after kind."""
+    slot_left, ram_left = room
+    resident, cached = [0] * len(kinds), [0] * len(kinds)
+    for k in order:
+        kind = kinds[k]
+        resident[k] = min(kind.num, slot_left // max(kind.slot_bytes, 1))
+        slot_left -= resident[k] * kind.slot_bytes
+        if on_device:
+            cached[k] = min(kind.num - resident[k], ram_left // max(kind.file_bytes, 1))
+            ram_left -= cached[k] * kind.file_bytes
+    return Counts(tuple(resident), tuple(cached))
+
+
+def _worth(kind: BlockKind) -> float:
+    """Seconds of reading that a byte saves."""
+    reading = sum(s for (_, lane), s in kind.streamed.items() if lane is Lane.NVME_READ)
+    return reading / max(kind.slot_bytes, 1)
+
+
+# ------------------------------------------------------------------ local moves
+
+
+def _polish(hunt: _Hunt, patience: int) -> None:
+    """Moves of one block or two from the best candidates, kept where they help, until the tries are used up."""
+    chance = Random(0)
+    leaders = hunt.ranked()[:NUM_POLISHED]
+    keys = [hunt.evaluate(choice) for choice in leaders]
+    misses = 0
+    while leaders and not hunt.is_over and misses < patience:
+        misses += 1
+        for k, leader in enumerate(leaders):
+            other = moved(hunt.request, leader, chance)
+            if other is None:
+                continue
+            key, best = hunt.evaluate(other), keys[k]
+            if key is not None and best is not None and key < best:
+                leaders[k], keys[k], misses = other, key, 0
