@@ -120,7 +120,7 @@ def plan(
         **from_pretrained_kwargs,
     )
     drafted = draft(meta, options)
-    return Planned(meta, options, drafted, drafted.planner.plan())
+    return Planned(meta, options, drafted, drafted.replanner.plan())
 
 
 def stream_arguments(config: TrainConfig) -> dict[str, Any]:

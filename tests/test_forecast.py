@@ -17,7 +17,7 @@ from ssdtune.schedule.profile import OPERATORS, profile_from
 from ssdtune.swap.scratch import ScratchError
 from ssdtune.trainer import SSDConfig, SSDTrainer
 from ssdtune.trainer import forecast as forecast_module
-from ssdtune.trainer.forecast import forecast, forecast_step
+from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of
 from ssdtune.visit.memory import HeapKeeper, resident_set_bytes
 from ssdtune.visit.rehearsal import rehearse
 
@@ -59,7 +59,9 @@ def make(folder: Path, tmp_path: Path):
 def predicted(trainer: SSDTrainer) -> tuple[Peak, list[str]]:
     lines: list[str] = []
     base = resident_set_bytes()
-    return forecast(trainer, longest_row=LENGTH, base_bytes=base, say=lines.append), lines
+    return forecast(
+        Rehearsals(trainer), longest_row=LENGTH, base_bytes=base, say=lines.append
+    ), lines
 
 
 def test_a_peak_is_said_with_the_parts_that_matter(make) -> None:
@@ -114,10 +116,8 @@ def test_a_step_is_predicted_where_the_machine_was_measured(
     make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trainer = make()
-    lines: list[str] = []
     monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
-    assert forecast_step(trainer, [LENGTH] * 6, lines.append) is None
-    assert lines == []
+    assert schedule_of(Rehearsals(trainer), [LENGTH] * 6) is None
     rate = [[1, 1e-9], [10**9, 1.0]]  # a FLOP or byte takes a nanosecond
     content = {
         "name": "slow",
@@ -125,11 +125,12 @@ def test_a_step_is_predicted_where_the_machine_was_measured(
         "transfers": {"nvme_read": rate, "unpack": rate},
     }
     save_profile(profile_from(content, "here"), own_profile_path())
-    found = forecast_step(trainer, [LENGTH, 2, 3, LENGTH - 2], lines.append)
-    assert found is not None
+    schedule = schedule_of(Rehearsals(trainer), [LENGTH, 2, 3, LENGTH - 2])
+    assert schedule is not None
+    found = schedule.predicted()
     padded = rehearse(trainer.model, {"input_ids": torch.zeros(ROWS, LENGTH - 1, dtype=torch.long)})
     assert padded.work is not None
     flop = sum(w.flop for works in padded.work.passes["train"].values() for w in works)
     assert found.busy_s["compute"] > MICRO * flop * 1e-9
     assert found.step_s >= found.two_pass_s * 0.8
-    assert f"a step of {ROWS * (LENGTH - 1) * MICRO} tokens" in lines[0]
+    assert f"a step of {ROWS * (LENGTH - 1) * MICRO} tokens" in next(schedule.lines())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ssdtune.schedule.cost import StepWork, Work, op_seconds
+from ssdtune.schedule.cost import Pricing, StepWork, Work
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.schedule.profile import OPERATORS, Curve, ProfileError, curve_of, profile_from
@@ -96,7 +96,7 @@ def test_ops_take_what_their_work_takes_on_this_machine() -> None:
         for d, w in ((Direction.FORWARD, forward), (Direction.BACKWARD, backward))
     }
     work = StepWork(passes={"train": passes}, between=Work({}), dtype="float32")
-    seconds = op_seconds(plan, "train", work, profile, num_micro_batches=2)
+    seconds = Pricing(work, profile, num_micro_batches=2).op_seconds(plan)
     ops = plan.sequences["train"].ops
     compute = [s for op, s in zip(ops, seconds, strict=True) if op.kind is Kind.COMPUTE]
     loads = [s for op, s in zip(ops, seconds, strict=True) if op.kind is Kind.LOAD]

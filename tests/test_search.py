@@ -60,7 +60,10 @@ class Case:
             on_device=self.on_device,
         )
 
-    def seconds(self, plan: Plan) -> list[float]:
+    kind = "train"
+    between_s = 0.0
+
+    def op_seconds(self, plan: Plan) -> list[float]:
         steps = plan.sequences["train"]
         found = []
         for op in steps.ops:
@@ -74,7 +77,7 @@ class Case:
         return found
 
     def step_s(self, plan: Plan) -> float:
-        return simulate(plan.sequences["train"], self.seconds(plan)).step_s
+        return simulate(plan.sequences["train"], self.op_seconds(plan)).step_s
 
 
 def a_case(seed: int, num_layers: int, *, on_device: bool, resident: float) -> Case:
@@ -130,7 +133,7 @@ def test_small_models_are_planned_as_brute_force_would(seed: int, resident: floa
     case = a_case(seed, 5, on_device=False, resident=resident)
     request = case.request
     best = min(case.step_s(plan_of(request, layout_of(request, c))) for c in all_choices(request))
-    found = search(request, case.seconds)
+    found = search(request, case)
     assert found.simulation.step_s <= WITHIN * best
     assert found.simulation.step_s == pytest.approx(case.step_s(found.plan))
 
@@ -140,7 +143,7 @@ def test_small_models_on_a_device_too(seed: int) -> None:
     case = a_case(seed, 3, on_device=True, resident=0.4)
     request = case.request
     best = min(case.step_s(plan_of(request, layout_of(request, c))) for c in all_choices(request))
-    assert search(request, case.seconds).simulation.step_s <= WITHIN * best
+    assert search(request, case).simulation.step_s <= WITHIN * best
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -149,9 +152,9 @@ def test_a_longer_search_of_a_large_model_finds_nothing_much_better(
     seed: int, on_device: bool
 ) -> None:
     case = a_case(seed, 40 + 10 * seed, on_device=on_device, resident=0.3)
-    found = search(case.request, case.seconds)
+    found = search(case.request, case)
     effort = Effort(num_tries=800, patience=1_000)
-    longer = search(case.request, case.seconds, effort=effort)
+    longer = search(case.request, case, effort)
     assert longer.num_tries > 2 * found.num_tries
     assert found.simulation.step_s <= WITHIN * longer.simulation.step_s
 
@@ -162,7 +165,7 @@ def test_it_is_never_slower_than_the_static_policy_and_stays_in_the_budget(
     seed: int, on_device: bool
 ) -> None:
     case = a_case(100 + seed, 12, on_device=on_device, resident=0.1 * seed)
-    found = search(case.request, case.seconds)
+    found = search(case.request, case)
     validate(found.plan)
     assert found.plan.ram_bytes <= case.budgets.ram_bytes
     if on_device:
@@ -172,21 +175,21 @@ def test_it_is_never_slower_than_the_static_policy_and_stays_in_the_budget(
 
 def test_equal_requests_have_equal_plans() -> None:
     case = a_case(7, 10, on_device=False, resident=0.4)
-    assert search(case.request, case.seconds) == search(case.request, case.seconds)
+    assert search(case.request, case) == search(case.request, case)
 
 
 def test_without_the_solver_greedy_counts_do(monkeypatch: pytest.MonkeyPatch) -> None:
     case = a_case(3, 20, on_device=False, resident=0.4)
-    with_solver = search(case.request, case.seconds)
+    with_solver = search(case.request, case)
     monkeypatch.setattr(search_module, "best_counts", lambda *args, **more: None)
-    without = search(case.request, case.seconds)
+    without = search(case.request, case)
     assert without.simulation.step_s <= 1.02 * with_solver.simulation.step_s
 
 
 def test_where_the_drive_is_the_limit_what_stays_is_spread() -> None:
     case = a_case(0, 24, on_device=False, resident=0.5)
     slow = dataclasses.replace(case, read_rate=case.read_rate / 4)
-    tiers = search(slow.request, slow.seconds).plan.tiers[1:-1]
+    tiers = search(slow.request, slow).plan.tiers[1:-1]
     gaps = [len(list(run)) for tier, run in itertools.groupby(tiers) if tier is Tier.NVME]
     assert max(gaps) <= 6, tiers
 
@@ -195,14 +198,14 @@ def test_a_budget_that_holds_nothing_names_the_smallest() -> None:
     case = a_case(0, 4, on_device=False, resident=0.0)
     tight = dataclasses.replace(case, budgets=Budgets(ram_bytes=MB))
     with pytest.raises(PlanError, match=r"smallest that works is \d+MB"):
-        search(tight.request, tight.seconds)
+        search(tight.request, tight)
 
 
 def test_the_smallest_budget_is_planned() -> None:
     case = a_case(0, 4, on_device=False, resident=0.0)
     largest = max(b.slot_bytes for b in case.blocks)
     tight = dataclasses.replace(case, budgets=Budgets(ram_bytes=largest))
-    assert len(search(tight.request, tight.seconds).plan.slots) == 1
+    assert len(search(tight.request, tight).plan.slots) == 1
 
 
 # ------------------------------------------------------------------ the integer program

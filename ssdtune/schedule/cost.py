@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ssdtune.schedule.plan import Direction, Kind, Op, Plan
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan
 from ssdtune.schedule.profile import InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 
@@ -76,33 +76,64 @@ class StepWork:
         return self.between.curves_s(profile, self.dtype)
 
 
+class Pricing:
+    """What plans cost for one kind of step: seconds of every op, hence of the step.
+
+    Args:
+        work: of one micro-batch.
+        profile: the machine's.
+        kind: of step.
+        num_micro_batches: that pass a block in one visit.
+        factors: lane -> what its ops take beyond the profile's curves, as measured since; 1 where it is missing.
+
+    Raises ProfileError for a curve that is missing.
+    """
+
+    def __init__(
+        self,
+        work: StepWork,
+        profile: Profile,
+        *,
+        kind: str = "train",
+        num_micro_batches: int,
+        factors: Mapping[Lane, float] | None = None,
+    ) -> None:
+        self.kind, self.profile, self.factors = kind, profile, dict(factors or {})
+        self.between_s = work.between_s(profile) if kind == "train" else 0.0
+        self._visits = {
+            key: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
+            for key, works in work.passes[kind].items()
+        }
+
+    def simulation(self, plan: Plan) -> Simulation:
+        """A steady step of the plan."""
+        seconds = self.op_seconds(plan)
+        return simulate(plan.sequences[self.kind], seconds, between_s=self.between_s)
+
+    def op_seconds(self, plan: Plan) -> list[float]:
+        """Seconds of each op, by id."""
+        steps = plan.sequences[self.kind]
+        turns: dict[tuple[int, Direction], int] = {}
+        seconds: list[float] = []
+        for op in steps.ops:
+            if op.kind is Kind.COMPUTE:
+                visit = steps.visits[op.visit]
+                key = (visit.block, visit.direction)
+                turn = turns[key] = turns.get(key, -1) + 1
+                times = self._visits.get(key, ())
+                one = times[turn] if turn < len(times) else 0.0
+            else:
+                one = self.profile.transfer(TRANSFER_OF[op.kind]).seconds(op.num_bytes)
+            seconds.append(one * self.factors.get(op.lane, 1.0))
+        return _slowed(steps.ops, seconds, self.profile)
+
+
 def predict_step(
     plan: Plan, kind: str, work: StepWork, profile: Profile, *, num_micro_batches: int
 ) -> Simulation:
     """A steady step of the plan on this machine. Raises ProfileError for a curve that is missing."""
-    seconds = op_seconds(plan, kind, work, profile, num_micro_batches=num_micro_batches)
-    between_s = work.between_s(profile) if kind == "train" else 0.0
-    return simulate(plan.sequences[kind], seconds, between_s=between_s)
-
-
-def op_seconds(
-    plan: Plan, kind: str, work: StepWork, profile: Profile, *, num_micro_batches: int
-) -> list[float]:
-    """Seconds of each op of a kind of step, by id. Raises ProfileError for a curve that is missing."""
-    steps = plan.sequences[kind]
-    turns: dict[tuple[int, Direction], int] = {}
-    seconds: list[float] = []
-    for op in steps.ops:
-        if op.kind is Kind.COMPUTE:
-            visit = steps.visits[op.visit]
-            key = (visit.block, visit.direction)
-            turn = turns[key] = turns.get(key, -1) + 1
-            works = work.passes[kind].get(key, ())
-            one = works[turn].seconds(profile, work.dtype) if turn < len(works) else 0.0
-            seconds.append(num_micro_batches * one)
-        else:
-            seconds.append(profile.transfer(TRANSFER_OF[op.kind]).seconds(op.num_bytes))
-    return _slowed(steps.ops, seconds, profile)
+    pricing = Pricing(work, profile, kind=kind, num_micro_batches=num_micro_batches)
+    return pricing.simulation(plan)
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any
 from ssdtune.schedule.plan import Direction, Lane
 
 READ_WEIGHT = 1e-6  # of a tie: of two plans as fast, the one that reads less
+NOTHING = 1e-8  # HiGHS refuses matrix entries below 1e-9
 SOLVE_S = 2.0  # the solver's limit; it takes milliseconds
 
 Load = Mapping[tuple[Direction, Lane], float]  # seconds of one block
@@ -65,6 +66,7 @@ def best_counts(
     resident = [solver.addIntegral(lb=0, ub=kind.num) for kind in kinds]
     cached = [solver.addIntegral(lb=0, ub=kind.num if on_device else 0) for kind in kinds]
     passes = {direction: solver.addVariable(lb=0) for direction in Direction}
+    scale = _longest(kinds)  # seconds and bytes as shares: a solver's tolerances are absolute
     for r, c, kind in zip(resident, cached, kinds, strict=True):
         solver.addConstr(r + c <= kind.num)
     for direction, lane in sorted({key for kind in kinds for key in kind.streamed}):
@@ -72,16 +74,15 @@ def best_counts(
         key = (direction, lane)
         for r, c, kind in zip(resident, cached, kinds, strict=True):
             streamed = kind.streamed.get(key, 0.0)
-            work += streamed * kind.num
-            work += (kind.resident.get(key, 0.0) - streamed) * r
-            work += (kind.cached.get(key, 0.0) - streamed) * c
+            work += streamed * kind.num / scale
+            work += _share(kind.resident.get(key, 0.0) - streamed, scale) * r
+            work += _share(kind.cached.get(key, 0.0) - streamed, scale) * c
         solver.addConstr(passes[direction] >= work)
-    solver.addConstr(_total(resident, [k.slot_bytes for k in kinds]) <= slot_room)
+    solver.addConstr(_total(resident, [k.slot_bytes for k in kinds], slot_room) <= 1)
     if on_device:
-        solver.addConstr(_total(cached, [k.file_bytes for k in kinds]) <= ram_room)
-    saved = _total(resident, [_reading_s(k) for k in kinds]) + _total(
-        cached, [_reading_s(k) for k in kinds]
-    )
+        solver.addConstr(_total(cached, [k.file_bytes for k in kinds], ram_room) <= 1)
+    reading = [_reading_s(kind) for kind in kinds]
+    saved = _total(resident, reading, scale) + _total(cached, reading, scale)
     solver.minimize(sum(passes.values()) - READ_WEIGHT * saved)
     if solver.getModelStatus() not in (
         highspy.HighsModelStatus.kOptimal,
@@ -94,11 +95,24 @@ def best_counts(
     )
 
 
-def _total(variables: Sequence[Any], weights: Sequence[float]) -> Any:
+def _total(variables: Sequence[Any], weights: Sequence[float], whole: float) -> Any:
+    """Of `whole`, which may be nothing."""
     total: Any = 0.0
     for variable, weight in zip(variables, weights, strict=True):
-        total += float(weight) * variable
+        total += _share(weight, max(whole, 1e-6 * weight)) * variable
     return total
+
+
+def _share(part: float, whole: float) -> float:
+    """Less than the solver takes for a number is nothing."""
+    share = part / whole if whole else 0.0
+    return share if abs(share) > NOTHING else 0.0
+
+
+def _longest(kinds: Sequence[BlockKind]) -> float:
+    """Seconds of the busiest lane in one pass."""
+    keys = {key for kind in kinds for key in kind.streamed}
+    return max((sum(k.num * k.streamed.get(key, 0.0) for k in kinds) for key in keys), default=1.0)
 
 
 def _reading_s(kind: BlockKind) -> float:

@@ -9,8 +9,9 @@ the best is polished by moves of one or two blocks. The seed is fixed: equal req
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
+from typing import Protocol
 
 from ssdtune.schedule.arrange import PATTERNS, Pattern, arranged, moved
 from ssdtune.schedule.counts import BlockKind, Counts, best_counts
@@ -30,7 +31,23 @@ from ssdtune.schedule.simulate import Simulation, simulate
 NUM_POLISHED = 3  # of the best candidates
 DIGITS = 4  # step times that agree so far are a tie: fewer bytes read, then less memory
 
-Seconds = Callable[[Plan], Sequence[float]]
+
+class Priced(Protocol):
+    """What `cost.Pricing` is: seconds of the ops of one kind of step, and of what lies between two steps."""
+
+    @property
+    def kind(self) -> str:
+        """Of step."""
+        ...
+
+    @property
+    def between_s(self) -> float:
+        """From a step's last visit to the next one's first."""
+        ...
+
+    def op_seconds(self, plan: Plan) -> Sequence[float]:
+        """Of each op of the plan's step, by id."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,27 +75,18 @@ class Effort:
     patience: int | None = None
 
 
-def search(
-    request: Request,
-    seconds_of: Seconds,
-    *,
-    kind: str = "train",
-    between_s: float = 0.0,
-    effort: Effort | None = None,
-) -> Found:
-    """The plan whose steps of this kind are predicted to be the fastest, validated.
+def search(request: Request, pricing: Priced, effort: Effort | None = None) -> Found:
+    """The plan whose steps are predicted to be the fastest, validated.
 
     Args:
         request: blocks, orders, budgets; its `prefetch` is not looked at.
-        seconds_of: seconds of each op of a plan's step of that kind, by id (`cost.op_seconds`).
-        kind: of step.
-        between_s: from a step's last visit to the next one's first.
+        pricing: what the kind of step to be fast in costs.
         effort: how far to go; None: as far as has always been enough.
 
     Raises PlanError where nothing fits, with the smallest budget that does.
     """
     effort = effort or Effort()
-    hunt = _Hunt(request, seconds_of, kind, between_s, effort.num_tries)
+    hunt = _Hunt(request, pricing, effort.num_tries)
     for choice in _candidates(hunt, effort.depths):
         hunt.evaluate(choice)
     _polish(hunt, 10 + len(request.blocks) if effort.patience is None else effort.patience)
@@ -90,18 +98,11 @@ def search(
 class _Hunt:
     """What has been simulated."""
 
-    def __init__(
-        self,
-        request: Request,
-        seconds_of: Seconds,
-        kind: str,
-        between_s: float,
-        num_tries: int,
-    ) -> None:
-        self.request, self.kind, self.between_s = request, kind, between_s
+    def __init__(self, request: Request, pricing: Priced, num_tries: int) -> None:
+        self.request, self.pricing = request, pricing
         self.seen: dict[tuple[object, ...], tuple[float, ...]] = {}  # choice -> key
         self.choices: dict[tuple[object, ...], Choice] = {}
-        self._seconds_of, self._num_tries = seconds_of, num_tries
+        self._num_tries = num_tries
 
     @property
     def is_over(self) -> bool:
@@ -117,7 +118,7 @@ class _Hunt:
             return None
         found = self.simulated(choice)
         step_s = float(f"{found.simulation.step_s:.{DIGITS}g}")
-        read = found.plan.sequences[self.kind].read_bytes
+        read = found.plan.sequences[self.pricing.kind].read_bytes
         memory = found.plan.slot_bytes + found.plan.ram_bytes
         self.seen[name] = (step_s, read, memory)
         self.choices[name] = choice
@@ -127,9 +128,8 @@ class _Hunt:
         """The plan of a choice and its step."""
         layout = layout_of(self.request, choice)
         plan = plan_of(self.request, layout)
-        simulation = simulate(
-            plan.sequences[self.kind], self._seconds_of(plan), between_s=self.between_s
-        )
+        steps, seconds = plan.sequences[self.pricing.kind], self.pricing.op_seconds(plan)
+        simulation = simulate(steps, seconds, between_s=self.pricing.between_s)
         return Found(plan=plan, layout=layout, simulation=simulation, num_tries=1)
 
     def ranked(self) -> list[Choice]:
@@ -139,10 +139,6 @@ class _Hunt:
     def best(self) -> Found:
         """The best of all."""
         return self.simulated(self.ranked()[0])
-
-    def seconds(self, plan: Plan) -> Sequence[float]:
-        """Of each op."""
-        return self._seconds_of(plan)
 
 
 def _name(choice: Choice) -> tuple[object, ...]:
@@ -178,7 +174,7 @@ def _candidates(hunt: _Hunt, depths: Sequence[int]) -> Iterator[Choice]:
 def _kinds(hunt: _Hunt, empty: Choice) -> dict[tuple[int, ...], BlockKind]:
     """Blocks that are alike, members -> what one of them takes; from the plan in which nothing stays."""
     plan = plan_of(hunt.request, layout_of(hunt.request, empty))
-    steps, seconds = plan.sequences[hunt.kind], hunt.seconds(plan)
+    steps, seconds = plan.sequences[hunt.pricing.kind], hunt.pricing.op_seconds(plan)
     loads: list[dict[tuple[Direction, Lane], float]] = [{} for _ in plan.blocks]
     for op in steps.ops:
         load, key = loads[steps.visits[op.visit].block], (op.direction, op.lane)

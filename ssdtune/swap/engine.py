@@ -65,6 +65,7 @@ class Engine:
         pool: reads extents of files into memory; the engine's own from now on.
         device: where slots live.
         timeout_s: the longest wait for any block before an error names it.
+        succeeds: another engine, closed, whose trace and numbers of steps go on.
     """
 
     def __init__(
@@ -75,16 +76,17 @@ class Engine:
         *,
         device: torch.device,
         timeout_s: float = 600.0,
+        succeeds: Engine | None = None,
     ) -> None:
         self.plan, self.recipes, self.pool, self.timeout_s = plan, tuple(recipes), pool, timeout_s
-        self.trace: list[TraceOp] = []
+        self.trace: list[TraceOp] = [] if succeeds is None else succeeds.trace
         self.slots = Slots(plan, self.recipes, device)
         self._changed = threading.Condition()  # guards what follows, up to `_is_closing`
         self._homes = _homes(plan)
         self._held: dict[int, Fill] = {}  # slot -> the fill that brought, or brings, what it holds
         self._demands: deque[Fill] = deque()  # claimed by `enter`, to be started before all others
         self._walk = Walk(next(iter(plan.sequences.values())))
-        self._step = 0
+        self._step = 0 if succeeds is None else succeeds.step
         self._visiting: _Visiting | None = None
         self._is_closing = False
         cached = {
@@ -201,6 +203,13 @@ class Engine:
         self._lanes.close(CLOSING_S)
         for fill in [*self._held.values(), *self._demands]:
             fill.issue(SwapError("the engine was closed"))
+
+    def free(self) -> None:
+        """Gives slots, buffers and cached weights back, once closed; what others hold of them stays."""
+        assert self._is_closing
+        self._held.clear()
+        self.slots.free()
+        self._lanes.free()
 
     # ---- the visit under way -----------------------------------------------------------------
 

@@ -158,6 +158,10 @@ class Lanes:
                 for event in events.values():
                     event.synchronize()
 
+    def free(self) -> None:
+        """Gives the cached weights back, once closed."""
+        self._cached.clear()
+
     def _started(self, fill: Fill) -> _Item:
         recipe = self.slots.recipes[fill.block]
         late = self._late.get(fill.slot)

@@ -32,6 +32,12 @@ class Slots:
             return aligned_bytes(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
+    def free(self) -> None:
+        """Gives the memory back; whoever still holds a block's tensors keeps its slot."""
+        self.memory.clear()
+        self.buffers = Buffers([])
+        self._tensors.clear()
+
     def tensors(self, block: int, slot: int) -> list[torch.Tensor]:
         """The block's tensors in that slot, in the recipe's order; the same objects every time."""
         key = (block, slot)

@@ -1,7 +1,9 @@
-"""Before the first step: the run's peak and the time of a step, said; RAM that is short, saved; disk, reserved."""
+"""Before the first step: the best plan, the run's peak and the time of a step, said; RAM that is short, saved; disk,
+reserved."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -9,25 +11,103 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.memory import free_ram
 from ssdtune.profiles import own_profile
-from ssdtune.report import LANE_LABELS
-from ssdtune.schedule.cost import predict_step
 from ssdtune.schedule.memory import INPUTS
+from ssdtune.schedule.plan import Budgets
+from ssdtune.schedule.planner import smallest_budgets
 from ssdtune.sizes import format_size
+from ssdtune.trainer.scheduling import Schedule
 from ssdtune.visit.memory import hold_to, predict, resident_set_bytes
 from ssdtune.visit.rehearsal import Rehearsed, rehearse
 
 if TYPE_CHECKING:
     from ssdtune.schedule.memory import Peak
-    from ssdtune.schedule.simulate import Simulation
     from ssdtune.trainer.trainer import SSDTrainer
 
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
 NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
+AUTO_SHARE = 0.8  # of the RAM that nothing else is predicted to take
 SHORT = 1.3  # RAM is short where less than so many times what is predicted is free
 
 
+class Rehearsals:
+    """Micro-batches of a trainer, rehearsed once for each length."""
+
+    def __init__(self, trainer: SSDTrainer) -> None:
+        self.trainer = trainer
+        self._known: dict[int, Rehearsed] = {}
+
+    def __call__(self, length: int) -> Rehearsed:
+        """Of one micro-batch whose first row has so many tokens and the others one less, so that there is padding to
+        mask."""
+        if length not in self._known:
+            args: Any = self.trainer.args
+            row, shorter = (
+                {name: [0] * n for name in ("input_ids", "labels")} for n in (length, length - 1)
+            )
+            rows = [row, *[shorter] * (args.per_device_train_batch_size - 1)]
+            self._known[length] = rehearse(self.trainer.model, self.trainer.data_collator(rows))
+        return self._known[length]
+
+
+def schedule_of(
+    rehearsals: Rehearsals, lengths: Sequence[int], *, depth: int | None = None
+) -> Schedule | None:
+    """What steps cost whose micro-batches are as long as these rows make them on average.
+
+    None where this machine has no profile, or the model's work could not be counted. lengths: tokens of every row.
+    depth: fills that may run ahead; None: as many as are best. Raises ProfileError for a profile that is broken.
+    """
+    profile, trainer = own_profile(), rehearsals.trainer
+    if profile is None or trainer.streamer is None:
+        return None
+    args: Any = trainer.args
+    rows, num_micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    padded = [max(lengths[i : i + rows]) for i in range(0, len(lengths), rows)]
+    length = round(statistics.mean(padded))
+    work = rehearsals(length).work
+    if work is None:
+        return None
+    return Schedule(
+        trainer.streamer,
+        work,
+        profile,
+        num_micro_batches=num_micro_batches,
+        num_tokens=rows * length * num_micro_batches,
+        depth=depth,
+    )
+
+
+def settle(
+    rehearsals: Rehearsals,
+    schedule: Schedule | None,
+    *,
+    longest_row: int,
+    base_bytes: int,
+    is_ram_auto: bool,
+) -> bool:
+    """Carries out the best plan for what RAM there is; whether it is another than before.
+
+    is_ram_auto: the budget is what is free beside the rest of the predicted peak, no figure of the user's.
+    """
+    streamer = rehearsals.trainer.streamer
+    assert streamer is not None
+    request = streamer.replanner.request
+    if is_ram_auto and not streamer.engine.plan.on_device:
+        peak = _predicted(rehearsals, longest_row, base_bytes)
+        spare = _free_ram() - _to_come(peak)
+        least = smallest_budgets(request.blocks, on_device=False).ram_bytes
+        room = max(streamer.engine.plan.ram_bytes + int(AUTO_SHARE * spare), least)
+        request = dataclasses.replace(request, budgets=Budgets(ram_bytes=room))
+    if schedule is not None and schedule.improve(request) is not None:
+        return True
+    if streamer.engine.plan.ram_bytes <= request.budgets.ram_bytes:
+        return False
+    streamer.replanner.adopt(streamer, request, None)
+    return True
+
+
 def forecast(
-    trainer: SSDTrainer, *, longest_row: int, base_bytes: int, say: Callable[[str], None]
+    rehearsals: Rehearsals, *, longest_row: int, base_bytes: int, say: Callable[[str], None]
 ) -> Peak:
     """The peak of a step whose micro-batches are all of the longest row.
 
@@ -36,15 +116,8 @@ def forecast(
 
     longest_row: tokens. base_bytes: what the process held before the model was opened.
     """
-    args: Any = trainer.args
-    footprint = _rehearsed(trainer, longest_row).footprint
-    peak = predict(
-        trainer.model,
-        footprint,
-        num_micro_batches=args.gradient_accumulation_steps,
-        base_bytes=base_bytes,
-        num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), 2),
-    )
+    trainer = rehearsals.trainer
+    peak = _predicted(rehearsals, longest_row, base_bytes)
     for line in peak.lines():
         say(line)
     _save_ram(trainer, peak, say)
@@ -55,46 +128,22 @@ def forecast(
     return peak
 
 
-def forecast_step(
-    trainer: SSDTrainer, lengths: Sequence[int], say: Callable[[str], None]
-) -> Simulation | None:
-    """The time of a step whose micro-batches are as long as these rows make them on average, said.
-
-    None where this machine has no profile, or the model's work could not be counted. lengths: tokens of every row.
-    Raises ProfileError for a profile that is broken.
-    """
-    profile = own_profile()
-    if profile is None or trainer.streamer is None:
-        return None
+def _predicted(rehearsals: Rehearsals, longest_row: int, base_bytes: int) -> Peak:
+    """The peak with the plan that is carried out now."""
+    trainer = rehearsals.trainer
     args: Any = trainer.args
-    rows, num_micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    padded = [max(lengths[i : i + rows]) for i in range(0, len(lengths), rows)]
-    length = round(statistics.mean(padded))
-    work = _rehearsed(trainer, length).work
-    if work is None:
-        return None
-    plan = trainer.streamer.engine.plan
-    found = predict_step(plan, "train", work, profile, num_micro_batches=num_micro_batches)
-    for line in found.lines(rows * length * num_micro_batches, LANE_LABELS):
-        say(line)
-    return found
-
-
-def _rehearsed(trainer: SSDTrainer, length: int) -> Rehearsed:
-    """One micro-batch whose first row has so many tokens and the others one less, so that there is padding to mask."""
-    args: Any = trainer.args
-    row, shorter = (
-        {name: [0] * n for name in ("input_ids", "labels")} for n in (length, length - 1)
+    return predict(
+        trainer.model,
+        rehearsals(longest_row).footprint,
+        num_micro_batches=args.gradient_accumulation_steps,
+        base_bytes=base_bytes,
+        num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), 2),
     )
-    rows = [row, *[shorter] * (args.per_device_train_batch_size - 1)]
-    return rehearse(trainer.model, trainer.data_collator(rows))
 
 
 def _save_ram(trainer: SSDTrainer, peak: Peak, say: Callable[[str], None]) -> None:
     """Holds the heap to the prediction where RAM is short of it, and says where it is not enough."""
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    to_come = max(0, peak.ram_bytes - resident_set_bytes())
-    free = free_ram() // num_processes
+    to_come, free = _to_come(peak), _free_ram()
     if SHORT * to_come > free:
         hold_to(trainer.model, peak)
     if to_come > free:
@@ -103,6 +152,16 @@ def _save_ram(trainer: SSDTrainer, peak: Peak, say: Callable[[str], None]) -> No
             "lower offload.ram, per_device_train_batch_size or gradient_accumulation_steps, or set "
             "offload.block_inputs: nvme"
         )
+
+
+def _to_come(peak: Peak) -> int:
+    """Bytes of RAM that are to be held beyond what is held now."""
+    return max(0, peak.ram_bytes - resident_set_bytes())
+
+
+def _free_ram() -> int:
+    """This process's share."""
+    return free_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _kept_bytes(peak: Peak) -> int:

@@ -252,7 +252,8 @@ def _check_sizes(config: TrainConfig, model: Any, rows: Rows, say: Say) -> None:
 def _train(
     config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, *, base_bytes: int, say: Say
 ) -> TrainResult:
-    from ssdtune.trainer.forecast import forecast, forecast_step
+    from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of, settle
+    from ssdtune.trainer.scheduling import Watch
     from ssdtune.trainer.telemetry import duration
 
     _check_sizes(config, model, rows, say)
@@ -265,13 +266,28 @@ def _train(
         say(f"resuming  {wanted if wanted is not True else config.output_dir}")
     say(_job_line(trainer, rows))
     longest = rows.train.stats.longest_row
-    peak = forecast(trainer, longest_row=longest, base_bytes=base_bytes, say=say)
-    step = forecast_step(trainer, rows.train.lengths(), say)
+    rehearsals, offload = Rehearsals(trainer), config.offload
+    schedule = schedule_of(rehearsals, rows.train.lengths(), depth=offload.prefetch)
+    if settle(
+        rehearsals,
+        schedule,
+        longest_row=longest,
+        base_bytes=base_bytes,
+        is_ram_auto=offload.ram is None,
+    ):
+        for line in model.ssdtune.engine.plan.lines():
+            say(line)
+    peak = forecast(rehearsals, longest_row=longest, base_bytes=base_bytes, say=say)
+    watch = None if schedule is None else Watch(schedule, telemetry, say)
+    if schedule is not None and watch is not None:
+        for line in schedule.lines():
+            say(line)
+        trainer.add_callback(watch)
     started = perf_counter()
     output = trainer.train(resume_from_checkpoint=wanted or None)
     metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}
-    if step is not None:
-        metrics["predicted_step_seconds"] = step.step_s
+    if watch is not None:
+        metrics["predicted_and_measured"] = watch.compared()
     result = _result(config, trainer, telemetry, metrics)
     if args.process_index == 0:
         _write_trace(config.output_dir, result)
@@ -294,7 +310,7 @@ def _make_trainer(
     from ssdtune.trainer.telemetry import MetricsFile, Progress, Telemetry
     from ssdtune.trainer.trainer import SSDTrainer
 
-    telemetry = Telemetry(model.ssdtune.engine)
+    telemetry = Telemetry(model.ssdtune)
     callbacks = [telemetry, Progress(telemetry), MetricsFile(config.output_dir / METRICS_NAME)]
     trainer = SSDTrainer(
         model,
@@ -362,7 +378,7 @@ def _result(
     return TrainResult(
         metrics=metrics,
         log_history=list(history),
-        trace=list(telemetry.engine.trace),
+        trace=list(telemetry.streamer.engine.trace),
         output_dir=config.output_dir,
         was_interrupted=trainer.was_interrupted
         and trainer.state.global_step < trainer.state.max_steps,

@@ -56,11 +56,11 @@ class StepRecord:
 class Telemetry(TrainerCallback):
     """Makes a StepRecord of every step and keeps the engine's trace from growing.
 
-    engine: of the streamed model, None for a model in memory.
+    streamer: of the streamed model, None for a model in memory.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
         self.records: list[StepRecord] = []
         self._mark = perf_counter()
         self._num_tokens = 0
@@ -84,8 +84,9 @@ class Telemetry(TrainerCallback):
             )
         )
         self._mark, self._num_tokens = now, num_tokens
-        if self.engine is not None:
-            trim(self.engine.trace, first_step=self.engine.step - TRACED_STEPS + 1)
+        if self.streamer is not None:
+            engine = self.streamer.engine
+            trim(engine.trace, first_step=engine.step - TRACED_STEPS + 1)
 
     def _restart(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next step begins now: what just ended is no part of it."""
@@ -94,9 +95,10 @@ class Telemetry(TrainerCallback):
     on_evaluate = on_save = on_log = _restart
 
     def _ops_of_step(self) -> list[TraceOp]:
-        if self.engine is None:
+        if self.streamer is None:
             return []
-        return [op for op in list(self.engine.trace) if op.step == self.engine.step]
+        engine = self.streamer.engine
+        return [op for op in list(engine.trace) if op.step == engine.step]
 
     def seconds_left(self, num_steps: int) -> float | None:
         """How long so many more steps take, by the last ones; None before the first."""
@@ -239,24 +241,29 @@ def json_line(row: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------ the end
 
 
+def steady(records: Sequence[StepRecord]) -> Sequence[StepRecord]:
+    """All but the first, which reads what stays; the only one where there is no other."""
+    return records[1:] or records
+
+
 def summary(records: Sequence[StepRecord]) -> dict[str, Any]:
     """Medians over the steady steps, which are all but the first (the only one counts).
 
     ratio_to_limit: step time over the busiest lane's working time; no order of the same work beats 1.
     """
-    steady = records[1:] or records
-    if not steady:
+    counted = steady(records)
+    if not counted:
         return {}
-    seconds = statistics.median(r.seconds for r in steady)
-    lanes = [lane for lane in LANES if any(lane in r.busy_s for r in steady)]
-    busy = {lane: statistics.median(r.busy_s.get(lane, 0.0) for r in steady) for lane in lanes}
+    seconds = statistics.median(r.seconds for r in counted)
+    lanes = [lane for lane in LANES if any(lane in r.busy_s for r in counted)]
+    busy = {lane: statistics.median(r.busy_s.get(lane, 0.0) for r in counted) for lane in lanes}
     found: dict[str, Any] = {
         "step_seconds": seconds,
-        "train_tokens_per_second": sum(r.num_tokens for r in steady)
-        / sum(r.seconds for r in steady),
-        "stall_seconds_per_step": statistics.median(r.stall_s for r in steady),
-        "read_bytes_per_step": round(statistics.median(r.num_bytes_read for r in steady)),
-        "num_misses": sum(r.num_misses for r in steady),
+        "train_tokens_per_second": sum(r.num_tokens for r in counted)
+        / sum(r.seconds for r in counted),
+        "stall_seconds_per_step": statistics.median(r.stall_s for r in counted),
+        "read_bytes_per_step": round(statistics.median(r.num_bytes_read for r in counted)),
+        "num_misses": sum(r.num_misses for r in counted),
         "busy_share": {lane: busy[lane] / seconds for lane in lanes},
     }
     if busy and max(busy.values()) > 0:
@@ -277,10 +284,8 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         losses.append(f"peak RSS {format_size(metrics['peak_rss_bytes'])}{told}")
         lines.append("   ".join(losses))
     if "step_seconds" in metrics:
-        predicted_s = metrics.get("predicted_step_seconds")
-        told = f" ({predicted_s:.3g} s predicted)" if predicted_s else ""
         lines.append(
-            f"step {metrics['step_seconds']:.3g} s{told} · "
+            f"step {metrics['step_seconds']:.3g} s · "
             f"{metrics['train_tokens_per_second']:,.0f} tokens/s · "
             f"reads {format_size(metrics['read_bytes_per_step'])} a step · "
             f"waits {metrics['stall_seconds_per_step']:.2g} s for weights"
@@ -291,6 +296,12 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
             label = LANE_LABELS[metrics["bound_by"]]
             shares.append(f"step / {label} alone {metrics['ratio_to_limit']:.2f}")
         lines.append("busy " + " · ".join(shares))
+    if metrics.get("predicted_and_measured"):
+        told = [
+            f"{LANE_LABELS.get(name, name)} {predicted:.3g}, {measured:.3g} s ({predicted / measured - 1:+.0%})"
+            for name, (predicted, measured) in metrics["predicted_and_measured"].items()
+        ]
+        lines.append(f"predicted, measured: {' · '.join(told)}")
     return lines
 
 

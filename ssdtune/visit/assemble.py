@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ssdtune.schedule.plan import Direction
+from ssdtune.schedule.plan import Direction, Plan
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import make_input_store
 from ssdtune.swap.readers import ReaderPool
@@ -33,7 +34,7 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     model = meta.model
     drafted = draft(meta, options)
     points, groups = drafted.points, drafted.groups
-    plan = drafted.planner.plan()
+    plan = drafted.replanner.plan()
     streamer = Streamer([g.label for g in groups])
     streamer.micro_batch_size = options.micro_batch_size
     streamer.input_store = make_input_store(
@@ -43,13 +44,13 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
         trace=lambda op: streamer.engine.trace.append(op),
         timeout_s=options.timeout_s,
     )
-    pool = ReaderPool(options.storage, num_threads=options.reader_threads)
-    _load_resident(model, drafted.placements, meta, pool, options)
+    with ReaderPool(options.storage, num_threads=options.reader_threads) as pool:
+        _load_resident(model, drafted.placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)
-    streamer.engine = Engine(
-        plan, drafted.recipes, pool, device=options.device, timeout_s=options.timeout_s
-    )
-    streamer.on_step = lambda kind, observed: drafted.planner.after_step(streamer, kind, observed)
+    streamer.open_engine = _Opener(model, drafted.recipes, options)
+    streamer.engine = streamer.open_engine(plan, None)
+    replanner = streamer.replanner = drafted.replanner
+    streamer.on_step = lambda kind, observed: replanner.after_step(streamer, kind, observed)
     block_of = {g_point.module: i for i, g in enumerate(groups) for g_point in g.points}
     for index, point in enumerate(points):
         meeting = Meeting(streamer, index, block_of[point.module], point.module)
@@ -60,9 +61,35 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     stream_class(model)
     if drafted.head is not None and drafted.is_deferred:
         _defer_logits(model, drafted.head, options.chunk_tokens)
-    # A model that is dropped gives its slots and threads back; the engine knows nothing of it.
-    weakref.finalize(model, streamer.engine.close)
     return model
+
+
+class _Opener:
+    """Opens engines for a model's blocks, one at a time. A model that is dropped gives slots and threads back: the
+    engine knows nothing of it."""
+
+    def __init__(
+        self, model: PreTrainedModel, recipes: Sequence[BlockRecipe], options: Options
+    ) -> None:
+        self._model, self._recipes, self._options = weakref.ref(model), recipes, options
+        self._finalizer: Any = None
+
+    def __call__(self, plan: Plan, before: Engine | None) -> Engine:
+        """The engine that carries out `plan`, after another that is closed now."""
+        options = self._options
+        if self._finalizer is not None:
+            self._finalizer()
+        pool = ReaderPool(options.storage, num_threads=options.reader_threads)
+        engine = Engine(
+            plan,
+            self._recipes,
+            pool,
+            device=options.device,
+            timeout_s=options.timeout_s,
+            succeeds=before,
+        )
+        self._finalizer = weakref.finalize(self._model(), engine.close)
+        return engine
 
 
 def _defer_logits(model: PreTrainedModel, head: nn.Module, chunk_tokens: int) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ssdtune.schedule import planner
-from ssdtune.schedule.plan import Budgets, Direction, Plan, Tier
-from ssdtune.schedule.planner import Request, make_plan
+from ssdtune.schedule.plan import Budgets, Direction, Tier
+from ssdtune.schedule.planner import Request
 from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.blocks import Point, find_points
@@ -23,9 +23,7 @@ from ssdtune.visit.build import MetaModel
 from ssdtune.visit.loss import find_head
 from ssdtune.visit.placement import Placements, place
 from ssdtune.visit.recipes import make_recipe
-from ssdtune.visit.streamer import Streamer
-
-MAX_REPLANS = 4  # a model whose order of visits changes from step to step is not followed for ever
+from ssdtune.visit.replanner import Replanner
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A model's blocks as they would be read, and the plan to come.
+    """A model's blocks as they would be read, and who makes their plan.
 
     `groups` and `recipes` are the blocks, one for one. `head`: the module that makes logits, if any; `is_deferred`:
     whether it is the last to be met, so that its loss can be computed chunk by chunk.
@@ -58,7 +56,7 @@ class Draft:
     recipes: list[BlockRecipe]
     head: nn.Module | None
     is_deferred: bool
-    planner: Replanner
+    replanner: Replanner
 
 
 def draft(meta: MetaModel, options: Options) -> Draft:
@@ -87,7 +85,17 @@ def draft(meta: MetaModel, options: Options) -> Draft:
         recipes=recipes,
         head=head,
         is_deferred=is_deferred,
-        planner=Replanner(recipes, options, orders),
+        replanner=Replanner(
+            Request(
+                blocks=tuple(r.shape for r in recipes),
+                orders=orders,
+                budgets=options.budgets,
+                on_device=on_device,
+                prefetch=options.prefetch,
+                block_inputs=options.block_inputs,
+                chunk_tokens=options.chunk_tokens,
+            )
+        ),
     )
 
 
@@ -153,41 +161,3 @@ def _likely_orders(
         for block, _ in reversed(forward[1 : len(forward) - is_deferred])
     ]
     return {"train": [*forward, *backward], "forward": forward}
-
-
-class Replanner:
-    """Makes the plan, and makes it anew from the order of visits that a step really had."""
-
-    def __init__(
-        self,
-        recipes: Sequence[BlockRecipe],
-        options: Options,
-        orders: dict[str, list[tuple[int, Direction]]],
-    ) -> None:
-        self.recipes, self.options, self.orders = recipes, options, orders
-        self.num_replans = 0
-
-    def plan(self) -> Plan:
-        """The plan for the orders known now."""
-        options = self.options
-        return make_plan(
-            Request(
-                blocks=tuple(r.shape for r in self.recipes),
-                orders=self.orders,
-                budgets=options.budgets,
-                on_device=options.device.type != "cpu",
-                prefetch=options.prefetch,
-                block_inputs=options.block_inputs,
-                chunk_tokens=options.chunk_tokens,
-            )
-        )
-
-    def after_step(
-        self, streamer: Streamer, kind: str, observed: list[tuple[int, Direction]]
-    ) -> None:
-        """Follows an order that differs from the plan's: a tower that comes later, a head that needs no backward."""
-        if observed == self.orders[kind] or not observed or self.num_replans >= MAX_REPLANS:
-            return
-        self.orders = {**self.orders, kind: list(observed)}
-        self.num_replans += 1
-        streamer.engine.follow(self.plan())

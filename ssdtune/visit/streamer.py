@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.schedule.plan import Direction
+from ssdtune.schedule.plan import Direction, Plan
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import InputStore, Kept
 from ssdtune.visit.accumulation import AccumulationWatch
 from ssdtune.visit.function import visit
 from ssdtune.visit.meet import Hub
 from ssdtune.visit.placeholder import Placeholder
+from ssdtune.visit.replanner import Replanner
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,6 +97,10 @@ class Streamer:
 
     def __init__(self, blocks: Sequence[str]) -> None:
         self.engine: Engine
+        self.open_engine: Callable[
+            [Plan, Engine | None], Engine
+        ]  # after another for the same blocks, which is closed
+        self.replanner: Replanner
         self.blocks = list(blocks)
         self.step = 0
         self.micro_batch_size: int | None = (
@@ -290,6 +295,18 @@ class Streamer:
             equals.append(tensor)
         tensor._ssdtune_interned = (self.step, found)  # type: ignore[attr-defined]
         return found
+
+    def reopen(self, plan: Plan) -> None:
+        """Another plan with other slots, between steps: the engine is closed, its memory freed, and a new one goes on
+        from its step. What was resident is read again."""
+        assert self._hub is None, "a forward is under way"
+        assert not self._awaits_end, "a backward is under way"
+        self._take_out()
+        before = self.engine
+        before.close()
+        before.free()
+        self._parameters.clear()
+        self.engine = self.open_engine(plan, before)
 
     def close(self) -> None:
         """Stops the engine. The model can't run afterwards."""

@@ -1,0 +1,151 @@
+"""The plan of a training run: the fastest one predicted within the budgets, and a better one where steps come out
+otherwise than predicted.
+
+Without a profile of this machine (`ssdtune probe`) nothing can be predicted and the static plan stays.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from ssdtune.report import LANE_LABELS
+from ssdtune.schedule.cost import Pricing, StepWork
+from ssdtune.schedule.plan import Lane
+from ssdtune.schedule.search import Effort, search
+from ssdtune.sizes import format_size
+from ssdtune.trainer.telemetry import steady
+
+if TYPE_CHECKING:
+    from ssdtune.schedule.planner import Request
+    from ssdtune.schedule.profile import Profile
+    from ssdtune.schedule.search import Found
+    from ssdtune.schedule.simulate import Simulation
+    from ssdtune.trainer.telemetry import StepRecord, Telemetry
+    from ssdtune.visit.streamer import Streamer
+
+MIN_GAIN = 0.02  # of a step's time: less does not pay for reading the resident weights anew
+OFF_BY = 0.05  # a prediction that misses by more is made anew
+WATCHED_STEPS = 4  # steady steps whose median counts
+MAX_CHANGES = 2  # of the plan during a run
+
+
+class Schedule:
+    """A streamed model's plan for one kind of step, priced on this machine.
+
+    Args:
+        streamer: whose plan it is.
+        work: of one micro-batch.
+        profile: the machine's.
+        num_micro_batches: of one optimizer step.
+        num_tokens: of one optimizer step.
+        depth: how many fills may run ahead, where the user said so; None: as many as are best.
+    """
+
+    def __init__(
+        self,
+        streamer: Streamer,
+        work: StepWork,
+        profile: Profile,
+        *,
+        num_micro_batches: int,
+        num_tokens: int,
+        depth: int | None = None,
+    ) -> None:
+        self.streamer, self.work, self.profile = streamer, work, profile
+        self.num_micro_batches, self.num_tokens = num_micro_batches, num_tokens
+        self.factors: dict[Lane, float] = {}
+        self._effort = Effort() if depth is None else Effort(depths=(depth,))
+
+    @property
+    def pricing(self) -> Pricing:
+        """As far as is known now."""
+        return Pricing(
+            self.work,
+            self.profile,
+            num_micro_batches=self.num_micro_batches,
+            factors=self.factors,
+        )
+
+    def predicted(self) -> Simulation:
+        """A steady step of the plan that is carried out now."""
+        return self.pricing.simulation(self.streamer.engine.plan)
+
+    def improve(self, request: Request) -> Found | None:
+        """Carries out the best plan for the request from now on, where it gains enough; None where it does not."""
+        now_s = self.predicted().step_s
+        found = search(request, self.pricing, self._effort)
+        if found.simulation.step_s > (1 - MIN_GAIN) * now_s:
+            return None
+        self.streamer.replanner.adopt(self.streamer, request, found.layout)
+        return found
+
+    def lines(self) -> Iterator[str]:
+        """Yields what a step will take."""
+        yield from self.predicted().lines(self.num_tokens, LANE_LABELS)
+
+
+class Watch(TrainerCallback):
+    """Compares steps with their prediction, corrects it, and changes the plan between steps where another is faster.
+
+    first: the prediction before the first step.
+    """
+
+    def __init__(
+        self, schedule: Schedule, telemetry: Telemetry, say: Callable[[str], None]
+    ) -> None:
+        self.schedule, self.telemetry, self.say = schedule, telemetry, say
+        self.first = schedule.predicted()
+        self.num_changes = 0
+        self._first_change: int | None = None  # records when the first plan was given up
+        self._since = (
+            0  # records before this one were made under another plan, or are no steady steps
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first step reads what stays and learns the order of visits: not steady."""
+        self._since = len(self.telemetry.records) + 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the last steps when there are enough of them."""
+        recent = self.telemetry.records[self._since :]
+        if len(recent) < WATCHED_STEPS or self.num_changes >= MAX_CHANGES:
+            return
+        self._since = len(self.telemetry.records)
+        schedule, before = self.schedule, self.schedule.predicted()
+        measured_s = statistics.median(record.seconds for record in recent)
+        if abs(before.step_s / measured_s - 1) <= OFF_BY:
+            return
+        for lane, predicted_s in before.busy_s.items():
+            busy_s = _busy_s(recent, lane)
+            if predicted_s > 0 and busy_s > 0:
+                schedule.factors[lane] = schedule.factors.get(lane, 1.0) * busy_s / predicted_s
+        found = schedule.improve(schedule.streamer.replanner.request)
+        if found is not None:
+            self.num_changes += 1
+            if self._first_change is None:
+                self._first_change = self._since
+            self._since += 1
+            self.say(
+                f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
+                f"{found.simulation.step_s:.3g} s ({format_size(found.plan.sequences['train'].read_bytes)} read a step)"
+            )
+
+    def compared(self) -> dict[str, tuple[float, float]]:
+        """Predicted and measured seconds of the first plan's step ("step") and of each lane; nothing where there was
+        no step."""
+        records = steady(self.telemetry.records[: self._first_change])
+        if not records:
+            return {}
+        measured_s = statistics.median(record.seconds for record in records)
+        pairs = {"step": (self.first.step_s, measured_s)}
+        for lane, predicted_s in self.first.busy_s.items():
+            pairs[str(lane)] = (predicted_s, _busy_s(records, lane))
+        return {name: pair for name, pair in pairs.items() if min(pair) > 0}
+
+
+def _busy_s(records: Sequence[StepRecord], lane: Lane) -> float:
+    return statistics.median(record.busy_s.get(str(lane), 0.0) for record in records)

@@ -1,0 +1,279 @@
+"""A run takes the plan that is predicted to be the fastest, keeps its bits through a change of plan, and changes it
+where steps come out otherwise than predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_models
+import torch
+
+from ssdtune.data import CausalCollator
+from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.plan import Budgets, Lane, Tier
+from ssdtune.schedule.planner import Choice, layout_of, size_classes
+from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.trainer import SSDConfig, SSDTrainer
+from ssdtune.trainer import forecast as forecast_module
+from ssdtune.trainer.forecast import Rehearsals, schedule_of, settle
+from ssdtune.trainer.scheduling import WATCHED_STEPS, Schedule, Watch
+from ssdtune.trainer.telemetry import StepRecord, Telemetry
+from ssdtune.visit.memory import resident_set_bytes
+
+ROWS, LENGTH, MICRO = 2, 12, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("llama")
+    tiny_models.save(tiny_models.build("llama", dtype=torch.float32), made)
+    return made
+
+
+def a_profile(read_rate: float = 1e9) -> Profile:
+    """A FLOP or a byte takes a nanosecond, but for reading: `read_rate` bytes a second."""
+    rate = [[1, 1e-9], [10**9, 1.0]]
+    content = {
+        "name": "made up",
+        "operators": {"float32": dict.fromkeys(OPERATORS, rate)},
+        "transfers": {
+            "nvme_read": [[1, 1 / read_rate], [10**9, 10**9 / read_rate]],
+            "unpack": rate,
+        },
+    }
+    return profile_from(content, "here")
+
+
+@pytest.fixture
+def make(folder: Path, tmp_path: Path) -> Iterator[Any]:
+    """A trainer of a streamed model with `factor` times the smallest RAM; closed after the test."""
+    opened = []
+
+    def trainer(factor: float = 3.0) -> SSDTrainer:
+        model = support.streamed(folder, factor=factor)
+        opened.append(model)
+        args = SSDConfig(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=ROWS,
+            gradient_accumulation_steps=MICRO,
+            report_to="none",
+            use_cpu=True,
+        )
+        row = {"input_ids": [3] * LENGTH, "labels": [3] * LENGTH}
+        return SSDTrainer(
+            support.with_lora(model), args, CausalCollator(0), train_dataset=[row] * ROWS * MICRO
+        )
+
+    yield trainer
+    for model in opened:
+        model.ssdtune.close()
+
+
+def scheduled(trainer: SSDTrainer, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> Schedule:
+    monkeypatch.setattr(forecast_module, "own_profile", lambda: profile)
+    found = schedule_of(Rehearsals(trainer), [LENGTH] * ROWS)
+    assert found is not None
+    return found
+
+
+def larger(schedule: Schedule, num_layers: float) -> Any:
+    """The request with room for so many layers more."""
+    request = schedule.streamer.replanner.request
+    room = max(b.slot_bytes for b in request.blocks if "layers" in b.name)
+    ram = request.budgets.ram_bytes + int(num_layers * room)
+    return dataclasses.replace(request, budgets=Budgets(ram_bytes=ram))
+
+
+# ------------------------------------------------------------------ another plan between steps
+
+
+def steps(model: Any, num: int, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    losses = []
+    for step in range(num):
+        torch.manual_seed(step)
+        ids = torch.randint(3, 60, (4, LENGTH))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+def trained(folder: Path, reopened: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+    base = support.streamed(folder, factor=1.2)
+    model = support.with_lora(base)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = steps(model, 2, optimizer)
+    streamer: Any = base.ssdtune
+    if reopened:
+        request = streamer.replanner.request
+        ram = 5 * request.budgets.ram_bytes
+        request = dataclasses.replace(request, budgets=Budgets(ram_bytes=ram))
+        classes = size_classes(request.blocks)
+        choice = Choice(
+            classes=classes,
+            num_slots=tuple(min(2, len(members)) for members in classes),
+            prefetch=1,
+            residents=frozenset({2, 4}),
+        )
+        streamer.replanner.adopt(streamer, request, layout_of(request, choice))
+        assert streamer.engine.plan.tiers.count(Tier.RAM) == 2
+    losses += steps(model, 2, optimizer)
+    after = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    streamer.close()
+    return losses, after, streamer
+
+
+def test_another_plan_between_steps_keeps_every_bit(folder: Path) -> None:
+    straight, changed = trained(folder, reopened=False), trained(folder, reopened=True)
+    assert all(torch.equal(a, b) for a, b in zip(straight[0], changed[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(straight[1], changed[1], strict=True))
+
+
+def test_trace_and_steps_go_on_after_a_change_of_plan(folder: Path) -> None:
+    streamer = trained(folder, reopened=True)[2]
+    numbers = [op.step for op in streamer.engine.trace]
+    assert sorted(set(numbers)) == [0, 1, 2, 3, 4], (
+        "what was filled before the first step has number 0"
+    )
+    last = [op for op in streamer.engine.trace if op.step == 4]
+    assert not any(op.is_miss for op in last)
+    assert sum(op.kind == "load" for op in last) < sum(
+        op.kind == "load" for op in streamer.engine.trace if op.step == 2
+    )
+
+
+# ------------------------------------------------------------------ before the first step
+
+
+def test_the_best_plan_is_carried_out_where_it_gains(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = scheduled(make(), a_profile(read_rate=1e7), monkeypatch)
+    before = schedule.predicted()
+    found = schedule.improve(larger(schedule, 4))
+    assert found is not None
+    assert schedule.streamer.engine.plan is not found.plan
+    assert schedule.streamer.engine.plan == found.plan
+    assert schedule.predicted().step_s < 0.98 * before.step_s
+
+
+def test_a_plan_that_gains_nothing_is_left_alone(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = scheduled(make(), a_profile(read_rate=1e15), monkeypatch)
+    engine = schedule.streamer.engine
+    assert schedule.improve(larger(schedule, 4)) is None
+    assert schedule.streamer.engine is engine
+
+
+@pytest.mark.parametrize("free", [10**12, 10**6])
+def test_an_automatic_budget_is_what_the_rest_of_the_peak_leaves(
+    make, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """Without a profile too: with RAM to spare all stays, without it the plan shrinks to what there is."""
+    monkeypatch.setattr(forecast_module, "free_ram", lambda: free)
+    trainer = make(factor=3.0)
+    plan = trainer.streamer.engine.plan
+    changed = settle(
+        Rehearsals(trainer),
+        None,
+        longest_row=LENGTH,
+        base_bytes=resident_set_bytes(),
+        is_ram_auto=True,
+    )
+    now = trainer.streamer.engine.plan
+    if free > 10**9:
+        assert not changed
+        assert now is plan
+    else:
+        assert changed
+        assert now.ram_bytes < plan.ram_bytes
+
+
+def test_a_budget_of_the_users_is_kept(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    schedule = scheduled(trainer, a_profile(read_rate=1e6), monkeypatch)
+    budget = trainer.streamer.engine.plan.budgets
+    settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=10**8, is_ram_auto=False)
+    assert trainer.streamer.engine.plan.budgets == budget
+    assert trainer.streamer.engine.plan.ram_bytes <= budget.ram_bytes
+
+
+# ------------------------------------------------------------------ during the run
+
+
+def records(num: int, seconds: float, busy: dict[str, float]) -> list[StepRecord]:
+    one = StepRecord(
+        step=1,
+        seconds=seconds,
+        num_tokens=1,
+        busy_s=busy,
+        stall_s=0.0,
+        num_bytes_read=0,
+        num_misses=0,
+    )
+    return [one] * num
+
+
+def watched(schedule: Schedule, read_factor: float, num: int) -> tuple[Watch, list[str]]:
+    """A watch that has seen `num` steady steps whose reading took so many times what was predicted."""
+    lines: list[str] = []
+    telemetry = Telemetry(schedule.streamer)
+    watch = Watch(schedule, telemetry, lines.append)
+    first = schedule.predicted()
+    busy = {str(lane): s for lane, s in first.busy_s.items()}
+    busy[str(Lane.NVME_READ)] *= read_factor
+    watch.on_train_begin(None, None, None)
+    telemetry.records += records(1, 99.0, {})
+    for _ in range(num):
+        telemetry.records += records(1, read_factor * first.step_s, busy)
+        watch.on_step_end(None, None, None)
+    return watch, lines
+
+
+def test_steps_as_predicted_change_nothing(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = scheduled(make(), a_profile(), monkeypatch)
+    watch, lines = watched(schedule, 1.04, 3 * WATCHED_STEPS)
+    assert (watch.num_changes, lines, schedule.factors) == (0, [], {})
+    compared = watch.compared()
+    assert compared["step"][1] == pytest.approx(1.04 * compared["step"][0])
+
+
+def test_slow_reading_corrects_the_prediction_and_changes_the_plan(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first reading is hidden and nothing needs to stay; then it takes a hundred times as long."""
+    schedule = scheduled(make(), a_profile(read_rate=1e12), monkeypatch)
+    replanner = schedule.streamer.replanner
+    replanner.request = larger(schedule, 4)
+    watch, lines = watched(schedule, 1e5, WATCHED_STEPS)
+    assert watch.num_changes == 1
+    assert "replanned" in lines[0]
+    assert schedule.factors[Lane.NVME_READ] == pytest.approx(1e5)
+    assert schedule.factors[Lane.COMPUTE] == pytest.approx(1.0)
+    assert schedule.streamer.engine.plan.ram_bytes <= replanner.request.budgets.ram_bytes
+
+
+def test_it_is_seen_in_a_real_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make
+) -> None:
+    """A profile that is far off: the real steps correct it, and the run still ends with finite losses."""
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    save_profile(a_profile(), own_profile_path())
+    trainer = make()
+    trainer.args.max_steps = WATCHED_STEPS + 3
+    schedule = schedule_of(Rehearsals(trainer), [LENGTH] * ROWS)
+    assert schedule is not None
+    telemetry = Telemetry(trainer.streamer)
+    lines: list[str] = []
+    watch = Watch(schedule, telemetry, lines.append)
+    trainer.add_callback(telemetry)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert set(schedule.factors) >= {Lane.COMPUTE, Lane.NVME_READ}
+    compared = watch.compared()
+    assert set(compared) >= {"step", "compute", "nvme_read"}
+    assert all(min(pair) > 0 for pair in compared.values())
