@@ -125,9 +125,16 @@ def plan(
 
 def stream_arguments(config: TrainConfig) -> dict[str, Any]:
     """The keywords of `stream` and `plan` that a configuration stands for."""
-    arguments: dict[str, Any] = {
+    return {
         "offload": config.offload,
         "micro_batch_size": config.per_device_train_batch_size,
+        **build_arguments(config),
+    }
+
+
+def build_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Those of them that say which model is built, and how."""
+    arguments: dict[str, Any] = {
         "dtype": config.dtype,
         "revision": config.model_revision,
         "trust_remote_code": config.trust_remote_code,

@@ -30,6 +30,16 @@ CONFIG.yaml holds keys of those below. Each is a flag too and then beats the fil
 --lora-r=32, --bf16, --offload.ram 300MB, --dataset data/chats.jsonl. Without CONFIG.yaml the
 required keys are flags. `ssdtune plan` takes the same arguments and trains nothing.
 """
+PLAN_USAGE = """\
+ssdtune plan CONFIG.yaml [--key value …] [--model FOLDER|config.json] [--timeline FILE] [--json]
+
+Will it fit, how fast, what limits it, what does it write to the drive. Reads the model's headers and
+some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as for `ssdtune train`.
+
+  --model FOLDER|config.json   instead of the configuration's; a config.json alone is enough
+  --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
+  --json                       the answer as one JSON object
+"""
 LATER = ("pack", "data", "eval", "merge", "trace", "replay")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -93,20 +103,29 @@ def _train(words: list[str]) -> object:
 
 
 def _plan(words: list[str]) -> object:
-    loaded = _load(words)
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="ssdtune plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    parser.add_argument("--timeline", type=Path)
+    parser.add_argument("--json", action="store_true")
+    arguments, rest = parser.parse_known_args(words)
+    loaded = _load(rest, PLAN_USAGE, says_notes=not arguments.json)
     if loaded is None:
         return 0
     from ssdtune.planning import print_plan
 
-    return print_plan(loaded)
+    return print_plan(
+        loaded, model=arguments.model, timeline=arguments.timeline, as_json=arguments.json
+    )
 
 
-def _load(words: list[str]):
+def _load(words: list[str], usage: str = TRAIN_USAGE, *, says_notes: bool = True):
     """The configuration of `CONFIG.yaml [--flags]`, its notes printed; None where help was."""
     from ssdtune.config import help_text, load_config
 
     if {"-h", "--help"} & set(words):
-        print(f"{TRAIN_USAGE}\n{help_text()}", flush=True)
+        print(f"{usage}\n{help_text()}", flush=True)
         return None
     has_file = bool(words) and not words[0].startswith("-")
     path, flags = (Path(words[0]), words[1:]) if has_file else (None, words)
@@ -116,7 +135,9 @@ def _load(words: list[str]):
             "`ssdtune train --help` lists all keys."
         )
     loaded = load_config(path, flags)
-    if os.environ.get("RANK", "0") == "0":  # once, however many processes torchrun started
+    if (
+        says_notes and os.environ.get("RANK", "0") == "0"
+    ):  # once, however many processes torchrun started
         for note in loaded.notes:
             print(f"note: {note}", flush=True)
     return loaded

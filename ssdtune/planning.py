@@ -1,85 +1,404 @@
-"""`ssdtune plan`: what would be where, and when. No weights are read, nothing is trained."""
+"""`ssdtune plan`: will it fit, how fast, what limits it, what does it cost the drive. Nothing is read but headers and
+rows; nothing is trained."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.report import LANE_LABELS, hush_libraries, say
+from ssdtune.errors import SSDTuneError
+from ssdtune.report import LANE_LABELS, duration, format_table, say
+from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
+from ssdtune.schedule.plan import Lane, Tier
+from ssdtune.schedule.trace import TraceOp
 from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
-    from ssdtune.api import Planned
-    from ssdtune.config import Loaded, Offload, TrainConfig
+    from ssdtune.config import Loaded, TrainConfig
+    from ssdtune.schedule.job import Job
+    from ssdtune.schedule.machine import Machine
+    from ssdtune.schedule.simulate import Simulation
+
+LETTERS = "ABCDEFGHIJ"
+BAR_CELLS = 10  # of the longest lane
+COLUMNS = ("", "", "VRAM", "RAM", "drive", "writes", "s/step", "tok/s", "total", "")
+EXIT_DOES_NOT_FIT = 1
 
 
-def print_plan(loaded: Loaded) -> int:
-    """Prints the plan of a configuration's training step; returns 0. `loaded.notes` are the caller's.
+class PlanningError(SSDTuneError):
+    """Nothing that could be planned; the message names the argument."""
 
-    Raises SSDTuneError, as training would before it starts: PlanError where a budget is too small.
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run the job. words: what is special; flags: the keys that say so to `ssdtune train`."""
+
+    words: str
+    flags: str
+    found: Outcome | Refusal
+
+
+def print_plan(
+    loaded: Loaded,
+    *,
+    hardware: Sequence[str] = (),
+    model: str | None = None,
+    timeline: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Prints what the job comes to on each machine; returns 0, or EXIT_DOES_NOT_FIT where it fits none.
+
+    hardware: machines that one does not have, else this one. model: a folder or config.json instead of the
+    configuration's. timeline: a PNG or JSON file for the lanes of a step. as_json: one object on standard output.
+    Raises SSDTuneError as training would before it starts.
     """
-    from transformers.utils import logging
+    from ssdtune.jobs import Source, job_of
+    from ssdtune.machines import own_machine
 
-    from ssdtune.api import plan, stream_arguments
-
-    logging.set_verbosity_error()
-    hush_libraries()
     config = loaded.config
-    planned = plan(config.model_name_or_path, **stream_arguments(config))
-    told = itertools.chain(plan_lines(planned, config.offload), prediction_lines(planned, config))
-    for line in told:  # the plan is there before its time is worked out
-        say(line)
-    return 0
+    machines = [own_machine(config.offload.path or config.output_dir)]
+    tables: list[dict[str, Any]] = []
+    ways: list[Way] = []
+    fits = False
+    for machine in machines:
+        source = Source.of(config, model, on_device=machine.device is not None)
+        job = job_of(source)
+        ways = list(ways_of(job, machine, config))
+        fits = fits or any(isinstance(way.found, Outcome) for way in ways)
+        if as_json:
+            tables.append(as_mapping(job, machine, ways))
+            continue
+        for line in lines_of(job, machine, ways, loaded):
+            say(line)
+    if timeline is not None:
+        draw(ways, timeline, say=None if as_json else say)
+    if as_json:
+        say(json.dumps(tables[0] if len(tables) == 1 else tables, indent=1))
+    return 0 if fits else EXIT_DOES_NOT_FIT
 
 
-def prediction_lines(planned: Planned, config: TrainConfig) -> Iterator[str]:
-    """Yields what a step of rows of `max_length` would take on this machine, where it has been measured.
+# ------------------------------------------------------------------ ways
 
-    Raises ProfileError for a profile that is broken.
-    """
-    import torch
 
-    from ssdtune.peft import attach, lora_config
-    from ssdtune.profiles import own_profile
-    from ssdtune.schedule.cost import predict_step
-    from ssdtune.visit.rehearsal import rehearse_draft
-
-    profile = own_profile()
-    if profile is None:
-        yield "predicted nothing: measure this machine with `ssdtune probe`, then plans tell times"
+def ways_of(job: Job, machine: Machine, config: TrainConfig) -> Iterator[Way]:
+    """Yields the job as configured, then what may be better: fewer or more tokens a step, inputs elsewhere."""
+    base = _configured(job, machine, config)
+    first = outcome(job, machine, base)
+    yield Way("as configured", "", first)
+    if isinstance(first, Refusal):
+        change = smallest_change(job, machine, base)
+        if change is not None:
+            words, found = change
+            yield Way(words, _flags(words), found)
         return
-    base: Any = planned.meta.model
-    rows = config.per_device_train_batch_size
-    with torch.device("meta"):  # adapters too have no memory yet
-        adapted = attach(base, lora_config(config, base))
-    batch = {"input_ids": torch.zeros(rows, config.max_length, dtype=torch.long)}
-    rehearsed = rehearse_draft(adapted, planned.draft, planned.options, batch)
-    if rehearsed.work is None:
-        yield f"predicted nothing: the model's work can't be counted ({rehearsed.footprint.how})"
-        return
-    num_micro_batches = config.gradient_accumulation_steps
-    found = predict_step(
-        planned.plan, "train", rehearsed.work, profile, num_micro_batches=num_micro_batches
+    other = first.hidden_at
+    if other is not None and other != base.micro_batches and job.num_steps is None:
+        words = f"gradient_accumulation_steps: {other}"
+        changed = dataclasses.replace(base, micro_batches=other)
+        yield Way(words, _flags(words), outcome(job, machine, changed))
+    if base.block_inputs is not Tier.NVME:
+        words = "offload.block_inputs: nvme"
+        changed = dataclasses.replace(base, block_inputs=Tier.NVME)
+        yield Way(words, _flags(words), outcome(job, machine, changed))
+
+
+def _configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
+    offload = config.offload
+    tier = Tier.DEVICE if offload.block_inputs == "auto" else Tier(offload.block_inputs)
+    if tier is Tier.RAM and machine.device is None:
+        tier = Tier.DEVICE  # the same memory
+    return Choices(
+        micro_batches=job.micro_batches,
+        block_inputs=tier,
+        ram_bytes=offload.ram,
+        device_bytes=offload.vram,
+        depths=(1, 2, 3, 4) if offload.prefetch is None else (offload.prefetch,),
     )
-    tokens = rows * config.max_length * num_micro_batches
-    yield from found.lines(tokens, LANE_LABELS)
 
 
-def plan_lines(planned: Planned, offload: Offload) -> Iterator[str]:
-    """Yields the plan with what it was made from: model, device, storage, budgets."""
-    meta, options, plan = planned.meta, planned.options, planned.plan
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in meta.model.parameters()})
-    num = sum(p.numel() for p in meta.model.parameters())
-    yield f"model     {type(meta.model).__name__} · {num / 1e9:.3g} B parameters · {', '.join(dtypes)}"
-    yield f"files     {len(meta.checkpoint.files)} in {meta.folder}"
-    yield f"storage   {options.storage.name} · {options.reader_threads} reader threads"
-    yield _budget("RAM", plan.budgets.ram_bytes, offload.ram)
-    if plan.on_device:
-        yield _budget("VRAM", plan.budgets.device_bytes, offload.vram)
-    yield from plan.lines()
+def _flags(words: str) -> str:
+    """ "offload.ram: auto, a: 2" -> "--offload.ram auto --a 2"."""
+    pairs = (part.split(": ") for part in words.split(", "))
+    return " ".join(f"--{key} {value}" for key, value in pairs)
 
 
-def _budget(name: str, num_bytes: int, wanted: int | None) -> str:
-    how = "auto, a share of what is free now" if wanted is None else f"offload.{name.lower()}"
-    return f"budget    {format_size(num_bytes)} of {name} ({how})"
+# ------------------------------------------------------------------ text
+
+
+def lines_of(job: Job, machine: Machine, ways: Sequence[Way], loaded: Loaded) -> Iterator[str]:
+    """Yields the whole answer as a person reads it."""
+    yield f"machine   {machine_line(machine)}"
+    yield f"model     {model_line(job)}"
+    yield f"job       {job_line(job)}"
+    yield f"data      {data_line(job)}"
+    yield format_table([row(job, way, LETTERS[i]) for i, way in enumerate(ways)], header=COLUMNS)
+    best = next(((i, w.found) for i, w in enumerate(ways) if isinstance(w.found, Outcome)), None)
+    if best is None:
+        refused = ways[0].found
+        assert isinstance(refused, Refusal)
+        yield f"does not fit: {refused.why}"
+        return
+    letter, found = LETTERS[best[0]], best[1]
+    if found.simulation is not None:
+        yield f"{letter} a step: {lanes_line(found.simulation)}"
+        yield f"{letter}         {limit_line(found)}"
+    elif machine.profile is None:
+        yield "times are not known: measure this machine with `ssdtune probe`"
+    else:
+        yield f"times are not known: the model's work can't be counted ({job.footprint.how})"
+    for where, parts in (("RAM", found.peak.ram), ("VRAM", found.peak.device)):
+        if parts:
+            yield f"{letter} {where}: {parts_line(found, parts)}"
+    path = "" if loaded.path is None else f" {loaded.path}"
+    yield f"next: ssdtune train{path} {ways[best[0]].flags}".rstrip()
+
+
+def machine_line(machine: Machine) -> str:
+    """What it has."""
+    parts = [machine.name]
+    if machine.device is not None:
+        parts.append(f"{machine.device.name} {_gb(machine.device.memory_bytes)} GB free")
+    parts.append(f"RAM {_gb(machine.ram_bytes)} GB free")
+    drive = machine.drive
+    told = [] if drive.free_bytes is None else [f"{_gb(drive.free_bytes)} GB free"]
+    if machine.profile is not None and "nvme_read" in machine.profile.transfers:
+        told.append(f"{machine.profile.transfers['nvme_read'].rate / 1e9:.1f} GB/s read")
+    if drive.endurance_bytes:
+        told.append(f"{drive.endurance_bytes / 1e12:,.0f} TBW")
+    return " · ".join([*parts, f"{drive.name} {', '.join(told)}"])
+
+
+def model_line(job: Job) -> str:
+    """Its size and how it is cut."""
+    sizes: dict[int, int] = {}
+    for block in job.blocks:
+        sizes[block.slot_bytes] = sizes.get(block.slot_bytes, 0) + 1
+    size, count = max(sizes.items(), key=lambda item: item[1])
+    total = sum(block.slot_bytes for block in job.blocks)
+    return (
+        f"{job.model} · {job.num_parameters / 1e9:.4g} B · {job.dtype} {format_size(total)} · "
+        f"{len(job.blocks)} blocks, {count} of {format_size(size)}"
+    )
+
+
+def job_line(job: Job) -> str:
+    """Method, tokens, steps."""
+    about = "≈ " if job.data.is_estimate else ""
+    parts = [
+        f"{job.method}, {job.num_trained / 1e6:,.1f} M trainable",
+        f"{about}{job.tokens(job.micro_batches):,.0f} tokens/step "
+        f"({job.micro_batches} micro-batches × {job.rows_at_once} rows)",
+    ]
+    if job.num_steps is not None:
+        parts.append(f"{job.num_steps:,} steps")
+    elif job.data.num:
+        parts.append(f"{job.num_epochs:g} epochs = {about}{job.steps(job.micro_batches):,} steps")
+    return " · ".join(parts)
+
+
+def data_line(job: Job) -> str:
+    """Rows, tokens, padding."""
+    if not job.data.num:
+        return f"not here: every row is taken to be {job.data.longest:,} tokens long"
+    data, about = job.data, "≈ " if job.data.is_estimate else ""
+    return (
+        f"{data.num:,} rows → {about}{data.num * data.mean_tokens:,.0f} tokens · longest {data.longest:,} · "
+        f"trained on {data.trained_share:.0%} · padding {1 - data.mean_tokens / data.padded_tokens:.0%}"
+    )
+
+
+def row(job: Job, way: Way, letter: str) -> list[str]:
+    """One line of the table."""
+    found = way.found
+    if isinstance(found, Refusal):
+        return ["–", way.words, *[""] * 7, f"does not fit: {found.why}"]
+    peak, step = found.peak, found.simulation
+    return [
+        letter,
+        way.words,
+        f"{_gb(peak.device_bytes)} GB" if peak.device else "",
+        f"{_gb(peak.ram_bytes)} GB",
+        f"{_gb(_on_drive(job, found))} GB",
+        format_size(round(found.written_bytes)),
+        "" if step is None else f"{step.step_s:.3g}",
+        "" if step is None else f"{found.tokens / step.step_s:,.0f}",
+        "" if found.total_s is None or not _knows_steps(job) else duration(found.total_s),
+        "" if step is None else verdict(found),
+    ]
+
+
+def _knows_steps(job: Job) -> bool:
+    return job.num_steps is not None or job.data.num > 0
+
+
+def _on_drive(job: Job, found: Outcome) -> float:
+    """The model's own files, block inputs, two checkpoints."""
+    model = sum(block.file_bytes for block in job.blocks)
+    return model + sum(found.peak.nvme.values()) + 2 * 3 * job.fixed.trained_bytes
+
+
+def verdict(found: Outcome) -> str:
+    """What limits it."""
+    assert found.simulation is not None
+    if not found.plan.sequences["train"].read_bytes:
+        return "all weights stay: compute-bound"
+    if found.is_hidden:
+        return "compute-bound, reading hidden"
+    lane = LANE_LABELS[found.simulation.bound_by]
+    more = f": hidden from {found.hidden_at} micro-batches on" if found.hidden_at else ""
+    return f"{lane}-bound{more}"
+
+
+def lanes_line(step: Simulation) -> str:
+    """The lanes, the longest drawn as BAR_CELLS."""
+    longest = max(step.busy_s.values())
+    told: list[str] = []
+    for lane, seconds in sorted(step.busy_s.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            read = sum(e.op.num_bytes for e in step.ops if e.op.lane is lane)
+            size = f"{format_size(read)} " if lane is not Lane.COMPUTE and read else ""
+            bar = "▇" * max(1, round(BAR_CELLS * seconds / longest))
+            told.append(f"{LANE_LABELS[lane]} {size}{seconds:.3g} s {bar}")
+    return "  ".join(told)
+
+
+def limit_line(found: Outcome) -> str:
+    """Step against its bounds, and the tokens that hide reading."""
+    step = found.simulation
+    assert step is not None
+    stalls = sum(step.stall_s.values())
+    parts = [
+        f"waits {stalls:.2g} s",
+        f"step / longest lane {step.step_s / step.one_pass_s:.2f}",
+        f"step / longest lane of each pass {step.step_s / step.two_pass_s:.2f}",
+    ]
+    if found.hidden_at is not None:
+        tokens = found.tokens / found.choices.micro_batches * found.hidden_at
+        parts.append(f"reading is hidden from {tokens:,.0f} tokens a step on")
+    return " · ".join(parts)
+
+
+def parts_line(found: Outcome, parts: Any) -> str:
+    """The parts of a peak, the largest first."""
+    resident = sum(tier is not Tier.NVME for tier in found.plan.tiers)
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    told = [f"{name} {format_size(n)}" for name, n in ordered if n > 0.02 * sum(parts.values())]
+    return " · ".join([*told, f"{resident} of {len(found.plan.blocks)} blocks stay"])
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f}" if num_bytes >= 1e8 else f"{num_bytes / 1e9:,.3f}"
+
+
+# ------------------------------------------------------------------ machines may read it too
+
+
+def as_mapping(job: Job, machine: Machine, ways: Sequence[Way]) -> dict[str, Any]:
+    """The answer as plain values; bytes and seconds."""
+    return {
+        "machine": {
+            "name": machine.name,
+            "ram_bytes": machine.ram_bytes,
+            "device": None if machine.device is None else machine.device.name,
+            "device_bytes": machine.device_bytes,
+            "profile": None if machine.profile is None else machine.profile.name,
+        },
+        "model": job.model,
+        "num_parameters": job.num_parameters,
+        "num_trained": job.num_trained,
+        "data": dataclasses.asdict(job.data),
+        "ways": [_way(job, way) for way in ways],
+    }
+
+
+def _way(job: Job, way: Way) -> dict[str, Any]:
+    found = way.found
+    told: dict[str, Any] = {"words": way.words, "flags": way.flags}
+    if isinstance(found, Refusal):
+        return {**told, "fits": False, "why": found.why}
+    step = found.simulation
+    told |= {
+        "fits": True,
+        "tokens_per_step": found.tokens,
+        "num_steps": found.num_steps if _knows_steps(job) else None,
+        "ram_bytes": found.peak.ram_bytes,
+        "device_bytes": found.peak.device_bytes,
+        "written_bytes": found.written_bytes,
+        "hidden_at_micro_batches": found.hidden_at,
+        "read_bytes_per_step": found.plan.sequences["train"].read_bytes,
+    }
+    if step is not None:
+        told |= {
+            "step_s": step.step_s,
+            "bound_by": str(step.bound_by),
+            "busy_s": {str(lane): s for lane, s in step.busy_s.items()},
+            "stall_s": {str(kind): s for kind, s in step.stall_s.items()},
+            "one_pass_s": step.one_pass_s,
+            "two_pass_s": step.two_pass_s,
+        }
+    return told
+
+
+def draw(ways: Sequence[Way], path: Path, say: Any) -> None:
+    """The lanes of the first way's step as a picture, or as trace events for Perfetto. Raises PlanningError."""
+    found = next((way.found for way in ways if isinstance(way.found, Outcome)), None)
+    if found is None or found.simulation is None:
+        raise PlanningError(
+            "--timeline: there is no step to draw: nothing fits, or no times are known."
+        )
+    if path.suffix == ".json":
+        from ssdtune.durable import write_file_atomically
+
+        write_file_atomically(path, json.dumps({"traceEvents": events(found.simulation)}).encode())
+    elif path.suffix == ".png":
+        from ssdtune.report import draw_timeline
+
+        draw_timeline(traced(found.simulation), path, step=1)
+    else:
+        raise PlanningError(f"--timeline {path}: give a name that ends with .png or .json.")
+    if say is not None:
+        say(f"lanes     {path}")
+
+
+def traced(step: Simulation) -> list[TraceOp]:
+    """The step as if it had run."""
+    first = min(each.start_s for each in step.ops)
+    return [
+        TraceOp(
+            op_id=each.op.id,
+            kind=each.op.kind,
+            lane=each.op.lane,
+            block=each.op.block,
+            direction=each.op.direction,
+            step=1,
+            start_s=each.start_s - first,
+            end_s=each.end_s - first,
+            num_bytes=each.op.num_bytes,
+        )
+        for each in step.ops
+    ]
+
+
+def events(step: Simulation) -> list[dict[str, Any]]:
+    """Trace events (the Chrome format, which Perfetto opens): one row per lane, microseconds."""
+    lanes = list(step.busy_s)
+    first = min(each.start_s for each in step.ops)
+    named = [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": i, "args": {"name": LANE_LABELS[lane]}}
+        for i, lane in enumerate(lanes)
+    ]
+    return named + [
+        {
+            "name": f"{each.op.kind} {each.op.block} {each.op.direction}",
+            "ph": "X",
+            "pid": 1,
+            "tid": lanes.index(each.op.lane),
+            "ts": 1e6 * (each.start_s - first),
+            "dur": 1e6 * (each.end_s - each.start_s),
+            "args": {"bytes": each.op.num_bytes, "op": each.op.id},
+        }
+        for each in step.ops
+    ]

@@ -141,6 +141,16 @@ def format_table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ()
     return "\n".join(lines)
 
 
+def duration(seconds: float) -> str:
+    """34_560 -> "9 h 36 m", 75 -> "1 m 15 s", 3.25 -> "3.2 s"."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} m {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} m"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes, for the table that ends a run. None: not known, not printed.

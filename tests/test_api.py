@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import ssdtune
-from ssdtune import api, planning
+from ssdtune import api
 from ssdtune.api import OffloadError, choose, options_for
 from ssdtune.config import load_config
 from ssdtune.schedule.plan import PlanError, Tier
@@ -191,24 +191,6 @@ def loaded(folder: Path, tmp_path: Path, *flags: str) -> Any:
     path = tmp_path / "train.yaml"
     path.write_text(f"model_name_or_path: {folder}\ndataset: x.jsonl\noutput_dir: {tmp_path}/run\n")
     return load_config(path, flags)
-
-
-def test_print_plan_shows_model_budget_and_plan(
-    wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = loaded(wide, tmp_path, "--offload.ram", "10MB")
-    assert planning.print_plan(config) == 0
-    text = capsys.readouterr().out
-    planned = api.plan(wide, offload=config.config.offload)
-    assert "LlamaForCausalLM" in text
-    assert "budget    10.0 MB of RAM (offload.ram)" in text
-    assert "\n".join(planned.plan.lines()) in text
-    assert not (tmp_path / "run").exists(), "a plan writes nothing"
-
-
-def test_print_plan_refuses_what_training_would(wide: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="smallest that works"):
-        planning.print_plan(loaded(wide, tmp_path, "--offload.ram", "2MB"))
 
 
 def test_the_plan_is_made_of_the_keywords_that_training_uses(

@@ -18,6 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             ["__main__", "quickstart"],  # entry points beside each other
             ["cli"],
             ["generate", "planning", "doctor", "pace", "probe"],
+            ["jobs", "machines"],
             ["trainer"],
             ["api", "profiles"],
             ["peft", "zeroth_order", "full"],
@@ -37,7 +38,7 @@ ASIDE = {  # besides itself and the leaves, what each of these may import
     "assets": frozenset[str](),
 }
 USERS = CONFIG | {"data", "report", "assets"}  # for layers that know of users
-KNOW_OF_USERS = frozenset().union(*LAYERS[:6])  # everything above the visits
+KNOW_OF_USERS = frozenset().union(*LAYERS[:7])  # everything above the visits
 HEAVY = frozenset({"torch", "transformers", "numpy", "datasets", "peft", "accelerate"})
 IMPURE = HEAVY | {"os", "pathlib", "time", "io", "threading", "subprocess", "random", "safetensors"}
 

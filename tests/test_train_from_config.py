@@ -33,11 +33,12 @@ from ssdtune.config import load_config
 from ssdtune.data import CausalCollator, DataError, load_dataset_rows, tokenize_rows
 from ssdtune.durable import DurableError, lock_folder
 from ssdtune.generate import GenerateError, generate_from_run
+from ssdtune.report import duration
 from ssdtune.trainer import run as run_module
 from ssdtune.trainer import train_from_config
 from ssdtune.trainer.checkpoint import CheckpointError, fault_of, steps_of
 from ssdtune.trainer.run import RunError
-from ssdtune.trainer.telemetry import TRACED_STEPS, duration
+from ssdtune.trainer.telemetry import TRACED_STEPS
 
 STEPS = 5
 RAM = 2_500_000  # of 3.4 MB of weights

@@ -69,6 +69,12 @@ class DatasetRows:
         origins = replace(self.origins, positions=self.origins.positions[order])
         return replace(self, dataset=self.dataset.select(order), origins=origins)
 
+    def first(self, num: int) -> DatasetRows:
+        """The first `num` rows, or all."""
+        num = min(num, len(self))
+        origins = replace(self.origins, positions=self.origins.positions[:num])
+        return replace(self, dataset=self.dataset.select(range(num)), origins=origins)
+
 
 def load_dataset_rows(spec: Any, *, seed: int | None = None) -> DatasetRows:
     """Open one entry of `dataset:` or `eval_dataset:`.

@@ -19,6 +19,9 @@ LIBRARY_BYTES = 20 * 2**20
 # Without a device activations come from the C library's heap, which keeps holes between them. `HeapKeeper`
 # (visit/memory.py) gives them back when they pass half of this share of all else; more come within a pass.
 HOLES_SHARE = 0.06
+# Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
+NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
+MOST_STATES = 2  # of all others
 SMALL_SHARE = 0.02  # of a total: smaller parts are not told
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.memory import free_ram
 from ssdtune.profiles import own_profile
-from ssdtune.schedule.memory import INPUTS
+from ssdtune.schedule.memory import INPUTS, MOST_STATES, NUM_STATES
 from ssdtune.schedule.plan import Budgets
 from ssdtune.schedule.planner import smallest_budgets
 from ssdtune.sizes import format_size
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ssdtune.schedule.memory import Peak
     from ssdtune.trainer.trainer import SSDTrainer
 
-# Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
-NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 AUTO_SHARE = 0.8  # of the RAM that nothing else is predicted to take
 SHORT = 1.3  # RAM is short where less than so many times what is predicted is free
 
@@ -137,7 +135,7 @@ def _predicted(rehearsals: Rehearsals, longest_row: int, base_bytes: int) -> Pea
         rehearsals(longest_row).footprint,
         num_micro_batches=args.gradient_accumulation_steps,
         base_bytes=base_bytes,
-        num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), 2),
+        num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), MOST_STATES),
     )
 
 

@@ -254,7 +254,6 @@ def _train(
 ) -> TrainResult:
     from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of, settle
     from ssdtune.trainer.scheduling import Watch
-    from ssdtune.trainer.telemetry import duration
 
     _check_sizes(config, model, rows, say)
     trainer, telemetry = _make_trainer(config, args, rows, model)
@@ -296,7 +295,7 @@ def _train(
         say(f"saved     {folder} in {seconds:.1f} s. Resume: {_resume_command(config)}")
         return result
     _save_result(config, trainer, rows, result)
-    say(f"done      {config.output_dir}   {duration(perf_counter() - started)}")
+    say(f"done      {config.output_dir}   {report.duration(perf_counter() - started)}")
     return result
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ssdtune.durable import write_file_atomically
-from ssdtune.report import LANE_LABELS, LANES, say
+from ssdtune.report import LANE_LABELS, LANES, duration, say
 from ssdtune.schedule.plan import Lane
 from ssdtune.schedule.trace import TraceOp, lane_seconds, read_bytes, stall_seconds
 from ssdtune.sizes import format_size
@@ -197,16 +197,6 @@ def progress_line(
     if left_s is not None and state.global_step < state.max_steps:
         parts.append(f"ETA {duration(left_s)}")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """34_560 -> "9 h 36 m", 75 -> "1 m 15 s", 3.25 -> "3.2 s"."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} m {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} m"
 
 
 # ------------------------------------------------------------------ metrics.jsonl

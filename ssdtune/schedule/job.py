@@ -1,0 +1,154 @@
+"""A training job as the planner sees it: blocks, their order, their work, bytes. Plain values, kept as JSON.
+
+Whoever has read a model's config and headers once (`ssdtune/jobs.py`) need not do so again to plan for another budget
+or another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ssdtune.schedule.cost import StepWork, Work
+from ssdtune.schedule.memory import Fixed, Footprint
+from ssdtune.schedule.plan import BlockShape, Direction
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A data set in numbers.
+
+    num: rows. mean_tokens: of a row, padding left out. padded_tokens: of a row as its micro-batch pads it, on average.
+    longest: tokens. trained_share: of the tokens, those in the loss. is_estimate: from the first rows, not all; or
+    there is no data at all and every row is `longest`.
+    """
+
+    num: int
+    mean_tokens: float
+    padded_tokens: float
+    longest: int
+    trained_share: float
+    is_estimate: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is trained on what.
+
+    Attributes:
+        model: its name. architecture: its class. dtype: of most weights. num_parameters, num_trained: counts.
+        blocks, orders: as a `planner.Request` has them.
+        work: of one micro-batch of rows of `data.padded_tokens`; None where it can't be counted.
+        footprint: of one micro-batch of the longest rows.
+        fixed: bytes that do not depend on the batch; its `base_bytes` is an assumption.
+        rows_at_once: of one micro-batch. micro_batches: of one optimizer step.
+        num_steps: of the run; None: as many as the data have.
+        num_epochs: over the data.
+        chunk_tokens: positions whose logits exist at once.
+        method: in words. data: the rows.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    num_parameters: int
+    num_trained: int
+    blocks: tuple[BlockShape, ...]
+    orders: Mapping[str, Sequence[tuple[int, Direction]]]
+    work: StepWork | None
+    footprint: Footprint
+    fixed: Fixed
+    rows_at_once: int
+    micro_batches: int
+    num_steps: int | None
+    num_epochs: float
+    chunk_tokens: int
+    method: str
+    data: Rows
+
+    def tokens(self, micro_batches: int) -> float:
+        """Of one step of so many micro-batches, padding left out."""
+        return micro_batches * self.rows_at_once * self.data.mean_tokens
+
+    def steps(self, micro_batches: int) -> int:
+        """Of the run with so many micro-batches a step; a limit in steps is for the job's own number of them."""
+        if self.num_steps is not None:
+            return max(1, round(self.num_steps * self.micro_batches / micro_batches))
+        return max(
+            1, -(-round(self.num_epochs * self.data.num) // (micro_batches * self.rows_at_once))
+        )
+
+    def to_json(self) -> str:
+        """All of it; `job_from` gives an equal one."""
+        works = _Numbered()
+        passes: dict[str, list[Any]] = {}
+        if self.work is not None:
+            for kind, visits in self.work.passes.items():
+                passes[kind] = [
+                    [block, direction, [works.place(each) for each in each_turn]]
+                    for (block, direction), each_turn in visits.items()
+                ]
+            between = works.place(self.work.between)
+            work = {"passes": passes, "between": between, "dtype": self.work.dtype}
+        else:
+            work = None
+        plain = dataclasses.asdict(dataclasses.replace(self, work=None))
+        return json.dumps({**plain, "work": work, "works": works.listed})
+
+
+class _Numbered:
+    """Works once each: the layers of a model do the same."""
+
+    def __init__(self) -> None:
+        self.listed: list[list[list[Any]]] = []
+        self._places: dict[frozenset[Any], int] = {}
+
+    def place(self, work: Work) -> int:
+        """Of an equal work in the list, at its end if it is new."""
+        place = self._places.setdefault(frozenset(work.operators.items()), len(self.listed))
+        if place == len(self.listed):
+            self.listed.append([[*key, n] for key, n in work.operators.items()])
+        return place
+
+
+def job_from(text: str) -> Job:
+    """Reads what `Job.to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+    raw: dict[str, Any] = json.loads(text)
+    listed = [
+        Work(
+            {
+                (str(kind), float(size), float(num_bytes)): int(n)
+                for kind, size, num_bytes, n in each
+            }
+        )
+        for each in raw.pop("works")
+    ]
+    found: dict[str, Any] | None = raw.pop("work")
+    work = None
+    if found is not None:
+        work = StepWork(
+            passes={
+                str(kind): {
+                    (int(block), Direction(direction)): [listed[int(i)] for i in each_turn]
+                    for block, direction, each_turn in visits
+                }
+                for kind, visits in found["passes"].items()
+            },
+            between=listed[int(found["between"])],
+            dtype=str(found["dtype"]),
+        )
+    made: dict[str, Any] = {
+        **raw,
+        "blocks": tuple(BlockShape(**block) for block in raw["blocks"]),
+        "orders": {
+            kind: [(block, Direction(direction)) for block, direction in order]
+            for kind, order in raw["orders"].items()
+        },
+        "footprint": Footprint(**raw["footprint"]),
+        "fixed": Fixed(**raw["fixed"]),
+        "data": Rows(**raw["data"]),
+        "work": work,
+    }
+    return Job(**made)

@@ -1,0 +1,243 @@
+"""What a job would come to on a machine: the plan, its peak, its step, the whole run; or why not. A pure function."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from ssdtune.schedule.cost import Pricing
+from ssdtune.schedule.job import Job
+from ssdtune.schedule.machine import Machine
+from ssdtune.schedule.memory import HOLES_SHARE, INPUTS, Peak, predict_peak
+from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
+from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
+from ssdtune.schedule.search import Effort, search
+from ssdtune.schedule.simulate import Simulation
+from ssdtune.sizes import format_size
+
+HIDDEN = 1.05  # reading is hidden where a step takes at most so many times its compute
+MOST_MICRO_BATCHES = 1024
+KEEP_FREE = 0.05  # of RAM and device memory: drivers, allocators, the desktop
+SAVES = 20  # checkpoints of a run, where nobody says how many
+SAVED_COPIES = 3  # adapters, and the optimizer's two states
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What may differ between two ways to run a job.
+
+    Attributes:
+        micro_batches: of one optimizer step.
+        block_inputs: tier of the inputs kept for backward.
+        ram_bytes, device_bytes: for weights; None: what the rest of the peak leaves free.
+        depths: how many fills may run ahead.
+    """
+
+    micro_batches: int
+    block_inputs: Tier = Tier.DEVICE
+    ram_bytes: int | None = None
+    device_bytes: int | None = None
+    depths: Sequence[int] = (1, 2, 3, 4)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A way that fits.
+
+    Attributes:
+        plan, peak: of a step.
+        simulation: None where the machine's rates or the model's work are not known.
+        tokens: of one step. num_steps: of the run.
+        written_bytes: to the drive in the whole run, checkpoints included.
+        hidden_at: micro-batches of a step from which on reading is hidden; None: it never is, or is not known.
+    """
+
+    choices: Choices
+    plan: Plan
+    peak: Peak
+    simulation: Simulation | None
+    tokens: float
+    num_steps: int
+    written_bytes: float
+    hidden_at: int | None
+
+    @property
+    def total_s(self) -> float | None:
+        """Of the run."""
+        return None if self.simulation is None else self.num_steps * self.simulation.step_s
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether compute is what a step waits for."""
+        return self.hidden_at is not None and self.hidden_at <= self.choices.micro_batches
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A way that does not fit: why, in one line with the numbers, and which tier is short by how many bytes."""
+
+    choices: Choices
+    why: str
+
+
+def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
+    """What comes of the job on the machine with these choices."""
+    on_device = machine.device is not None
+    least = smallest_budgets(job.blocks, on_device=on_device)
+    room = _room(job, machine, choices)
+    ram = room.ram_bytes if choices.ram_bytes is None else choices.ram_bytes
+    device = room.device_bytes if choices.device_bytes is None else choices.device_bytes
+    budgets = Budgets(ram_bytes=max(ram, 0), device_bytes=max(device, 0) if on_device else 0)
+    if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
+        return Refusal(choices=choices, why=_shortage(machine, room, least))
+    request = Request(
+        blocks=job.blocks,
+        orders=job.orders,
+        budgets=budgets,
+        on_device=on_device,
+        block_inputs=choices.block_inputs,
+        chunk_tokens=job.chunk_tokens,
+    )
+    pricing = _pricing(job, machine, choices.micro_batches)
+    try:
+        if pricing is None:
+            plan, simulation = make_plan(request), None
+        else:
+            found = search(request, pricing, Effort(depths=choices.depths))
+            plan, simulation = found.plan, found.simulation
+    except PlanError as error:
+        return Refusal(choices=choices, why=" ".join(str(error).split()))
+    peak = _peak(job, plan, choices.micro_batches)
+    if peak.ram_bytes > machine.ram_bytes or peak.device_bytes > machine.device_bytes:
+        return Refusal(choices=choices, why=_over(peak, machine))
+    num_steps = job.steps(choices.micro_batches)
+    return Outcome(
+        choices=choices,
+        plan=plan,
+        peak=peak,
+        simulation=simulation,
+        tokens=job.tokens(choices.micro_batches),
+        num_steps=num_steps,
+        written_bytes=_written(job, peak, num_steps),
+        hidden_at=_hidden_at(job, machine, plan),
+    )
+
+
+def smallest_change(job: Job, machine: Machine, choices: Choices) -> tuple[str, Outcome] | None:
+    """The first of a few changes, the least costly first, with which the job fits; and what comes of it."""
+    changes: list[tuple[str, Choices]] = []
+    if choices.ram_bytes is not None or choices.device_bytes is not None:
+        auto = dataclasses.replace(choices, ram_bytes=None, device_bytes=None)
+        changes.append(("offload.ram: auto, offload.vram: auto", auto))
+    base = changes[-1][1] if changes else choices
+    if machine.device is not None and base.block_inputs is Tier.DEVICE:
+        changes.append(
+            ("offload.block_inputs: ram", dataclasses.replace(base, block_inputs=Tier.RAM))
+        )
+    on_nvme = dataclasses.replace(base, block_inputs=Tier.NVME)
+    if base.block_inputs is not Tier.NVME:
+        changes.append(("offload.block_inputs: nvme", on_nvme))
+    fewer = base.micro_batches
+    while fewer > 1:
+        fewer //= 2
+        less = dataclasses.replace(on_nvme, micro_batches=fewer)
+        changes.append((f"offload.block_inputs: nvme, gradient_accumulation_steps: {fewer}", less))
+    for words, changed in changes:
+        found = outcome(job, machine, changed)
+        if isinstance(found, Outcome):
+            return words, found
+    return None
+
+
+# ------------------------------------------------------------------ memory
+
+
+def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
+    return predict_peak(plan, job.footprint, job.fixed, num_micro_batches=micro_batches)
+
+
+def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
+    """Bytes that all else leaves for weights: what a plan with the least weights does not take."""
+    on_device = machine.device is not None
+    least = smallest_budgets(job.blocks, on_device=on_device)
+    request = Request(
+        blocks=job.blocks,
+        orders=job.orders,
+        budgets=least,
+        on_device=on_device,
+        block_inputs=choices.block_inputs,
+        chunk_tokens=job.chunk_tokens,
+    )
+    plan = make_plan(request)
+    peak = _peak(job, plan, choices.micro_batches)
+    holes = 1.0 if on_device else 1 + HOLES_SHARE  # weights in RAM make the allowance larger
+    ram = ((1 - KEEP_FREE) * machine.ram_bytes - peak.ram_bytes) / holes + plan.ram_bytes
+    device = (1 - KEEP_FREE) * machine.device_bytes - peak.device_bytes + plan.slot_bytes
+    return Budgets(ram_bytes=int(ram), device_bytes=int(device) if on_device else 0)
+
+
+def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:
+    told: list[str] = []
+    for name, has, left, needed in (
+        ("RAM", machine.ram_bytes, room.ram_bytes, least.ram_bytes),
+        ("VRAM", machine.device_bytes, room.device_bytes, least.device_bytes),
+    ):
+        if left < needed:
+            rest = (1 - KEEP_FREE) * has - left
+            told.append(
+                f"{format_size(round(rest + needed))} of {name} needed ({format_size(round(rest))} beside weights), {format_size(round(has))} free"
+            )
+    return "; ".join(told)
+
+
+def _over(peak: Peak, machine: Machine) -> str:
+    told: list[str] = []
+    for name, needed, has in (
+        ("RAM", peak.ram_bytes, machine.ram_bytes),
+        ("VRAM", peak.device_bytes, machine.device_bytes),
+    ):
+        if needed > has:
+            told.append(
+                f"{format_size(round(needed))} of {name} needed, {format_size(round(has))} free"
+            )
+    return "; ".join(told)
+
+
+def _written(job: Job, peak: Peak, num_steps: int) -> float:
+    """Block inputs of every step where NVMe holds them, and checkpoints."""
+    inputs = peak.nvme.get(INPUTS, 0)
+    return num_steps * inputs + min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
+
+
+# ------------------------------------------------------------------ time
+
+
+def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
+    if job.work is None or machine.profile is None:
+        return None
+    return Pricing(job.work, machine.profile, num_micro_batches=micro_batches)
+
+
+def _hidden_at(job: Job, machine: Machine, plan: Plan) -> int | None:
+    """The least micro-batches of a step with which its passes compute as long as they read.
+
+    Reading is that of the plan; per micro-batch a pass computes always the same.
+    """
+    pricing = _pricing(job, machine, 1)
+    if pricing is None:
+        return None
+    seconds = pricing.op_seconds(plan)
+    needed = 1
+    for direction in Direction:
+        lanes: dict[Lane, float] = {}
+        for op in plan.sequences["train"].ops:
+            if op.direction is direction:
+                lanes[op.lane] = lanes.get(op.lane, 0.0) + seconds[op.id]
+        compute = lanes.pop(Lane.COMPUTE, 0.0)
+        moving = max(lanes.values(), default=0.0)
+        if moving and not compute:
+            return None
+        if moving:
+            needed = max(needed, math.ceil(moving / (HIDDEN * compute)))
+    return needed if needed <= MOST_MICRO_BATCHES else None

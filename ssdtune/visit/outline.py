@@ -1,0 +1,78 @@
+"""A model folder with headers alone: enough to plan for a model whose weights are not here.
+
+From a `config.json` the modules are built on the meta device; a safetensors file is made whose header names every
+parameter and whose data is a hole in the file system: the right length, no bytes on the drive.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from ssdtune.visit.build import BuildError
+
+HEADER_ALIGNMENT = 8
+NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_outline(config_file: Path, folder: Path, dtype: str = "auto") -> None:
+    """Writes config and header into `folder`. dtype: of the weights; "auto" is the config's, or bfloat16.
+
+    Raises BuildError for a config that no model class takes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(config_file, folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        wanted = getattr(config, "dtype", None) or torch.bfloat16
+        if dtype != "auto":
+            wanted = getattr(torch, dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BuildError(f"{config_file}: no model can be made from it: {reason}") from error
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in model.state_dict().items():
+        if name in _tied(model):
+            continue
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _tied(model: torch.nn.Module) -> set[str]:
+    """Names under which a tensor is met again."""
+    seen: set[int] = set()
+    again: set[str] = set()
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        if id(tensor) in seen:
+            again.add(name)
+        seen.add(id(tensor))
+    return again

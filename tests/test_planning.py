@@ -1,0 +1,294 @@
+"""`ssdtune plan` on real folders: what it says, what it leaves alone, and that the second time is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_models
+import torch
+from transformers import AutoTokenizer  # noqa: F401  (a tokenizer's own imports are slow; once)
+
+from ssdtune import cli, planning
+from ssdtune.config import load_config
+from ssdtune.jobs import Source, job_of
+from ssdtune.machines import own_machine
+from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.job import Job, job_from
+from ssdtune.schedule.machine import Device, Drive, Machine
+from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
+from ssdtune.schedule.plan import Tier
+from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+
+MB = 10**6
+LENGTH, ROWS, MICRO = 32, 2, 4
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("llama")
+    tiny_models.save(tiny_models.build("llama", dtype=torch.float32), made)
+    return made
+
+
+def a_profile(flop_s: float = 1e-9, read_rate: float = 1e9) -> Profile:
+    content = {
+        "name": "made up",
+        "operators": {
+            "float32": {kind: [[1, flop_s], [10**9, flop_s * 10**9]] for kind in OPERATORS}
+        },
+        "transfers": {
+            "nvme_read": [[1, 1 / read_rate], [10**9, 10**9 / read_rate]],
+            "unpack": [[1, 1e-9], [10**9, 1]],
+            "h2d": [[1, 1e-10], [10**9, 0.1]],
+        },
+    }
+    return profile_from(content, "here")
+
+
+@pytest.fixture
+def config_path(folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"model_name_or_path: {folder}\ndataset: nowhere.jsonl\noutput_dir: {tmp_path}/run\n"
+        f"max_length: {LENGTH}\nper_device_train_batch_size: {ROWS}\n"
+        f"gradient_accumulation_steps: {MICRO}\nlora_r: 4\n"
+    )
+    return path
+
+
+@pytest.fixture
+def run(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `ssdtune plan CONFIG WORDS…`; exit code and output."""
+
+    def plan(*words: str) -> tuple[int, str]:
+        code = cli.main(["plan", str(config_path), *words])
+        return code, capsys.readouterr().out
+
+    return plan
+
+
+def a_job(config_path: Path, **more: Any) -> Job:
+    config = load_config(config_path, []).config
+    return job_of(Source.of(config, None, on_device=False, **more))
+
+
+def a_machine(ram: int = 10**9, **more: Any) -> Machine:
+    values = {"profile": a_profile(), "drive": Drive(name="/nvme")} | more
+    return Machine(name="made up", ram_bytes=ram, **values)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_without_a_profile_it_says_what_fits_and_how_to_get_times(
+    run, folder: Path, tmp_path: Path
+) -> None:
+    before = support.digests(folder)
+    code, text = run("--offload.ram", "2MB")
+    assert code == 0
+    assert "every row is taken to be 32 tokens long" in text
+    assert "measure this machine with `ssdtune probe`" in text
+    assert "as configured" in text
+    assert support.digests(folder) == before
+    assert not (tmp_path / "run").exists(), "a plan writes nothing"
+
+
+def test_with_a_profile_it_tells_times_limits_and_alternatives(run) -> None:
+    save_profile(a_profile(read_rate=1e6), own_profile_path())
+    code, text = run("--offload.ram", "300KB")
+    assert code == 0
+    assert "NVMe read-bound: hidden from" in text
+    assert "gradient_accumulation_steps:" in text
+    assert "s/step" in text
+    assert "tokens a step on" in text
+
+
+def test_json_is_one_object_with_bytes_and_seconds(run) -> None:
+    save_profile(a_profile(), own_profile_path())
+    code, text = run("--json", "--offload.ram", "300KB")
+    found = json.loads(text)
+    assert code == 0
+    first = found["ways"][0]
+    assert first["fits"]
+    assert first["step_s"] >= first["one_pass_s"] * 0.999
+    assert first["busy_s"]["compute"] > 0
+    assert first["read_bytes_per_step"] > 0
+    assert found["machine"]["profile"] == "made up"
+
+
+def test_a_timeline_is_a_picture_or_events(run, tmp_path: Path) -> None:
+    save_profile(a_profile(), own_profile_path())
+    run("--timeline", str(tmp_path / "lanes.json"), "--offload.ram", "300KB")
+    events = json.loads((tmp_path / "lanes.json").read_text())["traceEvents"]
+    lanes = [e for e in events if e["ph"] == "M"]
+    ops = [e for e in events if e["ph"] == "X"]
+    assert {e["args"]["name"] for e in lanes} >= {"compute", "NVMe read"}
+    assert all(e["dur"] >= 0 for e in ops)
+    assert all(e["ts"] >= 0 for e in ops)
+    run("--timeline", str(tmp_path / "lanes.png"), "--offload.ram", "300KB")
+    assert (tmp_path / "lanes.png").stat().st_size > 5_000
+
+
+def test_a_timeline_of_nothing_is_refused(
+    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = run("--timeline", str(tmp_path / "lanes.json"))
+    assert code == 2
+    assert not (tmp_path / "lanes.json").exists()
+
+
+def test_a_budget_that_holds_nothing_is_answered_with_the_smallest_change(run) -> None:
+    code, text = run("--offload.ram", "2KB")
+    assert "does not fit" in text
+    assert "smallest that works" in text
+    assert "offload.ram: auto" in text
+    assert "--offload.ram auto" in text.splitlines()[-1]
+    assert code == 0, "there is a way"
+
+
+def test_a_config_alone_is_planned(run, folder: Path) -> None:
+    code, text = run("--model", str(folder / "config.json"))
+    assert code == 0
+    with_weights, alone = (t.splitlines()[1].split(" · ") for t in (run()[1], text))
+    assert with_weights[1] == alone[1], "parameters"
+    assert with_weights[3].split(",")[0] == alone[3].split(",")[0] == "6 blocks"
+
+
+def test_the_second_time_needs_no_torch(config_path: Path, run) -> None:
+    save_profile(a_profile(), own_profile_path())
+    first = run("--offload.ram", "300KB")[1]
+    code = (
+        "import sys; from ssdtune.cli import main; "
+        f"main(['plan', {str(config_path)!r}, '--offload.ram', '300KB']); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=Path(planning.__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[4:6] == first.splitlines()[4:6]
+
+
+# ------------------------------------------------------------------ jobs
+
+
+def test_a_job_is_what_it_was_after_json(config_path: Path) -> None:
+    job = a_job(config_path)
+    assert job_from(job.to_json()) == job
+    assert job.work is not None
+    assert len(job.blocks) == 6
+
+
+def test_other_files_keys_or_rows_make_another_job(
+    config_path: Path, folder: Path, tmp_path: Path
+) -> None:
+    """The cache gives back equal jobs only for equal files and keys."""
+    jobs = tmp_path / "cache" / "jobs"
+    first = a_job(config_path)
+    assert a_job(config_path) == first
+    assert len(list(jobs.glob("*.json"))) == 1
+    config_path.write_text(config_path.read_text().replace("lora_r: 4", "lora_r: 8"))
+    assert a_job(config_path).num_trained == 2 * first.num_trained
+    assert len(list(jobs.glob("*.json"))) == 2
+
+
+def test_a_cached_job_that_was_cut_short_is_made_anew(config_path: Path, tmp_path: Path) -> None:
+    job = a_job(config_path)
+    (path,) = (tmp_path / "cache" / "jobs").glob("*.json")
+    path.write_text(path.read_text()[:100])
+    assert a_job(config_path) == dataclasses.replace(job, fixed=a_job(config_path).fixed)
+
+
+# ------------------------------------------------------------------ outcomes
+
+
+def test_it_fits_from_the_memory_on_that_it_says(config_path: Path) -> None:
+    job, choices = a_job(config_path), Choices(micro_batches=MICRO)
+    ample = outcome(job, a_machine(), choices)
+    assert isinstance(ample, Outcome)
+    assert ample.plan.tiers.count(Tier.NVME) == 0, "all weights stay where there is room"
+    low, high = 1, 2 * ample.peak.ram_bytes
+    while high - low > 10_000:
+        middle = (low + high) // 2
+        fits = isinstance(outcome(job, a_machine(middle), choices), Outcome)
+        low, high = (low, middle) if fits else (middle, high)
+    tight = outcome(job, a_machine(high), choices)
+    assert isinstance(tight, Outcome)
+    assert tight.peak.ram_bytes <= high
+    refused = outcome(job, a_machine(high - 20_000), choices)
+    assert isinstance(refused, Refusal)
+    assert "of RAM needed" in refused.why
+
+
+def test_where_inputs_are_too_many_nvme_holds_them(config_path: Path) -> None:
+    job = a_job(config_path)
+    many = Choices(micro_batches=4096)
+    machine = a_machine(int(1.2 * job.fixed.base_bytes) + 30 * MB)
+    assert isinstance(outcome(job, machine, many), Refusal)
+    change = smallest_change(job, machine, many)
+    assert change is not None
+    assert change[0].startswith("offload.block_inputs: nvme")
+    assert change[1].written_bytes > change[1].num_steps * 10 * MB
+
+
+def test_nothing_helps_where_the_libraries_alone_do_not_fit(config_path: Path) -> None:
+    job = a_job(config_path)
+    assert smallest_change(job, a_machine(10 * MB), Choices(micro_batches=1)) is None
+
+
+def test_micro_batches_that_hide_reading_do(config_path: Path) -> None:
+    """With as many micro-batches as it says a step takes its compute; with a quarter of them it does not."""
+    job = a_job(config_path)
+    machine = a_machine(profile=a_profile(read_rate=1e6))
+    ram = 2 * max(block.slot_bytes for block in job.blocks)
+    first = outcome(job, machine, Choices(micro_batches=1, ram_bytes=ram))
+    assert isinstance(first, Outcome)
+    assert first.hidden_at is not None
+    assert first.hidden_at > 4
+    assert not first.is_hidden
+    for num, hidden in ((first.hidden_at, True), (first.hidden_at // 4, False)):
+        found = outcome(job, machine, Choices(micro_batches=num, ram_bytes=ram))
+        assert isinstance(found, Outcome)
+        assert found.simulation is not None
+        ratio = found.simulation.step_s / found.simulation.busy_s["compute"]  # type: ignore[index]
+        assert (ratio < 1.25) == hidden
+
+
+def test_a_device_has_its_own_budget(config_path: Path) -> None:
+    config = load_config(config_path, []).config
+    job = job_of(Source.of(config, None, on_device=True))
+    machine = a_machine(device=Device(name="GPU", memory_bytes=10 * MB))
+    found = outcome(job, machine, Choices(micro_batches=MICRO))
+    assert isinstance(found, Outcome)
+    assert found.plan.on_device
+    assert 0 < found.peak.device_bytes <= 10 * MB
+    small = dataclasses.replace(machine, device=Device(name="GPU", memory_bytes=10**5))
+    refused = outcome(job, small, Choices(micro_batches=MICRO))
+    assert isinstance(refused, Refusal)
+    assert "VRAM" in refused.why
+
+
+def test_this_machine_is_as_it_is(tmp_path: Path) -> None:
+    machine = own_machine(tmp_path / "not" / "yet")
+    assert machine.ram_bytes > 10**8
+    assert machine.drive.name == str(tmp_path.resolve())
+    assert machine.drive.free_bytes
+    assert machine.profile is None
