@@ -29,6 +29,7 @@ from ssdtune.schedule.memory import Footprint
 from ssdtune.schedule.plan import Direction
 from ssdtune.visit.counting import WorkCounter
 from ssdtune.visit.draft import Draft, Options
+from ssdtune.visit.front_door import accepts
 from ssdtune.visit.function import random_state, random_state_of
 from ssdtune.visit.loss import chunk_bytes
 from ssdtune.visit.streamer import Streamer
@@ -178,6 +179,8 @@ def _rehearse(cast: _Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
     rehearsal = _Rehearsal(cast)
     shape = _rows_and_length(micro_batch)
     inputs = {k: v for k, v in micro_batch.items() if k != "labels" and not _masks_nothing(k, v)}
+    if accepts(cast.front, "use_cache"):
+        inputs["use_cache"] = False  # as the front door has it where nothing is generated
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
         with rehearsal.on_stage(), _unpacked(), rehearsal.live, torch.enable_grad():
@@ -248,6 +251,7 @@ class _Rehearsal:
         self.works: dict[tuple[Any, Direction], Work] = {}  # kind of block, direction -> work
         self.passes: dict[tuple[int, Direction], list[Work]] = {}
         self._alive: list[torch.Tensor] = []
+        self._outputs: dict[Any, Any] = {}  # kind of block and its arguments -> what it makes
 
     @contextlib.contextmanager
     def on_stage(self) -> Iterator[None]:
@@ -291,16 +295,28 @@ class _Rehearsal:
             if x.is_floating_point() and (i == 0 or x.requires_grad):
                 self.kept[x.untyped_storage()._cdata] = x.nbytes
                 self.hidden.append(x.nbytes)
-        counter = WorkCounter()
-        with torch.no_grad(), counter if is_new else contextlib.nullcontext():
-            out = point.inner(*args, **kwargs)
-        if is_new:
-            self.works[kind, Direction.FORWARD] = Work(dict(counter.counts))
+        out = self._output(kind, point, args, kwargs)
         for direction in Direction:
             self.add(point, direction, self.works[kind, direction])
         return pytree.tree_map_only(
             torch.Tensor, lambda x: x.requires_grad_() if x.is_floating_point() else x, out
         )
+
+    def _output(self, kind: Any, point: _Point, args: Any, kwargs: Any) -> Any:
+        """What the block makes of its arguments; of equal ones, what a block of its kind made before."""
+        call = _call_of(args, kwargs)
+        if call is not None and (kind, call) in self._outputs:
+            made = self._outputs[kind, call]
+            return pytree.tree_map_only(_Like, lambda like: like.tensor(), made)
+        is_new = (kind, Direction.FORWARD) not in self.works
+        counter = WorkCounter()
+        with torch.no_grad(), counter if is_new else contextlib.nullcontext():
+            out = point.inner(*args, **kwargs)
+        if is_new:
+            self.works[kind, Direction.FORWARD] = Work(dict(counter.counts))
+        if call is not None and _call_of(out, None) is not None:
+            self._outputs[kind, call] = pytree.tree_map_only(torch.Tensor, _Like.of, out)
+        return out
 
     def add(self, point: _Point, direction: Direction, work: Work) -> None:
         """One more visit of the meeting point's block."""
@@ -327,6 +343,41 @@ class _Rehearsal:
                 torch.autograd.grad(outs, inputs, grads, allow_unused=True)
         self.works[kind, Direction.BACKWARD] = Work(dict(counter.counts))
         return self.live.peak - before
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Like:
+    """What a tensor is without its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: torch.Tensor) -> _Like:
+        return _Like(x.shape, x.dtype, x.device)
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+PLAIN = (int, float, str, bool, type(None), torch.dtype)
+
+
+def _call_of(args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+    """Arguments as a key; None where some can be written to (dicts that layers share, caches) or compared in no way."""
+    leaves, tree = pytree.tree_flatten(
+        (args, kwargs), is_leaf=lambda x: x is not kwargs and isinstance(x, dict | list)
+    )
+    told: list[Any] = [tree]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            told.append((_Like.of(leaf), leaf.requires_grad))
+        elif isinstance(leaf, PLAIN):
+            told.append(leaf)
+        else:
+            return None
+    return tuple(told)
 
 
 class _Stage:
