@@ -30,8 +30,9 @@ class FrontDoor:
         if streamer.is_running:
             return self.inner(*args, **kwargs)
         pieces = self._pieces(args, kwargs)
-        if torch.is_grad_enabled() or len(pieces) > 1:
-            for piece in pieces:
+        is_cut = torch.is_grad_enabled() or len(pieces) > 1
+        for piece in pieces:
+            if is_cut or (piece.get("labels") is not None and "use_cache" not in piece):
                 self._without_cache(piece)
         shares = self._share_loss(pieces) if len(pieces) > 1 else None
         streamer.loss_counts_items = False
@@ -54,7 +55,8 @@ class FrontDoor:
         return front_door.cut(bound, size, self.model.config)
 
     def _without_cache(self, piece: dict[str, Any]) -> None:
-        """Key-value caches serve generation; in training they would be written again by recompute."""
+        """Key-value caches serve generation; in training they would be written again by recompute, and where a loss
+        is asked for they would hold the keys and values of every layer for nobody."""
         if front_door.accepts(self.inner, "use_cache"):
             piece["use_cache"] = False
 
