@@ -18,6 +18,7 @@ ssdtune fine-tunes models larger than the memory, streaming their weights from t
   ssdtune plan CONFIG.yaml [--key value …]    what would be where, and when; nothing is trained
   ssdtune probe [FOLDER]                      measure this machine, so that plans tell times
   ssdtune doctor [PATH]                       what this machine can do, and how PATH is read
+  ssdtune trace RUN                           a run's step beside its prediction, op by op
   ssdtune generate RUN -p "…"                 let a trained model answer
 
   ssdtune train --help                        every key of CONFIG.yaml, each one also a flag
@@ -40,7 +41,7 @@ some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as
   --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
   --json                       the answer as one JSON object
 """
-LATER = ("pack", "data", "eval", "merge", "trace", "replay")
+LATER = ("pack", "data", "eval", "merge", "replay")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -186,6 +187,21 @@ def _probe(words: list[str]) -> object:
     return print_probe(folder, arguments.out or own_profile_path(), arguments.file)
 
 
+def _trace(words: list[str]) -> object:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="ssdtune trace",
+        description="A step of a run beside its prediction: which lane bounds it, which ops miss most, and why.",
+    )
+    parser.add_argument("run", type=Path, help="the output_dir of a run")
+    parser.add_argument("--picture", type=Path, help="a PNG; default: trace.png in the run")
+    arguments = parser.parse_args(words)
+    from ssdtune.tracing import print_trace
+
+    return print_trace(arguments.run.expanduser(), picture=arguments.picture)
+
+
 def _generate(words: list[str]) -> object:
     import argparse
 
@@ -222,5 +238,6 @@ VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "plan": _plan,
     "probe": _probe,
     "doctor": _doctor,
+    "trace": _trace,
     "generate": _generate,
 }

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.report import say
+from ssdtune.run_files import CONFIG_NAME
 from ssdtune.trainer.checkpoint import base_of, newest, read_identity
-from ssdtune.trainer.run import CONFIG_NAME, load_tokenizer, open_model
+from ssdtune.trainer.run import load_tokenizer, open_model
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig

@@ -272,17 +272,59 @@ def timeline_figure(trace: Sequence[OpRecord], *, step: int | None = None) -> An
     shown = [op for op in trace if op.end_s > window.start_s and op.start_s < window.end_s]
     lanes = [lane for lane in LANES if any(op.lane == lane for op in shown)]
     figure = _figure(13.0, 1.75 + 0.72 * len(lanes))
-    axes = figure.add_subplot()
-    canvas = _Timeline(axes, window)
-    for row, lane in enumerate(lanes):
-        canvas.draw_lane(row, [op for op in shown if op.lane == lane])
-    canvas.finish(lanes, shown)
+    canvas = _drawn(figure.add_subplot(), window, lanes, shown)
     figure.legend(
         handles=_legend_handles(shown, window), loc="outside lower center", ncols=5, frameon=False
     )
     figure.draw_without_rendering()  # lays out, so that a label's width can be compared with its bar's
     canvas.label_blocks([op for op in shown if op.lane == "compute"], row=len(lanes) - 1)
     return figure
+
+
+def draw_comparison(
+    predicted: Sequence[OpRecord], measured: Sequence[OpRecord], path: Path, *, step: int
+) -> None:
+    """One step as it was predicted and, below on the same scale, as it ran. Both carry its number; the measured ops
+    may be of more steps. Raises ReportError."""
+    windows = [_window_of(predicted, step), _window_of(measured, step)]
+    longest = max(window.seconds for window in windows)
+    shown = [
+        [op for op in ops if op.end_s > w.start_s and op.start_s < w.end_s]
+        for ops, w in zip((predicted, measured), windows, strict=True)
+    ]
+    lanes = [lane for lane in LANES if any(op.lane == lane for ops in shown for op in ops)]
+    figure = _figure(13.0, 2 * (1.4 + 0.72 * len(lanes)))
+    axes = figure.subplots(2, 1)
+    for i, name in enumerate(("predicted", "measured")):
+        canvas = _drawn(axes[i], windows[i], lanes, shown[i], name=name)
+        axes[i].set_xlim(0, longest * canvas.scale)
+    handles = _legend_handles(shown[1], windows[1])
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    _save(figure, path)
+
+
+def _window_of(trace: Sequence[OpRecord], step: int) -> StepWindow:
+    found = next((w for w in training_steps(trace) if w.step == step), None)
+    if found is None:
+        raise ReportError(f"the trace holds no training step {step}")
+    return found
+
+
+def _drawn(
+    axes: Any,
+    window: StepWindow,
+    lanes: Sequence[str],
+    shown: Sequence[OpRecord],
+    *,
+    name: str = "",
+) -> _Timeline:
+    """The lanes of one step on its axes."""
+    canvas = _Timeline(axes, window)
+    for row, lane in enumerate(lanes):
+        if ops := [op for op in shown if op.lane == lane]:
+            canvas.draw_lane(row, ops)
+    canvas.finish(lanes, shown, name)
+    return canvas
 
 
 class _Timeline:
@@ -342,12 +384,13 @@ class _Timeline:
                 lw=1.4 if edge == MISS else 0.5,
             )
 
-    def finish(self, lanes: Sequence[str], shown: Sequence[OpRecord]) -> None:
-        """Title, axis, lane names, and the line where forward turns into backward."""
+    def finish(self, lanes: Sequence[str], shown: Sequence[OpRecord], name: str = "") -> None:
+        """Title (with `name`: predicted, measured), axis, lane names, and the line where forward turns into backward."""
         axes, summary = self.axes, f"{self.length:.3g} {self.unit}"
         own = [op for op in shown if op.step == self.window.step and op.lane == "compute"]
         num_blocks = len({op.block for op in own})
-        title = f"Step {self.window.step}: {num_blocks} blocks, forward and backward, in {summary}"
+        what = f"Step {self.window.step}{f', {name}' if name else ''}"
+        title = f"{what}: {num_blocks} blocks, forward and backward, in {summary}"
         axes.set_title(title, loc="left", color=INK, fontsize=13, pad=22)
         turn = self.at(min(op.start_s for op in own if op.direction == "B"))
         last = self.at(max(op.end_s for op in own))

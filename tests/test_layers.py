@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         (
             ["__main__", "quickstart"],  # entry points beside each other
             ["cli"],
-            ["generate", "planning", "doctor", "pace", "probe"],
+            ["generate", "planning", "tracing", "doctor", "pace", "probe"],
             ["jobs", "machines"],
             ["trainer"],
             ["api", "profiles"],
@@ -28,7 +28,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         ),
     )
 )
-LEAVES = frozenset({"errors", "sizes", "durable", "memory", ""})  # "": the package itself
+LEAVES = frozenset(
+    {"errors", "sizes", "durable", "memory", "run_files", ""}
+)  # "": the package itself
 CONFIG = frozenset({"config", "keys", "settings", "strict_yaml", "foreign_keys"})
 ASIDE = {  # besides itself and the leaves, what each of these may import
     "errors": frozenset[str](),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ssdtune.schedule.plan import Direction, Kind, Lane
 
-UNPLANNED = (
-    -1
-)  # op_id of work that a steady step does not have: a first filling, a block fetched on demand
+# op_id of work that a steady step does not have: a first filling, a block fetched on demand
+UNPLANNED = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,3 +73,17 @@ def json_lines(ops: Iterable[TraceOp]) -> Iterator[str]:
     """One JSON object a line, for `trace.jsonl` in the run's folder."""
     for op in ops:
         yield json.dumps(dataclasses.asdict(op))
+
+
+def trace_from(text: str) -> list[TraceOp]:
+    """Reads what `json_lines` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+    ops: list[TraceOp] = []
+    for line in text.splitlines():
+        raw: dict[str, Any] = json.loads(line)
+        typed: dict[str, Any] = {
+            "kind": Kind(raw["kind"]),
+            "lane": Lane(raw["lane"]),
+            "direction": Direction(raw["direction"]),
+        }
+        ops.append(TraceOp(**{**raw, **typed}))
+    return ops

@@ -7,6 +7,7 @@ Rows first, then the model: what is wrong with the data is said before anything 
     checkpoint-N/                                                          to resume from
     ssdtune.yaml, ssdtune.json          every key of the run; base and data it belongs to
     metrics.jsonl, results.json, trace.jsonl                               what was logged and measured
+    plan.json                                                              the plan and its prediction
 
 Every process of a distributed run comes through here; the first one writes and prints.
 """
@@ -36,20 +37,19 @@ from ssdtune.durable import (
     write_file_atomically,
 )
 from ssdtune.errors import SSDTuneError
+from ssdtune.run_files import CONFIG_NAME, METRICS_NAME, PLAN_NAME, RESULTS_NAME, TRACE_NAME
 from ssdtune.trainer.checkpoint import IDENTITY_NAME, newest
 
 if TYPE_CHECKING:
     from ssdtune.config import DatasetSource, Loaded, TrainConfig
     from ssdtune.data import Tokenized
+    from ssdtune.schedule.memory import Peak
     from ssdtune.schedule.trace import TraceOp
     from ssdtune.trainer.config import SSDConfig
+    from ssdtune.trainer.scheduling import Schedule, Watch
     from ssdtune.trainer.telemetry import Telemetry
     from ssdtune.trainer.trainer import SSDTrainer
 
-CONFIG_NAME = "ssdtune.yaml"
-METRICS_NAME = "metrics.jsonl"
-RESULTS_NAME = "results.json"
-TRACE_NAME = "trace.jsonl"
 WEIGHTS_SUFFIX = ".safetensors"
 
 Say = Callable[[str], None]
@@ -252,20 +252,54 @@ def _check_sizes(config: TrainConfig, model: Any, rows: Rows, say: Say) -> None:
 def _train(
     config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, *, base_bytes: int, say: Say
 ) -> TrainResult:
-    from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of, settle
-    from ssdtune.trainer.scheduling import Watch
-
     _check_sizes(config, model, rows, say)
     trainer, telemetry = _make_trainer(config, args, rows, model)
-    wanted: Any = config.resume_from_checkpoint
-    if wanted == "auto":
-        wanted = newest(config.output_dir) if args.process_index == 0 else None
-        wanted = _shared(str(wanted) if wanted else None, args)
+    wanted = _resume_from(config, args)
     if wanted:
         say(f"resuming  {wanted if wanted is not True else config.output_dir}")
     say(_job_line(trainer, rows))
-    longest = rows.train.stats.longest_row
+    peak, watch = _settled(config, trainer, telemetry, rows, base_bytes=base_bytes, say=say)
+    started = perf_counter()
+    output = trainer.train(resume_from_checkpoint=wanted or None)
+    metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}
+    if watch is not None:
+        metrics["predicted_and_measured"] = watch.compared()
+    result = _result(config, trainer, telemetry, metrics)
+    if args.process_index == 0:
+        _write_trace(config.output_dir, result, None if watch is None else watch.schedule)
+    if result.was_interrupted:
+        folder, seconds = trainer.checkpoints.last_saved or (config.output_dir, 0.0)
+        say(f"saved     {folder} in {seconds:.1f} s. Resume: {_resume_command(config)}")
+        return result
+    _save_result(config, trainer, rows, result)
+    say(f"done      {config.output_dir}   {report.duration(perf_counter() - started)}")
+    return result
+
+
+def _resume_from(config: TrainConfig, args: SSDConfig) -> Any:
+    """A checkpoint's folder, True for the newest, or nothing; the same in every process."""
+    wanted: Any = config.resume_from_checkpoint
+    if wanted != "auto":
+        return wanted
+    found = newest(config.output_dir) if args.process_index == 0 else None
+    return _shared(str(found) if found else None, args)
+
+
+def _settled(
+    config: TrainConfig,
+    trainer: SSDTrainer,
+    telemetry: Telemetry,
+    rows: Rows,
+    *,
+    base_bytes: int,
+    say: Say,
+) -> tuple[Peak, Watch | None]:
+    """The plan, the peak and the time of the steps to come, settled and said. No watch without predictions."""
+    from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of, settle
+    from ssdtune.trainer.scheduling import Watch
+
     rehearsals, offload = Rehearsals(trainer), config.offload
+    longest = rows.train.stats.longest_row
     schedule = schedule_of(rehearsals, rows.train.lengths(), depth=offload.prefetch)
     if settle(
         rehearsals,
@@ -274,29 +308,17 @@ def _train(
         base_bytes=base_bytes,
         is_ram_auto=offload.ram is None,
     ):
-        for line in model.ssdtune.engine.plan.lines():
+        assert trainer.streamer is not None
+        for line in trainer.streamer.engine.plan.lines():
             say(line)
     peak = forecast(rehearsals, longest_row=longest, base_bytes=base_bytes, say=say)
-    watch = None if schedule is None else Watch(schedule, telemetry, say)
-    if schedule is not None and watch is not None:
-        for line in schedule.lines():
-            say(line)
-        trainer.add_callback(watch)
-    started = perf_counter()
-    output = trainer.train(resume_from_checkpoint=wanted or None)
-    metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}
-    if watch is not None:
-        metrics["predicted_and_measured"] = watch.compared()
-    result = _result(config, trainer, telemetry, metrics)
-    if args.process_index == 0:
-        _write_trace(config.output_dir, result)
-    if result.was_interrupted:
-        folder, seconds = trainer.checkpoints.last_saved or (config.output_dir, 0.0)
-        say(f"saved     {folder} in {seconds:.1f} s. Resume: {_resume_command(config)}")
-        return result
-    _save_result(config, trainer, rows, result)
-    say(f"done      {config.output_dir}   {report.duration(perf_counter() - started)}")
-    return result
+    if schedule is None:
+        return peak, None
+    for line in schedule.lines():
+        say(line)
+    watch = Watch(schedule, telemetry, say)
+    trainer.add_callback(watch)
+    return peak, watch
 
 
 def _make_trainer(
@@ -384,11 +406,17 @@ def _result(
     )
 
 
-def _write_trace(folder: Path, result: TrainResult) -> None:
+def _write_trace(folder: Path, result: TrainResult, schedule: Schedule | None) -> None:
+    """What ran, and for `ssdtune trace` the plan of the last steps with what the profile alone says of it."""
+    from ssdtune.schedule.compare import Prediction
     from ssdtune.schedule.trace import json_lines
 
     text = "".join(f"{line}\n" for line in json_lines(result.trace))
     write_file_atomically(folder / TRACE_NAME, text.encode())
+    if schedule is not None:
+        plan = schedule.streamer.engine.plan
+        prediction = Prediction.of(plan, schedule.priced({}).simulation(plan))
+        write_file_atomically(folder / PLAN_NAME, prediction.to_json().encode())
 
 
 def _save_result(config: TrainConfig, trainer: SSDTrainer, rows: Rows, result: TrainResult) -> None:

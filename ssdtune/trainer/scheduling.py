@@ -7,7 +7,7 @@ Without a profile of this machine (`ssdtune probe`) nothing can be predicted and
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -63,11 +63,12 @@ class Schedule:
     @property
     def pricing(self) -> Pricing:
         """As far as is known now."""
+        return self.priced(self.factors)
+
+    def priced(self, factors: Mapping[Lane, float]) -> Pricing:
+        """With these corrections of the profile; none: the profile alone."""
         return Pricing(
-            self.work,
-            self.profile,
-            num_micro_batches=self.num_micro_batches,
-            factors=self.factors,
+            self.work, self.profile, num_micro_batches=self.num_micro_batches, factors=factors
         )
 
     def predicted(self) -> Simulation:

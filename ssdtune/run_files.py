@@ -1,0 +1,7 @@
+"""Names of the files that a run leaves in its output_dir, beside the adapter."""
+
+CONFIG_NAME = "ssdtune.yaml"  # every key of the run
+METRICS_NAME = "metrics.jsonl"  # what was logged
+RESULTS_NAME = "results.json"  # what the run came to
+TRACE_NAME = "trace.jsonl"  # the ops of its last steps
+PLAN_NAME = "plan.json"  # the plan of its last steps and its prediction
