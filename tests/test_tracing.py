@@ -117,11 +117,11 @@ def test_slow_compute_is_told_apart_by_what_ran_beside_it(
 
 
 def test_the_lane_that_bounds_a_pass_may_change(prediction: Prediction) -> None:
-    """Forward was to be bound by compute; with reads of 3 s it is bound by the drive."""
+    """Forward was to be bound by compute; with reads of 9.5 s it is bound by the drive."""
     reads = [
         op for op in prediction.ops if op.kind is Kind.LOAD and op.direction is Direction.FORWARD
     ]
-    longer = {op.id: 3.0 for op in reads}
+    longer = {op.id: 9.0 for op in reads}
     found = compare(prediction, ran(prediction, longer=longer), STEP)
     bounds = {direction: (p, m) for direction, p, m, _ in found.passes()}
     assert bounds[Direction.FORWARD][0] is Lane.COMPUTE
