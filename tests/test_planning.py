@@ -51,6 +51,7 @@ def a_profile(flop_s: float = 1e-9, read_rate: float = 1e9) -> Profile:
         },
         "transfers": {
             "nvme_read": [[1, 1 / read_rate], [10**9, 10**9 / read_rate]],
+            "nvme_write": [[1, 1 / read_rate], [10**9, 10**9 / read_rate]],
             "unpack": [[1, 1e-9], [10**9, 1]],
             "h2d": [[1, 1e-10], [10**9, 0.1]],
         },

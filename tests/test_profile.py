@@ -96,7 +96,7 @@ def test_ops_take_what_their_work_takes_on_this_machine() -> None:
         for d, w in ((Direction.FORWARD, forward), (Direction.BACKWARD, backward))
     }
     work = StepWork(passes={"train": passes}, between=Work({}), dtype="float32")
-    seconds = Pricing(work, profile, num_micro_batches=2).op_seconds(plan)
+    seconds = Pricing(work, profile, num_micro_batches=2).op_seconds(plan.sequences["train"])
     ops = plan.sequences["train"].ops
     compute = [s for op, s in zip(ops, seconds, strict=True) if op.kind is Kind.COMPUTE]
     loads = [s for op, s in zip(ops, seconds, strict=True) if op.kind is Kind.LOAD]

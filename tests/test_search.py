@@ -19,6 +19,7 @@ from ssdtune.schedule.plan import (
     Lane,
     Plan,
     PlanError,
+    StepPlan,
     Tier,
     validate,
 )
@@ -63,8 +64,10 @@ class Case:
     kind = "train"
     between_s = 0.0
 
-    def op_seconds(self, plan: Plan) -> list[float]:
-        steps = plan.sequences["train"]
+    def steps(self, plan: Plan) -> StepPlan:
+        return plan.sequences["train"]
+
+    def op_seconds(self, steps: StepPlan) -> list[float]:
         found = []
         for op in steps.ops:
             if op.kind is Kind.COMPUTE:
@@ -77,7 +80,7 @@ class Case:
         return found
 
     def step_s(self, plan: Plan) -> float:
-        return simulate(plan.sequences["train"], self.op_seconds(plan)).step_s
+        return simulate(self.steps(plan), self.op_seconds(self.steps(plan))).step_s
 
 
 def a_case(seed: int, num_layers: int, *, on_device: bool, resident: float) -> Case:

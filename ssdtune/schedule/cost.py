@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Tier
 from ssdtune.schedule.profile import InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
+from ssdtune.schedule.stored import with_stored_inputs
 
 TRANSFER_OF = {
     Kind.LOAD: "nvme_read",
@@ -84,6 +85,7 @@ class Pricing:
         profile: the machine's.
         kind: of step.
         num_micro_batches: that pass a block in one visit.
+        stored_bytes: block inputs of one step, where NVMe holds them (`stored.py`).
         factors: lane -> what its ops take beyond the profile's curves, as measured since; 1 where it is missing.
 
     Raises ProfileError for a curve that is missing.
@@ -96,9 +98,11 @@ class Pricing:
         *,
         kind: str = "train",
         num_micro_batches: int,
+        stored_bytes: int = 0,
         factors: Mapping[Lane, float] | None = None,
     ) -> None:
         self.kind, self.profile, self.factors = kind, profile, dict(factors or {})
+        self.stored_bytes = stored_bytes
         self.between_s = work.between_s(profile) if kind == "train" else 0.0
         self._visits = {
             key: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
@@ -107,12 +111,16 @@ class Pricing:
 
     def simulation(self, plan: Plan) -> Simulation:
         """A steady step of the plan."""
-        seconds = self.op_seconds(plan)
-        return simulate(plan.sequences[self.kind], seconds, between_s=self.between_s)
+        steps = self.steps(plan)
+        return simulate(steps, self.op_seconds(steps), between_s=self.between_s)
 
-    def op_seconds(self, plan: Plan) -> list[float]:
+    def steps(self, plan: Plan) -> StepPlan:
+        """The step of the plan with all that goes over its lanes."""
+        stored = self.stored_bytes if plan.block_inputs is Tier.NVME else 0
+        return with_stored_inputs(plan.sequences[self.kind], stored)
+
+    def op_seconds(self, steps: StepPlan) -> list[float]:
         """Seconds of each op, by id."""
-        steps = plan.sequences[self.kind]
         turns: dict[tuple[int, Direction], int] = {}
         seconds: list[float] = []
         for op in steps.ops:

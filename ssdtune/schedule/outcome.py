@@ -216,7 +216,8 @@ def _written(job: Job, peak: Peak, num_steps: int) -> float:
 def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
     if job.work is None or machine.profile is None:
         return None
-    return Pricing(job.work, machine.profile, num_micro_batches=micro_batches)
+    stored = micro_batches * job.footprint.kept_bytes
+    return Pricing(job.work, machine.profile, num_micro_batches=micro_batches, stored_bytes=stored)
 
 
 def _hidden_at(job: Job, machine: Machine, plan: Plan) -> int | None:
@@ -227,7 +228,7 @@ def _hidden_at(job: Job, machine: Machine, plan: Plan) -> int | None:
     pricing = _pricing(job, machine, 1)
     if pricing is None:
         return None
-    seconds = pricing.op_seconds(plan)
+    seconds = pricing.op_seconds(plan.sequences["train"])
     needed = 1
     for direction in Direction:
         lanes: dict[Lane, float] = {}

@@ -15,7 +15,15 @@ from typing import Protocol
 
 from ssdtune.schedule.arrange import PATTERNS, Pattern, arranged, moved
 from ssdtune.schedule.counts import BlockKind, Counts, best_counts
-from ssdtune.schedule.plan import Direction, Lane, Plan, PlanError, validate
+from ssdtune.schedule.plan import (
+    BLOCK_KINDS,
+    Direction,
+    Lane,
+    Plan,
+    PlanError,
+    StepPlan,
+    validate,
+)
 from ssdtune.schedule.planner import (
     Choice,
     Layout,
@@ -45,8 +53,12 @@ class Priced(Protocol):
         """From a step's last visit to the next one's first."""
         ...
 
-    def op_seconds(self, plan: Plan) -> Sequence[float]:
-        """Of each op of the plan's step, by id."""
+    def steps(self, plan: Plan) -> StepPlan:
+        """The plan's step with all that goes over its lanes."""
+        ...
+
+    def op_seconds(self, steps: StepPlan) -> Sequence[float]:
+        """Of each op, by id."""
         ...
 
 
@@ -128,7 +140,8 @@ class _Hunt:
         """The plan of a choice and its step."""
         layout = layout_of(self.request, choice)
         plan = plan_of(self.request, layout)
-        steps, seconds = plan.sequences[self.pricing.kind], self.pricing.op_seconds(plan)
+        steps = self.pricing.steps(plan)
+        seconds = self.pricing.op_seconds(steps)
         simulation = simulate(steps, seconds, between_s=self.pricing.between_s)
         return Found(plan=plan, layout=layout, simulation=simulation, num_tries=1)
 
@@ -174,9 +187,12 @@ def _candidates(hunt: _Hunt, depths: Sequence[int]) -> Iterator[Choice]:
 def _kinds(hunt: _Hunt, empty: Choice) -> dict[tuple[int, ...], BlockKind]:
     """Blocks that are alike, members -> what one of them takes; from the plan in which nothing stays."""
     plan = plan_of(hunt.request, layout_of(hunt.request, empty))
-    steps, seconds = plan.sequences[hunt.pricing.kind], hunt.pricing.op_seconds(plan)
+    steps = hunt.pricing.steps(plan)
+    seconds = hunt.pricing.op_seconds(steps)
     loads: list[dict[tuple[Direction, Lane], float]] = [{} for _ in plan.blocks]
     for op in steps.ops:
+        if op.kind not in BLOCK_KINDS:
+            continue
         load, key = loads[steps.visits[op.visit].block], (op.direction, op.lane)
         load[key] = load.get(key, 0.0) + seconds[op.id]
     groups: dict[tuple[object, ...], list[int]] = {}

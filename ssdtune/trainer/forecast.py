@@ -62,12 +62,12 @@ def schedule_of(
     rows, num_micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
     padded = [max(lengths[i : i + rows]) for i in range(0, len(lengths), rows)]
     length = round(statistics.mean(padded))
-    work = rehearsals(length).work
-    if work is None:
+    rehearsed = rehearsals(length)
+    if rehearsed.work is None:
         return None
     return Schedule(
         trainer.streamer,
-        work,
+        rehearsed,
         profile,
         num_micro_batches=num_micro_batches,
         num_tokens=rows * length * num_micro_batches,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from ssdtune.report import LANE_LABELS
-from ssdtune.schedule.cost import Pricing, StepWork
+from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.plan import Lane
 from ssdtune.schedule.search import Effort, search
 from ssdtune.sizes import format_size
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ssdtune.schedule.search import Found
     from ssdtune.schedule.simulate import Simulation
     from ssdtune.trainer.telemetry import StepRecord, Telemetry
+    from ssdtune.visit.rehearsal import Rehearsed
     from ssdtune.visit.streamer import Streamer
 
 MIN_GAIN = 0.02  # of a step's time: less does not pay for reading the resident weights anew
@@ -38,7 +39,7 @@ class Schedule:
 
     Args:
         streamer: whose plan it is.
-        work: of one micro-batch.
+        rehearsed: one micro-batch, its work counted.
         profile: the machine's.
         num_micro_batches: of one optimizer step.
         num_tokens: of one optimizer step.
@@ -48,15 +49,17 @@ class Schedule:
     def __init__(
         self,
         streamer: Streamer,
-        work: StepWork,
+        rehearsed: Rehearsed,
         profile: Profile,
         *,
         num_micro_batches: int,
         num_tokens: int,
         depth: int | None = None,
     ) -> None:
-        self.streamer, self.work, self.profile = streamer, work, profile
+        assert rehearsed.work is not None
+        self.streamer, self.work, self.profile = streamer, rehearsed.work, profile
         self.num_micro_batches, self.num_tokens = num_micro_batches, num_tokens
+        self.stored_bytes = num_micro_batches * rehearsed.footprint.kept_bytes
         self.factors: dict[Lane, float] = {}
         self._effort = Effort() if depth is None else Effort(depths=(depth,))
 
@@ -68,7 +71,11 @@ class Schedule:
     def priced(self, factors: Mapping[Lane, float]) -> Pricing:
         """With these corrections of the profile; none: the profile alone."""
         return Pricing(
-            self.work, self.profile, num_micro_batches=self.num_micro_batches, factors=factors
+            self.work,
+            self.profile,
+            num_micro_batches=self.num_micro_batches,
+            stored_bytes=self.stored_bytes,
+            factors=factors,
         )
 
     def predicted(self) -> Simulation:
