@@ -1,0 +1,250 @@
+"""One command: is the plan that is chosen by prediction the fastest that can be had? A sweep of real runs answers.
+
+    python benchmarks/choice.py [--profile FILE] [--rounds 5] [--only SUBSTR] [--json out.json]
+
+For each case, in one process: the chosen plan; every plan of a sweep over prefetch depths and sets of blocks that stay
+(how many, and which), all within the same RAM budget; each is run. Then the chosen one and the sweep's best three run
+again, taking turns. The chosen one's median may be at most 5 % plus half the interquartile range above the best's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import inputs, measures  # noqa: E402
+from benchmarks.prediction import model_folder  # noqa: E402
+
+SHAPES = ("wide", "deep")
+READING = (0.0, 0.7, 1.5)  # times the predicted compute; 0: the drive as it is
+SHARES = (0.0, 0.25, 0.6)  # of the model's bytes beyond the slots of depth 2
+DEPTHS = (1, 2, 4)
+ROWS, LENGTH, MICRO_BATCHES = 2, 64, 2
+BAR = 0.05
+BEST = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One budget on one drive."""
+
+    shape: str
+    reading: float
+    share: float
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        slowed = f"reading {self.reading:g} x compute" if self.reading else "the drive as it is"
+        return f"{self.shape}, {slowed}, room for {self.share:.0%}"
+
+
+def cases() -> Iterator[Case]:
+    """All of them."""
+    for shape in SHAPES:
+        for reading in READING:
+            for share in SHARES:
+                yield Case(shape, reading, share)
+
+
+# ------------------------------------------------------------------ the process of one case
+
+
+def layouts(request: Any) -> Iterator[tuple[str, Any]]:
+    """The sweep: (name, layout) for each way to share slots, depth, number of blocks that stay and pattern that fits."""
+    from ssdtune.schedule.arrange import first, last, spread
+    from ssdtune.schedule.planner import layout_of, room_for, skeletons, static_choice
+
+    deep = dataclasses.replace(request, prefetch=max(DEPTHS))
+    seen = set()
+    for classes, depth in skeletons(deep):
+        static = static_choice(deep, classes, depth) if depth in DEPTHS else None
+        if static is None:
+            continue
+        way = "one class" if len(classes) == 1 else "classes"
+        sets = {"static": static.residents}
+        members = sorted(max(classes, key=len))
+        most = len(static.residents & set(members))
+        for num in sorted({most, most // 2}):
+            for pattern in (spread, first, last):
+                words = f"{num} of {len(members)} {pattern.__name__}"
+                sets[words] = frozenset(pattern(members, num))
+        for words, residents in sets.items():
+            choice = dataclasses.replace(static, residents=residents)
+            layout = layout_of(deep, choice) if room_for(deep, choice) is not None else None
+            key = (layout and layout.slots, layout and layout.tiers, layout and layout.allowed)
+            if layout is not None and key not in seen:
+                seen.add(key)
+                yield f"{way}, {depth} ahead, {words}", layout
+
+
+def child(job: dict[str, Any]) -> dict[str, Any]:
+    """Opens the model, chooses, sweeps, runs the best again."""
+    import torch
+
+    from benchmarks.contestants import Ours
+    from ssdtune.profiles import load_profile
+    from ssdtune.schedule.cost import Pricing
+    from ssdtune.schedule.plan import Lane
+    from ssdtune.schedule.profile import Curve
+    from ssdtune.schedule.search import search
+    from ssdtune.visit.rehearsal import rehearse
+
+    case = Case(**job["case"])
+    torch.set_num_threads(os.cpu_count() or 1)
+    num_rows = ROWS * MICRO_BATCHES
+    ours = Ours(
+        {
+            "model": job["folder"],
+            "batch": [[3 + (7 * i + k) % 1000 for i in range(LENGTH)] for k in range(num_rows)],
+            "dtype": "float32",
+            "seed": 0,
+            "learning_rate": 1e-4,
+            "lora_rank": 16,
+            "micro_rows": ROWS,
+            "prefetch": 2,
+            "chunk_tokens": 4096,
+            "throttled": True,
+            "resident_share": case.share,
+        }
+    )
+    profile = load_profile(Path(job["profile"]))
+    rehearsed = rehearse(ours.model, {key: value[:ROWS] for key, value in ours.batch.items()})
+    assert rehearsed.work is not None, rehearsed.footprint.how
+    for _ in range(2):  # the order of visits is known after the first
+        ours.step()
+    replanner = ours.streamer.replanner
+    if case.reading:
+        priced = Pricing(rehearsed.work, profile, num_micro_batches=MICRO_BATCHES)
+        compute = priced.simulation(ours.plan).busy_s[Lane.COMPUTE]
+        nothing = sum(
+            op.num_bytes for op in ours.plan.sequences["train"].ops if op.lane is Lane.NVME_READ
+        )
+        rate = max(nothing, ours.plan.model_bytes) / (case.reading * compute)
+        ours.set({"bytes_per_s": rate})
+        slow = {"nvme_read": Curve(((1e6, 1e6 / rate),))}
+        profile = dataclasses.replace(profile, transfers={**profile.transfers, **slow})
+    pricing = Pricing(rehearsed.work, profile, num_micro_batches=MICRO_BATCHES)
+    chosen = search(replanner.request, pricing)
+    plans = {"chosen": chosen.layout, **dict(layouts(replanner.request))}
+    budget = replanner.request.budgets.ram_bytes
+
+    def run(name: str, rounds: int) -> list[float]:
+        replanner.adopt(ours.streamer, replanner.request, plans[name])
+        assert ours.plan.ram_bytes <= budget
+        ours.step()  # what stays is read now
+        times = []
+        for _ in range(rounds):
+            ours.settle()
+            start = perf_counter()
+            ours.step()
+            done = perf_counter()
+            times.append(max(done, ours.settle() or done) - start)
+        return times
+
+    once = {name: min(run(name, 2)) for name in plans}
+    best = sorted((n for n in plans if n != "chosen"), key=lambda n: once[n])[:BEST]
+    again: dict[str, list[float]] = {name: [] for name in ["chosen", *best]}
+    for _ in range(job["rounds"]):
+        for name in again:
+            again[name] += run(name, 1)
+    ours.close()
+    return {
+        "predicted_s": chosen.simulation.step_s,
+        "num_swept": len(plans) - 1,
+        "once": once,
+        "again": again,
+    }
+
+
+# ------------------------------------------------------------------ the command
+
+
+def run(case: Case, job: dict[str, Any]) -> dict[str, Any]:
+    """One case's row."""
+    command = [sys.executable, __file__, "--child"]
+    command.append(json.dumps({**job, "case": dataclasses.asdict(case)}))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{case.name}: no result\n{done.stderr[-3000:]}")
+    row = json.loads(lines[-1].removeprefix("RESULT "))
+    medians = {name: statistics.median(times) for name, times in row["again"].items()}
+    chosen = medians.pop("chosen")
+    best = min(medians, key=lambda name: medians[name])
+    quarters = statistics.quantiles(row["again"]["chosen"], n=4)
+    row |= {"case": case.name, "chosen_s": chosen, "best": best, "best_s": medians[best]}
+    row |= {"slower": chosen / medians[best] - 1, "iqr": (quarters[2] - quarters[0]) / chosen}
+    return row
+
+
+def table(row: dict[str, Any]) -> str:
+    """A line of Markdown."""
+    worst = max(row["once"].values()) / row["best_s"]
+    return (
+        f"| {row['case']} | {row['predicted_s']:.3f} s | {row['chosen_s']:.3f} s (IQR {row['iqr']:.0%}) | "
+        f"{row['best_s']:.3f} s: {row['best']} | {row['slower']:+.1%} | {row['num_swept']}, worst {worst:.2f} x |"
+    )
+
+
+def bar(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was promised and what came out, the scatter of the runs allowed for."""
+    beyond = max(row["slower"] - row["iqr"] / 2 for row in rows)
+    return measures.bar("the chosen plan is slower than the sweep's best by at most", beyond, BAR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", type=Path, help="instead of measuring anew")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        print("RESULT " + json.dumps(child(json.loads(options.child))), flush=True)
+        return 0
+    rows = []
+    print("| case | predicted | chosen | the sweep's best | slower by | swept |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        profile = options.profile or Path(scratch) / "profile.yaml"
+        if options.profile is None:
+            from ssdtune.probe import print_probe
+
+            print_probe(inputs.cache_folder(), profile)
+        for case in cases():
+            if options.only in case.name:
+                folder = model_folder(case.shape, Path())
+                job = {"folder": str(folder), "profile": str(profile), "rounds": options.rounds}
+                rows.append(run(case, job))
+                print(table(rows[-1]), flush=True)
+    found = bar(rows)
+    verdict = "met" if found["passed"] else "**not met**"
+    print(
+        f"- {found['bar']} {found['value']:.1%} (bar {found['limit']:.0%}): {verdict}", flush=True
+    )
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "bar": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
