@@ -20,6 +20,7 @@ from ssdtune.schedule.plan import Direction, Kind, Lane, PlanError, Tier
 from ssdtune.schedule.simulate import SimulatedOp, Simulation, simulate
 from ssdtune.schedule.steps import (
     NUM_INPUT_BUFFERS,
+    NUM_STAGING_BUFFERS,
     ForwardOnly,
     Full,
     Shape,
@@ -125,6 +126,28 @@ def test_buffers_hold_no_more_than_there_are_and_nothing_is_read_before_it_is_wr
             ready = wrote[each.op.block] if is_read else updated[each.op.block]
             since = 0.0 if each.op.block in delayed else step_s
             assert each.start_s >= ready - since - 1e-6
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_weights_gradients_and_activations_are_where_they_are_read(seed: int) -> None:
+    shape, decision, machine = random_case(seed)
+    found = foresee_full(shape, decision, machine).simulation
+    uploads = {each.op.visit: each for each in of_kind(found, Kind.UPLOAD)}
+    loads = [(e.start_s, uploads[e.op.visit].end_s) for e in of_kind(found, Kind.LOAD)]
+    assert most_at_once(loads, found.step_s) <= decision.num_buffers
+    arrived = {each.op.block: each.end_s for each in of_kind(found, Kind.DOWNLOAD_GRADIENT)}
+    for each in of_kind(found, Kind.UPDATE):
+        is_delayed = each.op.direction is Direction.FORWARD
+        assert each.start_s >= arrived[each.op.block] - (found.step_s if is_delayed else 0) - 1e-6
+    downs, ups = of_kind(found, Kind.DOWNLOAD_INPUT), of_kind(found, Kind.UPLOAD_INPUT)
+    stores, fetches = of_kind(found, Kind.STORE), of_kind(found, Kind.FETCH)
+    assert len(stores) == len(fetches) == (len(downs) if stores else 0)
+    for kept, brought in zip(stores or downs, reversed(fetches or ups), strict=True):
+        assert kept.op.block == brought.op.block
+        assert brought.start_s >= kept.end_s - 1e-6
+    staged = [(a.start_s, b.end_s) for a, b in zip(downs, stores, strict=False)]
+    staged += [(a.start_s, b.end_s) for a, b in zip(fetches, ups, strict=False)]
+    assert most_at_once(staged, found.step_s) <= NUM_STAGING_BUFFERS
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -280,6 +303,15 @@ def test_weights_that_go_back_write_all_of_them_and_a_window_nothing() -> None:
     both = 2 * shape.num_parameters * (1 / 13e9 + 1 / 6e9)
     assert changed.step_s == pytest.approx(both, rel=0.02)
     assert foresee_forward(shape, ForwardOnly(), shared).written_bytes == 0
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 4, 7])
+def test_weights_that_went_back_are_read_again_when_they_are_there(num_blocks: int) -> None:
+    slow_writes = Machine(flops=1e15, h2d=25 * GB, d2h=25 * GB, read=13 * GB, write=1 * GB)
+    found = foresee_forward(shape_of(num_blocks), ForwardOnly(writes_back=True), slow_writes)
+    stored = {each.op.block: each.end_s for each in of_kind(found.simulation, Kind.STORE_WEIGHTS)}
+    for each in of_kind(found.simulation, Kind.LOAD):
+        assert each.start_s >= stored[each.op.block] - found.step_s - 1e-6
 
 
 # ------------------------------------------------------------------ memory, wear, energy, time
