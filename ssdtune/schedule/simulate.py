@@ -119,19 +119,42 @@ def simulate(steps: StepPlan, seconds: Sequence[float], *, between_s: float = 0.
             ends.append(free[op.lane])
         before_end = step_end
         step_end = free[Lane.COMPUTE] = free[Lane.COMPUTE] + between_s
+    times = StepTimes(begins=begins, ends=ends, began_s=before_end, ended_s=step_end)
+    return summed_up(steps, seconds, times, between_s)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """When a step's ops ran: `begins` holds (second, the op waited for, whether that is of the step before), by id.
+
+    began_s, ended_s: of the step; it begins when the one before it ends. All on one clock.
+    """
+
+    begins: Sequence[tuple[float, int | None, bool]]
+    ends: Sequence[float]
+    began_s: float
+    ended_s: float
+
+
+def summed_up(
+    steps: StepPlan, seconds: Sequence[float], times: StepTimes, between_s: float
+) -> Simulation:
+    """The value of a step whose times are known. seconds: of each op where nothing slows it."""
     simulated = tuple(
         SimulatedOp(
             op=op,
-            start_s=start - before_end,
-            end_s=end - before_end,
+            start_s=start - times.began_s,
+            end_s=end - times.began_s,
             waited_for=cause,
             is_previous=is_previous,
         )
-        for op, end, (start, cause, is_previous) in zip(steps.ops, ends, begins, strict=True)
+        for op, end, (start, cause, is_previous) in zip(
+            steps.ops, times.ends, times.begins, strict=True
+        )
     )
     busy = _busy(steps.ops, seconds)
     return Simulation(
-        step_s=step_end - before_end,
+        step_s=times.ended_s - times.began_s,
         ops=simulated,
         busy_s=busy,
         stall_s=_stalls(simulated),
