@@ -16,6 +16,7 @@ ssdtune fine-tunes models larger than the memory, streaming their weights from t
 
   ssdtune train CONFIG.yaml [--key value …]   train; the same command again resumes
   ssdtune plan CONFIG.yaml [--key value …]    what would be where, and when; nothing is trained
+  ssdtune hardware                            machines that `ssdtune plan --hardware` knows
   ssdtune probe [FOLDER]                      measure this machine, so that plans tell times
   ssdtune doctor [PATH]                       what this machine can do, and how PATH is read
   ssdtune trace RUN                           a run's step beside its prediction, op by op
@@ -32,11 +33,14 @@ CONFIG.yaml holds keys of those below. Each is a flag too and then beats the fil
 required keys are flags. `ssdtune plan` takes the same arguments and trains nothing.
 """
 PLAN_USAGE = """\
-ssdtune plan CONFIG.yaml [--key value …] [--model FOLDER|config.json] [--timeline FILE] [--json]
+ssdtune plan CONFIG.yaml [--key value …] [--hardware SPEC] [--model FOLDER|config.json]
+             [--timeline FILE] [--json]
 
 Will it fit, how fast, what limits it, what does it write to the drive. Reads the model's headers and
 some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as for `ssdtune train`.
 
+  --hardware PART+PART         for a machine that one does not have (`ssdtune hardware` lists the
+                               parts); again for another beside it: --hardware rtx4090+2x990pro+128GB
   --model FOLDER|config.json   instead of the configuration's; a config.json alone is enough
   --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
   --json                       the answer as one JSON object
@@ -108,6 +112,7 @@ def _plan(words: list[str]) -> object:
 
     parser = argparse.ArgumentParser(prog="ssdtune plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--model")
+    parser.add_argument("--hardware", action="append", default=[])
     parser.add_argument("--timeline", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments, rest = parser.parse_known_args(words)
@@ -117,7 +122,11 @@ def _plan(words: list[str]) -> object:
     from ssdtune.planning import print_plan
 
     return print_plan(
-        loaded, model=arguments.model, timeline=arguments.timeline, as_json=arguments.json
+        loaded,
+        hardware=arguments.hardware,
+        model=arguments.model,
+        timeline=arguments.timeline,
+        as_json=arguments.json,
     )
 
 
@@ -187,6 +196,20 @@ def _probe(words: list[str]) -> object:
     return print_probe(folder, arguments.out or own_profile_path(), arguments.file)
 
 
+def _hardware(words: list[str]) -> object:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="ssdtune hardware", description="The parts that `ssdtune plan --hardware` knows."
+    )
+    parser.parse_args(words)
+    from ssdtune.machines import hardware_lines
+
+    for line in hardware_lines():
+        print(line, flush=True)
+    return 0
+
+
 def _trace(words: list[str]) -> object:
     import argparse
 
@@ -236,6 +259,7 @@ def _generate(words: list[str]) -> object:
 VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "train": _train,
     "plan": _plan,
+    "hardware": _hardware,
     "probe": _probe,
     "doctor": _doctor,
     "trace": _trace,

@@ -1,16 +1,36 @@
-"""The machine that a job is planned for: this one, as it is now."""
+"""The machine that a job is planned for: this one as it is now, or one that one does not have.
+
+`rtx4090+2x990pro+128GB`: a device, drives, RAM, in any order. The parts are in `ssdtune/hardware/*.yaml`, each figure
+with its source. A file that `ssdtune probe` wrote may stand for the device: its machine, as it was measured.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
+import importlib.resources
 import os
+import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from ssdtune.errors import SSDTuneError
 from ssdtune.memory import free_ram
-from ssdtune.profiles import own_profile
-from ssdtune.schedule.machine import Device, Drive, Machine
+from ssdtune.profiles import load_profile, own_profile
+from ssdtune.schedule.machine import Device, Drive, Host, Machine, put_together
+from ssdtune.sizes import SizeError, parse_size
 
 NVIDIA = Path("/proc/driver/nvidia/version")  # importing torch to find no device takes a second
+DEFAULT_DRIVE, DEFAULT_HOST = "990pro", "desktop"
+DEVICE_SHARE = 0.95  # of a device's memory: what a driver and a desktop leave
+TIMES = re.compile(r"(\d{1,2})x(.+)", re.IGNORECASE)
+
+
+class MachineError(SSDTuneError):
+    """A machine that can't be put together; the message names the part."""
 
 
 def own_machine(folder: Path) -> Machine:
@@ -39,3 +59,197 @@ def _own_device() -> Device | None:
     index = torch.cuda.current_device()
     free, _ = torch.cuda.mem_get_info(index)
     return Device(name=torch.cuda.get_device_name(index), memory_bytes=free)
+
+
+# ------------------------------------------------------------------ one that one does not have
+
+
+def machine_from(spec: str) -> Machine:
+    """The machine of a spec such as "rtx4090+2x990pro+128GB"; drives and RAM may be left out.
+
+    Raises MachineError for a part that is not known, with the nearest names, and for two devices.
+    """
+    found: dict[str, Any] = {"drive": None, "ram": None}
+    devices: list[Device] = []
+    for part in filter(None, (word.strip() for word in spec.split("+"))):
+        if Path(part).suffix in (".yaml", ".yml"):
+            if "+" in spec:
+                raise MachineError(
+                    f"--hardware {spec}: a measured machine, {part}, takes no other parts."
+                )
+            return _measured(Path(part))
+        size = _ram(part)
+        if size is not None:
+            found["ram"] = size
+        elif (device := _look_up(part, devices_known())) is not None:
+            devices.append(device)
+        else:
+            found["drive"] = _drives(part, spec)
+    if len(devices) != 1:
+        raise MachineError(
+            f"--hardware {spec}: {len(devices)} devices; name one: {', '.join(devices_known())}."
+        )
+    host = hosts_known()[DEFAULT_HOST]
+    if found["ram"] is not None:
+        host = dataclasses.replace(host, ram_bytes=max(found["ram"], 2 * host.reserved_bytes))
+    return put_together(devices[0], found["drive"] or drives_known()[DEFAULT_DRIVE], host)
+
+
+def _measured(path: Path) -> Machine:
+    """A machine whose profile is in a file; its memory is not in it: that of this machine is taken."""
+    profile = load_profile(path)
+    return Machine(
+        name=f"{profile.name} ({path}), memory of this machine",
+        ram_bytes=free_ram(),
+        drive=Drive(name="its drive"),
+        profile=profile,
+    )
+
+
+def _ram(part: str) -> int | None:
+    try:
+        return parse_size(part) if part[0].isdigit() and part[-1] in "bB" else None
+    except SizeError:
+        return None
+
+
+def _drives(part: str, spec: str) -> Drive:
+    match = TIMES.fullmatch(part)
+    num, name = (int(match[1]), match[2]) if match else (1, part)
+    drive = _look_up(name, drives_known())
+    if drive is None or num < 1:
+        known = [*devices_known(), *drives_known()]
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise MachineError(
+            f"--hardware {spec}: {part!r} is no part that is known.\n"
+            f"{hint}`ssdtune hardware` lists all; RAM is written like 128GB."
+        )
+    return drive.times(num)
+
+
+def _look_up(name: str, known: Mapping[str, Any]) -> Any:
+    """A part by its name or another that it goes by, whatever the case."""
+    wanted = re.sub(r"[\s_-]", "", name.lower())
+    for key, part in known.items():
+        if wanted in {re.sub(r"[\s_-]", "", each) for each in (key, *_aliases()[key])}:
+            return part
+    return None
+
+
+@functools.cache
+def devices_known() -> Mapping[str, Device]:
+    """GPUs by name, with what is free of their memory."""
+    return {
+        key: Device(
+            name=entry["name"],
+            memory_bytes=int(DEVICE_SHARE * _size(entry["memory"])),
+            bandwidth=float(entry["bandwidth"]),
+            flops=float(entry["tflops"]) * 1e12,
+            pcie=float(entry["pcie"]),
+            watts=float(entry["watts"]),
+            assumed=tuple(entry["assumed"]),
+        )
+        for key, entry in entries("devices").items()
+    }
+
+
+@functools.cache
+def drives_known() -> Mapping[str, Drive]:
+    """NVMe drives by name, empty."""
+    return {
+        key: Drive(
+            name=entry["name"],
+            free_bytes=_size(entry["capacity"]),
+            read=float(entry["read"]),
+            write=float(entry["write"]),
+            sustained_write=float(entry["sustained_write"]),
+            endurance_bytes=float(_size(entry["endurance"])),
+            assumed=tuple(entry["assumed"]),
+        )
+        for key, entry in entries("drives").items()
+    }
+
+
+@functools.cache
+def hosts_known() -> Mapping[str, Host]:
+    """What they sit in, by name."""
+    return {
+        key: Host(
+            name=entry["name"],
+            ram_bytes=_size(entry["ram"]),
+            reserved_bytes=_size(entry["reserved"]),
+            bandwidth=float(entry["bandwidth"]),
+            watts=float(entry["watts"]),
+            assumed=tuple(entry["assumed"]),
+        )
+        for key, entry in entries("hosts").items()
+    }
+
+
+@functools.cache
+def entries(kind: str) -> Mapping[str, Mapping[str, Any]]:
+    """What a file of `ssdtune/hardware` holds. kind: "devices", "drives" or "hosts"."""
+    import yaml
+
+    text = (importlib.resources.files("ssdtune.hardware") / f"{kind}.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
+
+
+@functools.cache
+def _aliases() -> Mapping[str, tuple[str, ...]]:
+    return {
+        key: tuple(map(str, entry["aliases"]))
+        for kind in ("devices", "drives", "hosts")
+        for key, entry in entries(kind).items()
+    }
+
+
+def _size(text: str) -> int:
+    size = parse_size(text)
+    assert size is not None, text
+    return size
+
+
+def hardware_lines() -> Iterator[str]:
+    """Yields all known parts as a table, with their sources; * marks what is assumed."""
+    from ssdtune.report import format_table
+
+    def marked(entry: Mapping[str, Any], field: str, text: str) -> str:
+        return f"{text}*" if field in entry["assumed"] else text
+
+    rows = [
+        [
+            key,
+            entry["name"],
+            entry["memory"],
+            marked(entry, "tflops", f"{float(entry['tflops']):g} TFLOP/s"),
+            f"{float(entry['bandwidth']) / 1e9:,.0f} GB/s",
+            marked(entry, "pcie", f"{float(entry['pcie']) / 1e9:g} GB/s"),
+            f"{entry['watts']} W",
+            entry["source"],
+        ]
+        for key, entry in entries("devices").items()
+    ]
+    yield format_table(
+        rows, header=("device", "", "memory", "bf16", "bandwidth", "PCIe", "", "source")
+    )
+    yield ""
+    rows = [
+        [
+            key,
+            entry["name"],
+            entry["capacity"],
+            f"{float(entry['read']) / 1e9:g} GB/s",
+            marked(entry, "write", f"{float(entry['write']) / 1e9:g} GB/s"),
+            marked(entry, "sustained_write", f"{float(entry['sustained_write']) / 1e9:g} GB/s"),
+            marked(entry, "endurance", entry["endurance"]),
+            entry["source"],
+        ]
+        for key, entry in entries("drives").items()
+    ]
+    yield format_table(
+        rows, header=("drive", "", "", "read", "write", "sustained", "endurance", "source")
+    )
+    yield ""
+    yield "* assumed, not published. Write `--hardware rtx4090+2x990pro+128GB`."

@@ -56,10 +56,11 @@ def print_plan(
     Raises SSDTuneError as training would before it starts.
     """
     from ssdtune.jobs import Source, job_of
-    from ssdtune.machines import own_machine
+    from ssdtune.machines import machine_from, own_machine
 
     config = loaded.config
-    machines = [own_machine(config.offload.path or config.output_dir)]
+    here = config.offload.path or config.output_dir
+    machines = [machine_from(spec) for spec in hardware] or [own_machine(here)]
     tables: list[dict[str, Any]] = []
     ways: list[Way] = []
     fits = False
@@ -71,6 +72,8 @@ def print_plan(
         if as_json:
             tables.append(as_mapping(job, machine, ways))
             continue
+        if machine is not machines[0]:
+            say()
         for line in lines_of(job, machine, ways, loaded):
             say(line)
     if timeline is not None:
@@ -152,6 +155,10 @@ def lines_of(job: Job, machine: Machine, ways: Sequence[Way], loaded: Loaded) ->
     for where, parts in (("RAM", found.peak.ram), ("VRAM", found.peak.device)):
         if parts:
             yield f"{letter} {where}: {parts_line(found, parts)}"
+    if found.total_s is not None and _knows_steps(job):
+        yield f"{letter} the run: {wear_line(machine, found)}"
+    if machine.assumed:
+        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
     path = "" if loaded.path is None else f" {loaded.path}"
     yield f"next: ssdtune train{path} {ways[best[0]].flags}".rstrip()
 
@@ -160,7 +167,7 @@ def machine_line(machine: Machine) -> str:
     """What it has."""
     parts = [machine.name]
     if machine.device is not None:
-        parts.append(f"{machine.device.name} {_gb(machine.device.memory_bytes)} GB free")
+        parts.append(f"device {_gb(machine.device.memory_bytes)} GB free")
     parts.append(f"RAM {_gb(machine.ram_bytes)} GB free")
     drive = machine.drive
     told = [] if drive.free_bytes is None else [f"{_gb(drive.free_bytes)} GB free"]
@@ -278,6 +285,19 @@ def limit_line(found: Outcome) -> str:
     if found.hidden_at is not None:
         tokens = found.tokens / found.choices.micro_batches * found.hidden_at
         parts.append(f"reading is hidden from {tokens:,.0f} tokens a step on")
+    return " · ".join(parts)
+
+
+def wear_line(machine: Machine, found: Outcome) -> str:
+    """What it writes, of what the drive is rated for, and the energy at full load."""
+    parts = [f"writes {format_size(round(found.written_bytes))}"]
+    if machine.drive.endurance_bytes:
+        share = found.written_bytes / machine.drive.endurance_bytes
+        parts[0] += (
+            f" ({share:.2g} of the drive's rated {format_size(round(machine.drive.endurance_bytes))})"
+        )
+    if machine.watts is not None and found.total_s is not None:
+        parts.append(f"{machine.watts * found.total_s / 3.6e6:.3g} kWh at full load")
     return " · ".join(parts)
 
 
