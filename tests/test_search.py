@@ -158,7 +158,8 @@ def test_a_longer_search_of_a_large_model_finds_nothing_much_better(
     found = search(case.request, case)
     effort = Effort(num_tries=800, patience=1_000)
     longer = search(case.request, case, effort)
-    assert longer.num_tries > 2 * found.num_tries
+    is_at_the_limit = found.simulation.step_s < 1.002 * found.simulation.busy_s[Lane.COMPUTE]
+    assert is_at_the_limit or longer.num_tries > 2 * found.num_tries
     assert found.simulation.step_s <= WITHIN * longer.simulation.step_s
 
 

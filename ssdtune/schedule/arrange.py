@@ -65,25 +65,24 @@ PATTERNS = (spread, spread_inside, first, last, ends)
 
 def filled_up(request: Request, choice: Choice) -> Choice:
     """What room is left taken by more blocks, the largest that fits first, from the middle outwards."""
-    streamed = [i for i in range(len(request.blocks)) if i not in choice.residents]
-    middle = len(request.blocks) / 2
-    for i in sorted(streamed, key=lambda i: (-request.blocks[i].slot_bytes, abs(i - middle))):
-        choice = _with(request, choice, i)
-    return choice
-
-
-def _with(request: Request, choice: Choice, block: int) -> Choice:
-    """The block stays too, in a slot of its own or else in RAM, where there is room."""
-    more = dataclasses.replace(
-        choice, residents=choice.residents | {block}, cached=choice.cached - {block}
-    )
-    if room_for(request, more) is not None:
-        return more
-    if request.on_device and block not in choice.cached:
-        more = dataclasses.replace(choice, cached=choice.cached | {block})
-        if room_for(request, more) is not None:
-            return more
-    return choice
+    room = room_for(request, choice)
+    if room is None:
+        return choice
+    blocks, middle = request.blocks, len(request.blocks) / 2
+    slot_left, ram_left = room
+    residents, cached = set(choice.residents), set(choice.cached)
+    streamed = [i for i in range(len(blocks)) if i not in residents]
+    for i in sorted(streamed, key=lambda i: (-blocks[i].slot_bytes, abs(i - middle))):
+        if blocks[i].slot_bytes <= slot_left:
+            slot_left -= blocks[i].slot_bytes
+            residents.add(i)
+            if i in cached:
+                cached.discard(i)
+                ram_left += blocks[i].file_bytes
+        elif request.on_device and i not in cached and blocks[i].file_bytes <= ram_left:
+            ram_left -= blocks[i].file_bytes
+            cached.add(i)
+    return dataclasses.replace(choice, residents=frozenset(residents), cached=frozenset(cached))
 
 
 def moved(request: Request, choice: Choice, chance: Random) -> Choice | None:

@@ -37,6 +37,7 @@ from ssdtune.schedule.planner import (
 from ssdtune.schedule.simulate import Simulation, simulate
 
 NUM_POLISHED = 3  # of the best candidates
+AT_LIMIT = 0.001  # beyond its compute: a step that has no time left to gain
 DIGITS = 4  # step times that agree so far are a tie: fewer bytes read, then less memory
 
 
@@ -111,7 +112,11 @@ class _Hunt:
     """What has been simulated."""
 
     def __init__(self, request: Request, pricing: Priced, num_tries: int) -> None:
-        self.request, self.pricing = request, pricing
+        self.pricing = pricing
+        self.whole = request
+        # While searching, only the steps that are to be fast.
+        orders = {pricing.kind: request.orders[pricing.kind]}
+        self.request = dataclasses.replace(request, orders=orders)
         self.seen: dict[tuple[object, ...], tuple[float, ...]] = {}  # choice -> key
         self.choices: dict[tuple[object, ...], Choice] = {}
         self._num_tries = num_tries
@@ -132,7 +137,8 @@ class _Hunt:
         step_s = float(f"{found.simulation.step_s:.{DIGITS}g}")
         read = found.plan.sequences[self.pricing.kind].read_bytes
         memory = found.plan.slot_bytes + found.plan.ram_bytes
-        self.seen[name] = (step_s, read, memory)
+        compute_s = found.simulation.busy_s.get(Lane.COMPUTE, 0.0) + self.pricing.between_s
+        self.seen[name] = (step_s, read, memory, compute_s)
         self.choices[name] = choice
         return self.seen[name]
 
@@ -150,8 +156,15 @@ class _Hunt:
         return [self.choices[name] for name in sorted(self.seen, key=lambda n: self.seen[n])]
 
     def best(self) -> Found:
-        """The best of all."""
-        return self.simulated(self.ranked()[0])
+        """The best of all, with the plan of every kind of step."""
+        found = self.simulated(self.ranked()[0])
+        return dataclasses.replace(found, plan=plan_of(self.whole, found.layout))
+
+    @property
+    def is_at_the_limit(self) -> bool:
+        """Whether the best step is all compute: no plan is faster."""
+        best = min(self.seen.values(), default=None)
+        return best is not None and best[0] <= (1 + AT_LIMIT) * best[-1]
 
 
 def _name(choice: Choice) -> tuple[object, ...]:
@@ -267,7 +280,7 @@ def _polish(hunt: _Hunt, patience: int) -> None:
     leaders = hunt.ranked()[:NUM_POLISHED]
     keys = [hunt.evaluate(choice) for choice in leaders]
     misses = 0
-    while leaders and not hunt.is_over and misses < patience:
+    while leaders and not (hunt.is_over or hunt.is_at_the_limit) and misses < patience:
         misses += 1
         for k, leader in enumerate(leaders):
             other = moved(hunt.request, leader, chance)

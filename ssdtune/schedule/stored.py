@@ -41,7 +41,9 @@ class _Inserted:
 
     def __init__(self, steps: StepPlan, pairs: dict[int, int], num_bytes: int) -> None:
         self._steps, self._pairs, self._num_bytes = steps, pairs, num_bytes
+        self._names = {op.visit: op.block for op in steps.ops}
         self._ops: list[Op] = []
+        self._previous: dict[int, tuple[int, ...]] = {}  # new id -> old ids in the step before
         self._new: dict[int, int] = {}  # an op's id -> its new one
         self._computed: dict[int, int] = {}  # visit -> new id of its COMPUTE
         self._stored: dict[int, int] = {}  # forward visit -> id of its STORE
@@ -54,19 +56,18 @@ class _Inserted:
             if op.kind is Kind.COMPUTE and op.visit in self._pairs:
                 # After the weights of this visit, before those of the next: with three slots they wait for the same.
                 extra = (self._fetch(op.visit),)
-            after = (*(self._new[i] for i in op.after), *extra)
-            self._new[op.id] = self._add(dataclasses.replace(op, after=after))
+            after = (*[self._new[i] for i in op.after], *extra)
+            self._new[op.id] = self._add(op, after, op.after_previous)
             if op.kind is Kind.COMPUTE:
                 self._computed[op.visit] = self._new[op.id]
                 if op.visit in stored:
                     self._stored[op.visit] = self._move(
                         Kind.STORE, Lane.NVME_WRITE, op.visit, (self._new[op.id],)
                     )
-        ops = [
-            dataclasses.replace(op, after_previous=tuple(self._new[i] for i in op.after_previous))
-            for op in self._ops
-        ]
-        return StepPlan(visits=self._steps.visits, ops=tuple(ops))
+        for i, previous in self._previous.items():
+            after = tuple(self._new[a] for a in previous)
+            self._ops[i] = dataclasses.replace(self._ops[i], after_previous=after)
+        return StepPlan(visits=self._steps.visits, ops=tuple(self._ops))
 
     def _fetch(self, v: int) -> int:
         """Inputs of backward visit `v`, not before the visit AHEAD + 1 before it is over."""
@@ -77,20 +78,21 @@ class _Inserted:
         return self._move(Kind.FETCH, Lane.NVME_READ, v, tuple(after))
 
     def _move(self, kind: Kind, lane: Lane, v: int, after: tuple[int, ...]) -> int:
-        first = next(op for op in self._steps.ops if op.visit == v)
-        return self._add(
-            Op(
-                id=-1,
-                kind=kind,
-                lane=lane,
-                visit=v,
-                block=first.block,
-                direction=first.direction,
-                num_bytes=self._num_bytes,
-                after=after,
-            )
+        visit = self._steps.visits[v]
+        moved = Op(
+            id=-1,
+            kind=kind,
+            lane=lane,
+            visit=v,
+            block=self._names[v],
+            direction=visit.direction,
+            num_bytes=self._num_bytes,
         )
+        return self._add(moved, after, ())
 
-    def _add(self, op: Op) -> int:
-        self._ops.append(dataclasses.replace(op, id=len(self._ops)))
-        return len(self._ops) - 1
+    def _add(self, op: Op, after: tuple[int, ...], previous: tuple[int, ...]) -> int:
+        op_id = len(self._ops)
+        if previous:
+            self._previous[op_id] = previous
+        self._ops.append(dataclasses.replace(op, id=op_id, after=after))
+        return op_id
