@@ -20,7 +20,7 @@ from ssdtune.schedule.planner import Choice, layout_of, size_classes
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
 from ssdtune.trainer import SSDConfig, SSDTrainer
 from ssdtune.trainer import forecast as forecast_module
-from ssdtune.trainer.forecast import Rehearsals, schedule_of, settle
+from ssdtune.trainer.forecast import Auto, Rehearsals, schedule_of, settle
 from ssdtune.trainer.scheduling import WATCHED_STEPS, Schedule, Watch
 from ssdtune.trainer.telemetry import StepRecord, Telemetry
 from ssdtune.visit.memory import resident_set_bytes
@@ -182,7 +182,7 @@ def test_an_automatic_budget_is_what_the_rest_of_the_peak_leaves(
         None,
         longest_row=LENGTH,
         base_bytes=resident_set_bytes(),
-        is_ram_auto=True,
+        auto=Auto(ram=True),
     )
     now = trainer.streamer.engine.plan
     if free > 10**9:
@@ -197,7 +197,9 @@ def test_a_budget_of_the_users_is_kept(make, monkeypatch: pytest.MonkeyPatch) ->
     trainer = make()
     schedule = scheduled(trainer, a_profile(read_rate=1e6), monkeypatch)
     budget = trainer.streamer.engine.plan.budgets
-    settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=10**8, is_ram_auto=False)
+    settle(
+        Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=10**8, auto=Auto(ram=False)
+    )
     assert trainer.streamer.engine.plan.budgets == budget
     assert trainer.streamer.engine.plan.ram_bytes <= budget.ram_bytes
 

@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ssdtune.memory import free_ram
 from ssdtune.profiles import own_profile
 from ssdtune.schedule.memory import INPUTS, MOST_STATES, NUM_STATES
@@ -47,6 +49,14 @@ class Rehearsals:
         return self._known[length]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Auto:
+    """Which budgets for weights nobody has set. vram: means nothing without a device."""
+
+    ram: bool
+    vram: bool = False
+
+
 def schedule_of(
     rehearsals: Rehearsals, lengths: Sequence[int], *, depth: int | None = None
 ) -> Schedule | None:
@@ -81,24 +91,35 @@ def settle(
     *,
     longest_row: int,
     base_bytes: int,
-    is_ram_auto: bool,
+    auto: Auto,
 ) -> bool:
-    """Carries out the best plan for what RAM there is; whether it is another than before.
+    """Carries out the best plan for what memory there is; whether it is another than before.
 
-    is_ram_auto: the budget is what is free beside the rest of the predicted peak, no figure of the user's.
+    auto: which budgets are what is free beside the rest of the predicted peak, no figures of the user's.
     """
     streamer = rehearsals.trainer.streamer
     assert streamer is not None
-    request = streamer.replanner.request
-    if is_ram_auto and not streamer.engine.plan.on_device:
+    plan, request = streamer.engine.plan, streamer.replanner.request
+    budgets, least = (
+        request.budgets,
+        smallest_budgets(request.blocks, on_device=request.on_device),
+    )
+    if auto.ram or auto.vram:
         peak = _predicted(rehearsals, longest_row, base_bytes)
-        spare = _free_ram() - _to_come(peak)
-        least = smallest_budgets(request.blocks, on_device=False).ram_bytes
-        room = max(streamer.engine.plan.ram_bytes + int(AUTO_SHARE * spare), least)
-        request = dataclasses.replace(request, budgets=Budgets(ram_bytes=room))
+        ram, device = plan.ram_bytes, plan.slot_bytes if plan.on_device else 0
+        ram += int(AUTO_SHARE * (_free_ram() - _to_come(peak)))
+        if plan.on_device:
+            device += int(AUTO_SHARE * _spare_vram(peak, streamer.engine.slots.device))
+        budgets = Budgets(
+            ram_bytes=max(ram, least.ram_bytes) if auto.ram else budgets.ram_bytes,
+            device_bytes=max(device, least.device_bytes) if auto.vram else budgets.device_bytes,
+        )
+        request = dataclasses.replace(request, budgets=budgets)
     if schedule is not None and schedule.improve(request) is not None:
         return True
-    if streamer.engine.plan.ram_bytes <= request.budgets.ram_bytes:
+    if plan.ram_bytes <= budgets.ram_bytes and (
+        not plan.on_device or plan.slot_bytes <= budgets.device_bytes
+    ):
         return False
     streamer.replanner.adopt(streamer, request, None)
     return True
@@ -150,6 +171,13 @@ def _save_ram(trainer: SSDTrainer, peak: Peak, say: Callable[[str], None]) -> No
             "lower offload.ram, per_device_train_batch_size or gradient_accumulation_steps, or set "
             "offload.block_inputs: nvme"
         )
+    device = trainer.streamer.engine.slots.device if trainer.streamer is not None else None
+    if device is not None and device.type == "cuda" and _spare_vram(peak, device) < 0:
+        say(
+            f"warning: {format_size(peak.device_bytes)} of the device are to be held, "
+            f"{format_size(-_spare_vram(peak, device))} more than is free: lower offload.vram or "
+            "per_device_train_batch_size, or set offload.block_inputs: ram"
+        )
 
 
 def _to_come(peak: Peak) -> int:
@@ -160,6 +188,14 @@ def _to_come(peak: Peak) -> int:
 def _free_ram() -> int:
     """This process's share."""
     return free_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _spare_vram(peak: Peak, device: torch.device) -> int:
+    """Bytes of the device that are free and not to be held: negative where it will be short."""
+    free, _ = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    cached = torch.cuda.memory_reserved(device) - allocated
+    return free + cached - max(0, peak.device_bytes - allocated)
 
 
 def _kept_bytes(peak: Peak) -> int:

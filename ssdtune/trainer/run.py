@@ -295,7 +295,7 @@ def _settled(
     say: Say,
 ) -> tuple[Peak, Watch | None]:
     """The plan, the peak and the time of the steps to come, settled and said. No watch without predictions."""
-    from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of, settle
+    from ssdtune.trainer.forecast import Auto, Rehearsals, forecast, schedule_of, settle
     from ssdtune.trainer.scheduling import Watch
 
     rehearsals, offload = Rehearsals(trainer), config.offload
@@ -306,7 +306,7 @@ def _settled(
         schedule,
         longest_row=longest,
         base_bytes=base_bytes,
-        is_ram_auto=offload.ram is None,
+        auto=Auto(ram=offload.ram is None, vram=offload.vram is None),
     ):
         assert trainer.streamer is not None
         for line in trainer.streamer.engine.plan.lines():

@@ -1,0 +1,184 @@
+"""Machines that one does not have: the parts, how they are put together, and that the shipped configurations fit the
+cards that their names promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ssdtune import cli
+from ssdtune.config import load_config
+from ssdtune.jobs import Source, job_of
+from ssdtune.machines import (
+    MachineError,
+    devices_known,
+    drives_known,
+    entries,
+    hosts_known,
+    machine_from,
+)
+from ssdtune.planning import ways_of
+from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, curve
+from ssdtune.schedule.outcome import Outcome
+from ssdtune.schedule.profile import OPERATORS, TRANSFERS, ProfileError
+
+ROOT = Path(__file__).parent.parent
+GB = 10**9
+
+
+@pytest.mark.parametrize("kind", ["devices", "drives", "hosts"])
+def test_every_part_has_a_source_and_positive_figures(kind: str) -> None:
+    for key, entry in entries(kind).items():
+        assert entry["source"], key
+        assert set(entry["assumed"]) <= set(entry), key
+        for name in ("bandwidth", "tflops", "pcie", "watts", "read", "write", "sustained_write"):
+            assert float(entry.get(name, 1)) > 0, (key, name)
+    names = [str(n).lower() for k, e in entries(kind).items() for n in (k, *e["aliases"])]
+    assert len(names) == len(set(names)), "a name stands for one part"
+
+
+def test_the_parts_go_into_a_wheel() -> None:
+    found = {p.name for p in importlib.resources.files("ssdtune.hardware").iterdir()}
+    assert {"devices.yaml", "drives.yaml", "hosts.yaml"} <= found
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
+    assert "*.yaml" in data["ssdtune.hardware"]
+
+
+@pytest.mark.parametrize("device", devices_known())
+def test_every_device_has_whole_and_rising_curves(device: str) -> None:
+    profile = machine_from(device).profile
+    assert profile is not None
+    curves = [profile.operator(dtype, kind) for dtype in DTYPES for kind in OPERATORS]
+    curves += [profile.transfer(name) for name in TRANSFERS]
+    for each in curves:
+        times = [each.seconds(10.0**power) for power in range(3, 14)]
+        assert times == sorted(times)
+        assert times[0] > 0
+
+
+def test_a_large_product_runs_at_the_models_share_of_the_published_rate() -> None:
+    machine = machine_from("rtx4090")
+    assert machine.profile is not None
+    seconds = machine.profile.operator("bfloat16", "matmul").seconds(1e14)
+    assert seconds == pytest.approx(1e14 / (MODEL_SHARE * 179.2e12), rel=0.01)
+
+
+def test_a_curve_is_latency_and_rate() -> None:
+    found = curve(1e9, 1e-5)
+    assert found.seconds(1e9) == pytest.approx(1.0, rel=1e-3)
+    assert found.seconds(1e4) == pytest.approx(2e-5, rel=1e-6)
+    assert found.seconds(1) >= 1e-5
+
+
+@pytest.mark.parametrize(
+    "spec", ["rtx4090+2x990pro+128GB", "128GB + 2X990-Pro + RTX-4090", "4090+128gb+2x990pro"]
+)
+def test_parts_come_in_any_order_and_spelling(spec: str) -> None:
+    machine = machine_from(spec)
+    one = drives_known()["990pro"]
+    assert machine.device == devices_known()["rtx4090"]
+    assert machine.drive.read == 2 * one.read  # type: ignore[operator]
+    assert machine.drive.endurance_bytes == 2 * one.endurance_bytes  # type: ignore[operator]
+    assert machine.ram_bytes == 128 * GB - hosts_known()["desktop"].reserved_bytes
+    assert machine == machine_from("rtx4090+2x990pro+128GB")
+
+
+def test_what_is_left_out_is_a_desktop_with_one_drive() -> None:
+    machine = machine_from("rtx3090")
+    assert machine.drive == drives_known()["990pro"]
+    assert machine.ram_bytes == 60 * GB
+    assert "pcie of RTX 3090" in machine.assumed
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("rtx4080+990pro", "Did you mean rtx4090"),
+        ("990pro", "0 devices"),
+        ("rtx4090+rtx3090", "2 devices"),
+        ("rtx4090+2xrtx3090", "no part that is known"),
+        ("rtx4090+64", "no part that is known"),
+        ("own.yaml+990pro", "takes no other parts"),
+    ],
+)
+def test_a_part_that_is_not_known_is_named_with_the_nearest(spec: str, words: str) -> None:
+    with pytest.raises(MachineError, match=words):
+        machine_from(spec)
+
+
+def test_a_measured_machine_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    with pytest.raises(ProfileError, match="can't read it"):
+        machine_from(str(path))
+
+
+def test_the_list_shows_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["hardware"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in [*devices_known(), *drives_known()])
+
+
+# ------------------------------------------------------------------ the shipped configurations
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}
+MODELS = {  # sizes as their config.json on the hub has them
+    "llama3-8b-8gb": {
+        **LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-32b-16gb": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+    "llama33-70b-24gb": {
+        **LLAMA,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "num_key_value_heads": 8,
+    },
+}
+RAM = {"llama3-8b-8gb": 32, "qwen3-32b-16gb": 64, "llama33-70b-24gb": 64}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shipped_configuration_fits_the_card_in_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**MODELS[name], "dtype": "bfloat16"}))
+    config = load_config(ROOT / "configs" / f"{name}.yaml", []).config
+    job = job_of(Source.of(config, str(path), on_device=True))
+    billions = float(name.split("-")[1].removesuffix("b"))
+    assert job.num_parameters == pytest.approx(billions * 1e9, rel=0.03)
+    card = int(name.split("-")[2].removesuffix("gb"))
+    free = int(0.93 * card * GB)
+    machine = machine_from(f"rtx4090+{RAM[name]}GB")
+    assert machine.device is not None
+    card_device = dataclasses.replace(machine.device, memory_bytes=free)
+    machine = dataclasses.replace(machine, device=card_device)
+    first = next(ways_of(job, machine, config)).found
+    assert isinstance(first, Outcome), first
+    assert first.peak.device_bytes <= free
+    assert first.is_hidden, "so many tokens a step hide the drive"
