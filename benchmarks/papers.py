@@ -16,8 +16,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from ssdtune.schedule.outlook import (  # noqa: E402
-    Machine,
     Outlook,
+    Rates,
     endurance_share,
     foresee_forward,
     foresee_full,
@@ -76,13 +76,11 @@ P5510 = (6.9 * GB, 4.2 * GB)
 HOST = (32 * GB, 30 * GB)
 
 
-def lohan_machine(num_ssds: int) -> Machine:
+def lohan_machine(num_ssds: int) -> Rates:
     """Its machine. One thread reads a group's states, waits, and writes the group before (its `single_step`, swappers
     with pipeline_read and pipeline_write off): reads and writes take turns, each at the drives' rate or the host's."""
     read, write = (min(num_ssds * one, host) for one, host in zip(P5510, HOST, strict=True))
-    return Machine(
-        flops=LOHAN_FLOPS, h2d=PCIE4, d2h=PCIE4, read=read, write=write, update=LOHAN_ADAM
-    )
+    return Rates(flops=LOHAN_FLOPS, h2d=PCIE4, d2h=PCIE4, read=read, write=write, update=LOHAN_ADAM)
 
 
 def lohan(model: str, num_ssds: int, num_sequences: int, *, flop_per_parameter: int = 6) -> float:
@@ -176,7 +174,7 @@ def roundpipe_point(name: str) -> Point:
         flop_per_token=2 * (layer + 0.75 * head / layers),
         input_bytes_per_token=2 * hidden,
     )
-    machine = Machine(flops=ROUNDPIPE_FLOPS, h2d=PCIE4, d2h=PCIE4, update=LOHAN_ADAM)
+    machine = Rates(flops=ROUNDPIPE_FLOPS, h2d=PCIE4, d2h=PCIE4, update=LOHAN_ADAM)
     found = foresee_full(shape, Full(weights=Tier.RAM, states=Tier.RAM), machine)
     return Point(
         system="RoundPipe",
@@ -196,7 +194,7 @@ def all_points() -> list[Point]:
 
 RATED_BYTES = 1200 * TB  # what consumer drives of 2 TB are rated for
 NUM_STEPS = 1000
-ONE_DRIVE = Machine(
+ONE_DRIVE = Rates(
     flops=LOHAN_FLOPS, h2d=PCIE4, d2h=PCIE4, read=6.9 * GB, write=4.2 * GB, update=2.4 * GB
 )
 METHODS: dict[str, Full | ForwardOnly] = {

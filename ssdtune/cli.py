@@ -34,7 +34,7 @@ required keys are flags. `ssdtune plan` takes the same arguments and trains noth
 """
 PLAN_USAGE = """\
 ssdtune plan CONFIG.yaml [--key value …] [--hardware SPEC] [--model FOLDER|config.json]
-             [--timeline FILE] [--json]
+             [--compare] [--timeline FILE] [--json]
 
 Will it fit, how fast, what limits it, what does it write to the drive. Reads the model's headers and
 some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as for `ssdtune train`.
@@ -42,6 +42,7 @@ some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as
   --hardware PART+PART         for a machine that one does not have (`ssdtune hardware` lists the
                                parts); again for another beside it: --hardware rtx4090+2x990pro+128GB
   --model FOLDER|config.json   instead of the configuration's; a config.json alone is enough
+  --compare                    other methods beside it, also those that can't be run yet
   --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
   --json                       the answer as one JSON object
 """
@@ -115,6 +116,7 @@ def _plan(words: list[str]) -> object:
     parser.add_argument("--hardware", action="append", default=[])
     parser.add_argument("--timeline", type=Path)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--compare", action="store_true")
     arguments, rest = parser.parse_known_args(words)
     loaded = _load(rest, PLAN_USAGE, says_notes=not arguments.json)
     if loaded is None:
@@ -127,6 +129,7 @@ def _plan(words: list[str]) -> object:
         model=arguments.model,
         timeline=arguments.timeline,
         as_json=arguments.json,
+        compares=arguments.compare,
     )
 
 

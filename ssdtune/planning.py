@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.report import LANE_LABELS, duration, format_table, say
+from ssdtune.schedule.methods import Foreseen, foreseen
 from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.trace import TraceOp
@@ -48,11 +49,13 @@ def print_plan(
     model: str | None = None,
     timeline: Path | None = None,
     as_json: bool = False,
+    compares: bool = False,
 ) -> int:
     """Prints what the job comes to on each machine; returns 0, or EXIT_DOES_NOT_FIT where it fits none.
 
     hardware: machines that one does not have, else this one. model: a folder or config.json instead of the
-    configuration's. timeline: a PNG or JSON file for the lanes of a step. as_json: one object on standard output.
+    configuration's. timeline: a PNG or JSON file for the lanes of a step. as_json: one object on standard output. compares: other
+    methods too, also those that the engine does not run yet.
     Raises SSDTuneError as training would before it starts.
     """
     from ssdtune.jobs import Source, job_of
@@ -68,13 +71,14 @@ def print_plan(
         source = Source.of(config, model, on_device=machine.device is not None)
         job = job_of(source)
         ways = list(ways_of(job, machine, config))
+        others = foreseen(job, machine) if compares else []
         fits = fits or any(isinstance(way.found, Outcome) for way in ways)
         if as_json:
-            tables.append(as_mapping(job, machine, ways))
+            tables.append(as_mapping(job, machine, ways, others))
             continue
         if machine is not machines[0]:
             say()
-        for line in lines_of(job, machine, ways, loaded):
+        for line in lines_of(job, machine, ways, others, loaded):
             say(line)
     if timeline is not None:
         draw(ways, timeline, say=None if as_json else say)
@@ -131,13 +135,21 @@ def _flags(words: str) -> str:
 # ------------------------------------------------------------------ text
 
 
-def lines_of(job: Job, machine: Machine, ways: Sequence[Way], loaded: Loaded) -> Iterator[str]:
+def lines_of(
+    job: Job,
+    machine: Machine,
+    ways: Sequence[Way],
+    others: Sequence[Foreseen],
+    loaded: Loaded,
+) -> Iterator[str]:
     """Yields the whole answer as a person reads it."""
     yield f"machine   {machine_line(machine)}"
     yield f"model     {model_line(job)}"
     yield f"job       {job_line(job)}"
     yield f"data      {data_line(job)}"
-    yield format_table([row(job, way, LETTERS[i]) for i, way in enumerate(ways)], header=COLUMNS)
+    rows = [row(job, way, LETTERS[i]) for i, way in enumerate(ways)]
+    rows += [other_row(job, machine, each) for each in others]
+    yield format_table(rows, header=COLUMNS)
     best = next(((i, w.found) for i, w in enumerate(ways) if isinstance(w.found, Outcome)), None)
     if best is None:
         refused = ways[0].found
@@ -237,6 +249,29 @@ def row(job: Job, way: Way, letter: str) -> list[str]:
     ]
 
 
+def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:
+    """A method that can't be run yet, as a line of the table."""
+    step_s, steps = each.outlook.step_s, job.steps(job.micro_batches)
+    words = "not runnable in this version"
+    if each.why_not is not None:
+        words += f"; would not fit: {each.why_not}"
+    endurance = machine.drive.endurance_bytes
+    if endurance and each.written_bytes > 0.01 * endurance:
+        words += f"; {each.written_bytes / endurance:.0%} of the drive's rated writes"
+    return [
+        "·",
+        each.words,
+        f"{_gb(each.memory.device)} GB" if each.memory.device else "",
+        f"{_gb(each.memory.ram)} GB",
+        f"{_gb(each.memory.nvme)} GB",
+        format_size(round(each.written_bytes)),
+        f"≈ {step_s:.3g}",
+        f"≈ {job.tokens(job.micro_batches) / step_s:,.0f}",
+        f"≈ {duration(steps * step_s)}" if _knows_steps(job) else "",
+        words,
+    ]
+
+
 def _knows_steps(job: Job) -> bool:
     return job.num_steps is not None or job.data.num > 0
 
@@ -316,7 +351,9 @@ def _gb(num_bytes: float) -> str:
 # ------------------------------------------------------------------ machines may read it too
 
 
-def as_mapping(job: Job, machine: Machine, ways: Sequence[Way]) -> dict[str, Any]:
+def as_mapping(
+    job: Job, machine: Machine, ways: Sequence[Way], others: Sequence[Foreseen]
+) -> dict[str, Any]:
     """The answer as plain values; bytes and seconds."""
     return {
         "machine": {
@@ -331,6 +368,7 @@ def as_mapping(job: Job, machine: Machine, ways: Sequence[Way]) -> dict[str, Any
         "num_trained": job.num_trained,
         "data": dataclasses.asdict(job.data),
         "ways": [_way(job, way) for way in ways],
+        "not_runnable": [_other(each) for each in others],
     }
 
 
@@ -360,6 +398,19 @@ def _way(job: Job, way: Way) -> dict[str, Any]:
             "two_pass_s": step.two_pass_s,
         }
     return told
+
+
+def _other(each: Foreseen) -> dict[str, Any]:
+    return {
+        "words": each.words,
+        "fits": each.why_not is None,
+        "why": each.why_not,
+        "step_s": each.outlook.step_s,
+        "ram_bytes": each.memory.ram,
+        "device_bytes": each.memory.device,
+        "nvme_bytes": each.memory.nvme,
+        "written_bytes": each.written_bytes,
+    }
 
 
 def draw(ways: Sequence[Way], path: Path, say: Any) -> None:

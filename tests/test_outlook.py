@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ssdtune.schedule.outlook import (
-    Machine,
     Outlook,
+    Rates,
     endurance_share,
     energy_joules,
     foresee_forward,
@@ -30,7 +30,7 @@ from ssdtune.schedule.steps import (
 )
 
 GB, TFLOP = 1e9, 1e12
-DUPLEX = Machine(
+DUPLEX = Rates(
     flops=150 * TFLOP,
     h2d=25 * GB,
     d2h=25 * GB,
@@ -45,7 +45,7 @@ def shape_of(num_blocks: int = 12, num_tokens: int = 65536, num_micro_batches: i
     return gpt_shape(num_blocks, 4096, num_tokens, num_micro_batches=num_micro_batches)
 
 
-def random_case(seed: int) -> tuple[Shape, Full, Machine]:
+def random_case(seed: int) -> tuple[Shape, Full, Rates]:
     rng = random.Random(seed)
     shape = shape_of(rng.randint(1, 12), rng.choice((4096, 65536)), rng.randint(1, 4))
     decision = Full(
@@ -62,7 +62,7 @@ def random_case(seed: int) -> tuple[Shape, Full, Machine]:
         gradient_buffers=rng.randint(1, 4),
     )
     rates = {name: rng.uniform(2, 30) * GB for name in ("h2d", "d2h", "read", "write")}
-    machine = Machine(
+    machine = Rates(
         flops=rng.uniform(20, 200) * TFLOP,
         update=rng.uniform(1, 5) * GB,
         is_drive_shared=rng.random() < 0.5,
@@ -231,7 +231,7 @@ def test_one_chunk_buffer_overlaps_nothing_of_the_optimizer() -> None:
 
 def test_a_delayed_share_pays_only_where_the_drive_is_the_limit() -> None:
     """Forward's drive is idle: what backward lends it is won, up to where forward is as full."""
-    slow, fast = DUPLEX, Machine(flops=DUPLEX.flops, h2d=25 * GB, d2h=25 * GB, update=24 * GB)
+    slow, fast = DUPLEX, Rates(flops=DUPLEX.flops, h2d=25 * GB, d2h=25 * GB, update=24 * GB)
     shape = gpt_shape(96, 12288, 16 * 1024)
     shares = (0.0, 0.2, 0.9)
     none, some, most = (foresee_full(shape, Full(delayed_share=s), slow).step_s for s in shares)
@@ -245,8 +245,8 @@ def test_a_shared_drive_is_slower_than_two_of_its_kind() -> None:
     shape = gpt_shape(40, 5120, 32 * 1024)
     rates = {"flops": 150 * TFLOP, "h2d": 26 * GB, "d2h": 26 * GB, "update": 3.5 * GB}
     one = {"read": 6.9 * GB, "write": 4.2 * GB}
-    shared = foresee_full(shape, Full(), Machine(**rates, **one))
-    duplex = foresee_full(shape, Full(), Machine(**rates, **one, is_drive_shared=False))
+    shared = foresee_full(shape, Full(), Rates(**rates, **one))
+    duplex = foresee_full(shape, Full(), Rates(**rates, **one, is_drive_shared=False))
     backward = shape.num_parameters * (14 / 6.9e9 + 14 / 4.2e9)
     assert shared.step_s > backward
     assert shared.step_s > 1.4 * duplex.step_s
@@ -254,8 +254,8 @@ def test_a_shared_drive_is_slower_than_two_of_its_kind() -> None:
 
 def test_the_hosts_cap_counts_reads_and_writes_together() -> None:
     shape = gpt_shape(40, 5120, 8 * 1024)
-    free = Machine(flops=1e16, read=40 * GB, write=40 * GB, update=50 * GB, is_drive_shared=False)
-    capped = Machine(
+    free = Rates(flops=1e16, read=40 * GB, write=40 * GB, update=50 * GB, is_drive_shared=False)
+    capped = Rates(
         flops=1e16,
         read=40 * GB,
         write=40 * GB,
@@ -272,8 +272,8 @@ def test_memory_that_adam_and_the_copies_share_is_a_limit() -> None:
     """28 bytes of Adam, 2 + 2 of weights up, 2 of gradients down, per parameter."""
     shape = shape_of(num_tokens=1024)
     decision = Full(weights=Tier.RAM, states=Tier.RAM)
-    roomy = Machine(flops=1e16, update=2 * GB, is_drive_shared=False)
-    tight = Machine(flops=1e16, update=2 * GB, is_drive_shared=False, dram=28 * GB)
+    roomy = Rates(flops=1e16, update=2 * GB, is_drive_shared=False)
+    tight = Rates(flops=1e16, update=2 * GB, is_drive_shared=False, dram=28 * GB)
     parameters = shape.num_parameters
     found = foresee_full(shape, decision, roomy)
     assert found.step_s == pytest.approx(parameters / 2e9, rel=0.01)
@@ -297,7 +297,7 @@ def test_a_zeroth_order_step_is_the_longer_of_reading_and_its_forwards() -> None
 
 def test_weights_that_go_back_write_all_of_them_and_a_window_nothing() -> None:
     shape = gpt_shape(40, 5120, 256)
-    shared = Machine(flops=150e12, h2d=25 * GB, d2h=25 * GB, read=13 * GB, write=6 * GB)
+    shared = Rates(flops=150e12, h2d=25 * GB, d2h=25 * GB, read=13 * GB, write=6 * GB)
     changed = foresee_forward(shape, ForwardOnly(writes_back=True), shared)
     assert changed.written_bytes == 2 * shape.num_parameters
     both = 2 * shape.num_parameters * (1 / 13e9 + 1 / 6e9)
@@ -307,7 +307,7 @@ def test_weights_that_go_back_write_all_of_them_and_a_window_nothing() -> None:
 
 @pytest.mark.parametrize("num_blocks", [1, 3, 4, 7])
 def test_weights_that_went_back_are_read_again_when_they_are_there(num_blocks: int) -> None:
-    slow_writes = Machine(flops=1e15, h2d=25 * GB, d2h=25 * GB, read=13 * GB, write=1 * GB)
+    slow_writes = Rates(flops=1e15, h2d=25 * GB, d2h=25 * GB, read=13 * GB, write=1 * GB)
     found = foresee_forward(shape_of(num_blocks), ForwardOnly(writes_back=True), slow_writes)
     stored = {each.op.block: each.end_s for each in of_kind(found.simulation, Kind.STORE_WEIGHTS)}
     for each in of_kind(found.simulation, Kind.LOAD):

@@ -23,6 +23,7 @@ from ssdtune.machines import own_machine
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.job import Job, job_from
 from ssdtune.schedule.machine import Device, Drive, Machine
+from ssdtune.schedule.methods import foreseen, shape_of
 from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
 from ssdtune.schedule.plan import Tier
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
@@ -293,3 +294,42 @@ def test_this_machine_is_as_it_is(tmp_path: Path) -> None:
     assert machine.drive.name == str(tmp_path.resolve())
     assert machine.drive.free_bytes
     assert machine.profile is None
+
+
+# ------------------------------------------------------------------ methods that can't be run yet
+
+
+def test_other_methods_stand_beside_it_and_say_that_they_cant_be_run(run) -> None:
+    save_profile(a_profile(read_rate=1e6), own_profile_path())
+    code, text = run("--offload.ram", "300KB", "--compare")
+    assert code == 0
+    rows = [line for line in text.splitlines() if line.startswith("·")]
+    assert len(rows) == 4
+    assert all("not runnable in this version" in row for row in rows)
+    assert all("≈" in row for row in rows)
+    found = json.loads(run("--offload.ram", "300KB", "--compare", "--json")[1])
+    assert len(found["not_runnable"]) == 4
+    assert len(json.loads(run("--offload.ram", "300KB", "--json")[1])["not_runnable"]) == 0
+
+
+def test_full_fine_tuning_reads_and_writes_its_states(config_path: Path) -> None:
+    """Per parameter of the layers: 2 + 2 + 12 read, 14 written, every step."""
+    job = a_job(config_path)
+    on_nvme, in_ram, forward, packed = foreseen(job, a_machine(10**12))
+    layers = shape_of(job).num_parameters
+    assert on_nvme.outlook.written_bytes == pytest.approx(14 * layers, rel=0.01)
+    assert on_nvme.outlook.read_bytes == pytest.approx(16 * layers, rel=0.3)
+    assert in_ram.outlook.written_bytes < on_nvme.outlook.written_bytes
+    assert in_ram.memory.ram > on_nvme.memory.ram
+    assert forward.outlook.written_bytes == 0
+    assert packed.outlook.read_bytes == pytest.approx(
+        4.5 / 16 * forward.outlook.read_bytes, rel=0.01
+    )
+
+
+def test_what_would_not_fit_is_said_with_the_numbers(config_path: Path) -> None:
+    job = a_job(config_path)
+    drive = Drive(name="/nvme", free_bytes=10**5)
+    assert "GB of drive >" in str(foreseen(job, a_machine(10**12, drive=drive))[0].why_not)
+    assert foreseen(job, a_machine(10**12))[0].why_not is None
+    assert foreseen(job, a_machine(profile=None)) == []

@@ -33,7 +33,7 @@ ADAM_DRAM_BYTES = 3 * 4 + 2 + 3 * 4 + 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Rates:
     """A machine as plain rates; infinity where something is no limit.
 
     Attributes:
@@ -111,7 +111,7 @@ class Outlook:
         return self.num_tokens / self.step_s
 
 
-def foresee_full(shape: Shape, decision: Full, machine: Machine) -> Outlook:
+def foresee_full(shape: Shape, decision: Full, rates: Rates) -> Outlook:
     """A step of full fine-tuning."""
     steps = full_step(shape, decision)
     recomputed = decision.recomputed(shape.num_blocks)
@@ -122,21 +122,19 @@ def foresee_full(shape: Shape, decision: Full, machine: Machine) -> Outlook:
             return flop
         return flop * (3 if steps.visits[op.visit].block in recomputed else 2)
 
-    compute_s = [
-        flop_of(op) / machine.flops if op.kind is Kind.COMPUTE else 0.0 for op in steps.ops
-    ]
-    update_s = shape.block_parameters / decision.num_chunks / machine.update_rate
-    simulation = _simulated(steps, compute_s, update_s, machine)
+    compute_s = [flop_of(op) / rates.flops if op.kind is Kind.COMPUTE else 0.0 for op in steps.ops]
+    update_s = shape.block_parameters / decision.num_chunks / rates.update_rate
+    simulation = _simulated(steps, compute_s, update_s, rates)
     return _outlook(shape, steps, simulation, full_memory(shape, decision))
 
 
-def foresee_forward(shape: Shape, decision: ForwardOnly, machine: Machine) -> Outlook:
+def foresee_forward(shape: Shape, decision: ForwardOnly, rates: Rates) -> Outlook:
     """A zeroth-order step. Perturbing and unpacking on the device are not counted."""
     steps = forward_step(shape, decision)
     flop = shape.flop_per_token * shape.micro_batch_tokens * decision.num_forwards
-    one = flop / machine.flops
+    one = flop / rates.flops
     compute_s = [one if op.kind is Kind.COMPUTE else 0.0 for op in steps.ops]
-    simulation = _simulated(steps, compute_s, 0.0, machine)
+    simulation = _simulated(steps, compute_s, 0.0, rates)
     return _outlook(shape, steps, simulation, forward_memory(shape, decision))
 
 
@@ -151,7 +149,7 @@ def _outlook(shape: Shape, steps: StepPlan, simulation: Simulation, memory: Memo
 
 
 def _simulated(
-    steps: StepPlan, compute_s: Sequence[float], update_s: float, machine: Machine
+    steps: StepPlan, compute_s: Sequence[float], update_s: float, rates: Rates
 ) -> Simulation:
     """The step on the machine. compute_s: of each op, 0 for others; update_s: of each UPDATE."""
     seconds: list[float] = []
@@ -161,22 +159,22 @@ def _simulated(
         elif op.kind is Kind.UPDATE:
             seconds.append(update_s)
         else:
-            seconds.append(machine.latency_s + op.num_bytes / machine.rates[op.lane])
-    if not machine.capacities:
+            seconds.append(rates.latency_s + op.num_bytes / rates.rates[op.lane])
+    if not rates.capacities:
         return simulate(steps, seconds)
-    demands = [_demands(op, machine) for op in steps.ops]
-    return simulate_fluid(steps, seconds, demands, machine.capacities)
+    demands = [_demands(op, rates) for op in steps.ops]
+    return simulate_fluid(steps, seconds, demands, rates.capacities)
 
 
-def _demands(op: Op, machine: Machine) -> dict[str, float]:
+def _demands(op: Op, rates: Rates) -> dict[str, float]:
     """What an op takes in a second at full speed of what lanes share."""
     if op.lane is Lane.COMPUTE:
         return {}
     if op.kind is Kind.UPDATE:
-        return _finite(dram=ADAM_DRAM_BYTES * machine.update_rate)
-    rate = machine.rates[op.lane]
+        return _finite(dram=ADAM_DRAM_BYTES * rates.update_rate)
+    rate = rates.rates[op.lane]
     if op.lane in (Lane.NVME_READ, Lane.NVME_WRITE):
-        alone = machine.read if op.lane is Lane.NVME_READ else machine.write
+        alone = rates.read if op.lane is Lane.NVME_READ else rates.write
         return _finite(drive=rate / alone if alone < math.inf else 0.0, io=rate, dram=rate)
     return _finite(dram=rate)
 

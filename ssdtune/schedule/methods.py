@@ -1,0 +1,123 @@
+"""What a job would come to by methods and widths that the engine does not run yet, beside those it does.
+
+Times are of equal blocks and plain rates (`outlook.py`): coarser than a plan's own simulation, and marked so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ssdtune.schedule.job import Job
+from ssdtune.schedule.machine import UNPACK_SHARE, Machine
+from ssdtune.schedule.outlook import (
+    ADAM_DRAM_BYTES,
+    Memory,
+    Outlook,
+    Rates,
+    foresee_forward,
+    foresee_full,
+)
+from ssdtune.schedule.plan import Tier
+from ssdtune.schedule.profile import Profile
+from ssdtune.schedule.steps import ForwardOnly, Full, Shape
+
+NF4_BITS = 4.5  # 4 bits a weight, a 16-bit scale for every 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Foreseen:
+    """One method. memory: with the job's own fixed bytes. why_not: what is short; None where it would fit."""
+
+    words: str
+    outlook: Outlook
+    memory: Memory
+    written_bytes: float
+    why_not: str | None
+
+
+def foreseen(job: Job, machine: Machine) -> list[Foreseen]:
+    """Full fine-tuning with its states on NVMe or in RAM, and forwards only, 16 bits wide and 4."""
+    rates = rates_of(job, machine)
+    if rates is None:
+        return []
+    shape = shape_of(job)
+    full = [
+        (f"full AdamW, states on {tier}", foresee_full(shape, Full(states=tier), rates))
+        for tier in (Tier.NVME, Tier.RAM)
+    ]
+    forward = [
+        (
+            f"zeroth-order, {words} weights",
+            foresee_forward(shape, ForwardOnly(weight_bits=bits), rates),
+        )
+        for words, bits in (("16-bit", 16.0), ("nf4", NF4_BITS))
+    ]
+    return [_foreseen(job, machine, words, outlook) for words, outlook in [*full, *forward]]
+
+
+def _foreseen(job: Job, machine: Machine, words: str, outlook: Outlook) -> Foreseen:
+    """With what the job takes beside the weights: libraries, a block's workspace or the loss."""
+    workspace = max(job.footprint.workspace_bytes, job.footprint.loss_bytes)
+    ram, device = outlook.memory.ram + job.fixed.base_bytes, outlook.memory.device + workspace
+    if machine.device is None:  # one memory for all
+        ram, device = ram + device, 0.0
+    memory = Memory(device=device, ram=ram, nvme=outlook.memory.nvme)
+    short: list[str] = []
+    for name, needed, has in (
+        ("RAM", ram, machine.ram_bytes),
+        ("VRAM", device, machine.device_bytes if machine.device is not None else None),
+        ("drive", outlook.memory.nvme, machine.drive.free_bytes),
+    ):
+        if has is not None and needed > has:
+            short.append(f"{needed / 1e9:,.0f} GB of {name} > {has / 1e9:,.0f} free")
+    return Foreseen(
+        words=words,
+        outlook=outlook,
+        memory=memory,
+        written_bytes=outlook.written_bytes * job.steps(job.micro_batches),
+        why_not="; ".join(short) or None,
+    )
+
+
+def shape_of(job: Job) -> Shape:
+    """The job's model as equal blocks: those of which there are most; the others are the embedding."""
+    sizes: dict[int, int] = {}
+    for block in job.blocks:
+        sizes[block.slot_bytes] = sizes.get(block.slot_bytes, 0) + 1
+    num_blocks = max(sizes.values())
+    largest = max(size for size, count in sizes.items() if count == num_blocks)
+    total = sum(block.slot_bytes for block in job.blocks)
+    parameters = round(job.num_parameters * largest / total)
+    longest = job.rows_at_once * job.data.longest
+    tokens = max(1, round(job.rows_at_once * job.data.padded_tokens))
+    return Shape(
+        num_blocks=num_blocks,
+        block_parameters=parameters,
+        num_tokens=tokens * job.micro_batches,
+        num_micro_batches=job.micro_batches,
+        flop_per_token=2.0 * parameters,
+        input_bytes_per_token=job.footprint.kept_bytes / max(num_blocks * longest, 1),
+        embedding_parameters=max(0, job.num_parameters - num_blocks * parameters),
+    )
+
+
+def rates_of(job: Job, machine: Machine) -> Rates | None:
+    """The profile as plain rates; None without one. The optimizer on the CPU runs as fast as RAM gives and takes."""
+    profile = machine.profile
+    if profile is None or job.dtype not in profile.operators:
+        return None
+    dram = _rate(profile, "unpack") / UNPACK_SHARE
+    on_device = machine.device is not None
+    return Rates(
+        flops=profile.operator(job.dtype, "matmul").rate,
+        h2d=_rate(profile, "h2d") if on_device else math.inf,
+        d2h=_rate(profile, "d2h") if on_device else math.inf,
+        read=_rate(profile, "nvme_read"),
+        write=_rate(profile, "nvme_write"),
+        update=dram / ADAM_DRAM_BYTES,
+    )
+
+
+def _rate(profile: Profile, name: str) -> float:
+    return profile.transfers[name].rate if name in profile.transfers else math.inf
