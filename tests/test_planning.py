@@ -83,8 +83,10 @@ def run(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
 
 def a_job(config_path: Path, **more: Any) -> Job:
+    """With a process of a fixed size: that of the tests grows."""
     config = load_config(config_path, []).config
-    return job_of(Source.of(config, None, on_device=False, **more))
+    job = job_of(Source.of(config, None, **{"on_device": False, **more}))
+    return dataclasses.replace(job, fixed=dataclasses.replace(job.fixed, base_bytes=300 * MB))
 
 
 def a_machine(ram: int = 10**9, **more: Any) -> Machine:
@@ -275,8 +277,7 @@ def test_micro_batches_that_hide_reading_do(config_path: Path) -> None:
 
 
 def test_a_device_has_its_own_budget(config_path: Path) -> None:
-    config = load_config(config_path, []).config
-    job = job_of(Source.of(config, None, on_device=True))
+    job = a_job(config_path, on_device=True)
     machine = a_machine(device=Device(name="GPU", memory_bytes=10 * MB))
     found = outcome(job, machine, Choices(micro_batches=MICRO))
     assert isinstance(found, Outcome)
