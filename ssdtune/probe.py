@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import platform
 import tempfile
 import threading
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 MIB = 2**20
+BUSY_CORES = 0.15  # of others, from which on a measurement is not to be trusted
 ROUNDS = 5
 MAX_PIECE_S = 0.3  # larger sizes of what takes longer than this are left out: the last rate goes on
 # (tokens, width in, width out) of matrix products, from an adapter's of few tokens to a large model's layers
@@ -434,13 +436,28 @@ def processor_name() -> str:
 
 def print_probe(folder: Path, out: Path, file: Path | None = None) -> int:
     """Measures, prints, writes; returns 0."""
-    start = perf_counter()
+    start, before = perf_counter(), _cpu_seconds()
     profile = measure(folder, file)
     save_profile(profile, out)
     for line in profile_lines(profile):
         say(line)
+    others = (_cpu_seconds() - before) / (perf_counter() - start)
+    if others > BUSY_CORES:
+        say(
+            f"warning: other processes used {others:.2g} cores meanwhile, so that rates are too low and times "
+            "predicted from them too long: measure again when the machine is idle"
+        )
     say(f"written   {out} in {perf_counter() - start:.0f} s")
     return 0
+
+
+def _cpu_seconds() -> float:
+    """CPU time of all processes but this one, and what other machines took of these cores (proc(5), /proc/stat)."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+    own = os.times()
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - own.user - own.system - own.children_user - own.children_system
 
 
 def profile_lines(profile: Profile) -> Sequence[str]:

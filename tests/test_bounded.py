@@ -263,7 +263,7 @@ def test_24_and_48_layers_take_the_same_and_less_with_block_inputs_on_nvme(
 # ------------------------------------------------------------------ the prediction's parts
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom", "mamba2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom", "mamba2", "mixtral"])
 def test_what_is_rehearsed_is_what_a_step_allocates(
     name: str, tmp_path: Path, stream: Callable[..., Any]
 ) -> None:
@@ -290,10 +290,10 @@ def test_what_is_rehearsed_is_what_a_step_allocates(
 def test_a_model_that_cannot_be_rehearsed_is_estimated_and_said_to_be(
     tmp_path: Path, stream: Callable[..., Any]
 ) -> None:
-    base = tiny_models.build("t5")
+    base = tiny_models.build("bart")
     tiny_models.save(base, tmp_path)
     adapted = with_lora(stream(tmp_path, model_class=type(base)), tiny_models.lora_targets(base))
-    batch = tiny_models.batch("t5", 2, 32)
+    batch = tiny_models.batch("bart", 2, 32)
     footprint = rehearse(adapted, {"input_ids": batch["input_ids"]}).footprint
     assert "by formula" in footprint.how
     assert min(dataclasses.astuple(footprint)[:-1]) > 0

@@ -1,5 +1,9 @@
 """The probe's arithmetic, and one whole small measurement."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 from ssdtune import probe
 from ssdtune.cli import main
 from ssdtune.profiles import load_profile
-from ssdtune.schedule.profile import OPERATORS, InModel, ProfileError
+from ssdtune.schedule.profile import OPERATORS, InModel, Profile, ProfileError
 
 
 def test_overhead_and_factor_are_found_again() -> None:
@@ -74,6 +78,27 @@ def test_a_machine_whose_cache_is_not_there_yet_is_measured(
     assert main(["probe"]) == 0
     assert calls == [(cache, cache / "profile.yaml", None)]
     assert cache.is_dir()
+
+
+def test_a_busy_machine_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process at work for all of the measurement."""
+
+    def measured(*given: object) -> Profile:
+        code = "import time\nwhile time.process_time() < 0.6: pass"
+        subprocess.run([sys.executable, "-c", code], check=True, start_new_session=True)
+        time.sleep(0.05)
+        return Profile(name="made up", operators={}, transfers={})
+
+    # A child's time would be ours.
+    monkeypatch.setattr(probe, "measure", measured)
+    own = os.times
+    monkeypatch.setattr(
+        probe.os, "times", lambda: os.times_result((*own()[:2], 0.0, 0.0, own().elapsed))
+    )
+    assert probe.print_probe(tmp_path, tmp_path / "p.yaml") == 0
+    assert "measure again when the machine is idle" in capsys.readouterr().out
 
 
 def test_a_folder_or_file_that_is_not_there_is_named(

@@ -179,11 +179,20 @@ def _rehearse(cast: _Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
     rehearsal = _Rehearsal(cast)
     shape = _rows_and_length(micro_batch)
     inputs = {k: v for k, v in micro_batch.items() if k != "labels" and not _masks_nothing(k, v)}
+    if cast.base.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        answers = micro_batch.get("labels", micro_batch.get("input_ids"))
+        inputs["decoder_input_ids"] = answers  # as the model makes them from the labels
     if accepts(cast.front, "use_cache"):
         inputs["use_cache"] = False  # as the front door has it where nothing is generated
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
-        with rehearsal.on_stage(), _unpacked(), rehearsal.live, torch.enable_grad():
+        with (
+            rehearsal.on_stage(),
+            _unpacked(),
+            _ungrouped(),
+            rehearsal.live,
+            torch.enable_grad(),
+        ):
             output = cast.front(**fakes)
             held = rehearsal.live.now
             del output
@@ -408,6 +417,22 @@ def _unpacked() -> Iterator[None]:
     finally:
         if finder is not None:
             masking_utils.find_packed_sequence_indices = finder
+
+
+@contextlib.contextmanager
+def _ungrouped() -> Iterator[None]:
+    """Experts as one: how many rows each gets is not known without values, their sum is, and with it the product's
+    FLOP. (Tensors without memory know grouped products in bf16 alone.)"""
+    grouped = F.grouped_mm
+
+    def as_one(rows: torch.Tensor, experts: torch.Tensor, **more: Any) -> torch.Tensor:
+        return rows @ experts[0]
+
+    F.grouped_mm = as_one
+    try:
+        yield
+    finally:
+        F.grouped_mm = grouped
 
 
 def _without_memory(parameter: torch.Tensor, device: torch.device) -> nn.Parameter:
