@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ssdtune.schedule.plan import Direction, Kind, Op, Plan
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan
 from ssdtune.schedule.profile import InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 
@@ -101,8 +101,13 @@ def op_seconds(
             one = works[turn].seconds(profile, work.dtype) if turn < len(works) else 0.0
             seconds.append(num_micro_batches * one)
         else:
-            seconds.append(profile.transfer(TRANSFER_OF[op.kind]).seconds(op.num_bytes))
+            seconds.append(profile.transfer(_transfer_of(op)).seconds(op.num_bytes))
     return _slowed(steps.ops, seconds, profile)
+
+
+def _transfer_of(op: Op) -> str:
+    """The profile's name for what the op moves."""
+    return "d2d" if op.lane is Lane.DEVICE_COPY else TRANSFER_OF[op.kind]
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:

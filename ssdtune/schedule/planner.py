@@ -52,7 +52,8 @@ class Request:
         blocks: shapes, in the order in which forward meets them.
         orders: for each kind of step ("train", "forward"), its (block, direction) pairs.
         budgets: bytes to stay within.
-        on_device: whether slots live on a device (every fill then passes a buffer in RAM).
+        on_device: whether slots live on a device (every fill then passes a buffer).
+        buffers_on_device: whether the buffers are there too, since files are read straight into them.
         prefetch: how many fills may run ahead of compute in the classes with several blocks.
         block_inputs: tier of the inputs kept for backward.
         chunk_tokens: positions whose logits exist at once.
@@ -65,6 +66,7 @@ class Request:
     prefetch: int = 2
     block_inputs: Tier = Tier.DEVICE
     chunk_tokens: int = 4096
+    buffers_on_device: bool = False
 
 
 def plain_orders(num_blocks: int, first_trained: int = 0) -> dict[str, list[tuple[int, Direction]]]:
@@ -90,15 +92,20 @@ def make_plan(request: Request) -> Plan:
         sequences=steps,
         block_inputs=request.block_inputs,
         chunk_tokens=request.chunk_tokens,
+        buffers_on_device=request.buffers_on_device,
     )
     validate(plan)
     return plan
 
 
-def smallest_budgets(blocks: Sequence[BlockShape], *, on_device: bool) -> Budgets:
+def smallest_budgets(
+    blocks: Sequence[BlockShape], *, on_device: bool, buffers_on_device: bool = False
+) -> Budgets:
     """The least bytes with which any plan works: a slot for the largest block, a buffer if needed."""
     slot = max(b.slot_bytes for b in blocks)
     buffer = max((b.file_bytes for b in blocks if b.is_staged or on_device), default=0)
+    if buffers_on_device:
+        return Budgets(ram_bytes=0, device_bytes=slot + buffer)
     if on_device:
         return Budgets(ram_bytes=buffer, device_bytes=slot)
     return Budgets(ram_bytes=slot + buffer)
@@ -124,7 +131,11 @@ def _layout(request: Request) -> Layout:
     Fills that run ahead are worth most, so slots that all blocks share come before classes whose
     blocks have one slot each, where every fill would wait for the visit before it to end.
     """
-    least = smallest_budgets(request.blocks, on_device=request.on_device)
+    least = smallest_budgets(
+        request.blocks,
+        on_device=request.on_device,
+        buffers_on_device=request.buffers_on_device,
+    )
     budgets = request.budgets
     if budgets.ram_bytes < least.ram_bytes or budgets.device_bytes < least.device_bytes:
         raise PlanError(_too_small(request, least))
@@ -144,7 +155,8 @@ def _layout(request: Request) -> Layout:
 def _too_small(request: Request, least: Budgets) -> str:
     largest = max(request.blocks, key=lambda b: b.slot_bytes)
     size = format_size(largest.slot_bytes)
-    lines = [f"the budget holds no block: {largest.name} alone needs {size}"]
+    beside = " and its file's bytes beside it" if request.buffers_on_device else ""
+    lines = [f"the budget holds no block: {largest.name} alone needs {size}{beside}"]
     for key, given, needed in (
         ("offload.ram", request.budgets.ram_bytes, least.ram_bytes),
         ("offload.vram", request.budgets.device_bytes, least.device_bytes),
@@ -160,8 +172,11 @@ def _fit(request: Request, classes: Classes, prefetch: int) -> Layout | None:
     blocks, budgets = request.blocks, request.budgets
     num_slots = [min(len(members), 1 + prefetch) for members in classes]
     buffers = _buffers(request, prefetch)
-    ram_left = budgets.ram_bytes - sum(buffers)
-    slot_budget = budgets.device_bytes if request.on_device else ram_left
+    in_ram, beside_slots = sum(buffers), 0
+    if request.buffers_on_device:
+        in_ram, beside_slots = beside_slots, in_ram
+    ram_left = budgets.ram_bytes - in_ram
+    slot_budget = budgets.device_bytes - beside_slots if request.on_device else ram_left
     pairs = list(zip(num_slots, classes, strict=True))
     left = slot_budget - sum(n * blocks[members[0]].slot_bytes for n, members in pairs)
     if left < 0 or ram_left < 0:
@@ -266,7 +281,12 @@ def _step(request: Request, layout: Layout, order: Order) -> StepPlan:
                 buffer=buffer,
             )
         )
-    ops = make_ops(visits, request.blocks, on_device=request.on_device)
+    ops = make_ops(
+        visits,
+        request.blocks,
+        on_device=request.on_device,
+        buffers_on_device=request.buffers_on_device,
+    )
     return StepPlan(visits=tuple(visits), ops=ops)
 
 
