@@ -73,7 +73,8 @@ def plan_lines(planned: Planned, offload: Offload) -> Iterator[str]:
     num = sum(p.numel() for p in meta.model.parameters())
     yield f"model     {type(meta.model).__name__} · {num / 1e9:.3g} B parameters · {', '.join(dtypes)}"
     yield f"files     {len(meta.checkpoint.files)} in {meta.folder}"
-    yield f"storage   {options.storage.name} · {options.reader_threads} reader threads"
+    into_device = "cuFile into the device, else " if plan.buffers_on_device else ""
+    yield f"storage   {into_device}{options.storage.name} · {options.reader_threads} reader threads"
     yield _budget("RAM", plan.budgets.ram_bytes, offload.ram)
     if plan.on_device:
         yield _budget("VRAM", plan.budgets.device_bytes, offload.vram)

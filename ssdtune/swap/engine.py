@@ -22,7 +22,8 @@ from ssdtune.schedule.plan import Direction, Kind, Lane, Plan, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.schedule.walk import Walk
 from ssdtune.swap.device_clock import DeviceClock
-from ssdtune.swap.fills import Fill, Lanes, SwapError
+from ssdtune.swap.fills import Fill, Lanes, Pools, SwapError
+from ssdtune.swap.gds import GdsPool
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe, alone
 from ssdtune.swap.slots import Slots
@@ -62,8 +63,10 @@ class Engine:
     Args:
         plan: validated; its blocks are `recipes`, one for one.
         recipes: how each block is read and laid out.
-        pool: reads extents of files into memory; the engine's own from now on.
+        pool: reads extents of files into RAM; the engine's own from now on.
         device: where slots live.
+        device_pool: reads them into buffers on the device, where the plan has them there; the
+            engine's own too.
         timeout_s: the longest wait for any block before an error names it.
     """
 
@@ -74,9 +77,11 @@ class Engine:
         pool: ReaderPool,
         *,
         device: torch.device,
+        device_pool: GdsPool | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        self.plan, self.recipes, self.pool, self.timeout_s = plan, tuple(recipes), pool, timeout_s
+        self.plan, self.recipes, self.timeout_s = plan, tuple(recipes), timeout_s
+        self.pool, self.device_pool = pool, device_pool
         self.trace: list[TraceOp] = []
         self.slots = Slots(plan, self.recipes, device)
         self._changed = threading.Condition()  # guards what follows, up to `_is_closing`
@@ -94,7 +99,7 @@ class Engine:
         }
         self._lanes = Lanes(
             self.slots,
-            pool,
+            Pools(pool, device_pool),
             self._record,
             on_issued=self._notify,
             cached=cached,
@@ -180,6 +185,7 @@ class Engine:
         """From the next step on, another plan over the same slots: another order of visits."""
         mine = self.plan
         assert (plan.slots, plan.buffers, plan.tiers) == (mine.slots, mine.buffers, mine.tiers)
+        assert plan.buffers_on_device == mine.buffers_on_device
         with self._changed:
             self._leave()
             self.plan = plan
@@ -196,6 +202,8 @@ class Engine:
             self._changed.notify_all()
         self._lanes.stop()
         self.pool.close(CLOSING_S)  # fails what is not read yet, so that nobody waits for it
+        if self.device_pool is not None:
+            self.device_pool.close(CLOSING_S)
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSING_S)
         self._lanes.close(CLOSING_S)

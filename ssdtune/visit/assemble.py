@@ -47,7 +47,12 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     _load_resident(model, drafted.placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)
     streamer.engine = Engine(
-        plan, drafted.recipes, pool, device=options.device, timeout_s=options.timeout_s
+        plan,
+        drafted.recipes,
+        pool,
+        device=options.device,
+        device_pool=options.open_device_pool() if options.open_device_pool is not None else None,
+        timeout_s=options.timeout_s,
     )
     streamer.on_step = lambda kind, observed: drafted.planner.after_step(streamer, kind, observed)
     block_of = {g_point.module: i for i, g in enumerate(groups) for g_point in g.points}
