@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ssdtune.config import TrainConfig
     from ssdtune.schedule.plan import Plan, Tier
+    from ssdtune.swap.gds import GdsPool
     from ssdtune.swap.storage import Storage, StorageChoice
     from ssdtune.visit.build import MetaModel
     from ssdtune.visit.draft import Draft, Options
@@ -150,7 +151,21 @@ def _prepare(
     from ssdtune.visit.build import build_meta
 
     meta = build_meta(name, **build)
-    return meta, options_for(offload, meta.checkpoint.files, micro_batch_size)
+    options = options_for(offload, meta.checkpoint.files, micro_batch_size)
+    if offload.storage == "auto" and options.open_device_pool is not None:
+        options = _without_large_buffers(meta, options)
+    return meta, options
+
+
+def _without_large_buffers(meta: MetaModel, options: Options) -> Options:
+    """The options with buffers in RAM where the device's budget holds no slot and buffer: what nobody asked for must
+    not make the budget too small."""
+    from ssdtune.visit.draft import smallest_budgets
+
+    if smallest_budgets(meta, options).device_bytes <= options.budgets.device_bytes:
+        return options
+    _say("note: offload.vram holds no buffers beside the slots: cuFile is not used after all")
+    return dataclasses.replace(options, open_device_pool=None)
 
 
 def options_for(
@@ -172,18 +187,20 @@ def options_for(
         vram = offload.vram or int(torch.cuda.mem_get_info(device)[0] * AUTO_VRAM_SHARE)
     elif offload.vram is not None:
         _say("note: offload.vram has no effect: there is no CUDA device here")
+    open_device_pool = choose_device_pool(offload.storage, files, device)
     return Options(
         device=device,
         budgets=Budgets(
             ram_bytes=offload.ram or int(free_ram() * AUTO_RAM_SHARE), device_bytes=vram
         ),
-        storage=choose(offload.storage, files),
+        storage=choose("gds" if open_device_pool is not None else offload.storage, files),
         prefetch=DEFAULT_PREFETCH if offload.prefetch is None else offload.prefetch,
         reader_threads=offload.reader_threads,
         micro_batch_size=micro_batch_size,
         chunk_tokens=offload.loss_chunk_tokens or DEFAULT_CHUNK_TOKENS,
         block_inputs=_input_tier(offload.block_inputs, device),
         scratch=offload.path,
+        open_device_pool=open_device_pool,
     )
 
 
@@ -200,17 +217,16 @@ def _input_tier(wanted: str, device: torch.device) -> Tier:
 def choose(wanted: str, files: Sequence[Path]) -> Storage:
     """The storage that reads a model's files: as asked for, or the best that a probe finds.
 
-    "auto" falls back on the page cache with one printed line that says why. Raises OffloadError.
+    "auto" falls back on the page cache with one printed line that says why; "gds": the best, without
+    a word, for the little that does not go to the device. Raises OffloadError.
     """
     from ssdtune.swap.storage import BufferedStorage, choose_storage
 
     if wanted == "buffered":
         return BufferedStorage()
     largest = max(files, key=lambda file: file.stat().st_size)
-    if wanted == "gds":
-        raise _no_gds(largest)
     choice = choose_storage(largest)
-    if not choice.is_direct:
+    if not choice.is_direct and wanted != "gds":
         _complain(wanted, choice, largest)
     return choice.storage
 
@@ -227,21 +243,27 @@ def _complain(wanted: str, choice: StorageChoice, file: Path) -> None:
     )
 
 
-def _no_gds(file: Path) -> OffloadError:
-    """Why GPUDirect Storage is refused: for want of it here, or by the engine, which lacks it yet."""
-    from ssdtune.swap.gds import choose_gds
+def choose_device_pool(
+    wanted: str, files: Sequence[Path], device: torch.device
+) -> Callable[[], GdsPool] | None:
+    """What opens the pool that reads a model's files straight into the device's memory; None: RAM is read into.
 
-    choice = choose_gds(file)
-    if choice.pool is None:
-        return OffloadError(
+    "auto" has it where a self-test finds it right and faster, and says so in one line; without a CUDA device nothing is
+    tried. Raises OffloadError where "gds" is not to be had.
+    """
+    if wanted != "gds" and (wanted != "auto" or device.type != "cuda"):
+        return None
+    from ssdtune.swap import gds
+
+    choice = gds.choose_gds(max(files, key=lambda file: file.stat().st_size), device=str(device))
+    if choice.open_pool is None and wanted == "gds":
+        raise OffloadError(
             f"offload.storage: gds is not to be had here: {choice.reason}.\n"
             "Set offload.storage: auto."
         )
-    choice.pool.close()
-    return OffloadError(
-        f"offload.storage: gds is not supported yet by the engine (it works here: {choice.reason}).\n"
-        "Set offload.storage: auto."
-    )
+    if choice.open_pool is not None and wanted == "auto":
+        _say(f"note: files are read straight into the device's memory ({choice.reason})")
+    return choice.open_pool
 
 
 def _say(line: str) -> None:

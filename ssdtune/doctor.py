@@ -187,9 +187,7 @@ def _reading(file: Path, what: str) -> Iterator[str]:
         buffered = measure_read_rate(BufferedStorage(choice.storage.alignment), file, READ_S)
         yield _row("", f"through the page cache it would be {buffered:.2f} GB/s")
     gds = choose_gds(file)
-    if gds.pool is not None:
-        gds.pool.close()
-    works = "works here, the engine does not use it yet" if gds.pool is not None else "no"
+    works = "used" if gds.open_pool is not None else "no"
     yield _row("gds", f"{works}: {gds.reason}")
 
 

@@ -324,7 +324,7 @@ def measure_writes(folder: Path) -> Curve:
 
 
 def measure_copies(device: torch.device) -> dict[str, Curve]:
-    """Bytes from buffer to slot: a copy in RAM, and to and from a device where there is one."""
+    """Bytes from buffer to slot: a copy in RAM, and to, from and within a device where there is one."""
     import torch
 
     from ssdtune.swap.storage import aligned_bytes
@@ -338,7 +338,9 @@ def measure_copies(device: torch.device) -> dict[str, Curve]:
     }
     if has_device:
         there = torch.empty(max(COPY_BYTES), dtype=torch.uint8, device=device)
-        for name, to, of in (("h2d", there, source), ("d2h", source, there)):
+        beside = torch.empty_like(there)
+        pairs = (("h2d", there, source), ("d2h", source, there), ("d2d", there, beside))
+        for name, to, of in pairs:
             pieces = {float(n): _bind(to[:n].copy_, of[:n], True) for n in COPY_BYTES}
             found[name] = time_all(pieces, device)
     return found

@@ -17,12 +17,14 @@ from ssdtune.durable import write_file_atomically
 from ssdtune.errors import SSDTuneError
 from ssdtune.sizes import format_size
 
-LANES = ("nvme_read", "nvme_write", "h2d", "d2h", "cpu", "compute")  # top to bottom, as data flows
+# Top to bottom, as data flows.
+LANES = ("nvme_read", "nvme_write", "h2d", "d2h", "d2d", "cpu", "compute")
 LANE_LABELS = {
     "nvme_read": "NVMe read",
     "nvme_write": "NVMe write",
     "h2d": "host to device",
     "d2h": "device to host",
+    "d2d": "device (unpack)",
     "cpu": "CPU (unpack)",
     "compute": "compute",
 }

@@ -1,12 +1,14 @@
 """Engines over files of a few kilobytes: blocks without a model, their recipes, what they hold.
 
-Two kinds of block: "plain" ones are used in place, "packed" ones pass a buffer (their pieces are
-transposed, cast and put together). Tensors have random contents, different in every block.
+Three kinds of block: "plain" ones are used in place, "packed" ones pass a buffer (their pieces are
+transposed, cast and put together), "copied" ones too, as they are. Tensors have random contents,
+different in every block.
 """
 
 import dataclasses
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 from ssdtune.schedule.plan import Budgets, Direction, Plan
 from ssdtune.schedule.planner import Order, Request, make_plan, plain_orders
 from ssdtune.swap.engine import Engine
+from ssdtune.swap.fills import Pools
+from ssdtune.swap.gds import REQUEST_BYTES, GdsPool
 from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe, Copy, TensorView
@@ -22,6 +26,7 @@ from ssdtune.swap.source import merge_extents
 from ssdtune.swap.storage import Storage, choose_storage
 
 CPU = torch.device("cpu")
+PAGE = 4096
 ROWS, COLUMNS = 64, 80  # five pages and a bit: all blocks are of one class
 F, B = Direction.FORWARD, Direction.BACKWARD
 
@@ -42,7 +47,7 @@ class Blocks:
 
 
 def write_blocks(folder: Path, kinds: Sequence[str]) -> Blocks:
-    """One file of blocks; kinds: "plain" or "packed" for each."""
+    """One file of blocks; kinds: "plain", "packed" or "copied" for each."""
     path = folder / "weights.bin"
     random = torch.Generator().manual_seed(len(kinds))
     content = bytearray(b"\0" * 8)  # so that nothing lies on a page by chance
@@ -90,6 +95,20 @@ def _recipe(
             slot_bytes=where.num_bytes,
         )
         return recipe, (weight, other)
+    if kind == "copied":
+        end = 4 * ROWS * COLUMNS  # a multiple of 256
+        recipe = BlockRecipe(
+            name=name,
+            extents=where.extents,
+            file_bytes=where.num_bytes,
+            tensors=tuple(
+                dataclasses.replace(source, offset=offset)
+                for source, offset in zip(sources, (0, end), strict=True)
+            ),
+            copies=tuple(Copy(source=source, target=i) for i, source in enumerate(sources)),
+            slot_bytes=end + 256,
+        )
+        return recipe, (weight, other)
     # The weight's halves change places, transposed and cast to fp32; the other is copied as it is.
     half = ROWS // 2
     tensors = (
@@ -129,15 +148,28 @@ def make_engine(
     timeout_s: float = 20.0,
     device_slots: float | None = None,
     device: torch.device = CPU,
+    kvikio: Any = None,
 ) -> Engine:
     """An engine with RAM for `num_slots` of the largest slot, beside its buffers.
 
     device_slots: makes the plan that of a device with memory for so many slots; `num_slots` is then
-    the blocks that RAM may keep. Such a plan runs on the CPU as well.
+    the blocks that RAM may keep. Such a plan runs on the CPU as well. kvikio: that module, or a
+    `FakeKvikio`: reads into buffers on the device, for which there is memory beside its slots.
     """
-    plan = make_small_plan(blocks, num_slots, prefetch, orders, device_slots)
-    pool = ReaderPool(storage or choose_storage(blocks.path).storage)
-    return Engine(plan, blocks.recipes, pool, device=device, timeout_s=timeout_s)
+    plan = make_small_plan(
+        blocks, num_slots, prefetch, orders, device_slots, buffers_on_device=kvikio is not None
+    )
+    request_bytes = 2 * PAGE if isinstance(kvikio, FakeKvikio) else REQUEST_BYTES
+    return Engine(
+        plan,
+        blocks.recipes,
+        Pools(
+            ReaderPool(storage or choose_storage(blocks.path).storage),
+            None if kvikio is None else GdsPool(kvikio, request_bytes=request_bytes),
+        ),
+        device=device,
+        timeout_s=timeout_s,
+    )
 
 
 def make_small_plan(
@@ -146,6 +178,8 @@ def make_small_plan(
     prefetch: int,
     orders: Mapping[str, Order] | None = None,
     device_slots: float | None = None,
+    *,
+    buffers_on_device: bool = False,
 ) -> Plan:
     shapes = tuple(recipe.shape for recipe in blocks.recipes)
     slot = max(shape.slot_bytes for shape in shapes)
@@ -158,10 +192,11 @@ def make_small_plan(
             blocks=shapes,
             orders=orders or plain_orders(len(shapes)),
             budgets=Budgets(
-                ram_bytes=int(num_slots * size) + buffers,
-                device_bytes=int((device_slots or 0) * slot),
+                ram_bytes=int(num_slots * size) + (0 if buffers_on_device else buffers),
+                device_bytes=int((device_slots or 0) * slot) + buffers * buffers_on_device,
             ),
             on_device=on_device,
+            buffers_on_device=buffers_on_device,
             prefetch=prefetch,
         )
     )
@@ -209,6 +244,81 @@ class GatedStorage:
 
 def gated(blocks: Blocks) -> GatedStorage:
     return GatedStorage(choose_storage(blocks.path).storage)
+
+
+class FakeKvikio:
+    """Stands for the kvikio module: really reads, in threads of its own, into memory that the CPU reaches.
+
+    Reads wait at `gate`; `asked` lists their (file, offset, bytes); `failing` is raised by those at its offsets;
+    `closed` lists the files that were closed.
+    """
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.asked: list[tuple[Path, int, int]] = []
+        self.failing: dict[int, Exception] = {}
+        self.closed: list[Path] = []
+        self.num_open = 0
+
+    def CuFile(self, path: Path, flags: str) -> "FakeCuFile":
+        return FakeCuFile(self, path, flags)
+
+
+class FakeCuFile:
+    """As kvikio's: what it cannot do at once comes out of the future."""
+
+    def __init__(self, kvikio: FakeKvikio, path: Path, flags: str) -> None:
+        assert flags == "r"
+        self._kvikio, self._path = kvikio, path
+        self._fd = os.open(path, os.O_RDONLY)
+        kvikio.num_open += 1
+
+    def pread(self, buf: torch.Tensor, size: int, file_offset: int, task_size: int) -> "FakeFuture":
+        assert task_size >= size, "of several tasks some may write after the future is done"
+        assert (buf.dtype, buf.nbytes) == (torch.uint8, size)
+        assert buf.data_ptr() % PAGE == file_offset % PAGE == 0, "cuFile would take a slower road"
+        self._kvikio.asked.append((self._path, file_offset, size))
+        return FakeFuture(lambda: self._read(buf, file_offset))
+
+    def _read(self, buf: torch.Tensor, file_offset: int) -> int:
+        assert self._kvikio.gate.wait(30)
+        if file_offset in self._kvikio.failing:
+            raise self._kvikio.failing[file_offset]
+        return os.preadv(self._fd, [buf.numpy().data], file_offset)
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._kvikio.num_open -= 1
+        self._kvikio.closed.append(self._path)
+
+
+class FakeFuture:
+    """As kvikio's: one get(), after which get() and done() raise."""
+
+    def __init__(self, work: Callable[[], int]) -> None:
+        self._work, self._is_valid = work, True
+        self._result: list[Any] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result.append(self._work())
+        except Exception as error:
+            self._result.append(error)
+
+    def done(self) -> bool:
+        assert self._is_valid, "the future has no shared state"
+        return not self._thread.is_alive()
+
+    def get(self) -> int:
+        assert self._is_valid, "the future has no shared state"
+        self._is_valid = False
+        self._thread.join()
+        if isinstance(self._result[0], Exception):
+            raise self._result[0]
+        return self._result[0]
 
 
 def engine_threads() -> list[Any]:

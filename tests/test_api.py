@@ -14,7 +14,7 @@ from ssdtune import api
 from ssdtune.api import OffloadError, choose, options_for
 from ssdtune.config import load_config
 from ssdtune.schedule.plan import PlanError, Tier
-from ssdtune.swap import storage
+from ssdtune.swap import gds, storage
 from ssdtune.swap.storage import BufferedStorage, DirectStorage, StorageChoice
 
 
@@ -97,19 +97,118 @@ def test_direct_that_is_not_to_be_had_is_an_error(files: list[Path]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_gds_without_a_device_says_so(files: list[Path]) -> None:
-    with pytest.raises(OffloadError, match="no CUDA device"):
-        choose("gds", files)
+    with pytest.raises(OffloadError, match=r"no CUDA device[\s\S]*storage: auto"):
+        options(files, storage="gds")
 
 
-def test_gds_that_works_is_not_supported_yet(
-    files: list[Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("wanted", ["auto", "direct", "buffered"])
+def test_without_a_device_gds_is_not_even_tried(
+    wanted: str, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssdtune.swap import gds
+    monkeypatch.setattr(gds, "choose_gds", None)
+    assert options(files, storage=wanted).open_device_pool is None
 
-    pool = gds.GdsPool(kvikio=None)
-    monkeypatch.setattr(gds, "choose_gds", lambda path: gds.GdsChoice(pool, "9 GB/s"))
-    with pytest.raises(OffloadError, match="not supported yet"):
-        choose("gds", files)
+
+@pytest.fixture
+def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """A CUDA device of 1 GB as far as options know; what its self-test of cuFile finds. Lists its calls."""
+
+    def make(choice: gds.GdsChoice) -> list[Any]:
+        calls: list[Any] = []
+
+        def choose_gds(path: Path, *, device: str) -> gds.GdsChoice:
+            calls.append((path, device))
+            return choice
+
+        monkeypatch.setattr(gds, "choose_gds", choose_gds)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+        return calls
+
+    return make
+
+
+def a_pool() -> gds.GdsPool:
+    return gds.GdsPool(kvikio=None)
+
+
+WORKS = gds.GdsChoice(a_pool, "cuFile 9.00 GB/s, direct + copy 5.00 GB/s")
+FAILS = gds.GdsChoice(None, "kvikio: no nvidia-fs")
+
+
+def test_auto_uses_gds_where_the_self_test_offers_it_and_says_so(
+    files: list[Path],
+    offer: Callable[..., list[Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = offer(WORKS)
+    chosen = options(files)
+    assert chosen.open_device_pool is a_pool
+    assert calls == [(max(files, key=lambda file: file.stat().st_size), "cuda:0")]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "9.00 GB/s" in line
+    monkeypatch.setenv("RANK", "1")
+    options(files)
+    assert capsys.readouterr().out == "", "of several processes one speaks"
+
+
+@pytest.mark.usefixtures("no_direct_io")
+def test_gds_is_used_without_a_word_about_other_ways(
+    files: list[Path], offer: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What little goes to RAM is read as well as can be."""
+    offer(WORKS)
+    chosen = options(files, storage="gds")
+    assert chosen.open_device_pool is a_pool
+    assert isinstance(chosen.storage, BufferedStorage)
+    assert capsys.readouterr().out == ""
+
+
+def test_gds_that_does_not_work_is_an_error_only_where_it_was_asked_for(
+    files: list[Path], offer: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer(FAILS)
+    with pytest.raises(OffloadError, match=r"no nvidia-fs[\s\S]*storage: auto"):
+        options(files, storage="gds")
+    assert options(files).open_device_pool is None
+    assert "cuFile" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wanted", ["direct", "buffered"])
+def test_another_storage_that_was_asked_for_is_used(
+    wanted: str, files: list[Path], offer: Callable[..., list[Any]]
+) -> None:
+    calls = offer(WORKS)
+    if wanted == "direct" and not storage.choose_storage(files[0]).is_direct:
+        pytest.skip("no direct I/O here")
+    assert options(files, storage=wanted).open_device_pool is None
+    assert calls == []
+
+
+def test_a_device_that_holds_no_buffers_has_them_in_ram_unless_gds_was_asked_for(
+    wide: Path, offer: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer(FAILS)
+    blocks = api.plan(wide, offload={"ram": "400MB", "vram": "400MB"}).plan.blocks
+    slot = max(block.slot_bytes for block in blocks)
+    both = slot + max(block.file_bytes for block in blocks)
+    offer(WORKS)
+    for vram, is_direct in ((both, True), (both - 1, False), (slot, False)):
+        found = api.plan(wide, offload={"ram": "400MB", "vram": vram}).plan
+        assert found.buffers_on_device == is_direct
+        assert found.device_bytes <= vram
+        assert ("holds no buffers" in capsys.readouterr().out) == (not is_direct)
+    with pytest.raises(PlanError, match=r"offload\.vram"):
+        api.plan(wide, offload={"ram": "400MB", "vram": both - 1, "storage": "gds"})
+
+
+def test_the_plan_says_where_buffers_are(wide: Path, offer: Callable[..., list[Any]]) -> None:
+    offer(WORKS)
+    offload = ssdtune.Offload.of({"ram": "400MB", "vram": "400MB"})
+    assert "there too" in "\n".join(api.plan(wide, offload=offload).plan.lines())
 
 
 # ------------------------------------------------------------------ the other keys

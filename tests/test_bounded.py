@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_rehearsed_is_estimated_and_said_to_be(
     assert min(dataclasses.astuple(footprint)[:-1]) > 0
 
 
-def small_plan(*, on_device: bool, inputs: Tier) -> Any:
+def small_plan(*, on_device: bool, inputs: Tier, directly: bool = False) -> Any:
     blocks = tuple(
         BlockShape(name=f"layers.{i}", slot_bytes=10 * MIB, file_bytes=10 * MIB) for i in range(6)
     )
@@ -307,8 +307,11 @@ def small_plan(*, on_device: bool, inputs: Tier) -> Any:
         Request(
             blocks=blocks,
             orders=plain_orders(6),
-            budgets=Budgets(ram_bytes=25 * MIB, device_bytes=25 * MIB * on_device),
+            budgets=Budgets(
+                ram_bytes=25 * MIB, device_bytes=(45 if directly else 25) * MIB * on_device
+            ),
             on_device=on_device,
+            buffers_on_device=directly,
             block_inputs=inputs,
         )
     )
@@ -353,6 +356,25 @@ def test_every_part_is_counted_once_and_where_it_is(on_device: bool, inputs: Tie
     text = "\n".join(four.lines())
     assert "predicted (given)" in text
     assert "process before the model" in text
+
+
+def test_buffers_are_counted_where_they_are() -> None:
+    """On the device or in RAM, once; blocks that stay in RAM beside them."""
+    footprint = Footprint(
+        kept_bytes=0, hidden_bytes=0, held_bytes=0, workspace_bytes=0, loss_bytes=0, how="given"
+    )
+    fixed = Fixed(
+        base_bytes=0, resident_bytes=0, trained_bytes=0, gradient_bytes=0, optimizer_bytes=0
+    )
+    for directly in (False, True):
+        plan = small_plan(on_device=True, inputs=Tier.DEVICE, directly=directly)
+        peak = predict_peak(plan, footprint, fixed, num_micro_batches=1)
+        with_buffers, without = (peak.device, peak.ram) if directly else (peak.ram, peak.device)
+        assert with_buffers["buffers"] == sum(plan.buffers) > 0
+        assert "buffers" not in without
+        assert peak.device_bytes == plan.device_bytes
+        assert peak.ram["weights that stay in RAM"] == 10 * MIB * plan.tiers.count(Tier.RAM)
+        assert peak.ram_bytes == plan.ram_bytes + peak.ram["math libraries"]
 
 
 def test_the_heap_is_cleaned_up_only_when_too_much_is_held() -> None:

@@ -6,6 +6,8 @@ Streams are slowed on purpose (`torch.cuda._sleep`), so that a missing wait show
 import dataclasses
 import gc
 import itertools
+import os
+import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from ssdtune.schedule import trace as traces
-from ssdtune.schedule.plan import Budgets, Kind, Tier
+from ssdtune.schedule.plan import Budgets, Kind, Lane, Tier
 from ssdtune.swap.engine import Engine
+from ssdtune.swap.gds import GdsChoice, choose_gds
 from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.assemble import assemble
 from ssdtune.visit.build import build_meta
@@ -39,11 +42,36 @@ SIZES = {  # of device and RAM, in multiples of the smallest that works
     "all resident": (100.0, 3.0),
 }
 
+
+@pytest.fixture(scope="module")
+def gds(tmp_path_factory: pytest.TempPathFactory) -> GdsChoice:
+    """Whether files can be read straight into the device's memory here."""
+    file = tmp_path_factory.mktemp("gds") / "large"
+    file.write_bytes(random.Random(0).randbytes(64 * 2**20))
+    os.sync()
+    return choose_gds(file)
+
+
+@pytest.fixture(params=["RAM", "device"])
+def where(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the buffers are. On the device, small reads too go there directly."""
+    if request.param == "RAM":
+        yield "RAM"
+        return
+    choice = request.getfixturevalue("gds")
+    if choice.open_pool is None:
+        pytest.skip(choice.reason)
+    import kvikio.defaults
+
+    with kvikio.defaults.set("gds_threshold", 1):
+        yield "device"
+
+
 # ------------------------------------------------------------------ whole models
 
 
-def streamed(folder: Path, dtype: torch.dtype, size: str) -> Any:
-    """The model of `folder` streamed to the device within a budget of that size."""
+def streamed(folder: Path, dtype: torch.dtype, size: str, gds: GdsChoice | None = None) -> Any:
+    """The model of `folder` streamed to the device within a budget of that size; gds: with the buffers there."""
     meta = build_meta(folder, dtype=dtype)
     storage = choose_storage(folder).storage
     options = Options(
@@ -53,10 +81,14 @@ def streamed(folder: Path, dtype: torch.dtype, size: str) -> Any:
         micro_batch_size=2,
         timeout_s=30.0,
     )
-    least = smallest_budgets(meta, options)
     on_device, in_ram = SIZES[size]
+    buffer_bytes = smallest_budgets(meta, options).ram_bytes
+    if gds is not None:
+        options = dataclasses.replace(options, open_device_pool=gds.open_pool)
+        in_ram -= 1.0
+    least = smallest_budgets(meta, options)
     budgets = Budgets(
-        ram_bytes=int(least.ram_bytes * in_ram), device_bytes=int(least.device_bytes * on_device)
+        ram_bytes=int(buffer_bytes * in_ram), device_bytes=int(least.device_bytes * on_device)
     )
     return assemble(meta, dataclasses.replace(options, budgets=budgets))
 
@@ -88,7 +120,7 @@ def one_kernel() -> Iterator[None]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_streamed_training_equals_training_in_memory(
-    name: str, size: str, dtype: torch.dtype, tmp_path: Path
+    name: str, size: str, dtype: torch.dtype, where: str, gds: GdsChoice, tmp_path: Path
 ) -> None:
     """Losses, gradients and weights of three AdamW steps, bit for bit."""
     base = tiny_models.build(name, dtype=dtype)
@@ -96,7 +128,7 @@ def test_streamed_training_equals_training_in_memory(
     targets = tiny_models.lora_targets(base)
     in_memory: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     plain = adapted(in_memory.to(DEVICE), targets)
-    ours = adapted(streamed(tmp_path, dtype, size), targets)
+    ours = adapted(streamed(tmp_path, dtype, size, gds if where == "device" else None), targets)
     streamer = ours.get_base_model().ssdtune
     models = plain, ours
     optimizers = [torch.optim.AdamW([p for _, p in trained(m)], lr=1e-2) for m in models]
@@ -115,6 +147,7 @@ def test_streamed_training_equals_training_in_memory(
                 optimizer.zero_grad()
         assert_equal(weights(plain), weights(ours), "weights")
         assert not any(op.is_miss for op in streamer.engine.trace)
+        assert streamer.engine.plan.buffers_on_device == (where == "device")
         if size == "some in RAM":
             assert Tier.RAM in streamer.engine.plan.tiers
         if "resident" in size:
@@ -147,11 +180,15 @@ MakeEngine = Callable[..., tuple[Engine, Blocks]]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeEngine]:
+def make(tmp_path: Path, where: str) -> Iterator[MakeEngine]:
     """An engine of seven packed blocks on the device; closed after the test."""
     made: list[Engine] = []
 
     def make_one(**options: Any) -> tuple[Engine, Blocks]:
+        if where == "device":
+            import kvikio
+
+            options = {"kvikio": kvikio, **options}
         blocks = write_blocks(tmp_path, ["packed"] * 7)
         options = {"num_slots": 0.0, "device_slots": 2.0, "prefetch": 1, **options}
         made.append(make_engine(blocks, device=DEVICE, **options))
@@ -317,12 +354,26 @@ def test_a_tensor_is_read_outside_visits(make: MakeEngine) -> None:
             assert torch.equal(found.cpu(), blocks.expected[block][index])
 
 
+def test_copies_from_buffers_on_the_device_are_on_their_own_lane(
+    make: MakeEngine, where: str
+) -> None:
+    """Blocks that RAM keeps take the link, as ever; times are the device's."""
+    engine, blocks = make(num_slots=3.0)
+    for _ in range(3):
+        run_step(engine, blocks)
+    torch.cuda.current_stream().synchronize()
+    engine.begin_step("train")
+    lanes = Counter((op.kind, op.lane) for op in traces.steps(engine.trace)[2])
+    assert lanes[Kind.UPLOAD, Lane.H2D] > 0
+    assert (lanes[Kind.UNPACK, Lane.DEVICE_COPY] > 0) == (where == "device")
+
+
 # ------------------------------------------------------------------ memory, times
 
 
 def test_memory_is_what_the_plan_says(make: MakeEngine) -> None:
-    """On the device: slots, and for a moment what a cast or a strided piece needs. Buffers: pinned,
-    exactly their bytes."""
+    """On the device: slots, and for a moment what a cast or a strided piece needs. Buffers: exactly
+    their bytes, pinned; or there too, with up to a page more to start on one."""
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -332,12 +383,20 @@ def test_memory_is_what_the_plan_says(make: MakeEngine) -> None:
     torch.cuda.current_stream().synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     largest = max(view.num_bytes for view in engine.recipes[0].tensors)
-    assert peak <= engine.plan.slot_bytes + 512 * len(engine.plan.slots) + 2 * largest
+    plan, pages = engine.plan, 0
+    if plan.buffers_on_device:
+        pages = 4096 + 512
+    rounding = 512 * len(plan.slots) + pages * len(plan.buffers)
+    assert peak <= plan.device_bytes + rounding + 2 * largest
     for slot in range(len(engine.plan.slots)):
         assert engine.slots.memory[slot].data_ptr() % 256 == 0
     for buffer, num_bytes in zip(engine.slots.buffers._buffers, engine.plan.buffers, strict=True):
-        assert buffer.memory.is_pinned()
         assert buffer.memory.nbytes == num_bytes
+        assert buffer.memory.data_ptr() % 4096 == 0
+        if plan.buffers_on_device:
+            assert buffer.memory.device == DEVICE
+        else:
+            assert buffer.memory.is_pinned()
 
 
 def test_closing_gives_the_memory_back(tmp_path: Path) -> None:
@@ -352,8 +411,10 @@ def test_closing_gives_the_memory_back(tmp_path: Path) -> None:
     assert torch.cuda.memory_allocated() <= before + 4096
 
 
-def test_the_trace_has_the_devices_own_times(make: MakeEngine) -> None:
+def test_the_trace_has_the_devices_own_times(make: MakeEngine, where: str) -> None:
     """A long kernel is compute, not waiting, though the host has queued it in no time."""
+    if where == "device":
+        pytest.skip("kvikio reads only after the compute that was queued before: see swap/gds.py")
     engine, _ = make(device_slots=3.0, prefetch=2)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for block, direction in planned(engine, times=3):

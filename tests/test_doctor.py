@@ -8,6 +8,7 @@ import torch
 
 from ssdtune import doctor, memory
 from ssdtune.doctor import DoctorError, matmul_rate, print_doctor
+from ssdtune.swap import gds
 
 MIB = 2**20
 
@@ -40,6 +41,16 @@ def test_one_page_about_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "because" in text
     assert row(text, "gds")
     assert all(len(line) < 200 for line in text.splitlines())
+
+
+def test_gds_is_used_or_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for open_pool, said in ((lambda: gds.GdsPool(None), "used: as it is"), (None, "no: as it is")):
+        choice = gds.GdsChoice(open_pool, "as it is")
+        monkeypatch.setattr(gds, "choose_gds", lambda path, choice=choice: choice)
+        print_doctor(tmp_path)
+        assert said in row(capsys.readouterr().out, "gds")
 
 
 def test_the_measured_file_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

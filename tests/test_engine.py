@@ -18,6 +18,7 @@ from engines import (
     B,
     Blocks,
     F,
+    FakeKvikio,
     check_slot,
     engine_threads,
     gated,
@@ -29,7 +30,7 @@ from engines import (
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule import trace as traces
-from ssdtune.schedule.plan import Kind
+from ssdtune.schedule.plan import Kind, Lane
 from ssdtune.schedule.planner import plain_orders
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap import engine as engine_module
@@ -50,6 +51,15 @@ SHAPES: dict[str, dict[str, Any]] = {  # how much memory: see make_engine
     "a device": {"num_slots": 0.0, "device_slots": 2.0, "prefetch": 1},
     "a device, some in RAM": {"num_slots": 3.0, "device_slots": 3.0},
     "a device, some resident": {"num_slots": 2.0, "device_slots": 5.0},
+    "a device and cuFile": {"num_slots": 0.0, "device_slots": 2.0, "prefetch": 1, "kvikio": 1},
+    "a device and cuFile, one slot": {
+        "num_slots": 0,
+        "device_slots": 1,
+        "prefetch": 0,
+        "kvikio": 1,
+    },
+    "a device and cuFile, some in RAM": {"num_slots": 3.0, "device_slots": 3.0, "kvikio": 1},
+    "a device and cuFile, some resident": {"num_slots": 2.0, "device_slots": 5.0, "kvikio": 1},
 }
 MakeEngine = Callable[..., Engine]
 
@@ -60,6 +70,8 @@ def make(tmp_path: Path) -> Iterator[MakeEngine]:
     made: list[Engine] = []
 
     def make_one(blocks: Blocks, **options: Any) -> Engine:
+        if options.get("kvikio") == 1:
+            options = {**options, "kvikio": FakeKvikio()}
         made.append(make_engine(blocks, **options))
         return made[-1]
 
@@ -112,7 +124,10 @@ def test_planned_visits_find_their_blocks_without_a_miss(
                 wanted.direction,
                 wanted.num_bytes,
             )
-            assert op.kind is wanted.kind or {op.kind, wanted.kind} == {Kind.UNPACK, Kind.UPLOAD}
+            if wanted.kind is Kind.UPLOAD:  # on the CPU here
+                assert (op.kind, op.lane) == (Kind.UNPACK, Lane.CPU)
+            else:
+                assert (op.kind, op.lane) == (wanted.kind, wanted.lane)
 
 
 def test_fills_run_ahead_while_a_visit_lasts(tmp_path: Path, make: MakeEngine) -> None:
@@ -214,7 +229,7 @@ def wander(random_: random.Random, engine: Engine, blocks: Blocks) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_order_of_visits_is_right(shape: str, tmp_path: Path, make: MakeEngine) -> None:
-    """30 steps for each shape of memory, 210 in all; contents compared twice in every visit."""
+    """30 steps for each shape of memory, 330 in all; contents compared twice in every visit."""
     blocks = write_blocks(tmp_path, KINDS["packed" if "device" in shape else "mixed"])
     engine = make(blocks, **SHAPES[shape])
     random_ = random.Random(shape)

@@ -23,7 +23,7 @@ from engines import (
 
 from ssdtune.schedule.plan import Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
-from ssdtune.swap.fills import Fill, Lanes, SwapError
+from ssdtune.swap.fills import Fill, Lanes, Pools, SwapError
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import Copy, TensorView, alone
 from ssdtune.swap.slots import Buffers, Slots
@@ -57,7 +57,7 @@ class Running:
         memory = {block: aligned_bytes(blocks.recipes[block].file_bytes) for block in cached}
         self.lanes = Lanes(
             self.slots,
-            self.pool,
+            Pools(self.pool),
             self.ops.append,
             on_issued=self._count,
             cached=memory,

@@ -136,6 +136,24 @@ def test_on_a_device_every_fill_is_an_upload_and_those_from_ram_are_nothing_else
     ]
 
 
+def test_from_buffers_on_a_device_a_copy_within_it_fills_the_slot() -> None:
+    """It takes nothing of the link, which only blocks that RAM keeps need."""
+    visits = (
+        Visit(block=0, direction=F, slot=0, is_filled_for=True, buffer=0),
+        Visit(block=1, direction=F, slot=0, is_filled_for=True),
+    )
+    blocks = (shape("file"), shape("ram"))
+    ops = make_ops(visits, blocks, on_device=True, buffers_on_device=True)
+    assert [(op.kind, op.lane, op.block, op.num_bytes, op.after) for op in ops] == [
+        (Kind.LOAD, Lane.NVME_READ, "file", 108, ()),
+        (Kind.UNPACK, Lane.DEVICE_COPY, "file", 100, (0,)),
+        (Kind.COMPUTE, Lane.COMPUTE, "file", 0, (1,)),
+        (Kind.UPLOAD, Lane.H2D, "ram", 100, (2,)),
+        (Kind.COMPUTE, Lane.COMPUTE, "ram", 0, (3,)),
+    ]
+    assert ops[0].after_previous == (1,), "the buffer is emptied first"
+
+
 def test_read_bytes_are_those_of_one_steady_step() -> None:
     assert small_plan().sequences["train"].read_bytes == 3 * 108
 
@@ -180,6 +198,19 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
             p, on_device=True, budgets=Budgets(ram_bytes=999, device_bytes=199)
         ),
         "200 B on the device, over the budget of 199 B: raise offload.vram",
+    ),
+    "buffers on a device that is none": (
+        lambda p: dataclasses.replace(p, buffers_on_device=True),
+        "buffers on a device, but its slots in RAM",
+    ),
+    "buffers and slots more than there is": (
+        lambda p: dataclasses.replace(
+            p,
+            on_device=True,
+            buffers_on_device=True,
+            budgets=Budgets(ram_bytes=0, device_bytes=307),
+        ),
+        "slots and buffers need 308 B on the device, over the budget of 307 B: raise offload.vram",
     ),
     "a block that is none": (
         lambda p: with_visit(p, 0, block=3),
@@ -308,8 +339,12 @@ def test_bytes_are_counted_where_they_lie() -> None:
         on_device.ram_bytes == 108 + 108
     )  # the buffer, and the file bytes of the block kept in RAM
 
+    assert (plan.device_bytes, on_device.device_bytes) == (0, 200)
+    direct = dataclasses.replace(on_device, buffers_on_device=True)
+    assert (direct.ram_bytes, direct.device_bytes) == (108, 200 + 108)
 
-def device_plan() -> Plan:
+
+def device_plan(*, buffers_on_device: bool = False) -> Plan:
     blocks = tuple(shape(f"layers.{i}", 1000) for i in range(8))
     return make_plan(
         Request(
@@ -319,11 +354,28 @@ def device_plan() -> Plan:
             on_device=True,
             block_inputs=Tier.NVME,
             chunk_tokens=512,
+            buffers_on_device=buffers_on_device,
         )
     )
 
 
-@pytest.mark.parametrize("make", [small_plan, device_plan])
+def direct_plan() -> Plan:
+    return device_plan(buffers_on_device=True)
+
+
+def test_ops_for_buffers_elsewhere_contradict_the_plan() -> None:
+    """The link would be planned for, and not used; or the other way round."""
+    for plan, there in ((device_plan(), True), (direct_plan(), False)):
+        wrong = dataclasses.replace(
+            plan,
+            buffers_on_device=there,
+            budgets=Budgets(ram_bytes=10**6, device_bytes=10**6),
+        )
+        with pytest.raises(PlanError, match=r"must be (upload|unpack) .* but is (upload|unpack)"):
+            validate(wrong)
+
+
+@pytest.mark.parametrize("make", [small_plan, device_plan, direct_plan])
 def test_json_gives_back_an_equal_plan(make: Callable[[], Plan]) -> None:
     plan = make()
     again = Plan.from_json(plan.to_json())
@@ -343,6 +395,7 @@ def test_what_is_no_plan_is_refused() -> None:
         "3",
         cut,
         json.dumps({k: v for k, v in raw.items() if k != "slots"}),
+        json.dumps({k: v for k, v in raw.items() if k != "buffers_on_device"}),
         json.dumps({**raw, "tiers": ["tape"] * 3}),
         json.dumps({**raw, "slots": ["large", "small"]}),
         json.dumps({**raw, "blocks": [{"name": "a"}] * 3}),
@@ -362,6 +415,8 @@ def test_a_plan_reads_as_text() -> None:
     assert "16 visits a step" in lines[2]
     assert "nvme" in lines[4]
     assert "512 tokens" in lines[4]
+    assert "there too" not in lines[1]
+    assert "there too · RAM" in list(direct_plan().lines())[1]
 
 
 def test_smallest_budgets_count_a_buffer_only_where_bytes_are_copied() -> None:
@@ -369,3 +424,5 @@ def test_smallest_budgets_count_a_buffer_only_where_bytes_are_copied() -> None:
     assert smallest_budgets(blocks, on_device=False) == Budgets(ram_bytes=100 + 68)
     assert smallest_budgets(blocks[:1], on_device=False) == Budgets(ram_bytes=100)
     assert smallest_budgets(blocks, on_device=True) == Budgets(ram_bytes=108, device_bytes=100)
+    direct = smallest_budgets(blocks, on_device=True, buffers_on_device=True)
+    assert direct == Budgets(ram_bytes=0, device_bytes=208)

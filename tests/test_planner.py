@@ -51,6 +51,7 @@ def plan_of(
     ram: int,
     *,
     device: int | None = None,
+    buffers_on_device: bool = False,
     prefetch: int = 2,
     orders: dict[str, Order] | None = None,
 ) -> Plan:
@@ -60,6 +61,7 @@ def plan_of(
             orders=orders or plain_orders(len(blocks)),
             budgets=Budgets(ram_bytes=ram, device_bytes=device or 0),
             on_device=device is not None,
+            buffers_on_device=buffers_on_device,
             prefetch=prefetch,
         )
     )
@@ -85,8 +87,8 @@ def random_request(random_: random.Random) -> Request:
         blocks.append(
             BlockShape(name=f"b{i}", slot_bytes=size, file_bytes=size + 7, is_staged=is_staged)
         )
-    on_device = random_.random() < 0.5
-    least = smallest_budgets(blocks, on_device=on_device)
+    on_device, directly = random_.choice(((False, False), (True, False), (True, True)))
+    least = smallest_budgets(blocks, on_device=on_device, buffers_on_device=directly)
     more = [random_.choice((0, random_.randint(0, 6000), random_.randint(0, 60000))) for _ in "ab"]
     orders: dict[str, Order] = dict(plain_orders(num_blocks, random_.randint(0, num_blocks)))
     if random_.random() < 0.4:
@@ -99,6 +101,7 @@ def random_request(random_: random.Random) -> Request:
             device_bytes=least.device_bytes + more[1] * on_device,
         ),
         on_device=on_device,
+        buffers_on_device=directly,
         prefetch=random_.randint(0, 4),
     )
 
@@ -113,13 +116,16 @@ def random_plans() -> Iterator[tuple[Request, Plan]]:
 def test_every_budget_is_kept() -> None:
     """Counted here, block by block."""
     for request, plan in random_plans():
-        in_ram = sum(plan.buffers)
+        in_ram, there = sum(plan.buffers), sum(plan.slots)
+        if request.buffers_on_device:
+            in_ram, there = 0, there + in_ram
         if request.on_device:
-            assert sum(plan.slots) <= request.budgets.device_bytes
+            assert there == plan.device_bytes <= request.budgets.device_bytes
             pairs = zip(request.blocks, plan.tiers, strict=True)
             in_ram += sum(block.file_bytes for block, tier in pairs if tier is Tier.RAM)
         else:
-            in_ram += sum(plan.slots)
+            assert plan.device_bytes == 0
+            in_ram += there
         assert in_ram <= request.budgets.ram_bytes
         assert in_ram == plan.ram_bytes
 
@@ -198,20 +204,25 @@ def test_no_slot_or_buffer_is_overwritten_before_its_reader_has_ended() -> None:
 # ------------------------------------------------------------------ budgets
 
 
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("where", ["ram", "device", "device, buffers too"])
 @pytest.mark.parametrize("is_staged", [False, True])
-def test_the_smallest_budget_works_and_a_byte_less_is_refused(
-    on_device: bool, is_staged: bool
-) -> None:
+def test_the_smallest_budget_works_and_a_byte_less_is_refused(where: str, is_staged: bool) -> None:
     """The message's numbers can be typed in as they stand."""
     blocks = (
         *layers(3, 1_234_567, is_staged=is_staged),
         BlockShape(name="embed", slot_bytes=7_654_321, file_bytes=7_660_000, is_staged=is_staged),
     )
-    least = smallest_budgets(blocks, on_device=on_device)
-    request = Request(blocks=blocks, orders=plain_orders(4), budgets=least, on_device=on_device)
+    on_device, directly = where != "ram", "buffers" in where
+    least = smallest_budgets(blocks, on_device=on_device, buffers_on_device=directly)
+    request = Request(
+        blocks=blocks,
+        orders=plain_orders(4),
+        budgets=least,
+        on_device=on_device,
+        buffers_on_device=directly,
+    )
     make_plan(request)
-    for field in ("ram_bytes", "device_bytes")[: 1 + on_device]:
+    for field in ("ram_bytes", "device_bytes")[directly : 1 + on_device]:
         short = dataclasses.replace(least, **{field: getattr(least, field) - 1})
         with pytest.raises(PlanError) as caught:
             make_plan(dataclasses.replace(request, budgets=short))
@@ -390,6 +401,23 @@ def test_on_a_device_ram_keeps_blocks_spread_evenly(num_cached: int) -> None:
     )
     assert fills[Kind.LOAD, True] == 0
     assert fills[Kind.UPLOAD, False] == fills[Kind.LOAD, False]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_buffers_on_the_device_take_the_place_of_slots(prefetch: int) -> None:
+    """As many as fills run ahead; what RAM has is all for blocks that stay there, and goes through none."""
+    num_buffers = max(1, prefetch)
+    least = 1000 * (1 + prefetch + num_buffers)
+    plan = plan_of(layers(20), 3500, device=least, buffers_on_device=True, prefetch=prefetch)
+    assert plan.buffers == (1000,) * num_buffers
+    assert plan.slots == (1000,) * (1 + prefetch)
+    assert Counter(plan.tiers) == {Tier.RAM: 3, Tier.NVME: 17}
+    in_ram = {b.name for b, t in zip(plan.blocks, plan.tiers, strict=True) if t is Tier.RAM}
+    for op in plan.sequences["train"].ops:
+        if op.kind is Kind.LOAD or op.lane is Lane.DEVICE_COPY:
+            assert op.block not in in_ram
+        elif op.kind is Kind.UPLOAD:
+            assert op.block in in_ram
 
 
 def test_on_a_device_residents_are_there_and_no_longer_in_ram() -> None:

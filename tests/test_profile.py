@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from ssdtune.schedule.cost import Pricing, StepWork, Work
-from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind
+from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
-from ssdtune.schedule.profile import OPERATORS, Curve, ProfileError, curve_of, profile_from
+from ssdtune.schedule.profile import OPERATORS, Curve, Profile, ProfileError, curve_of, profile_from
 
 GOOD: dict[str, Any] = {
     "name": "a machine",
@@ -107,3 +107,35 @@ def test_ops_take_what_their_work_takes_on_this_machine() -> None:
         "its bytes are longer than its FLOP"
     )
     assert forward.flop == 3000
+
+
+def test_a_copy_within_a_device_has_a_curve_of_its_own() -> None:
+    """Neither the link's nor the CPU's; a profile that lacks it says so."""
+    shapes = tuple(
+        BlockShape(name=f"layers.{i}", slot_bytes=10**6, file_bytes=10**6) for i in "abc"
+    )
+    plan = make_plan(
+        Request(
+            blocks=shapes,
+            orders=plain_orders(3),
+            budgets=Budgets(ram_bytes=10**6, device_bytes=2 * 10**6),
+            on_device=True,
+            buffers_on_device=True,
+        )
+    )
+    names = {"nvme_read": 5e-3, "h2d": 1e-3, "unpack": 7.0, "d2d": 2e-5}
+    curves = {name: Curve(((1e6, seconds),)) for name, seconds in names.items()}
+    work = StepWork(passes={"train": {}}, between=Work({}), dtype="float32")
+    profile = Profile(name="a device", operators={}, transfers=curves)
+    steps = plan.sequences["train"]
+    seconds = Pricing(work, profile, num_micro_batches=1).op_seconds(steps)
+    found = {op.lane: s for op, s in zip(plan.sequences["train"].ops, seconds, strict=True)}
+    assert found == {
+        Lane.NVME_READ: 5e-3,
+        Lane.DEVICE_COPY: 2e-5,
+        Lane.H2D: 1e-3,
+        Lane.COMPUTE: 0.0,
+    }
+    del curves["d2d"]
+    with pytest.raises(ProfileError, match=r"transfers\.d2d is missing"):
+        Pricing(work, profile, num_micro_batches=1).op_seconds(steps)

@@ -51,6 +51,8 @@ class Work:
     def curves_s(self, profile: Profile, dtype: str) -> float:
         """How long it takes by the curves alone."""
         total = 0.0
+        if not self.operators:
+            return total
         pointwise = profile.operator(dtype, "pointwise")
         for (kind, size, num_bytes), count in self.operators.items():
             each = profile.operator(dtype, kind).seconds(size)
@@ -131,7 +133,7 @@ class Pricing:
                 times = self._visits.get(key, ())
                 one = times[turn] if turn < len(times) else 0.0
             else:
-                one = self.profile.transfer(TRANSFER_OF[op.kind]).seconds(op.num_bytes)
+                one = self.profile.transfer(_transfer_of(op)).seconds(op.num_bytes)
             seconds.append(one * self.factors.get(op.lane, 1.0))
         return _slowed(steps.ops, seconds, self.profile)
 
@@ -142,6 +144,11 @@ def predict_step(
     """A steady step of the plan on this machine. Raises ProfileError for a curve that is missing."""
     pricing = Pricing(work, profile, kind=kind, num_micro_batches=num_micro_batches)
     return pricing.simulation(plan)
+
+
+def _transfer_of(op: Op) -> str:
+    """The profile's name for what the op moves."""
+    return "d2d" if op.lane is Lane.DEVICE_COPY else TRANSFER_OF[op.kind]
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:

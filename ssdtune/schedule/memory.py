@@ -128,12 +128,13 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
     }
     kept = num_micro_batches * footprint.kept_bytes
     ram = {"process before the model": fixed.base_bytes, "math libraries": LIBRARY_BYTES}
+    buffers = {"buffers": plan.buffer_bytes}
     if plan.on_device:
-        cached = plan.ram_bytes - sum(plan.buffers)
-        ram |= {"buffers": sum(plan.buffers), "weights that stay in RAM": cached}
+        ram |= {"weights that stay in RAM": plan.kept_in_ram_bytes}
         device = {"slots": plan.slot_bytes, **compute}
+        (device if plan.buffers_on_device else ram).update(buffers)
     else:
-        ram |= {"slots": plan.slot_bytes, "buffers": sum(plan.buffers), **compute}
+        ram |= {"slots": plan.slot_bytes, **buffers, **compute}
         device = ram
     nvme: dict[str, int] = {}
     {Tier.DEVICE: device, Tier.RAM: ram, Tier.NVME: nvme}[plan.block_inputs][INPUTS] = kept

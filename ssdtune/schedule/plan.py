@@ -3,8 +3,8 @@
 A step is a sequence of **visits**: (block, direction). Each visit finds its block's weights in a
 **slot**. Where the block is not yet in that slot, the visit has *fill ops*: LOAD (file to buffer, or
 straight into the slot where the file's bytes can be used in place) and, for staged blocks, UNPACK
-(buffer to slot on the CPU) or UPLOAD (buffer to a device slot). COMPUTE is the visit itself. The
-simulator and the engine read the same value.
+(buffer to slot where both are: on the CPU, or by a device's own copy) or UPLOAD (RAM to a device
+slot). COMPUTE is the visit itself. The simulator and the engine read the same value.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Lane(StrEnum):
     NVME_WRITE = "nvme_write"
     H2D = "h2d"
     D2H = "d2h"
+    DEVICE_COPY = "d2d"  # within a device's memory: no link is in use
     COMPUTE = "compute"
     CPU = "cpu"
 
@@ -142,8 +143,10 @@ class Budgets:
 class Plan:
     """Where every block lives, the slots and buffers, and the visits of each kind of step.
 
-    `tiers[i]`: where block i's weights stay between visits. `block_inputs`: where the inputs kept for
-    backward stay. `chunk_tokens`: positions whose logits exist at once in the head's loss.
+    `tiers[i]`: where block i's weights stay between visits. `on_device`: slots live on a device;
+    `buffers_on_device`: buffers too, files are read straight into them. `block_inputs`: where the
+    inputs kept for backward stay. `chunk_tokens`: positions whose logits exist at once in the head's
+    loss.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -155,6 +158,7 @@ class Plan:
     sequences: Mapping[str, StepPlan]
     block_inputs: Tier = Tier.DEVICE
     chunk_tokens: int = 4096
+    buffers_on_device: bool = False
 
     @property
     def slot_bytes(self) -> int:
@@ -163,11 +167,29 @@ class Plan:
 
     @property
     def ram_bytes(self) -> int:
-        """Bytes of RAM that slots (without a device), buffers and RAM-resident blocks take."""
+        """Bytes of RAM that slots (without a device), buffers (unless they are on it) and RAM-resident
+        blocks take."""
         if not self.on_device:
-            return sum(self.buffers) + self.slot_bytes
+            return self.buffer_bytes + self.slot_bytes
+        return self.kept_in_ram_bytes + (0 if self.buffers_on_device else self.buffer_bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that slots, and buffers where they are there, take of a device; 0 without one."""
+        if not self.on_device:
+            return 0
+        return self.slot_bytes + (self.buffer_bytes if self.buffers_on_device else 0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all buffers, wherever they are."""
+        return sum(self.buffers)
+
+    @property
+    def kept_in_ram_bytes(self) -> int:
+        """With a device: file bytes of the blocks that stay in RAM; 0 without one, where slots do."""
         pairs = zip(self.blocks, self.tiers, strict=True)
-        return sum(self.buffers) + sum(b.file_bytes for b, tier in pairs if tier is Tier.RAM)
+        return sum(b.file_bytes for b, t in pairs if t is Tier.RAM) if self.on_device else 0
 
     @property
     def model_bytes(self) -> int:
@@ -184,8 +206,8 @@ class Plan:
         yield (
             f"slots     {len(self.slots)} ({format_size(self.slot_bytes)})"
             f"{' on the device' if self.on_device else ''} · buffers {len(self.buffers)} "
-            f"({format_size(sum(self.buffers))}) · RAM {format_size(self.ram_bytes)} "
-            f"of {format_size(self.budgets.ram_bytes)}"
+            f"({format_size(self.buffer_bytes)}){' there too' if self.buffers_on_device else ''}"
+            f" · RAM {format_size(self.ram_bytes)} of {format_size(self.budgets.ram_bytes)}"
         )
         for kind, sequence in self.sequences.items():
             reads = format_size(sequence.read_bytes)
@@ -223,6 +245,7 @@ def _plan_from(raw: Mapping[str, Any]) -> Plan:
         sequences={kind: _sequence_from(steps) for kind, steps in raw["sequences"].items()},
         block_inputs=Tier(raw["block_inputs"]),
         chunk_tokens=raw["chunk_tokens"],
+        buffers_on_device=raw["buffers_on_device"],
     )
 
 
@@ -264,7 +287,11 @@ def reuse_distances(visits: Sequence[Visit]) -> list[int]:
 
 
 def make_ops(
-    visits: Sequence[Visit], blocks: Sequence[BlockShape], *, on_device: bool
+    visits: Sequence[Visit],
+    blocks: Sequence[BlockShape],
+    *,
+    on_device: bool,
+    buffers_on_device: bool = False,
 ) -> tuple[Op, ...]:
     """The ops of a step from its visits: each with the lane it needs and what must be over before.
 
@@ -283,6 +310,8 @@ def make_ops(
                 op_id = ops.add(Kind.LOAD, Lane.NVME_READ, v, writes=("slot", visit.slot))
             else:
                 kind, lane = (Kind.UPLOAD, Lane.H2D) if on_device else (Kind.UNPACK, Lane.CPU)
+                if buffers_on_device and visit.buffer is not None:
+                    kind, lane = Kind.UNPACK, Lane.DEVICE_COPY
                 op_id = ops.add(kind, lane, v, after=loaded, writes=("slot", visit.slot))
                 ops.reads("buffer", visit.buffer, op_id)
             written = [op_id]
@@ -360,9 +389,12 @@ def validate(plan: Plan) -> None:
             f"the plan needs {format_size(plan.ram_bytes)} of RAM, over the budget of "
             f"{format_size(plan.budgets.ram_bytes)}: raise offload.ram"
         )
-    if plan.on_device and plan.slot_bytes > plan.budgets.device_bytes:
+    if plan.buffers_on_device and not plan.on_device:
+        raise PlanError("the plan has its buffers on a device, but its slots in RAM")
+    if plan.on_device and plan.device_bytes > plan.budgets.device_bytes:
+        what = "slots and buffers" if plan.buffers_on_device else "slots"
         raise PlanError(
-            f"the slots need {format_size(plan.slot_bytes)} on the device, over the budget of "
+            f"the {what} need {format_size(plan.device_bytes)} on the device, over the budget of "
             f"{format_size(plan.budgets.device_bytes)}: raise offload.vram"
         )
     for kind, steps in plan.sequences.items():
@@ -417,7 +449,12 @@ def _validate_ops(plan: Plan, steps: StepPlan, kind: str) -> None:
             raise PlanError(f"{kind} op {position} waits for an op that does not come before it")
         if not all(0 <= a < len(steps.ops) for a in op.after_previous):
             raise PlanError(f"{kind} op {position} waits for an op that no step has")
-    wanted = make_ops(steps.visits, plan.blocks, on_device=plan.on_device)
+    wanted = make_ops(
+        steps.visits,
+        plan.blocks,
+        on_device=plan.on_device,
+        buffers_on_device=plan.buffers_on_device,
+    )
     found = [op for op in steps.ops if op.kind in BLOCK_KINDS]
     for i in range(max(len(wanted), len(found))):
         is_there = _describe(found[i]) if i < len(found) else "missing"

@@ -71,7 +71,8 @@ class Request:
         blocks: shapes, in the order in which forward meets them.
         orders: for each kind of step ("train", "forward"), its (block, direction) pairs.
         budgets: bytes to stay within.
-        on_device: whether slots live on a device (every fill then passes a buffer in RAM).
+        on_device: whether slots live on a device (every fill then passes a buffer).
+        buffers_on_device: whether the buffers are there too, since files are read straight into them.
         prefetch: how many fills may run ahead of compute in the classes with several blocks.
         block_inputs: tier of the inputs kept for backward.
         chunk_tokens: positions whose logits exist at once.
@@ -84,6 +85,7 @@ class Request:
     prefetch: int = 2
     block_inputs: Tier = Tier.DEVICE
     chunk_tokens: int = 4096
+    buffers_on_device: bool = False
 
 
 def plain_orders(num_blocks: int, first_trained: int = 0) -> dict[str, list[tuple[int, Direction]]]:
@@ -115,13 +117,18 @@ def plan_of(request: Request, layout: Layout) -> Plan:
         sequences=steps,
         block_inputs=request.block_inputs,
         chunk_tokens=request.chunk_tokens,
+        buffers_on_device=request.buffers_on_device,
     )
 
 
-def smallest_budgets(blocks: Sequence[BlockShape], *, on_device: bool) -> Budgets:
+def smallest_budgets(
+    blocks: Sequence[BlockShape], *, on_device: bool, buffers_on_device: bool = False
+) -> Budgets:
     """The least bytes with which any plan works: a slot for the largest block, a buffer if needed."""
     slot = max(b.slot_bytes for b in blocks)
     buffer = max((b.file_bytes for b in blocks if b.is_staged or on_device), default=0)
+    if buffers_on_device:
+        return Budgets(ram_bytes=0, device_bytes=slot + buffer)
     if on_device:
         return Budgets(ram_bytes=buffer, device_bytes=slot)
     return Budgets(ram_bytes=slot + buffer)
@@ -157,7 +164,11 @@ def skeletons(request: Request) -> list[tuple[Classes, int]]:
     Fills that run ahead are worth most, so slots that all blocks share come before classes whose
     blocks have one slot each, where every fill would wait for the visit before it to end.
     """
-    least = smallest_budgets(request.blocks, on_device=request.on_device)
+    least = smallest_budgets(
+        request.blocks,
+        on_device=request.on_device,
+        buffers_on_device=request.buffers_on_device,
+    )
     budgets = request.budgets
     if budgets.ram_bytes < least.ram_bytes or budgets.device_bytes < least.device_bytes:
         raise PlanError(_too_small(request, least))
@@ -171,7 +182,8 @@ def skeletons(request: Request) -> list[tuple[Classes, int]]:
 def _too_small(request: Request, least: Budgets) -> str:
     largest = max(request.blocks, key=lambda b: b.slot_bytes)
     size = format_size(largest.slot_bytes)
-    lines = [f"the budget holds no block: {largest.name} alone needs {size}"]
+    beside = " and its file's bytes beside it" if request.buffers_on_device else ""
+    lines = [f"the budget holds no block: {largest.name} alone needs {size}{beside}"]
     for key, given, needed in (
         ("offload.ram", request.budgets.ram_bytes, least.ram_bytes),
         ("offload.vram", request.budgets.device_bytes, least.device_bytes),
@@ -211,7 +223,11 @@ def room_for(request: Request, choice: Choice) -> tuple[int, int] | None:
     for n, members in zip(choice.num_slots, choice.classes, strict=True):
         if any(i not in choice.residents for i in members):
             slots += n * blocks[members[0]].slot_bytes
-    ram = budgets.ram_bytes - sum(_buffers(request, choice.prefetch))
+    ram, buffers = budgets.ram_bytes, sum(_buffers(request, choice.prefetch))
+    if request.buffers_on_device:
+        slots += buffers
+    else:
+        ram -= buffers
     if request.on_device:
         ram -= sum(blocks[i].file_bytes for i in choice.cached)
         slot_left = budgets.device_bytes - slots
@@ -316,7 +332,12 @@ def _step(request: Request, layout: Layout, order: Order) -> StepPlan:
                 buffer=buffer,
             )
         )
-    ops = make_ops(visits, request.blocks, on_device=request.on_device)
+    ops = make_ops(
+        visits,
+        request.blocks,
+        on_device=request.on_device,
+        buffers_on_device=request.buffers_on_device,
+    )
     return StepPlan(visits=tuple(visits), ops=ops)
 
 

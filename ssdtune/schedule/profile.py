@@ -48,7 +48,7 @@ class Curve:
 
 # Kinds of operators, each measured per number format, and of transfers.
 OPERATORS = ("matmul", "attention", "attention_backward", "pointwise", "special")
-TRANSFERS = ("nvme_read", "nvme_write", "unpack", "h2d", "d2h")
+TRANSFERS = ("nvme_read", "nvme_write", "unpack", "h2d", "d2h", "d2d")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

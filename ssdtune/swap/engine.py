@@ -22,8 +22,7 @@ from ssdtune.schedule.plan import Direction, Kind, Lane, Plan, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.schedule.walk import Walk
 from ssdtune.swap.device_clock import DeviceClock
-from ssdtune.swap.fills import Fill, Lanes, SwapError
-from ssdtune.swap.readers import ReaderPool
+from ssdtune.swap.fills import Fill, Lanes, Pools, SwapError
 from ssdtune.swap.recipe import BlockRecipe, alone
 from ssdtune.swap.slots import Slots
 from ssdtune.swap.storage import aligned_bytes
@@ -62,7 +61,8 @@ class Engine:
     Args:
         plan: validated; its blocks are `recipes`, one for one.
         recipes: how each block is read and laid out.
-        pool: reads extents of files into memory; the engine's own from now on.
+        pools: read extents of files into RAM and, where the plan has buffers there, into the device;
+            the engine's own from now on.
         device: where slots live.
         timeout_s: the longest wait for any block before an error names it.
         succeeds: another engine, closed, whose trace and numbers of steps go on.
@@ -72,13 +72,14 @@ class Engine:
         self,
         plan: Plan,
         recipes: Sequence[BlockRecipe],
-        pool: ReaderPool,
+        pools: Pools,
         *,
         device: torch.device,
         timeout_s: float = 600.0,
         succeeds: Engine | None = None,
     ) -> None:
-        self.plan, self.recipes, self.pool, self.timeout_s = plan, tuple(recipes), pool, timeout_s
+        self.plan, self.recipes, self.timeout_s = plan, tuple(recipes), timeout_s
+        self.pool, self.device_pool = pools
         self.trace: list[TraceOp] = [] if succeeds is None else succeeds.trace
         self.slots = Slots(plan, self.recipes, device)
         self._changed = threading.Condition()  # guards what follows, up to `_is_closing`
@@ -96,7 +97,7 @@ class Engine:
         }
         self._lanes = Lanes(
             self.slots,
-            pool,
+            pools,
             self._record,
             on_issued=self._notify,
             cached=cached,
@@ -182,6 +183,7 @@ class Engine:
         """From the next step on, another plan over the same slots: another order of visits."""
         mine = self.plan
         assert (plan.slots, plan.buffers, plan.tiers) == (mine.slots, mine.buffers, mine.tiers)
+        assert plan.buffers_on_device == mine.buffers_on_device
         with self._changed:
             self._leave()
             self.plan = plan
@@ -198,6 +200,8 @@ class Engine:
             self._changed.notify_all()
         self._lanes.stop()
         self.pool.close(CLOSING_S)  # fails what is not read yet, so that nobody waits for it
+        if self.device_pool is not None:
+            self.device_pool.close(CLOSING_S)
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSING_S)
         self._lanes.close(CLOSING_S)

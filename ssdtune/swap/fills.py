@@ -14,11 +14,10 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.device_clock import DeviceClock
+from ssdtune.swap.gds import GdsPool
 from ssdtune.swap.readers import ReaderPool, Ticket
 from ssdtune.swap.slots import Buffer, Slots
 from ssdtune.swap.storage import StorageError, StorageTimeout
-
-LANES = {Kind.LOAD: Lane.NVME_READ, Kind.UNPACK: Lane.CPU, Kind.UPLOAD: Lane.H2D}
 
 
 class SwapError(SSDTuneError):
@@ -84,6 +83,13 @@ class Fill:
             raise SwapError(what) from self._error
 
 
+class Pools(NamedTuple):
+    """What reads into RAM, and what into buffers on a device where the plan has them there."""
+
+    host: ReaderPool
+    device: GdsPool | None = None
+
+
 class _Item(NamedTuple):
     """A fill under way. `ticket`: None if its bytes are in RAM. `memory`: where they are read to."""
 
@@ -99,7 +105,7 @@ class Lanes:
 
     Args:
         slots: where to.
-        pool: reads.
+        pools: read.
         record: takes a TraceOp of each op that ended.
         on_issued: told when a fill has ended.
         cached: block -> memory that keeps its file bytes for good.
@@ -109,14 +115,15 @@ class Lanes:
     def __init__(
         self,
         slots: Slots,
-        pool: ReaderPool,
+        pools: Pools,
         record: Callable[[TraceOp], None],
         *,
         on_issued: Callable[[], None],
         cached: Mapping[int, torch.Tensor],
         timeout_s: float,
     ) -> None:
-        self.slots, self.pool, self.timeout_s = slots, pool, timeout_s
+        assert slots.buffers_on_device == (pools.device is not None)
+        self.slots, self.pools, self.timeout_s = slots, pools, timeout_s
         self._record_op, self._on_issued = record, on_issued
         # slot -> stream -> last read on it: last readers of the slot -> its refill
         self.last_reads: dict[int, dict[torch.cuda.Stream, torch.cuda.Event]] = {}
@@ -184,7 +191,8 @@ class Lanes:
             files = ", ".join(dict.fromkeys(extent.path.name for extent in recipe.extents))
             fill.stage = f"being read from {files}"
             try:
-                ticket = self.pool.submit(recipe.extents, memory, label=fill.name)
+                pool = self.pools.host if buffer is None else self.pools.device or self.pools.host
+                ticket = pool.submit(recipe.extents, memory, label=fill.name)
             except BaseException:
                 if buffer is not None:
                     self.slots.buffers.give(buffer)
@@ -217,21 +225,28 @@ class Lanes:
         if item.ticket is not None:
             item.ticket.wait(self.timeout_s)
             span = (item.ticket.started, item.ticket.finished)
-            self._record(fill, Kind.LOAD, span, recipe.file_bytes)
+            self._record_op(self._op(fill, (Kind.LOAD, Lane.NVME_READ), span, recipe.file_bytes))
             if fill.block in self._cached:
                 self._is_in_cache.add(fill.block)
         if recipe.is_staged:
             fill.stage = "being copied into the slot"
+            what = self._copy_of(item)
             if self._uploads is None or self.clock is None:
                 start = perf_counter()
                 self.slots.unpack(fill.block, item.memory, fill.slot)
-                self._record(fill, Kind.UNPACK, (start, perf_counter()), recipe.slot_bytes)
+                op = self._op(fill, what, (start, perf_counter()), recipe.slot_bytes)
+                self._record_op(op)
             else:
-                start, end = self._upload(item, self._uploads, self.clock)
-                op = self._op(fill, Kind.UPLOAD, (0.0, 0.0), recipe.slot_bytes)
-                self.clock.add(op, start, end)
+                start, end = self._queue_copy(item, self._uploads, self.clock)
+                self.clock.add(self._op(fill, what, (0.0, 0.0), recipe.slot_bytes), start, end)
 
-    def _upload(
+    def _copy_of(self, item: _Item) -> tuple[Kind, Lane]:
+        """What the copy into the slot is, and on which lane."""
+        if item.buffer is not None and self.slots.buffers_on_device:
+            return Kind.UNPACK, Lane.DEVICE_COPY
+        return (Kind.UNPACK, Lane.CPU) if self.clock is None else (Kind.UPLOAD, Lane.H2D)
+
+    def _queue_copy(
         self, item: _Item, uploads: torch.cuda.Stream, clock: DeviceClock
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         """Queues the copy behind the slot's last readers; marks of its start and end."""
@@ -248,10 +263,10 @@ class Lanes:
                     item.buffer.copied = end
         return start, end
 
-    def _record(self, fill: Fill, kind: Kind, span: tuple[float, float], num_bytes: int) -> None:
-        self._record_op(self._op(fill, kind, span, num_bytes))
-
-    def _op(self, fill: Fill, kind: Kind, span: tuple[float, float], num_bytes: int) -> TraceOp:
+    def _op(
+        self, fill: Fill, what: tuple[Kind, Lane], span: tuple[float, float], num_bytes: int
+    ) -> TraceOp:
+        kind, lane = what
         op_id = fill.op_id
         if op_id != UNPLANNED and fill.block not in self._cached:
             op_id += kind is not Kind.LOAD  # in the plan the copy follows its LOAD
@@ -260,7 +275,7 @@ class Lanes:
         return TraceOp(
             op_id=op_id,
             kind=kind,
-            lane=LANES[kind],
+            lane=lane,
             block=fill.name,
             direction=fill.direction,
             step=fill.step,

@@ -59,7 +59,11 @@ class Ticket:
 
     def wait(self, timeout_s: float) -> None:
         """Return when all bytes are in the buffer. Raises StorageError, or StorageTimeout."""
-        if not self._all_done.wait(timeout_s):
+        self._conclude(self._all_done.wait(timeout_s), timeout_s)
+
+    def _conclude(self, is_over: bool, timeout_s: float) -> None:
+        """What wait() does after it has waited."""
+        if not is_over:
             num_done = self._num_requests - self._num_open
             more = f" and {len(self._files) - 2} more files" if len(self._files) > 2 else ""
             raise StorageTimeout(

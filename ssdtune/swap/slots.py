@@ -12,6 +12,7 @@ from ssdtune.swap.readers import Ticket
 from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.storage import StorageError, aligned_bytes
 
+PAGE = 4096  # of a device: cuFile takes a slower road to memory that starts elsewhere
 LATE_POLL_S = 0.1  # a buffer whose read timed out tells nobody when it is free after all
 
 
@@ -23,7 +24,12 @@ class Slots:
         self.recipes = recipes
         # A device's allocator gives memory on 512-byte boundaries, RAM comes in pages.
         self.memory = [self._slot(n) for n in plan.slots]
-        self.buffers = Buffers([aligned_bytes(n, pin=device.type != "cpu") for n in plan.buffers])
+        self.buffers_on_device = plan.buffers_on_device
+        self.buffers = Buffers([self._buffer(n) for n in plan.buffers])
+        if plan.buffers_on_device and device.type == "cuda":
+            # Kernels that used the buffers' memory when it was another tensor's -> first reads into
+            # them, which no stream orders. Once, before any work of ours is queued.
+            torch.cuda.current_stream(device).synchronize()
         self._tensors: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._lock = threading.Lock()  # the filling and the computing thread may ask at once
 
@@ -31,6 +37,11 @@ class Slots:
         if self.device.type == "cpu":
             return aligned_bytes(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        if self.buffers_on_device:
+            return page_aligned(num_bytes, self.device)
+        return aligned_bytes(num_bytes, pin=self.device.type != "cpu")
 
     def free(self) -> None:
         """Gives the memory back; whoever still holds a block's tensors keeps its slot."""
@@ -119,6 +130,13 @@ class Buffers:
         late = [b.late.label for b in self._buffers if b.late is not None and not b.late.done()]
         why = f"waited {timeout_s:g} s for one of {len(self._buffers)} staging buffers"
         return f"{why}; reads of {', '.join(late)} did not end" if late else why
+
+
+def page_aligned(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """A uint8 tensor [num_bytes] of the device's allocator that starts on a page; a page more is taken."""
+    memory = torch.empty(num_bytes + PAGE, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + num_bytes]
 
 
 def _fits(buffer: Buffer, num_bytes: int) -> bool:

@@ -100,13 +100,15 @@ def settle(
     streamer = rehearsals.trainer.streamer
     assert streamer is not None
     plan, request = streamer.engine.plan, streamer.replanner.request
-    budgets, least = (
-        request.budgets,
-        smallest_budgets(request.blocks, on_device=request.on_device),
+    budgets = request.budgets
+    least = smallest_budgets(
+        request.blocks,
+        on_device=request.on_device,
+        buffers_on_device=request.buffers_on_device,
     )
     if auto.ram or auto.vram:
         peak = _predicted(rehearsals, longest_row, base_bytes)
-        ram, device = plan.ram_bytes, plan.slot_bytes if plan.on_device else 0
+        ram, device = plan.ram_bytes, plan.device_bytes if plan.on_device else 0
         ram += int(AUTO_SHARE * (_free_ram() - _to_come(peak)))
         if plan.on_device:
             device += int(AUTO_SHARE * _spare_vram(peak, streamer.engine.slots.device))
@@ -118,7 +120,7 @@ def settle(
     if schedule is not None and schedule.improve(request) is not None:
         return True
     if plan.ram_bytes <= budgets.ram_bytes and (
-        not plan.on_device or plan.slot_bytes <= budgets.device_bytes
+        not plan.on_device or plan.device_bytes <= budgets.device_bytes
     ):
         return False
     streamer.replanner.adopt(streamer, request, None)

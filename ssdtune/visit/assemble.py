@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ssdtune.schedule.plan import Direction, Plan
 from ssdtune.swap.engine import Engine
+from ssdtune.swap.fills import Pools
 from ssdtune.swap.inputs import make_input_store
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe
@@ -79,11 +80,14 @@ class _Opener:
         options = self._options
         if self._finalizer is not None:
             self._finalizer()
-        pool = ReaderPool(options.storage, num_threads=options.reader_threads)
+        pools = Pools(
+            ReaderPool(options.storage, num_threads=options.reader_threads),
+            None if options.open_device_pool is None else options.open_device_pool(),
+        )
         engine = Engine(
             plan,
             self._recipes,
-            pool,
+            pools,
             device=options.device,
             timeout_s=options.timeout_s,
             succeeds=before,

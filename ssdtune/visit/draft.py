@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ssdtune.schedule import planner
 from ssdtune.schedule.plan import Budgets, Direction, Tier
 from ssdtune.schedule.planner import Request
+from ssdtune.swap.gds import GdsPool
 from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.blocks import Point, find_points
@@ -28,7 +29,11 @@ from ssdtune.visit.replanner import Replanner
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to stream. Bytes are exact; `prefetch`: fills that run ahead; `timeout_s`: the longest wait for a block."""
+    """How to stream. Bytes are exact; `prefetch`: fills that run ahead; `timeout_s`: the longest wait for a block.
+
+    `open_device_pool`: opens what reads files straight into buffers on the device; None: buffers are in RAM. `storage`
+    reads what goes to RAM in any case.
+    """
 
     device: torch.device
     budgets: Budgets
@@ -40,6 +45,7 @@ class Options:
     block_inputs: Tier = Tier.DEVICE
     scratch: Path | None = None
     timeout_s: float = 600.0
+    open_device_pool: Callable[[], GdsPool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,7 @@ def draft(meta: MetaModel, options: Options) -> Draft:
                 prefetch=options.prefetch,
                 block_inputs=options.block_inputs,
                 chunk_tokens=options.chunk_tokens,
+                buffers_on_device=options.open_device_pool is not None,
             )
         ),
     )
@@ -102,7 +109,11 @@ def draft(meta: MetaModel, options: Options) -> Draft:
 def smallest_budgets(meta: MetaModel, options: Options) -> Budgets:
     """The least bytes with which the model can be streamed."""
     shapes = [recipe.shape for recipe in draft(meta, options).recipes]
-    return planner.smallest_budgets(shapes, on_device=options.device.type != "cpu")
+    return planner.smallest_budgets(
+        shapes,
+        on_device=options.device.type != "cpu",
+        buffers_on_device=options.open_device_pool is not None,
+    )
 
 
 @dataclasses.dataclass(slots=True)
