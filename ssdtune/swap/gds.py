@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
@@ -295,7 +296,8 @@ class _Work:
     def __init__(self, device: torch.device) -> None:
         import torch
 
-        self._values = torch.ones((4096, 4096), dtype=torch.float16, device=device)
+        values = torch.ones((4096, 4096), dtype=torch.float16, device=device)
+        self._product = partial(torch.mm, values, values)
         self._stream = torch.cuda.current_stream(device)
         self._count = 1
         self.queue()  # loads the library
@@ -307,7 +309,7 @@ class _Work:
 
     def queue(self) -> None:
         for _ in range(self._count):
-            self._values @ self._values
+            self._product()
 
     def wait(self) -> None:
         self._stream.synchronize()
