@@ -100,6 +100,7 @@ def model_folder(shape: str, model: Path) -> Path:
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
     """Opens the model, predicts, takes steps."""
+    import peft  # noqa: F401 (as a run does before it looks at what it holds)
     import torch
 
     from benchmarks.contestants import Ours

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.visit.build import MetaModel
 
-FORMAT = 1  # of jobs in the cache; one more when their making changes
+FORMAT = 2  # of jobs in the cache; one more when their making changes
 SAMPLE_ROWS = 2000  # of a data set that are tokenized to estimate the rest
 KEPT_JOBS = 200
 # Keys that change neither blocks nor work nor rows.
@@ -132,6 +132,7 @@ def _forget_old(folder: Path) -> None:
 
 
 def _made(source: Source) -> Job:
+    import peft  # noqa: F401 (as a run does before it looks at what it holds)
     from transformers.utils import logging
 
     from ssdtune.report import hush_libraries

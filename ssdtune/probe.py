@@ -15,6 +15,7 @@ import platform
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ssdtune.doctor import random_file
 from ssdtune.profiles import save_profile
 from ssdtune.report import say
-from ssdtune.schedule.profile import Curve, InModel, Profile, curve_of
+from ssdtune.schedule.profile import FRESH, Curve, InModel, Profile, curve_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ PRODUCTS = (
 )
 LENGTHS = (32, 128, 512, 1024)  # of attention, 8 heads of 64
 PASS_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23, 2**25, 2**27)
+FRESH_SIZES = (2**25, 2**26, 2**27)
 READ_BYTES = (2**20, 2**22, 2**24, 2**25, 2**26)
 READ_STRIDE = 97 * 2**20  # from one read to the next, so that a drive's own cache helps little
 COPY_BYTES = (2**16, 2**20, 2**23, 2**25, 2**27)
@@ -109,11 +111,37 @@ def measure_operators(device: torch.device, dtype: torch.dtype) -> dict[str, Cur
         specials: dict[float, Run] = {}
         for num_bytes in PASS_BYTES:
             values = torch.randn(num_bytes // (3 * dtype.itemsize), **made)
-            passes[num_bytes] = _bind(torch.mul, values, values.clone())
-            specials[num_bytes * 2 / 3] = _bind(torch.nn.functional.silu, values)
+            out = torch.empty_like(
+                values
+            )  # memory that has its pages: fresh ones are measured apart
+            passes[num_bytes] = partial(torch.mul, values, values.clone(), out=out)
+            specials[num_bytes * 2 / 3] = partial(torch.ops.aten.silu.out, values, out=out)
         curves["pointwise"] = time_all(passes, device)
         curves["special"] = time_all(specials, device)
+        if device.type == "cpu":
+            curves[FRESH] = measure_fresh()
     return curves | _attention(made, device)
+
+
+def measure_fresh() -> Curve:
+    """What the pages of large new tensors take: writing one just made, less writing one that is there."""
+    import torch
+
+    cpu = torch.device("cpu")
+    there: dict[float, Run] = {}
+    made: dict[float, Run] = {}
+    for num_bytes in FRESH_SIZES:
+        there[num_bytes] = partial(torch.zeros(num_bytes, dtype=torch.uint8).fill_, 1)
+        made[num_bytes] = partial(_made_and_written, num_bytes)
+    new, old = time_all(made, cpu), time_all(there, cpu)
+    least = 1e-12  # a curve's times are above 0
+    return curve_of((n, max(new.seconds(n) - old.seconds(n), least * n)) for n, _ in new.points)
+
+
+def _made_and_written(num_bytes: int) -> None:
+    import torch
+
+    torch.empty(num_bytes, dtype=torch.uint8).fill_(1)
 
 
 def _products(made: Mapping[str, Any], device: torch.device) -> Curve:

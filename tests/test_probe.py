@@ -12,7 +12,7 @@ import torch
 from ssdtune import probe
 from ssdtune.cli import main
 from ssdtune.profiles import load_profile
-from ssdtune.schedule.profile import OPERATORS, InModel, Profile, ProfileError
+from ssdtune.schedule.profile import FRESH, OPERATORS, InModel, Profile, ProfileError
 
 
 def test_overhead_and_factor_are_found_again() -> None:
@@ -61,7 +61,7 @@ def test_a_machine_is_measured_and_its_profile_written(
     out = tmp_path / "deep" / "profile.yaml"
     assert main(["probe", str(tmp_path), "--out", str(out)]) == 0
     profile = load_profile(out)
-    assert set(profile.operators["float32"]) == set(OPERATORS)
+    assert set(profile.operators["float32"]) == {*OPERATORS, FRESH}
     assert {"nvme_read", "nvme_write", "unpack"} <= set(profile.transfers)
     assert isinstance(profile.in_model["float32"], InModel)
     assert profile.transfers["nvme_read"].rate > 1e6

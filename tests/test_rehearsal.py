@@ -9,6 +9,7 @@ import support
 import tiny_models
 import torch
 from support import with_lora
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssdtune.schedule.plan import Budgets, Direction
@@ -72,6 +73,19 @@ def test_products_of_a_step_are_those_that_torch_counts(
     wanted = 2 * forward.get_total_flops() - head + backward.get_total_flops()
     # The first block's input needs no gradient, which a rehearsed block of its kind has.
     assert 0.98 * wanted <= counted <= 1.25 * wanted
+
+
+def test_large_results_are_counted_as_fresh_memory_once_each() -> None:
+    """Results of 32 MiB and more are mapped anew by the C library; what is written in place, or a view, is not."""
+    with FakeTensorMode(), WorkCounter() as counter:
+        large = torch.empty(2**23)
+        small = torch.empty(2**10)
+        _ = large * 2
+        _ = large.view(2, -1)
+        large.add_(1)
+        _ = small * 2
+    fresh = {key: n for key, n in counter.counts.items() if key[0] == "fresh"}
+    assert fresh == {("fresh", 4.0 * 2**23, 0.0): 2}, "the tensor itself and the product"
 
 
 def test_a_model_without_weights_is_counted_like_the_streamed_one(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Tier
-from ssdtune.schedule.profile import InModel, Profile
+from ssdtune.schedule.profile import FRESH, InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_inputs
 
@@ -41,7 +41,7 @@ class Work:
     @property
     def num_calls(self) -> int:
         """How many operators."""
-        return sum(self.operators.values())
+        return sum(n for (kind, *_), n in self.operators.items() if kind != FRESH)
 
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes inside a model, one operator after the other."""
@@ -55,6 +55,8 @@ class Work:
             return total
         pointwise = profile.operator(dtype, "pointwise")
         for (kind, size, num_bytes), count in self.operators.items():
+            if kind == FRESH and kind not in profile.operators.get(dtype, ()):
+                continue  # a device's memory is its allocator's, and older profiles don't have it
             each = profile.operator(dtype, kind).seconds(size)
             if num_bytes:
                 each = max(each, pointwise.seconds(num_bytes))

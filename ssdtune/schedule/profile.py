@@ -48,6 +48,7 @@ class Curve:
 
 # Kinds of operators, each measured per number format, and of transfers.
 OPERATORS = ("matmul", "attention", "attention_backward", "pointwise", "special")
+FRESH = "fresh"  # bytes of memory that the kernel has just given: what its pages take beyond being written
 TRANSFERS = ("nvme_read", "nvme_write", "unpack", "h2d", "d2h", "d2d")
 
 

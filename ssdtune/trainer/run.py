@@ -108,6 +108,8 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
         if args.process_index == 0:
             content = to_yaml(config).encode()
             write_file_atomically(config.output_dir / CONFIG_NAME, content)
+        import peft  # noqa: F401 (its code is the process's own, no part of the model's)
+
         base_bytes = resident_set_bytes()
         with _streamed_model(config, args, say) as model:
             result = _train(config, args, rows, model, base_bytes=base_bytes, say=say)

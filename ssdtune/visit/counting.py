@@ -39,6 +39,9 @@ MADE_FROM_NOTHING = (
     "new_empty_strided",
     "scalar_tensor",
 )
+FRESH_BYTES = (
+    2**25
+)  # glibc's largest M_MMAP_THRESHOLD (mallopt(3)): what is larger is mapped anew every time
 BACKWARD_FLOP = 2.5  # of attention's forward: two products become five, recomputed scores included
 
 
@@ -57,7 +60,18 @@ class WorkCounter(TorchDispatchMode):
             entry = _entry(func, args, kwargs, out)
             if entry is not None:
                 self.counts[entry] += 1
+            for made in pytree.tree_leaves(out):
+                if isinstance(made, torch.Tensor) and _is_fresh(made, args, kwargs):
+                    self.counts["fresh", float(made.nbytes), 0.0] += 1
         return out
+
+
+def _is_fresh(made: torch.Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether it lies in memory that the kernel has just given: too large for the C library to keep in its heap."""
+    if made.nbytes < FRESH_BYTES or made.device.type != "cpu":
+        return False
+    given = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+    return all(x.untyped_storage()._cdata != made.untyped_storage()._cdata for x in given)
 
 
 def _entry(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float, float] | None:
