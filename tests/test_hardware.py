@@ -22,7 +22,7 @@ from ssdtune.machines import (
     hosts_known,
     machine_from,
 )
-from ssdtune.planning import ways_of
+from ssdtune.planning.ways import ways_of
 from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, curve
 from ssdtune.schedule.outcome import Outcome
 from ssdtune.schedule.profile import OPERATORS, TRANSFERS, ProfileError

@@ -185,7 +185,7 @@ def test_the_second_time_needs_no_torch(config_path: Path, run) -> None:
         text=True,
         check=False,
         timeout=60,
-        cwd=Path(planning.__file__).parent.parent,
+        cwd=Path(planning.__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[4:6] == first.splitlines()[4:6]

@@ -1,0 +1,232 @@
+"""The answer of `ssdtune plan` as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ssdtune.planning.ways import Way, knows_steps
+from ssdtune.report import LANE_LABELS, duration, format_table
+from ssdtune.schedule.methods import Foreseen
+from ssdtune.schedule.outcome import Outcome, Refusal
+from ssdtune.schedule.plan import Lane, Tier
+from ssdtune.sizes import format_size
+
+if TYPE_CHECKING:
+    from ssdtune.config import Loaded
+    from ssdtune.schedule.job import Job
+    from ssdtune.schedule.machine import Machine
+    from ssdtune.schedule.simulate import Simulation
+
+LETTERS = "ABCDEFGHIJ"
+BAR_CELLS = 10  # of the longest lane
+COLUMNS = ("", "", "VRAM", "RAM", "drive", "writes", "s/step", "tok/s", "total", "")
+
+
+def lines_of(
+    job: Job,
+    machine: Machine,
+    ways: Sequence[Way],
+    others: Sequence[Foreseen],
+    loaded: Loaded,
+) -> Iterator[str]:
+    """Yields the whole answer as a person reads it."""
+    yield f"machine   {machine_line(machine)}"
+    yield f"model     {model_line(job)}"
+    yield f"job       {job_line(job)}"
+    yield f"data      {data_line(job)}"
+    rows = [row(job, way, LETTERS[i]) for i, way in enumerate(ways)]
+    rows += [other_row(job, machine, each) for each in others]
+    yield format_table(rows, header=COLUMNS)
+    best = next(((i, w.found) for i, w in enumerate(ways) if isinstance(w.found, Outcome)), None)
+    if best is None:
+        refused = ways[0].found
+        assert isinstance(refused, Refusal)
+        yield f"does not fit: {refused.why}"
+        return
+    letter, found = LETTERS[best[0]], best[1]
+    if found.simulation is not None:
+        yield f"{letter} a step: {lanes_line(found.simulation)}"
+        yield f"{letter}         {limit_line(found)}"
+    elif machine.profile is None:
+        yield "times are not known: measure this machine with `ssdtune probe`"
+    else:
+        yield f"times are not known: the model's work can't be counted ({job.footprint.how})"
+    for where, parts in (("RAM", found.peak.ram), ("VRAM", found.peak.device)):
+        if parts:
+            yield f"{letter} {where}: {parts_line(found, parts)}"
+    if found.total_s is not None and knows_steps(job):
+        yield f"{letter} the run: {wear_line(machine, found)}"
+    if machine.assumed:
+        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
+    path = "" if loaded.path is None else f" {loaded.path}"
+    yield f"next: ssdtune train{path} {ways[best[0]].flags}".rstrip()
+
+
+def machine_line(machine: Machine) -> str:
+    """What it has."""
+    parts = [machine.name]
+    if machine.device is not None:
+        parts.append(f"device {_gb(machine.device.memory_bytes)} GB free")
+    parts.append(f"RAM {_gb(machine.ram_bytes)} GB free")
+    drive = machine.drive
+    told = [] if drive.free_bytes is None else [f"{_gb(drive.free_bytes)} GB free"]
+    if machine.profile is not None and "nvme_read" in machine.profile.transfers:
+        told.append(f"{machine.profile.transfers['nvme_read'].rate / 1e9:.1f} GB/s read")
+    if drive.endurance_bytes:
+        told.append(f"{drive.endurance_bytes / 1e12:,.0f} TBW")
+    return " · ".join([*parts, f"{drive.name} {', '.join(told)}"])
+
+
+def model_line(job: Job) -> str:
+    """Its size and how it is cut."""
+    sizes: dict[int, int] = {}
+    for block in job.blocks:
+        sizes[block.slot_bytes] = sizes.get(block.slot_bytes, 0) + 1
+    size, count = max(sizes.items(), key=lambda item: item[1])
+    total = sum(block.slot_bytes for block in job.blocks)
+    return (
+        f"{job.model} · {job.num_parameters / 1e9:.4g} B · {job.dtype} {format_size(total)} · "
+        f"{len(job.blocks)} blocks, {count} of {format_size(size)}"
+    )
+
+
+def job_line(job: Job) -> str:
+    """Method, tokens, steps."""
+    about = "≈ " if job.data.is_estimate else ""
+    parts = [
+        f"{job.method}, {job.num_trained / 1e6:,.1f} M trainable",
+        f"{about}{job.tokens(job.micro_batches):,.0f} tokens/step "
+        f"({job.micro_batches} micro-batches × {job.rows_at_once} rows)",
+    ]
+    if job.num_steps is not None:
+        parts.append(f"{job.num_steps:,} steps")
+    elif job.data.num:
+        parts.append(f"{job.num_epochs:g} epochs = {about}{job.steps(job.micro_batches):,} steps")
+    return " · ".join(parts)
+
+
+def data_line(job: Job) -> str:
+    """Rows, tokens, padding."""
+    if not job.data.num:
+        return f"not here: every row is taken to be {job.data.longest:,} tokens long"
+    data, about = job.data, "≈ " if job.data.is_estimate else ""
+    return (
+        f"{data.num:,} rows → {about}{data.num * data.mean_tokens:,.0f} tokens · longest {data.longest:,} · "
+        f"trained on {data.trained_share:.0%} · padding {1 - data.mean_tokens / data.padded_tokens:.0%}"
+    )
+
+
+def row(job: Job, way: Way, letter: str) -> list[str]:
+    """One line of the table."""
+    found = way.found
+    if isinstance(found, Refusal):
+        return ["–", way.words, *[""] * 7, f"does not fit: {found.why}"]
+    peak, step = found.peak, found.simulation
+    return [
+        letter,
+        way.words,
+        f"{_gb(peak.device_bytes)} GB" if peak.device else "",
+        f"{_gb(peak.ram_bytes)} GB",
+        f"{_gb(_on_drive(job, found))} GB",
+        format_size(round(found.written_bytes)),
+        "" if step is None else f"{step.step_s:.3g}",
+        "" if step is None else f"{found.tokens / step.step_s:,.0f}",
+        "" if found.total_s is None or not knows_steps(job) else duration(found.total_s),
+        "" if step is None else verdict(found),
+    ]
+
+
+def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:
+    """A method that can't be run yet, as a line of the table."""
+    step_s, steps = each.outlook.step_s, job.steps(job.micro_batches)
+    words = "not runnable in this version"
+    if each.why_not is not None:
+        words += f"; would not fit: {each.why_not}"
+    endurance = machine.drive.endurance_bytes
+    if endurance and each.written_bytes > 0.01 * endurance:
+        words += f"; {each.written_bytes / endurance:.0%} of the drive's rated writes"
+    return [
+        "·",
+        each.words,
+        f"{_gb(each.memory.device)} GB" if each.memory.device else "",
+        f"{_gb(each.memory.ram)} GB",
+        f"{_gb(each.memory.nvme)} GB",
+        format_size(round(each.written_bytes)),
+        f"≈ {step_s:.3g}",
+        f"≈ {job.tokens(job.micro_batches) / step_s:,.0f}",
+        f"≈ {duration(steps * step_s)}" if knows_steps(job) else "",
+        words,
+    ]
+
+
+def _on_drive(job: Job, found: Outcome) -> float:
+    """The model's own files, block inputs, two checkpoints."""
+    model = sum(block.file_bytes for block in job.blocks)
+    return model + sum(found.peak.nvme.values()) + 2 * 3 * job.fixed.trained_bytes
+
+
+def verdict(found: Outcome) -> str:
+    """What limits it."""
+    assert found.simulation is not None
+    if not found.plan.sequences["train"].read_bytes:
+        return "all weights stay: compute-bound"
+    if found.is_hidden:
+        return "compute-bound, reading hidden"
+    lane = LANE_LABELS[found.simulation.bound_by]
+    more = f": hidden from {found.hidden_at} micro-batches on" if found.hidden_at else ""
+    return f"{lane}-bound{more}"
+
+
+def lanes_line(step: Simulation) -> str:
+    """The lanes, the longest drawn as BAR_CELLS."""
+    longest = max(step.busy_s.values())
+    told: list[str] = []
+    for lane, seconds in sorted(step.busy_s.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            read = sum(e.op.num_bytes for e in step.ops if e.op.lane is lane)
+            size = f"{format_size(read)} " if lane is not Lane.COMPUTE and read else ""
+            bar = "▇" * max(1, round(BAR_CELLS * seconds / longest))
+            told.append(f"{LANE_LABELS[lane]} {size}{seconds:.3g} s {bar}")
+    return "  ".join(told)
+
+
+def limit_line(found: Outcome) -> str:
+    """Step against its bounds, and the tokens that hide reading."""
+    step = found.simulation
+    assert step is not None
+    stalls = sum(step.stall_s.values())
+    parts = [
+        f"waits {stalls:.2g} s",
+        f"step / longest lane {step.step_s / step.one_pass_s:.2f}",
+        f"step / longest lane of each pass {step.step_s / step.two_pass_s:.2f}",
+    ]
+    if found.hidden_at is not None:
+        tokens = found.tokens / found.choices.micro_batches * found.hidden_at
+        parts.append(f"reading is hidden from {tokens:,.0f} tokens a step on")
+    return " · ".join(parts)
+
+
+def wear_line(machine: Machine, found: Outcome) -> str:
+    """What it writes, of what the drive is rated for, and the energy at full load."""
+    parts = [f"writes {format_size(round(found.written_bytes))}"]
+    if machine.drive.endurance_bytes:
+        share = found.written_bytes / machine.drive.endurance_bytes
+        parts[0] += (
+            f" ({share:.2g} of the drive's rated {format_size(round(machine.drive.endurance_bytes))})"
+        )
+    if machine.watts is not None and found.total_s is not None:
+        parts.append(f"{machine.watts * found.total_s / 3.6e6:.3g} kWh at full load")
+    return " · ".join(parts)
+
+
+def parts_line(found: Outcome, parts: Any) -> str:
+    """The parts of a peak, the largest first."""
+    resident = sum(tier is not Tier.NVME for tier in found.plan.tiers)
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    told = [f"{name} {format_size(n)}" for name, n in ordered if n > 0.02 * sum(parts.values())]
+    return " · ".join([*told, f"{resident} of {len(found.plan.blocks)} blocks stay"])
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f}" if num_bytes >= 1e8 else f"{num_bytes / 1e9:,.3f}"
