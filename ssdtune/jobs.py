@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT = 2  # of jobs in the cache; one more when their making changes
 SAMPLE_ROWS = 2000  # of a data set that are tokenized to estimate the rest
 KEPT_JOBS = 200
-# Keys that change neither blocks nor work nor rows.
+# Keys that change blocks, work or rows.
 MODEL_KEYS = (
     "model_name_or_path model_revision trust_remote_code dtype attn_implementation lora_r lora_alpha "
     "lora_dropout lora_target_modules lora_modules_to_save use_dora use_rslora "
@@ -111,7 +111,9 @@ def _key(source: Source) -> str | None:
             return None
         states += [*_states(paths), json.dumps(values.get("dataset"), default=str)]
     told = {name: values.get(name) for name in MODEL_KEYS}
-    told |= {"chunk": source.config.offload.loss_chunk_tokens, "on_device": source.on_device}
+    offload = source.config.offload
+    told |= {"chunk": offload.loss_chunk_tokens, "storage": offload.storage}
+    told |= {"on_device": source.on_device, "has_data": source.has_data}
     text = json.dumps([FORMAT, __version__, told, source.name, states], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -306,7 +306,7 @@ def test_staged_blocks_pass_as_many_buffers_as_fills_run_ahead() -> None:
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 4])
 def test_the_turn_around_and_the_wrap_save_two_fetches_a_slot(num_slots: int) -> None:
-    """planner.md: 2 N - 2 S fetches a step with S slots, the blocks at both ends of the order."""
+    """2 N - 2 S fetches a step with S slots, the blocks at both ends of the order."""
     plan = plan_of(layers(10), 1000 * num_slots, prefetch=num_slots - 1)
     step = plan.sequences["train"]
     assert step.read_bytes == (20 - 2 * num_slots) * 1000

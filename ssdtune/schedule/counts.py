@@ -1,7 +1,7 @@
 """How many blocks of each kind stay where: the least step time as a small integer program.
 
 Blocks of one kind are alike: bytes and seconds. A step is as long as its passes, a pass as long as its longest lane
-(planner.md's two-pass bound; FlexGen, arXiv 2303.06865, solves shares the same way). How many stay matters here, which
+(the two-pass bound of `simulate.py`; FlexGen, arXiv 2303.06865, solves shares the same way). How many stay matters here, which
 ones is the arrangement's part (`search.py`). Solved by HiGHS; where `highspy` is missing there is no answer and the
 search goes on from greedy counts.
 """

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ssdtune.schedule.profile import OPERATORS, Curve, InModel, Profile
 
 # A model's products reach this share of what one large product reaches: smaller shapes, what lies between them.
-# 0.85-0.9 where both were measured (planner measurements on A100 and 4090); to be corrected by a run.
+# 0.85-0.9 is usual; to be corrected by a run.
 MODEL_SHARE = 0.87
 ATTENTION_SHARE = (
     0.6  # of the products' rate: fused attention at lengths of a few thousand; assumed

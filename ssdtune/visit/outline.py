@@ -13,18 +13,10 @@ from pathlib import Path
 import torch
 
 from ssdtune.visit.build import BuildError
+from ssdtune.visit.placement import FILE_DTYPES
 
 HEADER_ALIGNMENT = 8
-NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 
 def write_outline(config_file: Path, folder: Path, dtype: str = "auto") -> None:
@@ -47,9 +39,9 @@ def write_outline(config_file: Path, folder: Path, dtype: str = "auto") -> None:
         reason = " ".join(str(error).split())[:200]
         raise BuildError(f"{config_file}: no model can be made from it: {reason}") from error
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end, tied = 0, _tied(model)
     for name, tensor in model.state_dict().items():
-        if name in _tied(model):
+        if name in tied:
             continue
         header[name] = {
             "dtype": NAMES[tensor.dtype],
