@@ -154,15 +154,13 @@ def _products(made: Mapping[str, Any], device: torch.device) -> Curve:
     for tokens, wide, out in PRODUCTS:
         weight = torch.randn(out, wide, **made)
         flop = 2.0 * tokens * wide * out
-        forward[flop] = _bind(torch.nn.functional.linear, torch.randn(tokens, wide, **made), weight)
-        backward[flop] = _bind(torch.matmul, torch.randn(tokens, out, **made), weight)
+        forward[flop] = partial(
+            torch.nn.functional.linear, torch.randn(tokens, wide, **made), weight
+        )
+        backward[flop] = partial(torch.matmul, torch.randn(tokens, out, **made), weight)
     one, two = time_all(forward, device), time_all(backward, device)
     sizes = [size for size, _ in min(one.points, two.points, key=len)]
     return curve_of((size, (one.seconds(size) + two.seconds(size)) / 2) for size in sizes)
-
-
-def _bind(function: Callable[..., Any], *args: Any) -> Run:
-    return lambda: function(*args)
 
 
 def _attention(made: Mapping[str, Any], device: torch.device) -> dict[str, Curve]:
@@ -328,7 +326,7 @@ def measure_reads(file: Path) -> Curve:
             place = next(steps) * READ_STRIDE % last
             pool.submit([Extent(file, place, num_bytes, 0)], memory, label="probe").wait(60)
 
-        pieces = {float(n): _bind(read, n) for n in sizes}
+        pieces = {float(n): partial(read, n) for n in sizes}
         return time_all(pieces, torch.device("cpu"))
 
 
@@ -345,7 +343,7 @@ def measure_writes(folder: Path) -> Curve:
     try:
         file.reserve(max(READ_BYTES))
         view = memory.numpy().data
-        pieces = {float(n): _bind(file.write, 0, view[:n]) for n in READ_BYTES}
+        pieces = {float(n): partial(file.write, 0, view[:n]) for n in READ_BYTES}
         return time_all(pieces, torch.device("cpu"))
     finally:
         file.close()
@@ -362,14 +360,16 @@ def measure_copies(device: torch.device) -> dict[str, Curve]:
     target = aligned_bytes(max(COPY_BYTES))
     cpu = torch.device("cpu")
     found = {
-        "unpack": time_all({float(n): _bind(target[:n].copy_, source[:n]) for n in COPY_BYTES}, cpu)
+        "unpack": time_all(
+            {float(n): partial(target[:n].copy_, source[:n]) for n in COPY_BYTES}, cpu
+        )
     }
     if has_device:
         there = torch.empty(max(COPY_BYTES), dtype=torch.uint8, device=device)
         beside = torch.empty_like(there)
         pairs = (("h2d", there, source), ("d2h", source, there), ("d2d", there, beside))
         for name, to, of in pairs:
-            pieces = {float(n): _bind(to[:n].copy_, of[:n], True) for n in COPY_BYTES}
+            pieces = {float(n): partial(to[:n].copy_, of[:n], True) for n in COPY_BYTES}
             found[name] = time_all(pieces, device)
     return found
 
@@ -382,7 +382,7 @@ def measure_slowing(file: Path, device: torch.device) -> float:
     from ssdtune.swap.storage import Extent, aligned_bytes, choose_storage
 
     values, weight = torch.randn(512, 1024, device=device), torch.randn(4096, 1024, device=device)
-    run, wait = _bind(torch.nn.functional.linear, values, weight), _waiter(device)
+    run, wait = partial(torch.nn.functional.linear, values, weight), _waiter(device)
     storage = choose_storage(file).storage
     num_bytes = min(16 * MIB, file.stat().st_size // 2 // 4096 * 4096)
     memory = aligned_bytes(num_bytes)

@@ -105,17 +105,7 @@ def _as_trace(found: Comparison, step: int) -> list[TraceOp]:
     ops = found.prediction.ops
     spans = found.prediction.spans
     made = [
-        TraceOp(
-            op_id=op.id,
-            kind=op.kind,
-            lane=op.lane,
-            block=op.block,
-            direction=op.direction,
-            step=step,
-            start_s=span.start_s,
-            end_s=span.end_s,
-            num_bytes=op.num_bytes,
-        )
+        TraceOp.of(op, step=step, start_s=span.start_s, end_s=span.end_s)
         for op, span in zip(ops, spans, strict=True)
     ]
     first = next(op for op in made if op.kind is Kind.COMPUTE)

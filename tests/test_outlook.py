@@ -26,7 +26,7 @@ from ssdtune.schedule.steps import (
     Shape,
     full_step,
     gpt_shape,
-    spread,
+    share_of,
 )
 
 GB, TFLOP = 1e9, 1e12
@@ -359,9 +359,9 @@ def test_energy_is_idle_power_all_the_time_and_each_lane_while_it_works() -> Non
 
 
 def test_spread_is_even() -> None:
-    assert spread(0.5, 8) == {1, 3, 5, 7}
-    assert spread(1.0, 5) == set(range(5))
-    assert spread(0.0, 5) == set()
+    assert share_of(0.5, 8) == {1, 3, 5, 7}
+    assert share_of(1.0, 5) == set(range(5))
+    assert share_of(0.0, 5) == set()
 
 
 def test_175b_in_16_micro_batches_builds_and_simulates_in_a_tenth_of_a_second() -> None:

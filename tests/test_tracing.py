@@ -10,11 +10,11 @@ import pytest
 
 from ssdtune import cli
 from ssdtune.run_files import PLAN_NAME, TRACE_NAME
-from ssdtune.schedule.compare import Prediction, Span, compare, covered
+from ssdtune.schedule.compare import Prediction, Span, compare
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.schedule.simulate import simulate
-from ssdtune.schedule.trace import TraceOp, json_lines, trace_from
+from ssdtune.schedule.trace import TraceOp, covered_s, json_lines, trace_from
 from ssdtune.tracing import lines_of
 
 MB = 10**6
@@ -93,7 +93,7 @@ def visit(prediction: Prediction, overlapped: bool) -> int:
 
     def share(span: Span) -> float:
         inside = [Span(max(r.start_s, span.start_s), min(r.end_s, span.end_s)) for r in reads]
-        return covered([s for s in inside if s.seconds > 0]) / span.seconds
+        return covered_s((s.start_s, s.end_s) for s in inside if s.seconds > 0) / span.seconds
 
     spans = zip(prediction.ops, prediction.spans, strict=True)
     shares = {op.id: share(span) for op, span in spans if op.kind is Kind.COMPUTE}

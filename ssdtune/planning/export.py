@@ -112,17 +112,7 @@ def traced(step: Simulation) -> list[TraceOp]:
     """The step as if it had run."""
     first = min(each.start_s for each in step.ops)
     return [
-        TraceOp(
-            op_id=each.op.id,
-            kind=each.op.kind,
-            lane=each.op.lane,
-            block=each.op.block,
-            direction=each.op.direction,
-            step=1,
-            start_s=each.start_s - first,
-            end_s=each.end_s - first,
-            num_bytes=each.op.num_bytes,
-        )
+        TraceOp.of(each.op, step=1, start_s=each.start_s - first, end_s=each.end_s - first)
         for each in step.ops
     ]
 

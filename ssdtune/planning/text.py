@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ssdtune.planning.ways import Way, knows_steps
 from ssdtune.report import LANE_LABELS, duration, format_table
 from ssdtune.schedule.methods import Foreseen
-from ssdtune.schedule.outcome import Outcome, Refusal
+from ssdtune.schedule.outcome import SAVED_COPIES, Outcome, Refusal
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.sizes import format_size
 
@@ -163,7 +163,7 @@ def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:
 def _on_drive(job: Job, found: Outcome) -> float:
     """The model's own files, block inputs, two checkpoints."""
     model = sum(block.file_bytes for block in job.blocks)
-    return model + sum(found.peak.nvme.values()) + 2 * 3 * job.fixed.trained_bytes
+    return model + sum(found.peak.nvme.values()) + 2 * SAVED_COPIES * job.fixed.trained_bytes
 
 
 def verdict(found: Outcome) -> str:

@@ -56,7 +56,7 @@ def _configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
         block_inputs=tier,
         ram_bytes=offload.ram,
         device_bytes=offload.vram,
-        depths=(1, 2, 3, 4) if offload.prefetch is None else (offload.prefetch,),
+        prefetch=offload.prefetch,
     )
 
 

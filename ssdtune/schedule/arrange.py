@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from ssdtune.schedule.counts import Counts
-from ssdtune.schedule.planner import Choice, Request, room_for
+from ssdtune.schedule.planner import Choice, Request, room_for, spread
 
 NEAR = 3  # half of the moves look no further
 
@@ -32,11 +32,6 @@ def arranged(
         keep |= pattern([i for i in members if i not in chosen], num_cached)
     choice = dataclasses.replace(empty, residents=frozenset(stay), cached=frozenset(keep))
     return filled_up(request, choice)
-
-
-def spread(members: Sequence[int], num: int) -> set[int]:
-    """Evenly, half a gap from the ends."""
-    return {members[(2 * k + 1) * len(members) // (2 * num)] for k in range(num)}
 
 
 def first(members: Sequence[int], num: int) -> set[int]:

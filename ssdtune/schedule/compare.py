@@ -9,7 +9,7 @@ from typing import Any
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan
 from ssdtune.schedule.simulate import Simulation
-from ssdtune.schedule.trace import TraceOp
+from ssdtune.schedule.trace import TraceOp, covered_s
 from ssdtune.sizes import format_size
 
 DURING = 0.5  # an op runs beside reading where reading covers at least so much of it
@@ -114,7 +114,7 @@ class Comparison:
     def _busy(self, lane: Lane, directions: Sequence[Direction]) -> tuple[float, float]:
         chosen = [p for p in self.pairs if p.op.lane is lane and p.op.direction in directions]
         predicted = sum(pair.predicted.seconds for pair in chosen)
-        return predicted, covered([pair.measured for pair in chosen])
+        return predicted, covered_s((p.measured.start_s, p.measured.end_s) for p in chosen)
 
 
 def compare(prediction: Prediction, trace: Sequence[TraceOp], step: int) -> Comparison:
@@ -146,15 +146,6 @@ def compare(prediction: Prediction, trace: Sequence[TraceOp], step: int) -> Comp
     )
 
 
-def covered(spans: Sequence[Span]) -> float:
-    """Seconds in which at least one of them runs."""
-    total, until = 0.0, float("-inf")
-    for span in sorted(spans, key=lambda span: span.start_s):
-        total += max(0.0, span.end_s - max(span.start_s, until))
-        until = max(until, span.end_s)
-    return total
-
-
 def _why(op: TraceOp, planned: Op, expected: Span, reads: Sequence[Span]) -> str:
     seconds = op.end_s - op.start_s - op.wait_s
     if op.is_miss:
@@ -165,10 +156,10 @@ def _why(op: TraceOp, planned: Op, expected: Span, reads: Sequence[Span]) -> str
     if op.kind is not Kind.COMPUTE or seconds <= expected.seconds:
         return ""
     inside = [
-        Span(max(r.start_s, op.start_s), min(r.end_s, op.end_s))
+        (max(r.start_s, op.start_s), min(r.end_s, op.end_s))
         for r in reads
         if r.end_s > op.start_s and r.start_s < op.end_s
     ]
-    if covered(inside) > DURING * seconds:
+    if covered_s(inside) > DURING * seconds:
         return "computed while the drive was read"
     return "slower than its operators' curves"

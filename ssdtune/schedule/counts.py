@@ -40,6 +40,11 @@ class BlockKind:
     cached: Load
     resident: Load
 
+    @property
+    def reading_s(self) -> float:
+        """Of the drive in a whole step, for one that is streamed."""
+        return sum(s for (_, lane), s in self.streamed.items() if lane is Lane.NVME_READ)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Counts:
@@ -81,7 +86,7 @@ def best_counts(
     solver.addConstr(_total(resident, [k.slot_bytes for k in kinds], slot_room) <= 1)
     if on_device:
         solver.addConstr(_total(cached, [k.file_bytes for k in kinds], ram_room) <= 1)
-    reading = [_reading_s(kind) for kind in kinds]
+    reading = [kind.reading_s for kind in kinds]
     saved = _total(resident, reading, scale) + _total(cached, reading, scale)
     solver.minimize(sum(passes.values()) - READ_WEIGHT * saved)
     if solver.getModelStatus() not in (
@@ -113,7 +118,3 @@ def _longest(kinds: Sequence[BlockKind]) -> float:
     """Seconds of the busiest lane in one pass."""
     keys = {key for kind in kinds for key in kind.streamed}
     return max((sum(k.num * k.streamed.get(key, 0.0) for k in kinds) for key in keys), default=1.0)
-
-
-def _reading_s(kind: BlockKind) -> float:
-    return sum(s for (_, lane), s in kind.streamed.items() if lane is Lane.NVME_READ)

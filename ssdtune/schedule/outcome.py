@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.job import Job
@@ -31,14 +30,14 @@ class Choices:
         micro_batches: of one optimizer step.
         block_inputs: tier of the inputs kept for backward.
         ram_bytes, device_bytes: for weights; None: what the rest of the peak leaves free.
-        depths: how many fills may run ahead.
+        prefetch: how many fills may run ahead; None: as many as are best.
     """
 
     micro_batches: int
     block_inputs: Tier = Tier.DEVICE
     ram_bytes: int | None = None
     device_bytes: int | None = None
-    depths: Sequence[int] = (1, 2, 3, 4)
+    prefetch: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,20 +90,13 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
     budgets = Budgets(ram_bytes=max(ram, 0), device_bytes=max(device, 0) if on_device else 0)
     if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
         return Refusal(choices=choices, why=_shortage(machine, room, least))
-    request = Request(
-        blocks=job.blocks,
-        orders=job.orders,
-        budgets=budgets,
-        on_device=on_device,
-        block_inputs=choices.block_inputs,
-        chunk_tokens=job.chunk_tokens,
-    )
+    request = _request(job, choices, budgets, on_device=on_device)
     pricing = _pricing(job, machine, choices.micro_batches)
     try:
         if pricing is None:
             plan, simulation = make_plan(request), None
         else:
-            found = search(request, pricing, Effort(depths=choices.depths))
+            found = search(request, pricing, Effort.of(choices.prefetch))
             plan, simulation = found.plan, found.simulation
     except PlanError as error:
         return Refusal(choices=choices, why=" ".join(str(error).split()))
@@ -121,6 +113,17 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         num_steps=num_steps,
         written_bytes=_written(job, peak, num_steps),
         hidden_at=_hidden_at(job, machine, plan),
+    )
+
+
+def _request(job: Job, choices: Choices, budgets: Budgets, *, on_device: bool) -> Request:
+    return Request(
+        blocks=job.blocks,
+        orders=job.orders,
+        budgets=budgets,
+        on_device=on_device,
+        block_inputs=choices.block_inputs,
+        chunk_tokens=job.chunk_tokens,
     )
 
 
@@ -161,15 +164,7 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     """Bytes that all else leaves for weights: what a plan with the least weights does not take."""
     on_device = machine.device is not None
     least = smallest_budgets(job.blocks, on_device=on_device)
-    request = Request(
-        blocks=job.blocks,
-        orders=job.orders,
-        budgets=least,
-        on_device=on_device,
-        block_inputs=choices.block_inputs,
-        chunk_tokens=job.chunk_tokens,
-    )
-    plan = make_plan(request)
+    plan = make_plan(_request(job, choices, least, on_device=on_device))
     peak = _peak(job, plan, choices.micro_batches)
     holes = 1.0 if on_device else 1 + HOLES_SHARE  # weights in RAM make the allowance larger
     ram = ((1 - KEEP_FREE) * machine.ram_bytes - peak.ram_bytes) / holes + plan.ram_bytes

@@ -264,8 +264,12 @@ def _residents(
     fit = min(left // size, num) if size else num
     if fit >= num - num_slots:
         return set(members)
-    in_order = sorted(members)
-    return {in_order[(2 * k + 1) * num // (2 * fit)] for k in range(fit)}
+    return spread(sorted(members), fit)
+
+
+def spread(members: Sequence[int], num: int) -> set[int]:
+    """So many of them, evenly, half a gap from the ends."""
+    return {members[(2 * k + 1) * len(members) // (2 * num)] for k in range(num)}
 
 
 def _cached(blocks: Sequence[BlockShape], residents: AbstractSet[int], left: int) -> frozenset[int]:

@@ -87,6 +87,11 @@ class Effort:
     num_tries: int = 200
     patience: int | None = None
 
+    @staticmethod
+    def of(prefetch: int | None) -> Effort:
+        """With this depth alone, where somebody said so; None: with all that may be best."""
+        return Effort() if prefetch is None else Effort(depths=(prefetch,))
+
 
 def search(request: Request, pricing: Priced, effort: Effort | None = None) -> Found:
     """The plan whose steps are predicted to be the fastest, validated.
@@ -267,8 +272,7 @@ def _greedy(
 
 def _worth(kind: BlockKind) -> float:
     """Seconds of reading that a byte saves."""
-    reading = sum(s for (_, lane), s in kind.streamed.items() if lane is Lane.NVME_READ)
-    return reading / max(kind.slot_bytes, 1)
+    return kind.reading_s / max(kind.slot_bytes, 1)
 
 
 # ------------------------------------------------------------------ local moves

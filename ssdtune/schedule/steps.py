@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, PlanError, StepPlan, Tier, Visit
-from ssdtune.schedule.planner import assign_slots, plain_orders
+from ssdtune.schedule.planner import assign_slots, plain_orders, spread
 
 # Per micro-batch on the device, one in use while the next one comes or the last one goes.
 NUM_INPUT_BUFFERS = 2
@@ -165,11 +165,11 @@ class Full:
 
     def recomputed(self, num_blocks: int) -> frozenset[int]:
         """The blocks that recompute."""
-        return spread(self.recompute_share, num_blocks)
+        return share_of(self.recompute_share, num_blocks)
 
     def delayed(self, num_blocks: int) -> frozenset[int]:
         """The blocks whose update waits for the next forward."""
-        return spread(self.delayed_share, num_blocks)
+        return share_of(self.delayed_share, num_blocks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,10 +217,9 @@ def _check_home(**tiers: Tier) -> None:
             raise PlanError(f"{name} can't stay on the device here: choose ram or nvme")
 
 
-def spread(share: float, num: int) -> frozenset[int]:
+def share_of(share: float, num: int) -> frozenset[int]:
     """So many of the numbers below `num`, as even as whole numbers can be."""
-    count = round(share * num)
-    return frozenset((2 * k + 1) * num // (2 * count) for k in range(count))
+    return frozenset(spread(range(num), round(share * num)))
 
 
 def full_step(shape: Shape, decision: Full) -> StepPlan:

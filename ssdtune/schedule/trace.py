@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ssdtune.schedule.plan import Direction, Kind, Lane
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op
 
 # op_id of work that a steady step does not have: a first filling, a block fetched on demand
 UNPLANNED = -1
@@ -34,6 +34,21 @@ class TraceOp:
         False  # fetched on demand: the visit came in an order that the plan does not have
     )
 
+    @staticmethod
+    def of(op: Op, *, step: int, start_s: float, end_s: float) -> TraceOp:
+        """An op of a plan as if it had run."""
+        return TraceOp(
+            op_id=op.id,
+            kind=op.kind,
+            lane=op.lane,
+            block=op.block,
+            direction=op.direction,
+            step=step,
+            start_s=start_s,
+            end_s=end_s,
+            num_bytes=op.num_bytes,
+        )
+
 
 def steps(ops: Iterable[TraceOp]) -> dict[int, list[TraceOp]]:
     """The ops of each step, steps in order."""
@@ -48,10 +63,11 @@ def lane_seconds(ops: Iterable[TraceOp]) -> dict[Lane, float]:
     by_lane: dict[Lane, list[tuple[float, float]]] = {}
     for op in ops:
         by_lane.setdefault(op.lane, []).append((op.start_s + op.wait_s, op.end_s))
-    return {lane: _covered(spans) for lane, spans in by_lane.items()}
+    return {lane: covered_s(spans) for lane, spans in by_lane.items()}
 
 
-def _covered(spans: list[tuple[float, float]]) -> float:
+def covered_s(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds in which at least one of the spans, (start, end), runs."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))

@@ -61,7 +61,7 @@ class Schedule:
         self.num_micro_batches, self.num_tokens = num_micro_batches, num_tokens
         self.stored_bytes = num_micro_batches * rehearsed.footprint.kept_bytes
         self.factors: dict[Lane, float] = {}
-        self._effort = Effort() if depth is None else Effort(depths=(depth,))
+        self._effort = Effort.of(depth)
 
     @property
     def pricing(self) -> Pricing:
