@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssdtune.assets import built_beside, cache_folder
+from ssdtune.assets import built_beside
+from ssdtune.cache import cache_folder
 
 
 def checkpoint_dtype(folder: Path) -> str:

@@ -62,7 +62,7 @@ def stream(
         SSDTuneError: a file, key, budget or argument is wrong, or the architecture can't be
             streamed; the message says which and what to do.
     """
-    from ssdtune.assets import cache_folder
+    from ssdtune.cache import cache_folder
     from ssdtune.visit.assemble import assemble
     from ssdtune.visit.check import ensure_checked
 

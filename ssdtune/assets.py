@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssdtune import durable
+from ssdtune.cache import cache_folder
 from ssdtune.errors import SSDTuneError
 
 MODEL_NAME = "smollm2-135m-instruct"
@@ -53,15 +53,6 @@ CHATML = (
 
 class AssetError(SSDTuneError):
     """A part of the quickstart could not be made; the cache holds nothing half-written."""
-
-
-def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where assets live: $SSDTUNE_CACHE, else $XDG_CACHE_HOME/ssdtune, else ~/.cache/ssdtune."""
-    if own := environment.get("SSDTUNE_CACHE"):
-        return Path(own).expanduser()
-    if shared := environment.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "ssdtune"
-    return Path.home() / ".cache" / "ssdtune"
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ def _probe(words: list[str]) -> object:
     parser.add_argument("--file", type=Path, help="a large file to read; default: one is written")
     parser.add_argument("--out", type=Path, help="the profile; default: where plans look for it")
     arguments = parser.parse_args(words)
-    from ssdtune.assets import cache_folder
+    from ssdtune.cache import cache_folder
     from ssdtune.probe import print_probe
     from ssdtune.profiles import own_profile_path
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.assets import cache_folder
+from ssdtune.cache import cache_folder
 from ssdtune.durable import write_file_atomically
 from ssdtune.schedule.job import Job, Rows, job_from
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.visit.build import MetaModel
 
-FORMAT = 2  # of jobs in the cache; one more when their making changes
+FORMAT = 3  # of jobs in the cache; one more when their making changes
 SAMPLE_ROWS = 2000  # of a data set that are tokenized to estimate the rest
 KEPT_JOBS = 200
 # Keys that change blocks, work or rows.

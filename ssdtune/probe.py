@@ -45,6 +45,7 @@ PRODUCTS = (
     (1024, 2048, 4096),
     (1024, 4096, 8192),
 )
+SLOWING_ROUNDS, SLOWING_S, SLOWING_BUFFERS = 7, 0.3, 8
 LENGTHS = (32, 128, 512, 1024)  # of attention, 8 heads of 64
 PASS_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23, 2**25, 2**27)
 FRESH_SIZES = (2**25, 2**26, 2**27)
@@ -106,7 +107,7 @@ def measure_operators(device: torch.device, dtype: torch.dtype) -> dict[str, Cur
 
     made: dict[str, Any] = {"device": device, "dtype": dtype}
     with torch.no_grad():
-        curves = {"matmul": _products(made, device)}
+        curves = _products(made, device)
         passes: dict[float, Run] = {}
         specials: dict[float, Run] = {}
         for num_bytes in PASS_BYTES:
@@ -144,9 +145,9 @@ def _made_and_written(num_bytes: int) -> None:
     torch.empty(num_bytes, dtype=torch.uint8).fill_(1)
 
 
-def _products(made: Mapping[str, Any], device: torch.device) -> Curve:
+def _products(made: Mapping[str, Any], device: torch.device) -> dict[str, Curve]:
     """Both products of a layer: values by the transposed weight, and gradients by the weight. Their layouts differ, and
-    so may their rates, many times over where a format is emulated; a point is the mean of the two."""
+    so do their rates, many times over where a format is emulated."""
     import torch
 
     forward: dict[float, Run] = {}
@@ -158,9 +159,10 @@ def _products(made: Mapping[str, Any], device: torch.device) -> Curve:
             torch.nn.functional.linear, torch.randn(tokens, wide, **made), weight
         )
         backward[flop] = partial(torch.matmul, torch.randn(tokens, out, **made), weight)
-    one, two = time_all(forward, device), time_all(backward, device)
-    sizes = [size for size, _ in min(one.points, two.points, key=len)]
-    return curve_of((size, (one.seconds(size) + two.seconds(size)) / 2) for size in sizes)
+    return {
+        "matmul_transposed": time_all(forward, device),
+        "matmul": time_all(backward, device),
+    }
 
 
 def _attention(made: Mapping[str, Any], device: torch.device) -> dict[str, Curve]:
@@ -375,44 +377,60 @@ def measure_copies(device: torch.device) -> dict[str, Curve]:
 
 
 def measure_slowing(file: Path, device: torch.device) -> float:
-    """By what share matrix products take longer while a reader is at work, 0 or more."""
+    """Seconds that matrix products lose for each byte that a reader reads meanwhile, 0 or more: as in training, the
+    products of weights that no cache holds, the reads from all over the file into memory that none holds either."""
     import torch
 
     from ssdtune.swap.readers import ReaderPool
     from ssdtune.swap.storage import Extent, aligned_bytes, choose_storage
 
-    values, weight = torch.randn(512, 1024, device=device), torch.randn(4096, 1024, device=device)
-    run, wait = partial(torch.nn.functional.linear, values, weight), _waiter(device)
-    storage = choose_storage(file).storage
-    num_bytes = min(16 * MIB, file.stat().st_size // 2 // 4096 * 4096)
-    memory = aligned_bytes(num_bytes)
+    values = torch.randn(128, 1024, device=device)
+    weights = itertools.cycle([torch.randn(2816, 1024, device=device) for _ in range(8)])
+    wait = _waiter(device)
+
+    def run() -> None:
+        torch.nn.functional.linear(values, next(weights))
+
+    storage, end = choose_storage(file).storage, file.stat().st_size
+    num_bytes = min(16 * MIB, end // 2 // 4096 * 4096)
+    memory = aligned_bytes(SLOWING_BUFFERS * num_bytes)
     stop = threading.Event()
     with ReaderPool(storage) as pool:
+        num_reads = 0
 
         def read() -> None:
+            nonlocal num_reads
             while not stop.is_set():
-                pool.submit([Extent(file, 0, num_bytes, 0)], memory, label="probe").wait(60)
+                place = num_reads * READ_STRIDE % (end - num_bytes) // 4096 * 4096
+                at = num_reads % SLOWING_BUFFERS * num_bytes
+                to = memory[at : at + num_bytes]
+                pool.submit([Extent(file, place, num_bytes, 0)], to, label="probe").wait(60)
+                num_reads += 1
 
-        alone, beside = [], []
-        for _ in range(4):
-            alone.append(_for_a_while(run, wait))
+        lost: list[float] = []
+        for _ in range(SLOWING_ROUNDS):
+            alone, _ = _for_a_while(run, wait)
+            num_reads = 0
             stop.clear()
             reader = threading.Thread(target=read)
             reader.start()
-            beside.append(_for_a_while(run, wait))
+            beside, seconds = _for_a_while(run, wait)
+            num_bytes_read = num_reads * num_bytes
             stop.set()
             reader.join()
-    return max(0.0, median(beside) / median(alone) - 1)
+            lost.append((1 - alone / beside) * seconds / max(num_bytes_read, num_bytes))
+    return max(0.0, median(lost))
 
 
-def _for_a_while(run: Run, wait: Callable[[], None], seconds: float = 0.3) -> float:
-    """Seconds of one run, over many."""
+def _for_a_while(run: Run, wait: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of one run, over many, and of all of them."""
     count, start = 0, perf_counter()
-    while perf_counter() - start < seconds:
+    while perf_counter() - start < SLOWING_S:
         run()
         wait()
         count += 1
-    return (perf_counter() - start) / count
+    seconds = perf_counter() - start
+    return seconds / count, seconds
 
 
 # ------------------------------------------------------------------ the machine
@@ -441,7 +459,7 @@ def measure(folder: Path, file: Path | None = None) -> Profile:
         operators=operators,
         transfers=transfers,
         in_model=in_model,
-        reading_slows=round(slowing, 4),
+        reading_takes=slowing,
     )
 
 
@@ -495,7 +513,7 @@ def profile_lines(profile: Profile) -> Sequence[str]:
     lines = [f"machine   {profile.name}"]
     for dtype, curves in profile.operators.items():
         rates = (
-            f"matmul {curves['matmul'].rate / 1e9:,.3g} GFLOP/s · attention "
+            f"matmul {curves['matmul'].rate / 1e9:,.3g} / {curves['matmul_transposed'].rate / 1e9:,.3g} GFLOP/s · attention "
             f"{curves['attention'].rate / 1e9:,.3g} GFLOP/s · values {curves['pointwise'].rate / 1e9:.3g} GB/s"
         )
         inside = profile.in_model.get(dtype, InModel())
@@ -503,6 +521,6 @@ def profile_lines(profile: Profile) -> Sequence[str]:
         lines.append(f"{dtype:9} {rates}")
     told = [f"{name} {curve.rate / 1e9:.3g} GB/s" for name, curve in profile.transfers.items()]
     lines.append(
-        f"bytes     {' · '.join(told)} · reading slows compute by {profile.reading_slows:.1%}"
+        f"bytes     {' · '.join(told)} · compute loses {profile.reading_takes * 1e12:.0f} ms for each GB read"
     )
     return lines

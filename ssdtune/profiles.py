@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssdtune.assets import cache_folder
+from ssdtune.cache import cache_folder
 from ssdtune.durable import write_file_atomically
 from ssdtune.schedule.profile import Profile, ProfileError, profile_from
 

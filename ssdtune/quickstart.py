@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssdtune import assets, pace, report
+from ssdtune.cache import cache_folder
 from ssdtune.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from ssdtune.errors import SSDTuneError
 from ssdtune.sizes import parse_size
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepares, trains, reports; 0 when all went well. Errors of the user's are four short lines."""
     options = parse_options(sys.argv[1:] if argv is None else argv)
     try:
-        job = make_job(options, assets.cache_folder())
+        job = make_job(options, cache_folder())
         assets.prepare(big=options.big, text=options.dataset is None)
         run(job)
     except SSDTuneError as error:

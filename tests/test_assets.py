@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ssdtune import assets
+from ssdtune.cache import cache_folder
 
 topics = pytest.importorskip("pydoc_data.topics").topics
-MODEL = assets.cache_folder() / assets.MODEL_NAME
+MODEL = cache_folder() / assets.MODEL_NAME
 needs_model = pytest.mark.skipif(
     not (MODEL / "config.json").is_file(),
     reason="no SmolLM2 in the cache; make it with: python -m ssdtune.assets",
@@ -31,7 +32,7 @@ def words(rows):
     ],
 )
 def test_the_cache_is_where_the_environment_says(environment, folder):
-    assert assets.cache_folder(environment) == folder
+    assert cache_folder(environment) == folder
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

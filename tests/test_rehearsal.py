@@ -34,8 +34,10 @@ def test_a_counter_knows_products_attention_and_passes_over_values() -> None:
         torch.exp(y)
         torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
         torch.nn.functional.embedding(torch.tensor([1, 2]), torch.randn(1000, 4))
+        torch.nn.functional.linear(x, torch.randn(3, 8))
     kinds = {kind: size for (kind, size, _) in counter.counts for kind in [kind]}
     assert counter.counts[("matmul", 2.0 * 6 * 8 * 4, 4.0 * (48 + 32 + 24))] == 1
+    assert kinds["matmul_transposed"] == 2 * 6 * 8 * 3
     assert counter.counts[("special", 2.0 * 4 * 24, 0.0)] == 1
     assert kinds["attention"] == 4 * 2 * 16 * 16 * 8 / 2
     assert counter.counts[("pointwise", 2.0 * 2 * 4 * 4, 0.0)] == 1, "a lookup reads no whole table"
@@ -58,7 +60,7 @@ def test_products_of_a_step_are_those_that_torch_counts(
         for works in work.passes["train"].values()
         for each in works
         for (kind, size, _), number in each.operators.items()
-        if kind == "matmul"
+        if kind.startswith("matmul")
     )
     if hasattr(base.config, "num_local_experts") or hasattr(base.config, "num_experts"):
         base.set_experts_implementation(

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from ssdtune.assets import cache_folder
+from ssdtune.cache import cache_folder
 
 # What `pip install --target` needs beside the environment that runs the benchmark; `--no-deps`
 # leaves that environment's torch and transformers in use, so that both sides compute alike.

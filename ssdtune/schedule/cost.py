@@ -35,7 +35,7 @@ class Work:
         return sum(
             size * n
             for (kind, size, _), n in self.operators.items()
-            if kind == "matmul" or kind.startswith("attention")
+            if kind.startswith(("matmul", "attention"))
         )
 
     @property
@@ -154,11 +154,11 @@ def _transfer_of(op: Op) -> str:
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:
-    """Compute while a reader is at work takes longer; a reader works for its share of the step."""
+    """Compute loses some time for each byte that is read meanwhile, however long its reading takes: a drive that makes
+    the reader wait leaves the cores to compute."""
     compute = sum(s for op, s in zip(ops, seconds, strict=True) if op.kind is Kind.COMPUTE)
-    reading = sum(s for op, s in zip(ops, seconds, strict=True) if op.kind is Kind.LOAD)
-    share = min(reading / compute, 1.0) if compute else 0.0
-    factor = 1 + share * profile.reading_slows
+    num_bytes = sum(op.num_bytes for op in ops if op.kind is Kind.LOAD)
+    factor = 1 + num_bytes * profile.reading_takes / compute if compute else 1.0
     return [
         s * factor if op.kind is Kind.COMPUTE else s for op, s in zip(ops, seconds, strict=True)
     ]

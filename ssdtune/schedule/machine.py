@@ -164,6 +164,7 @@ def profile_of(device: Device, drive: Drive, host: Host) -> Profile:
 def _operators(flops: float, bandwidth: float) -> Mapping[str, Curve]:
     rates = {
         "matmul": MODEL_SHARE * flops,
+        "matmul_transposed": MODEL_SHARE * flops,
         "attention": ATTENTION_SHARE * MODEL_SHARE * flops,
         "attention_backward": ATTENTION_SHARE * MODEL_SHARE * flops,
         "pointwise": PASS_SHARE * bandwidth,

@@ -34,6 +34,7 @@ class Footprint:
     held_bytes: what else is alive from forward to backward: masks, position tables, what lies between blocks.
     workspace_bytes: recompute and backward of the greediest block, beyond its input.
     loss_bytes: the logits of one chunk, with their gradients.
+    forward_bytes: what a forward alone takes at most beyond a block's input, logits of a chunk included; 0: unknown.
     how: "rehearsed" or "by formula", and from what.
     """
 
@@ -42,6 +43,7 @@ class Footprint:
     held_bytes: int
     workspace_bytes: int
     loss_bytes: int
+    forward_bytes: int = 0
     how: str
 
 
@@ -109,6 +111,20 @@ INPUTS, HELD = "block inputs kept for backward", "masks, tables and what lies be
 HOLES = "holes in the heap, at most"
 WORKSPACE = "workspace of one block or loss chunk"
 NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD})
+
+
+def predict_forward_peak(
+    plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int
+) -> Peak:
+    """The same of forwards alone: nothing is kept for a backward, nothing is updated."""
+    return predict_peak(
+        plan,
+        dataclasses.replace(
+            footprint, kept_bytes=0, workspace_bytes=footprint.forward_bytes, loss_bytes=0
+        ),
+        dataclasses.replace(fixed, gradient_bytes=0, optimizer_bytes=0, staging_bytes=0),
+        num_micro_batches=num_micro_batches,
+    )
 
 
 def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int) -> Peak:

@@ -47,7 +47,14 @@ class Curve:
 
 
 # Kinds of operators, each measured per number format, and of transfers.
-OPERATORS = ("matmul", "attention", "attention_backward", "pointwise", "special")
+OPERATORS = (
+    "matmul",
+    "matmul_transposed",
+    "attention",
+    "attention_backward",
+    "pointwise",
+    "special",
+)
 FRESH = "fresh"  # bytes of memory that the kernel has just given: what its pages take beyond being written
 TRANSFERS = ("nvme_read", "nvme_write", "unpack", "h2d", "d2h", "d2d")
 
@@ -77,18 +84,20 @@ class Profile:
 
     Attributes:
         name: for people.
-        operators: dtype -> kind -> curve. "matmul": FLOP of matrix products of blocks' shapes; "attention" and
-            "attention_backward": FLOP of fused attention; "pointwise": bytes read and written; "special": the same, of exp, tanh, rsqrt and their like.
+        operators: dtype -> kind -> curve. "matmul": FLOP of matrix products of blocks' shapes;
+            "matmul_transposed": of those whose right matrix lies by columns; "attention" and "attention_backward": FLOP
+            of fused attention; "pointwise": bytes read and written; "special": the same, of exp, tanh, rsqrt and their
+            like.
         transfers: lane's work -> curve over bytes. Those of a device are missing where there is none.
         in_model: dtype -> what is to be added inside a model; nothing where it was not measured.
-        reading_slows: by how much compute's time grows while a reader is at work, as a share; 0.05: 5 %.
+        reading_takes: seconds that compute loses for each byte that is read meanwhile: cores and memory are shared.
     """
 
     name: str
     operators: Mapping[str, Mapping[str, Curve]]
     transfers: Mapping[str, Curve]
     in_model: Mapping[str, InModel] = dataclasses.field(default_factory=dict[str, InModel])
-    reading_slows: float = 0.0
+    reading_takes: float = 0.0
 
     def operator(self, dtype: str, kind: str) -> Curve:
         """Raises ProfileError where it was not measured."""
@@ -119,7 +128,7 @@ class Profile:
             },
             "transfers": {name: _listed(curve) for name, curve in self.transfers.items()},
             "in_model": {dtype: dataclasses.asdict(each) for dtype, each in self.in_model.items()},
-            "reading_slows": self.reading_slows,
+            "reading_takes": self.reading_takes,
         }
 
 
@@ -130,20 +139,25 @@ def profile_from(content: Any, where: str) -> Profile:
     for key in entries:
         if key not in known:
             names = ", ".join(sorted(known))
-            raise ProfileError(f"{where}: {key!r} is no entry of a profile: {names}.")
+            raise ProfileError(
+                f"{where}: {key!r} is no entry of a profile: {names}.\n"
+                "Measure this machine anew with `ssdtune probe`."
+            )
     operators = {
         str(dtype): _curves(curves, f"{where}: operators.{dtype}")
         for dtype, curves in _mapping(entries.get("operators"), f"{where}: operators").items()
     }
-    slows: Any = entries.get("reading_slows", 0.0)
-    if not isinstance(slows, int | float) or not 0 <= slows < math.inf:
-        raise ProfileError(f"{where}: reading_slows is {slows!r}; it is a share, 0 or more.")
+    takes: Any = entries.get("reading_takes", 0.0)
+    if not isinstance(takes, int | float) or not 0 <= takes < math.inf:
+        raise ProfileError(
+            f"{where}: reading_takes is {takes!r}; it is in seconds a byte, 0 or more."
+        )
     return Profile(
         name=str(entries.get("name", where)),
         operators=operators,
         transfers=_curves(entries.get("transfers"), f"{where}: transfers"),
         in_model=_in_model(entries.get("in_model", {}), f"{where}: in_model"),
-        reading_slows=float(slows),
+        reading_takes=float(takes),
     )
 
 

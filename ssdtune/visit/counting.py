@@ -84,12 +84,21 @@ def _entry(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float, flo
     packet = func._overloadpacket
     if packet in flop_registry:
         flop = flop_registry[packet](*args, **kwargs, out_val=out)
-        return "matmul", float(flop), float(_bytes_of((args, kwargs)) + made)
+        kind = "matmul_transposed" if _is_transposed(args) else "matmul"
+        return kind, float(flop), float(_bytes_of((args, kwargs)) + made)
     if any(word in name for word in LOOKUPS):
         return "pointwise", 2.0 * made, 0.0
     kind = "special" if any(word in name for word in SPECIAL) else "pointwise"
     size = float(_bytes_of((args, kwargs)) + made)
     return (kind, size, 0.0) if size else None
+
+
+def _is_transposed(args: Any) -> bool:
+    """Whether the right matrix lies in memory by columns, as a linear layer's weight does in its forward: kernels then
+    take another way through it."""
+    matrices = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 1]
+    right = matrices[-1] if len(matrices) > 1 else None
+    return right is not None and right.stride(-1) != 1 and right.stride(-2) == 1
 
 
 def _attention(name: str, func: Any, args: Any, kwargs: Any) -> tuple[str, float, float]:

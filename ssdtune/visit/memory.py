@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from ssdtune.schedule.memory import HOLES, Fixed, Footprint, Peak, predict_peak
+from ssdtune.schedule.memory import (
+    HOLES,
+    Fixed,
+    Footprint,
+    Peak,
+    predict_forward_peak,
+    predict_peak,
+)
 from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit.rehearsal import base_of
 from ssdtune.visit.streamer import Streamer
@@ -32,8 +39,9 @@ def predict(
     num_micro_batches: int,
     base_bytes: int,
     num_states: int = 2,
+    kind: str = "train",
 ) -> Peak:
-    """The peak of training `model` on steps of so many micro-batches.
+    """The peak of steps of so many micro-batches.
 
     Args:
         model: a streamed model, adapters and all.
@@ -41,6 +49,7 @@ def predict(
         num_micro_batches: of one optimizer step.
         base_bytes: what the process held before the model was opened (`resident_set_bytes`).
         num_states: the optimizer's states per parameter, in its dtype; 2 for Adam.
+        kind: of step, "train" or "forward".
     """
     streamer: Streamer = base_of(model).ssdtune
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -52,7 +61,8 @@ def predict(
         optimizer_bytes=num_states * trained,
         staging_bytes=staging_bytes(streamer.engine.plan.block_inputs),
     )
-    return predict_peak(streamer.engine.plan, footprint, fixed, num_micro_batches=num_micro_batches)
+    found = predict_peak if kind == "train" else predict_forward_peak
+    return found(streamer.engine.plan, footprint, fixed, num_micro_batches=num_micro_batches)
 
 
 def resident_set_bytes() -> int:

@@ -196,7 +196,7 @@ def _rehearse(cast: _Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
             output = cast.front(**fakes)
             held = rehearsal.live.now
             del output
-            losses = _loss_works(cast, shape) if cast.head is not None else None
+            losses = _loss_works(cast, shape, rehearsal) if cast.head is not None else None
     kept = sum(rehearsal.kept.values())
     footprint = Footprint(
         kept_bytes=kept,
@@ -204,6 +204,7 @@ def _rehearse(cast: _Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
         held_bytes=max(held - kept, 0),
         workspace_bytes=max(rehearsal.workspaces.values(), default=0),
         loss_bytes=_loss_bytes(cast, shape),
+        forward_bytes=rehearsal.forward_bytes,
         how="rehearsed on tensors without memory",
     )
     return Rehearsed(footprint=footprint, work=_step_work(cast, rehearsal, losses))
@@ -226,7 +227,7 @@ def _step_work(cast: _Cast, rehearsal: _Rehearsal, losses: tuple[Work, Work] | N
     )
 
 
-def _loss_works(cast: _Cast, shape: tuple[int, int]) -> tuple[Work, Work]:
+def _loss_works(cast: _Cast, shape: tuple[int, int], rehearsal: _Rehearsal) -> tuple[Work, Work]:
     """The head's visit with its gradient and without: logits and loss of each chunk, as `visit/loss.py` makes them."""
     weight = _without_memory(cast.base.get_output_embeddings().weight, cast.device)
     tokens, chunk = shape[0] * shape[1], min(cast.chunk_tokens, shape[0] * shape[1])
@@ -237,6 +238,8 @@ def _loss_works(cast: _Cast, shape: tuple[int, int]) -> tuple[Work, Work]:
             continue
         hidden = torch.empty(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
         target = torch.empty(rows, dtype=torch.long, device=weight.device)
+        with torch.no_grad(), rehearsal.forward_alone():
+            F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="sum")
         with WorkCounter() as counter:
             logits = F.linear(hidden.requires_grad_(), weight.detach()).float()
             loss = F.cross_entropy(logits, target, reduction="sum")
@@ -259,6 +262,7 @@ class _Rehearsal:
         self.workspaces: dict[Any, int] = {}  # kind of block -> bytes
         self.works: dict[tuple[Any, Direction], Work] = {}  # kind of block, direction -> work
         self.passes: dict[tuple[int, Direction], list[Work]] = {}
+        self.forward_bytes = 0  # the most that a forward without a graph holds beyond its input
         self._alive: list[torch.Tensor] = []
         self._outputs: dict[Any, Any] = {}  # kind of block and its arguments -> what it makes
 
@@ -319,13 +323,24 @@ class _Rehearsal:
             return pytree.tree_map_only(_Like, lambda like: like.tensor(), made)
         is_new = (kind, Direction.FORWARD) not in self.works
         counter = WorkCounter()
-        with torch.no_grad(), counter if is_new else contextlib.nullcontext():
+        with (
+            torch.no_grad(),
+            self.forward_alone(),
+            counter if is_new else contextlib.nullcontext(),
+        ):
             out = point.inner(*args, **kwargs)
         if is_new:
             self.works[kind, Direction.FORWARD] = Work(dict(counter.counts))
         if call is not None and _call_of(out, None) is not None:
             self._outputs[kind, call] = pytree.tree_map_only(torch.Tensor, _Like.of, out)
         return out
+
+    @contextlib.contextmanager
+    def forward_alone(self) -> Iterator[None]:
+        """Notes what a forward without a graph takes, for a `with` block."""
+        before = self.live.peak = self.live.now
+        yield
+        self.forward_bytes = max(self.forward_bytes, self.live.peak - before)
 
     def add(self, point: _Point, direction: Direction, work: Work) -> None:
         """One more visit of the meeting point's block."""
@@ -466,7 +481,8 @@ def _by_formula(cast: _Cast, shape: tuple[int, int], why: str) -> Footprint:
     """For decoder layers: what norms, attention and a gated MLP keep for backward, per token.
 
     16 values of the model's width (two norms with fp32 copies, q, k, v, rotated and plain, attention's result,
-    residuals, gradients) and 8 of the MLP's (gate, up, their product, activation and gradients).
+    residuals, gradients) and 8 of the MLP's (gate, up, their product, activation and gradients). A forward alone: 6
+    and 3.
     """
     config = cast.base.config.get_text_config()
     tokens, size = shape[0] * shape[1], cast.base.dtype.itemsize
@@ -479,5 +495,6 @@ def _by_formula(cast: _Cast, shape: tuple[int, int], why: str) -> Footprint:
         held_bytes=3 * tokens * width * 4,
         workspace_bytes=tokens * (16 * width + 8 * inner) * size,
         loss_bytes=_loss_bytes(cast, shape),
+        forward_bytes=max(tokens * (6 * width + 3 * inner) * size, _loss_bytes(cast, shape)),
         how=f"by formula, since the model can't be rehearsed: {why}",
     )
