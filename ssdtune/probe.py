@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssdtune.doctor import random_file
 from ssdtune.profiles import save_profile
@@ -209,8 +209,18 @@ REFERENCE = {
     "vocab_size": 1024,
 }
 REFERENCE_TOKENS = (16, 64, 128, 256, 512)
-LEAST_FACTOR = 0.5
+LEAST_FACTOR = 1.0  # within a model nothing is faster than alone
+PACE_PRODUCT = (128, 576, 1536)  # tokens, width, width of the result
 REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more tokens
+
+
+class Point(NamedTuple):
+    """A visit: operators that the model's code and that autograd calls, seconds by their curves, seconds measured."""
+
+    num_calls: int
+    num_autograd_calls: int
+    curves_s: float
+    seconds: float
 
 
 def measure_in_model(
@@ -224,7 +234,7 @@ def measure_in_model(
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries about one another
         model = _reference(Path(folder), device, dtype)
-        points: list[tuple[int, float, float]] = []
+        points: list[Point] = []
         try:
             for tokens in REFERENCE_TOKENS:
                 ids = torch.randint(3, REFERENCE["vocab_size"], (1, tokens), device=device)
@@ -261,10 +271,10 @@ def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     return get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")).train()
 
 
-def _passes(
-    model: Any, ids: torch.Tensor, operators: dict[str, Curve]
-) -> Iterator[tuple[int, float, float]]:
-    """(operators, seconds by their curves, seconds measured) of a layer's two passes at this length."""
+def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Iterator[Point]:
+    """A layer's two passes at this length."""
+    import torch
+
     from ssdtune.schedule.plan import Direction, Lane
     from ssdtune.visit.rehearsal import rehearse
 
@@ -272,7 +282,9 @@ def _passes(
     assert work is not None
     engine = model.get_base_model().ssdtune.engine
     times: dict[Direction, list[float]] = {direction: [] for direction in Direction}
+    dtype, paces = getattr(torch, work.dtype), list[float]()
     for _ in range(ROUNDS + 2):
+        paces.append(_pace(operators, ids.device, dtype))
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
         for op in list(engine.trace):
@@ -283,25 +295,63 @@ def _passes(
     for direction, measured in times.items():
         each = work.passes["train"][layer, direction][0]
         steady = measured[2 * REFERENCE["num_hidden_layers"] :]  # the first steps allocate
-        yield each.num_calls, each.curves_s(curves, work.dtype), median(steady)
+        yield Point(
+            each.num_calls - each.num_autograd_calls,
+            each.num_autograd_calls,
+            each.curves_s(curves, work.dtype) * median(paces),
+            median(steady),
+        )
 
 
-def fit_in_model(points: Sequence[tuple[int, float, float]], *, is_hidden: bool) -> InModel:
-    """Overhead and factor from (operators, seconds by curves, seconds measured), relative errors as small as may be."""
+def _pace(operators: dict[str, Curve], device: torch.device, dtype: torch.dtype) -> float:
+    """How long a product takes now, over what its curve says: shared machines drift between the two measurements."""
+    import torch
+
+    tokens, wide, out = PACE_PRODUCT
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
+    values, weight = torch.randn(tokens, wide, **made), torch.randn(out, wide, **made)
+    run, wait = partial(torch.nn.functional.linear, values, weight), _waiter(device)
+    run()
+    wait()
+    curve = operators["matmul_transposed"]
+    return median(_timed(run, wait) for _ in range(3)) / curve.seconds(2.0 * tokens * wide * out)
+
+
+def fit_in_model(points: Sequence[Point], *, is_hidden: bool) -> InModel:
+    """Overheads and factor, relative errors as small as may be."""
     if is_hidden:  # few tokens are all overhead, many all work
-        calls, _, least = min(points, key=lambda point: point[2])
-        _, curves_s, most = max(points, key=lambda point: point[2])
-        return InModel(overhead_s=least / calls, factor=most / curves_s, is_hidden=True)
-    # Least squares of measured = overhead * calls + factor * curves, each row over what was measured.
-    rows = [(calls / seconds, curves_s / seconds) for calls, curves_s, seconds in points]
-    aa, bb = sum(a * a for a, _ in rows), sum(b * b for _, b in rows)
-    ab, a1, b1 = sum(a * b for a, b in rows), sum(a for a, _ in rows), sum(b for _, b in rows)
-    determinant = aa * bb - ab * ab
-    overhead = (a1 * bb - b1 * ab) / determinant if determinant > 1e-12 * aa * bb else 0.0
-    factor = (b1 - overhead * ab) / bb
-    if overhead < 0 or factor < LEAST_FACTOR:  # no such machine: noise, or curves that don't hold
-        overhead, factor = 0.0, b1 / bb
-    return InModel(overhead_s=overhead, factor=factor)
+        few = min(points, key=lambda point: point.seconds)
+        many = max(points, key=lambda point: point.seconds)
+        overhead = few.seconds / (few.num_calls + few.num_autograd_calls)
+        return InModel(
+            overhead_s=overhead,
+            autograd_overhead_s=overhead,
+            factor=many.seconds / many.curves_s,
+            is_hidden=True,
+        )
+    factor = max(LEAST_FACTOR, _least_squares(points, None)[2])
+    overhead, by_autograd, _ = _least_squares(points, factor)
+    if min(overhead, by_autograd) < 0:  # curves that are too slow for what was measured
+        return InModel(factor=median(p.seconds / p.curves_s for p in points))
+    return InModel(overhead_s=overhead, autograd_overhead_s=by_autograd, factor=factor)
+
+
+def _least_squares(points: Sequence[Point], factor: float | None) -> tuple[float, float, float]:
+    """Of measured = overhead * calls + overhead' * autograd's calls + factor * curves, each row over what was
+    measured. factor: None: to be found as well."""
+    import torch
+
+    rows = [
+        [p.num_calls / p.seconds, p.num_autograd_calls / p.seconds, p.curves_s / p.seconds]
+        for p in points
+    ]
+    left = torch.tensor(rows, dtype=torch.float64)
+    right = torch.ones(len(rows), 1, dtype=torch.float64)
+    if factor is None:
+        found = torch.linalg.lstsq(left, right, driver="gelsd").solution
+        return found[0].item(), found[1].item(), found[2].item()
+    found = torch.linalg.lstsq(left[:, :2], right - factor * left[:, 2:], driver="gelsd").solution
+    return found[0].item(), found[1].item(), factor
 
 
 # ------------------------------------------------------------------ transfers
@@ -517,7 +567,7 @@ def profile_lines(profile: Profile) -> Sequence[str]:
             f"{curves['attention'].rate / 1e9:,.3g} GFLOP/s · values {curves['pointwise'].rate / 1e9:.3g} GB/s"
         )
         inside = profile.in_model.get(dtype, InModel())
-        rates += f" · in a model {inside.factor:.2f} x + {inside.overhead_s * 1e6:.0f} us a call"
+        rates += f" · in a model {inside.factor:.2f} x + {inside.overhead_s * 1e6:.0f} us a call, {inside.autograd_overhead_s * 1e6:.0f} by autograd"
         lines.append(f"{dtype:9} {rates}")
     told = [f"{name} {curve.rate / 1e9:.3g} GB/s" for name, curve in profile.transfers.items()]
     lines.append(

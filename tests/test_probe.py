@@ -16,27 +16,29 @@ from ssdtune.schedule.profile import FRESH, OPERATORS, InModel, Profile, Profile
 
 
 def test_overhead_and_factor_are_found_again() -> None:
-    points = [
-        (n, s, 3e-5 * n + 1.2 * s) for n, s in ((60, 1e-3), (60, 1e-2), (160, 3e-2), (160, 1e-4))
-    ]
+    visits = ((60, 0, 1e-3), (60, 0, 1e-2), (60, 100, 3e-2), (60, 100, 1e-4))
+    points = [probe.Point(n, a, s, 3e-5 * n + 1e-5 * a + 1.2 * s) for n, a, s in visits]
     found = probe.fit_in_model(points, is_hidden=False)
     assert found.overhead_s == pytest.approx(3e-5)
+    assert found.autograd_overhead_s == pytest.approx(1e-5)
     assert found.factor == pytest.approx(1.2)
 
 
 def test_curves_that_do_not_hold_give_a_factor_alone() -> None:
-    points = [(60, 1e-3, 5e-4), (60, 1e-2, 4e-3), (160, 1e-3, 6e-4)]
+    points = [
+        probe.Point(60, a, s, m) for a, s, m in ((0, 1e-3, 5e-4), (0, 1e-2, 4e-3), (9, 1e-3, 6e-4))
+    ]
     found = probe.fit_in_model(points, is_hidden=False)
     assert found.overhead_s == 0
     assert 0.3 < found.factor < 0.7
 
 
 def test_on_a_device_the_longer_of_calls_and_work_counts() -> None:
-    points = [(100, 1e-4, 2e-3), (100, 2e-2, 2.2e-2)]
+    points = [probe.Point(60, 40, 1e-4, 2e-3), probe.Point(60, 40, 2e-2, 2.2e-2)]
     found = probe.fit_in_model(points, is_hidden=True)
     assert found.is_hidden
-    assert found.seconds(100, 1e-4) == pytest.approx(2e-3)
-    assert found.seconds(100, 2e-2) == pytest.approx(2.2e-2)
+    assert found.seconds(60, 40, 1e-4) == pytest.approx(2e-3)
+    assert found.seconds(60, 40, 2e-2) == pytest.approx(2.2e-2)
 
 
 def test_a_curve_is_measured_at_every_size_and_rises() -> None:

@@ -24,10 +24,12 @@ class Work:
     """Operators by (kind, size) -> how many. Kinds and sizes as in `profile.OPERATORS`.
 
     A matrix product is as long as the longer of its FLOP and its bytes: `matmul` entries have both, as
-    (kind, FLOP, bytes); others have bytes 0.
+    (kind, FLOP, bytes); others have bytes 0. num_autograd_calls: how many of the operators autograd calls, which takes
+    less time between them than a model's own code.
     """
 
     operators: Mapping[tuple[str, float, float], int]
+    num_autograd_calls: int = 0
 
     @property
     def flop(self) -> float:
@@ -46,7 +48,9 @@ class Work:
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes inside a model, one operator after the other."""
         curves_s = self.curves_s(profile, dtype)
-        return profile.in_model.get(dtype, InModel()).seconds(self.num_calls, curves_s)
+        return profile.in_model.get(dtype, InModel()).seconds(
+            self.num_calls - self.num_autograd_calls, self.num_autograd_calls, curves_s
+        )
 
     def curves_s(self, profile: Profile, dtype: str) -> float:
         """How long it takes by the curves alone."""

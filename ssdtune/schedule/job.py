@@ -102,14 +102,16 @@ class _Numbered:
     """Works once each: the layers of a model do the same."""
 
     def __init__(self) -> None:
-        self.listed: list[list[list[Any]]] = []
-        self._places: dict[frozenset[Any], int] = {}
+        self.listed: list[list[Any]] = []
+        self._places: dict[Any, int] = {}
 
     def place(self, work: Work) -> int:
         """Of an equal work in the list, at its end if it is new."""
-        place = self._places.setdefault(frozenset(work.operators.items()), len(self.listed))
+        calls = work.num_autograd_calls
+        key = (frozenset(work.operators.items()), calls)
+        place = self._places.setdefault(key, len(self.listed))
         if place == len(self.listed):
-            self.listed.append([[*key, n] for key, n in work.operators.items()])
+            self.listed.append([[[*key, n] for key, n in work.operators.items()], calls])
         return place
 
 
@@ -121,9 +123,10 @@ def job_from(text: str) -> Job:
             {
                 (str(kind), float(size), float(num_bytes)): int(n)
                 for kind, size, num_bytes, n in each
-            }
+            },
+            int(calls),
         )
-        for each in raw.pop("works")
+        for each, calls in raw.pop("works")
     ]
     found: dict[str, Any] | None = raw.pop("work")
     work = None

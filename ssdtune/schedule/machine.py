@@ -157,7 +157,10 @@ def profile_of(device: Device, drive: Drive, host: Host) -> Profile:
             for dtype, share in DTYPES.items()
         },
         transfers={name: curve(rate, TRANSFER_S) for name, rate in transfers.items()},
-        in_model={dtype: InModel(overhead_s=LAUNCH_S, is_hidden=True) for dtype in DTYPES},
+        in_model={
+            dtype: InModel(overhead_s=LAUNCH_S, autograd_overhead_s=LAUNCH_S, is_hidden=True)
+            for dtype in DTYPES
+        },
     )
 
 

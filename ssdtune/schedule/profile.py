@@ -63,18 +63,21 @@ TRANSFERS = ("nvme_read", "nvme_write", "unpack", "h2d", "d2h", "d2d")
 class InModel:
     """What operators take inside a model beyond their curves, which are of one operator again and again.
 
-    overhead_s: of each call: the framework's own work, threads that wake up. factor: on the curves: caches that other
-    operators have used. is_hidden: whether the calls' overhead passes while a device computes: the longer of the two
-    counts, not their sum.
+    overhead_s: of each call that a model's code makes: that code, the framework's own work, threads that wake up.
+    autograd_overhead_s: the same of calls that autograd makes. factor: on the curves: caches that other operators have
+    used. is_hidden: whether the calls' overhead passes while a device computes: the longer of the two counts, not
+    their sum.
     """
 
     overhead_s: float = 0.0
+    autograd_overhead_s: float = 0.0
     factor: float = 1.0
     is_hidden: bool = False
 
-    def seconds(self, num_calls: float, curves_s: float) -> float:
-        """So many calls whose curves say `curves_s` in all."""
-        calls, work = num_calls * self.overhead_s, self.factor * curves_s
+    def seconds(self, num_calls: float, num_autograd_calls: float, curves_s: float) -> float:
+        """So many calls by a model's code and by autograd, whose curves say `curves_s` in all."""
+        calls = num_calls * self.overhead_s + num_autograd_calls * self.autograd_overhead_s
+        work = self.factor * curves_s
         return max(calls, work) if self.is_hidden else calls + work
 
 
@@ -167,13 +170,17 @@ def _in_model(found: Any, where: str) -> dict[str, InModel]:
     made: dict[str, InModel] = {}
     for dtype, content in _mapping(found, where).items():
         each = _mapping(content, f"{where}.{dtype}")
-        overhead, factor = each.get("overhead_s", 0.0), each.get("factor", 1.0)
-        if not (overhead == 0 or _is_positive(overhead)) or not _is_positive(factor):
+        overheads = [each.get(name, 0.0) for name in ("overhead_s", "autograd_overhead_s")]
+        factor = each.get("factor", 1.0)
+        if not all(o == 0 or _is_positive(o) for o in overheads) or not _is_positive(factor):
             raise ProfileError(
-                f"{where}.{dtype}: overhead_s must be 0 or more and factor above 0, got {each!r:.80}."
+                f"{where}.{dtype}: overheads must be 0 or more and factor above 0, got {each!r:.80}."
             )
         made[str(dtype)] = InModel(
-            overhead_s=float(overhead), factor=float(factor), is_hidden=bool(each.get("is_hidden"))
+            overhead_s=float(overheads[0]),
+            autograd_overhead_s=float(overheads[1]),
+            factor=float(factor),
+            is_hidden=bool(each.get("is_hidden")),
         )
     return made
 

@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ssdtune.schedule.profile import FRESH
+
 # Functions that a processor computes by many instructions a value.
 SPECIAL = (
     "exp",
@@ -52,6 +54,11 @@ class WorkCounter(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[tuple[str, float, float]] = Counter()
 
+    @property
+    def num_calls(self) -> int:
+        """Operators counted so far."""
+        return sum(n for (kind, *_), n in self.counts.items() if kind != FRESH)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts it."""
         kwargs = kwargs or {}
@@ -62,7 +69,7 @@ class WorkCounter(TorchDispatchMode):
                 self.counts[entry] += 1
             for made in pytree.tree_leaves(out):
                 if isinstance(made, torch.Tensor) and _is_fresh(made, args, kwargs):
-                    self.counts["fresh", float(made.nbytes), 0.0] += 1
+                    self.counts[FRESH, float(made.nbytes), 0.0] += 1
         return out
 
 

@@ -233,6 +233,7 @@ def _loss_works(cast: _Cast, shape: tuple[int, int], rehearsal: _Rehearsal) -> t
     tokens, chunk = shape[0] * shape[1], min(cast.chunk_tokens, shape[0] * shape[1])
     both: Counter[tuple[str, float, float]] = Counter()
     alone: Counter[tuple[str, float, float]] = Counter()
+    by_autograd = 0
     for rows, times in ((chunk, tokens // chunk), (tokens % chunk, 1)):
         if not rows:
             continue
@@ -243,12 +244,13 @@ def _loss_works(cast: _Cast, shape: tuple[int, int], rehearsal: _Rehearsal) -> t
         with WorkCounter() as counter:
             logits = F.linear(hidden.requires_grad_(), weight.detach()).float()
             loss = F.cross_entropy(logits, target, reduction="sum")
-            forward = dict(counter.counts)
+            forward, in_forward = dict(counter.counts), counter.num_calls
             torch.autograd.grad(loss, hidden)
+        by_autograd += times * (counter.num_calls - in_forward)
         for total, counts in ((both, counter.counts), (alone, forward)):
             for key, number in counts.items():
                 total[key] += times * number
-    return Work(dict(both)), Work(dict(alone))
+    return Work(dict(both), by_autograd), Work(dict(alone))
 
 
 class _Rehearsal:
@@ -362,10 +364,13 @@ class _Rehearsal:
             found = pytree.tree_leaves(point.inner(*args, **kwargs))
             outs = [x for x in found if isinstance(x, torch.Tensor) and x.requires_grad]
             inputs = [*leaves[:1], *(p for p in point.module.parameters() if p.requires_grad)]
+            in_forward = counter.num_calls
             if outs and inputs:
                 grads = [torch.empty_like(x) for x in outs]
                 torch.autograd.grad(outs, inputs, grads, allow_unused=True)
-        self.works[kind, Direction.BACKWARD] = Work(dict(counter.counts))
+        self.works[kind, Direction.BACKWARD] = Work(
+            dict(counter.counts), counter.num_calls - in_forward
+        )
         return self.live.peak - before
 
 
