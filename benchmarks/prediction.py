@@ -113,6 +113,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from ssdtune.profiles import load_profile
     from ssdtune.schedule import trace
     from ssdtune.schedule.cost import Pricing
+    from ssdtune.schedule.memory import Passes
     from ssdtune.schedule.plan import Lane
     from ssdtune.schedule.profile import Curve
     from ssdtune.visit.memory import predict, resident_set_bytes
@@ -183,9 +184,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     peak = predict(
         ours.model,
         rehearsed.footprint,
-        num_micro_batches=case.micro_batches,
+        Passes(kind=kind, num=case.micro_batches),
         base_bytes=base_bytes,
-        kind=kind,
     )
     result = {
         "predicted_s": found.step_s,

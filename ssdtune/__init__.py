@@ -14,9 +14,17 @@ if TYPE_CHECKING:
     from ssdtune.api import stream
     from ssdtune.config import Offload
     from ssdtune.errors import SSDTuneError
-    from ssdtune.trainer import SSDConfig, SSDTrainer
+    from ssdtune.trainer import SSDConfig, SSDTrainer, ZOTrainer
 
-__all__ = ["Offload", "SSDConfig", "SSDTrainer", "SSDTuneError", "__version__", "stream"]
+__all__ = [
+    "Offload",
+    "SSDConfig",
+    "SSDTrainer",
+    "SSDTuneError",
+    "ZOTrainer",
+    "__version__",
+    "stream",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -25,6 +33,7 @@ _HOMES = {
     "SSDTuneError": "ssdtune.errors",
     "SSDConfig": "ssdtune.trainer",
     "SSDTrainer": "ssdtune.trainer",
+    "ZOTrainer": "ssdtune.trainer",
 }
 
 

@@ -21,6 +21,7 @@ ssdtune fine-tunes models larger than the memory, streaming their weights from t
   ssdtune doctor [PATH]                       what this machine can do, and how PATH is read
   ssdtune trace RUN                           a run's step beside its prediction, op by op
   ssdtune generate RUN -p "…"                 let a trained model answer
+  ssdtune replay RUN --out FOLDER             weights of a run with method: zo, made again from its log
 
   ssdtune train --help                        every key of CONFIG.yaml, each one also a flag
   ssdtune --version
@@ -46,7 +47,7 @@ some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as
   --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
   --json                       the answer as one JSON object
 """
-LATER = ("pack", "data", "eval", "merge", "replay")
+LATER = ("pack", "data", "eval", "merge")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -258,6 +259,22 @@ def _generate(words: list[str]) -> object:
     )
 
 
+def _replay(words: list[str]) -> object:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="ssdtune replay",
+        description="Make the weights of a run with method: zo and zo_trains: all again, from the base and its log.",
+    )
+    parser.add_argument("run", type=Path, help="the output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")
+    parser.add_argument("--step", type=int, help="after so many steps; default: all")
+    arguments = parser.parse_args(words)
+    from ssdtune.replay import replay_run
+
+    return replay_run(arguments.run.expanduser(), arguments.out.expanduser(), step=arguments.step)
+
+
 # A verb's body may return an exit code; anything else it returns is success.
 VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "train": _train,
@@ -267,4 +284,5 @@ VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "doctor": _doctor,
     "trace": _trace,
     "generate": _generate,
+    "replay": _replay,
 }

@@ -24,7 +24,6 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "bnb_*": _STORED_WEIGHTS,
     "packing": "Each row is its own sequence. Delete this key.",
     "sample_packing": "Each row is its own sequence. Delete this key.",
-    "zo_*": "Only method: lora is. Delete this key.",
     "max_writes": "LoRA writes only its checkpoints to the drive. Delete this key.",
     "push_to_hub": _NO_HUB,
     "hub_*": _NO_HUB,

@@ -1,4 +1,4 @@
-"""Let a trained model answer: the base streamed, the adapter beside it, greedy decoding.
+"""Let a trained model answer: the base streamed, the adapter beside it or the run's steps taken, greedy decoding.
 
 Every token reads the whole model once, so that several prompts are answered side by side in one
 batch, padded on the left.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.report import say
-from ssdtune.run_files import CONFIG_NAME
+from ssdtune.run_files import CONFIG_NAME, LOG_NAME
 from ssdtune.trainer.checkpoint import base_of, newest, read_identity
 from ssdtune.trainer.run import load_tokenizer, open_model
 
@@ -61,7 +61,7 @@ def generate_from_run(
 def find_adapter(run: Path) -> Path:
     """The folder with the adapter: the run's own, else its newest checkpoint."""
     run = Path(run)
-    if (run / ADAPTER_NAME).is_file():
+    if any((run / name).is_file() for name in (ADAPTER_NAME, LOG_NAME)):
         return run
     if not run.is_dir():
         raise GenerateError(f"there is no folder {run}.\nGive the output_dir of a run.")
@@ -97,12 +97,24 @@ def open_adapter(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
                 f"{folder} was trained on other weights than those of {config.model_name_or_path}.\n"
                 "Give the right base: --model_name_or_path FOLDER."
             )
-        model: Any = PeftModel.from_pretrained(base, os.fspath(folder))
+        if (folder / ADAPTER_NAME).is_file():
+            model: Any = PeftModel.from_pretrained(base, os.fspath(folder))
+        else:
+            model = _replayed(base, folder / LOG_NAME)
         has_own = (folder / "tokenizer_config.json").is_file()
         return model.eval(), load_tokenizer(config, folder if has_own else None)
     except BaseException:
         base.ssdtune.close()
         raise
+
+
+def _replayed(base: Any, log: Path) -> Any:
+    """The base with the steps of a log of all weights."""
+    from ssdtune.zeroth_order.log import read_log
+    from ssdtune.zeroth_order.method import replayed
+
+    replayed(base, read_log(log.read_bytes(), str(log)))
+    return base
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:

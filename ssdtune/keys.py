@@ -195,10 +195,11 @@ class TrainConfig:
     # Adapter
     method: str = key(
         OneOf(
-            ("lora", "rslora", "dora"),
-            later=("full", "zo", "mezo", "qlora", "freeze", "vera", "ia3", "loha", "oft"),
+            ("lora", "rslora", "dora", "zo"),
+            synonyms=(("mezo", "zo"),),
+            later=("full", "qlora", "freeze", "vera", "ia3", "loha", "oft"),
         ),
-        "what is trained; rslora and dora are lora with use_rslora or use_dora",
+        "how it trains; rslora and dora are lora with use_rslora or use_dora, zo needs forward passes alone",
         default="lora",
         aliases=("finetuning_type", "adapter"),
     )
@@ -229,6 +230,39 @@ class TrainConfig:
         "weight-decomposed adapters (arXiv 2402.09353)",
         default=False,
         aliases=("peft_use_dora",),
+    )
+
+    # Zeroth order
+    zo_trains: str = key(
+        OneOf(("adapters", "all")),
+        "what method: zo moves: an adapter of the lora_* keys, or all weights, whose files stay as they are",
+        default="adapters",
+    )
+    zo_estimator: str = key(
+        OneOf(("mezo", "fzoo")),
+        "two-sided differences (arXiv 2305.17333), or many one-sided ones scaled by their spread (arXiv 2506.09034)",
+        default="mezo",
+    )
+    zo_eps: float = key(
+        Number(is_open=True), "how far the weights are moved along a direction", default=1e-3
+    )
+    zo_num_directions: int | None = key(
+        Or("auto", Whole(1, 1024)),
+        "random directions of a step, all in one fetch of a block; auto: 1 for mezo, 8 for fzoo",
+        default=None,
+        example="8",
+    )
+    zo_clip: float | None = key(
+        Or("none", Number(is_open=True)),
+        "bound of a direction's gradient",
+        default=None,
+        example="100",
+    )
+    zo_fold_steps: int | None = key(
+        Or("never", Whole(1, 2**24)),
+        "with zo_trains: all, after so many steps a working copy of the weights is written to offload.path, since until "
+        "then every block takes all steps again each time it is read; the weights are the same either way",
+        default=100,
     )
 
     # Data
@@ -436,6 +470,7 @@ class TrainConfig:
     groups: ClassVar[Mapping[str, str]] = {  # first key of each -> title
         "model_name_or_path": "Model",
         "method": "Adapter",
+        "zo_trains": "Zeroth order",
         "dataset": "Data",
         "per_device_train_batch_size": "Batch and length of the run",
         "optim": "Optimizer",
@@ -475,6 +510,12 @@ def _conflicts(config: TrainConfig) -> Iterator[ConfigError]:
             'Add one, for instance a split "train[98%:]" of the training file, or write '
             "eval_strategy: no.",
             keys=("eval_strategy",),
+        )
+    if config.zo_estimator == "fzoo" and config.zo_num_directions == 1:
+        yield ConfigError(
+            "zo_num_directions: fzoo divides by how far the losses of several directions spread; 1 has no spread.\n"
+            "Set it to 2 or more.",
+            keys=("zo_num_directions",),
         )
     if config.load_best_model_at_end:
         yield from _best_model_conflicts(config)

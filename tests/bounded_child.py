@@ -74,6 +74,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from ssdtune.schedule.memory import Passes
     from ssdtune.visit import memory
     from ssdtune.visit.assemble import assemble  # noqa: F401
     from ssdtune.visit.rehearsal import rehearse
@@ -93,7 +94,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     keeper = None
     if job["mode"] == "streamed":
         footprint = rehearse(adapted, {"input_ids": ids[:1]}).footprint
-        peak = memory.predict(adapted, footprint, num_micro_batches=job["rows"], base_bytes=base)
+        peak = memory.predict(adapted, footprint, Passes(num=job["rows"]), base_bytes=base)
         keeper = memory.hold_to(adapted, peak)
         result |= {"predicted": peak.ram_bytes, "natural": peak.natural_bytes, "how": peak.how}
         result["parts"] = dict(peak.ram)

@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         (
             ["__main__", "quickstart"],  # entry points beside each other
             ["cli"],
-            ["generate", "planning", "tracing", "doctor", "pace", "probe"],
+            ["generate", "replay", "planning", "tracing", "doctor", "pace", "probe"],
             ["jobs", "machines"],
             ["trainer"],
             ["api", "profiles"],

@@ -48,6 +48,19 @@ class Footprint:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """What passes a block in one visit.
+
+    kind: of step, "train" or "forward". num: micro-batches, one for each variant of the weights where there are
+    variants. more: bytes where blocks are computed that a method takes besides, by what they are for.
+    """
+
+    kind: str = "train"
+    num: int
+    more: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
     """Bytes that do not depend on the batch.
 
@@ -57,6 +70,7 @@ class Fixed:
     gradient_bytes: their gradients.
     optimizer_bytes: the optimizer's states.
     staging_bytes: what the store of block inputs takes beside them.
+    more: what a method takes besides where blocks are computed, by what it is for.
     """
 
     base_bytes: int
@@ -65,6 +79,7 @@ class Fixed:
     gradient_bytes: int
     optimizer_bytes: int
     staging_bytes: int = 0
+    more: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +156,7 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
         # The gradient that each micro-batch hands from block to block, or its hidden state on the way forward.
         "hidden states and gradients in flight": num_micro_batches * footprint.hidden_bytes,
         WORKSPACE: max(footprint.workspace_bytes, footprint.loss_bytes),
+        **fixed.more,
     }
     kept = num_micro_batches * footprint.kept_bytes
     ram = {"process before the model": fixed.base_bytes, "math libraries": LIBRARY_BYTES}

@@ -179,6 +179,16 @@ class Engine:
                     return self.slots.tensors(block, fill.slot)[index].clone()
         return self._read_from_file(block, index)
 
+    def read_stored(self, block: int, index: int) -> torch.Tensor:
+        """The same, always from the file: what visits have made of a slot's content is left out."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._read_from_file(block, index)
+
+    def content(self, slot: int) -> object:
+        """Stands for what the slot holds: another object after every fill."""
+        with self._changed:
+            return self._held[slot]
+
     def follow(self, plan: Plan) -> None:
         """From the next step on, another plan over the same slots: another order of visits."""
         mine = self.plan

@@ -12,12 +12,21 @@ if TYPE_CHECKING:
     from ssdtune.trainer.config import SSDConfig
     from ssdtune.trainer.run import TrainResult, train_from_config
     from ssdtune.trainer.trainer import SSDTrainer, TrainerError
+    from ssdtune.trainer.zeroth_order import ZOTrainer
 
-__all__ = ["SSDConfig", "SSDTrainer", "TrainResult", "TrainerError", "train_from_config"]
+__all__ = [
+    "SSDConfig",
+    "SSDTrainer",
+    "TrainResult",
+    "TrainerError",
+    "ZOTrainer",
+    "train_from_config",
+]
 
 _HOMES = {
     "SSDConfig": "ssdtune.trainer.config",
     "SSDTrainer": "ssdtune.trainer.trainer",
+    "ZOTrainer": "ssdtune.trainer.zeroth_order",
     "TrainerError": "ssdtune.trainer.trainer",
     "TrainResult": "ssdtune.trainer.run",
     "train_from_config": "ssdtune.trainer.run",

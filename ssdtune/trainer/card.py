@@ -19,6 +19,11 @@ SHOWN = (
     "max_length per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
     "optim learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed dtype bf16 fp16"
 ).split()
+ZO_SHOWN = (
+    "method zo_trains zo_estimator zo_eps zo_num_directions zo_clip zo_fold_steps train_on max_length "
+    "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
+    "learning_rate lr_scheduler_type warmup_steps weight_decay seed dtype bf16 fp16"
+).split()
 PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -28,22 +33,37 @@ def model_card(config: TrainConfig, stats: DataStats, metrics: Mapping[str, Any]
     stats: of the training rows. metrics: as `TrainResult.metrics` has them.
     """
     name = str(config.model_name_or_path)
-    header = {"base_model": name, "library_name": "peft", "pipeline_tag": "text-generation"}
-    header["tags"] = ["lora", "ssdtune"]  # type: ignore[assignment]
+    is_log = config.method == "zo" and config.zo_trains == "all"
+    header: dict[str, Any] = {"base_model": name, "pipeline_tag": "text-generation"}
+    if not is_log:
+        header["library_name"] = "peft"
+    header["tags"] = ["zeroth-order" if config.method == "zo" else "lora", "ssdtune"]
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", ""]
-    lines += [f"# LoRA adapter for {name}", ""]
+    lines += [f"# {'All weights' if is_log else 'LoRA adapter'} for {name}", ""]
     lines += ["Trained with ssdtune; every value stands in `ssdtune.yaml`.", ""]
     lines += ["## Result", "", *_table(_results(metrics)), ""]
     lines += ["## Data", "", *_table(_data(config, stats)), ""]
     lines += ["## Hyper-parameters", "", *_table(_hyper_parameters(config)), ""]
-    lines += ["## Use", "", "```python"]
-    lines += ["from peft import AutoPeftModelForCausalLM", ""]
-    lines += [f'model = AutoPeftModelForCausalLM.from_pretrained("{config.output_dir}")', "```", ""]
+    lines += ["## Use", "", *(_use_of_log(config) if is_log else _use_of_adapter(config)), ""]
     lines += [
         f"`ssdtune generate {config.output_dir} -p …` needs no memory for the whole model.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _use_of_adapter(config: TrainConfig) -> list[str]:
+    load = f'model = AutoPeftModelForCausalLM.from_pretrained("{config.output_dir}")'
+    return ["```python", "from peft import AutoPeftModelForCausalLM", "", load, "```"]
+
+
+def _use_of_log(config: TrainConfig) -> list[str]:
+    """Weights are the base's and the log's steps."""
+    return [
+        "The run is its log: `zeroth_order.jsonl`. The weights are made from it and the base:",
+        "",
+        f"`ssdtune replay {config.output_dir} --out FOLDER`",
+    ]
 
 
 def _table(rows: Mapping[str, Any]) -> list[str]:
@@ -84,7 +104,11 @@ def _data(config: TrainConfig, stats: DataStats) -> dict[str, Any]:
 
 
 def _hyper_parameters(config: TrainConfig) -> dict[str, Any]:
-    values = {name: getattr(config, name) for name in SHOWN}
+    shown = list(SHOWN)
+    if config.method == "zo":
+        adapter = [name for name in SHOWN if "lora" in name] if config.zo_trains != "all" else []
+        shown = [*ZO_SHOWN[:1], *adapter, *ZO_SHOWN[1:]]
+    values = {name: getattr(config, name) for name in shown}
     return {
         name: ", ".join(value) if isinstance(value, tuple) else value
         for name, value in values.items()

@@ -69,7 +69,7 @@ def schedule_of(
     if profile is None or trainer.streamer is None:
         return None
     args: Any = trainer.args
-    rows, num_micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    rows = args.per_device_train_batch_size
     padded = [max(lengths[i : i + rows]) for i in range(0, len(lengths), rows)]
     length = round(statistics.mean(padded))
     rehearsed = rehearsals(length)
@@ -79,8 +79,8 @@ def schedule_of(
         trainer.streamer,
         rehearsed,
         profile,
-        num_micro_batches=num_micro_batches,
-        num_tokens=rows * length * num_micro_batches,
+        trainer.passes(),
+        num_tokens=rows * length * args.gradient_accumulation_steps,
         depth=depth,
     )
 
@@ -156,7 +156,7 @@ def _predicted(rehearsals: Rehearsals, longest_row: int, base_bytes: int) -> Pea
     return predict(
         trainer.model,
         rehearsals(longest_row).footprint,
-        num_micro_batches=args.gradient_accumulation_steps,
+        trainer.passes(),
         base_bytes=base_bytes,
         num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), MOST_STATES),
     )

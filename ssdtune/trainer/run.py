@@ -211,6 +211,10 @@ def _streamed_model(config: TrainConfig, args: SSDConfig, say: Say) -> Iterator[
     try:
         for line in base.ssdtune.engine.plan.lines():
             say(line)
+        if trains_all(config):
+            say("training  all weights, by forward passes alone; their files stay as they are")
+            yield base
+            return
         set_seed(args.seed)  # of the adapter's first values
         model = attach(base, lora_config(config, base))
         for line in announce(model):
@@ -218,6 +222,11 @@ def _streamed_model(config: TrainConfig, args: SSDConfig, say: Say) -> Iterator[
         yield model
     finally:
         base.ssdtune.close()
+
+
+def trains_all(config: TrainConfig) -> bool:
+    """Whether all weights train, not an adapter."""
+    return config.method == "zo" and config.zo_trains == "all"
 
 
 def open_model(config: TrainConfig) -> Any:
@@ -262,7 +271,10 @@ def _train(
     say(_job_line(trainer, rows))
     peak, watch = _settled(config, trainer, telemetry, rows, base_bytes=base_bytes, say=say)
     started = perf_counter()
-    output = trainer.train(resume_from_checkpoint=wanted or None)
+    try:
+        output = trainer.train(resume_from_checkpoint=wanted or None)
+    finally:
+        trainer.release()
     metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}
     if watch is not None:
         metrics["predicted_and_measured"] = watch.compared()
@@ -331,11 +343,10 @@ def _make_trainer(
     from ssdtune.config import to_yaml
     from ssdtune.data import CausalCollator
     from ssdtune.trainer.telemetry import MetricsFile, Progress, Telemetry
-    from ssdtune.trainer.trainer import SSDTrainer
 
     telemetry = Telemetry(model.ssdtune)
     callbacks = [telemetry, Progress(telemetry), MetricsFile(config.output_dir / METRICS_NAME)]
-    trainer = SSDTrainer(
+    trainer = _trainer_of(config)(
         model,
         args,
         CausalCollator(rows.pad_token_id),
@@ -347,6 +358,21 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.checkpoints.extra_files[CONFIG_NAME] = to_yaml(config).encode()
     return trainer, telemetry
+
+
+def _trainer_of(config: TrainConfig) -> Callable[..., SSDTrainer]:
+    """What makes the method's trainer."""
+    from functools import partial
+
+    from ssdtune.trainer.trainer import SSDTrainer
+
+    if config.method != "zo":
+        return SSDTrainer
+    from ssdtune.trainer.zeroth_order import ZOTrainer, estimator_of, fold_of
+
+    return partial(
+        ZOTrainer, estimator=estimator_of(config), clip=config.zo_clip, fold=fold_of(config)
+    )
 
 
 def _shared(value: str | None, args: SSDConfig) -> str | None:
@@ -391,11 +417,10 @@ def _result(
     from ssdtune.trainer.telemetry import losses_of, summary
 
     history = trainer.state.log_history
-    trainable = [p for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
     metrics |= losses_of(history)
     metrics |= summary(telemetry.records)
     metrics["global_step"] = trainer.state.global_step
-    metrics["num_trainable"] = sum(p.numel() for p in trainable)
+    metrics["num_trainable"] = trainer.num_trainable()
     # Linux counts in KiB: getrusage(2)
     metrics["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return TrainResult(

@@ -20,6 +20,7 @@ from ssdtune.sizes import format_size
 from ssdtune.trainer.telemetry import steady
 
 if TYPE_CHECKING:
+    from ssdtune.schedule.memory import Passes
     from ssdtune.schedule.planner import Request
     from ssdtune.schedule.profile import Profile
     from ssdtune.schedule.search import Found
@@ -41,7 +42,7 @@ class Schedule:
         streamer: whose plan it is.
         rehearsed: one micro-batch, its work counted.
         profile: the machine's.
-        num_micro_batches: of one optimizer step.
+        passes: of each block.
         num_tokens: of one optimizer step.
         depth: how many fills may run ahead, where the user said so; None: as many as are best.
     """
@@ -51,15 +52,16 @@ class Schedule:
         streamer: Streamer,
         rehearsed: Rehearsed,
         profile: Profile,
+        passes: Passes,
         *,
-        num_micro_batches: int,
         num_tokens: int,
         depth: int | None = None,
     ) -> None:
         assert rehearsed.work is not None
         self.streamer, self.work, self.profile = streamer, rehearsed.work, profile
-        self.num_micro_batches, self.num_tokens = num_micro_batches, num_tokens
-        self.stored_bytes = num_micro_batches * rehearsed.footprint.kept_bytes
+        self.passes, self.num_tokens = passes, num_tokens
+        kept_bytes = rehearsed.footprint.kept_bytes if passes.kind == "train" else 0
+        self.stored_bytes = passes.num * kept_bytes
         self.factors: dict[Lane, float] = {}
         self._effort = Effort.of(depth)
 
@@ -73,7 +75,8 @@ class Schedule:
         return Pricing(
             self.work,
             self.profile,
-            num_micro_batches=self.num_micro_batches,
+            kind=self.passes.kind,
+            num_micro_batches=self.passes.num,
             stored_bytes=self.stored_bytes,
             factors=factors,
         )
@@ -139,7 +142,7 @@ class Watch(TrainerCallback):
             self._since += 1
             self.say(
                 f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
-                f"{found.simulation.step_s:.3g} s ({format_size(found.plan.sequences['train'].read_bytes)} read a step)"
+                f"{found.simulation.step_s:.3g} s ({format_size(found.plan.sequences[schedule.passes.kind].read_bytes)} read a step)"
             )
 
     def compared(self) -> dict[str, tuple[float, float]]:

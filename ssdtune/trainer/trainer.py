@@ -25,6 +25,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity, base_of
 from ssdtune.trainer.config import SSDConfig
 from ssdtune.trainer.interrupt import Interruption
@@ -56,6 +57,8 @@ class SSDTrainer(Trainer):
     The rest is as in Trainer. Raises TrainerError for arguments that streaming can't honour.
     """
 
+    needs_gradients = True  # whether something must be trainable by backward
+
     def __init__(  # noqa: PLR0913 - the order of SFTTrainer, which people know
         self,
         model: str | PreTrainedModel | PeftModel | nn.Module,
@@ -84,7 +87,7 @@ class SSDTrainer(Trainer):
             )
         self.streamer: Streamer | None = getattr(opened, "ssdtune", None)
         if self.streamer is not None:
-            _check_streamed(opened, args, self.streamer)
+            _check_streamed(opened, args, self.streamer, needs_gradients=self.needs_gradients)
         self._group: list[Any] = []  # the micro-batches of the step under way
         self._losses: list[torch.Tensor] = []  # of those whose training_step is still to come
         self._eval_group: list[Any] = []
@@ -106,6 +109,18 @@ class SSDTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.add_callback(self.interruption.callback)
+
+    def passes(self) -> Passes:
+        """What passes a block in one visit."""
+        return Passes(num=self.args.gradient_accumulation_steps)
+
+    def release(self) -> None:
+        """Gives back what the run took beside the model; the model can't be used afterwards."""
+
+    def num_trainable(self) -> int:
+        """Parameters that train."""
+        assert self.model is not None
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def was_interrupted(self) -> bool:
@@ -294,7 +309,7 @@ def _tokenize(rows: Any, formatting_func: Callable[[dict[str, Any]], str], token
     return rows.map(encode, remove_columns=rows.column_names)
 
 
-def _check_streamed(model: Any, args: Any, streamer: Streamer) -> None:
+def _check_streamed(model: Any, args: Any, streamer: Streamer, *, needs_gradients: bool) -> None:
     """Refuses what would fail later or be ignored; settles what has one right answer."""
     refused = {
         "fsdp": args.fsdp,
@@ -310,7 +325,7 @@ def _check_streamed(model: Any, args: Any, streamer: Streamer) -> None:
             raise TrainerError(
                 f"{name} is not supported for a streamed model.\nLeave it out of the arguments."
             )
-    if not any(p.requires_grad for p in model.parameters()):
+    if needs_gradients and not any(p.requires_grad for p in model.parameters()):
         raise TrainerError(
             "nothing to train: the weights of a streamed model are frozen.\n"
             "Pass peft_config=LoraConfig(…), or a model with an adapter."

@@ -48,6 +48,7 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     with ReaderPool(options.storage, num_threads=options.reader_threads) as pool:
         _load_resident(model, drafted.placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)
+    streamer.checkpoint = meta.checkpoint
     streamer.open_engine = _Opener(model, drafted.recipes, options)
     streamer.engine = streamer.open_engine(plan, None)
     replanner = streamer.replanner = drafted.replanner
@@ -72,7 +73,8 @@ class _Opener:
     def __init__(
         self, model: PreTrainedModel, recipes: Sequence[BlockRecipe], options: Options
     ) -> None:
-        self._model, self._recipes, self._options = weakref.ref(model), recipes, options
+        self._model, self._options = weakref.ref(model), options
+        self.recipes, self.storage = recipes, options.storage
         self._finalizer: Any = None
 
     def __call__(self, plan: Plan, before: Engine | None) -> Engine:
@@ -81,12 +83,12 @@ class _Opener:
         if self._finalizer is not None:
             self._finalizer()
         pools = Pools(
-            ReaderPool(options.storage, num_threads=options.reader_threads),
+            ReaderPool(self.storage, num_threads=options.reader_threads),
             None if options.open_device_pool is None else options.open_device_pool(),
         )
         engine = Engine(
             plan,
-            self._recipes,
+            self.recipes,
             pools,
             device=options.device,
             timeout_s=options.timeout_s,

@@ -18,10 +18,16 @@ from ssdtune.visit.thread_state import ThreadState, inference_guard
 
 
 class Hub:
-    """One run of several micro-batches. `present(point)` is called when the micro-batches that meet there may pass."""
+    """One run of several micro-batches. `present(point)` is called when the micro-batches that meet there may pass,
+    `resume(m)` whenever micro-batch m is about to go on."""
 
-    def __init__(self, present: Callable[[int], None], name_of: Callable[[int], str]) -> None:
-        self._present, self._name_of = present, name_of
+    def __init__(
+        self,
+        present: Callable[[int], None],
+        name_of: Callable[[int], str],
+        resume: Callable[[int], None] | None = None,
+    ) -> None:
+        self._present, self._name_of, self._resume = present, name_of, resume
         self._greenlet = greenlet.getcurrent()
         self._base = ThreadState.capture()
         self._lets: list[greenlet.greenlet] = []
@@ -72,6 +78,8 @@ class Hub:
     def _go(self, m: int) -> None:
         """Runs micro-batch m up to its next meeting point, or its end."""
         came_from = self._at[m]
+        if self._resume is not None:
+            self._resume(m)
         try:
             reached = self._lets[m].switch()
         except Exception as error:

@@ -10,6 +10,7 @@ is so all the time, none where there is room. This is the one place where ssdtun
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ssdtune.schedule.memory import (
     HOLES,
     Fixed,
     Footprint,
+    Passes,
     Peak,
     predict_forward_peak,
     predict_peak,
@@ -35,21 +37,19 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 def predict(
     model: Any,
     footprint: Footprint,
+    passes: Passes,
     *,
-    num_micro_batches: int,
     base_bytes: int,
     num_states: int = 2,
-    kind: str = "train",
 ) -> Peak:
-    """The peak of steps of so many micro-batches.
+    """The peak of a run's steps.
 
     Args:
         model: a streamed model, adapters and all.
         footprint: what one micro-batch of the longest shape that will come takes (`rehearsal.rehearse`).
-        num_micro_batches: of one optimizer step.
+        passes: of each block.
         base_bytes: what the process held before the model was opened (`resident_set_bytes`).
         num_states: the optimizer's states per parameter, in its dtype; 2 for Adam.
-        kind: of step, "train" or "forward".
     """
     streamer: Streamer = base_of(model).ssdtune
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -61,8 +61,13 @@ def predict(
         optimizer_bytes=num_states * trained,
         staging_bytes=staging_bytes(streamer.engine.plan.block_inputs),
     )
-    found = predict_peak if kind == "train" else predict_forward_peak
-    return found(streamer.engine.plan, footprint, fixed, num_micro_batches=num_micro_batches)
+    found = predict_peak if passes.kind == "train" else predict_forward_peak
+    return found(
+        streamer.engine.plan,
+        footprint,
+        dataclasses.replace(fixed, more=passes.more),
+        num_micro_batches=passes.num,
+    )
 
 
 def resident_set_bytes() -> int:

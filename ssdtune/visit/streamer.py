@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Plan
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import InputStore, Kept
+from ssdtune.swap.recipe import BlockRecipe
+from ssdtune.swap.storage import Storage
 from ssdtune.visit.accumulation import AccumulationWatch
 from ssdtune.visit.function import visit
 from ssdtune.visit.meet import Hub
@@ -36,7 +38,11 @@ class Weight:
 
     def read(self) -> torch.Tensor:
         """The values, in fresh memory."""
-        return self.streamer.engine.read(self.block, self.index)
+        streamer = self.streamer
+        if streamer.method is None:
+            return streamer.engine.read(self.block, self.index)
+        stored = streamer.engine.read_stored(self.block, self.index)
+        return streamer.method.read(self.block, self.index, stored)
 
     def make_trainable(self) -> None:
         """From now on a real, trainable parameter in every owner."""
@@ -89,6 +95,39 @@ class Meeting:
         )
 
 
+class Weights(Protocol):
+    """What a method makes of weights on their way from a slot to compute, and of those outside of blocks."""
+
+    def refresh(self, block: int, tensors: Sequence[torch.Tensor], content: object) -> None:
+        """Brings the block's tensors in a slot up to date, in place. content: stands for what fill they are of."""
+        ...
+
+    def stand_in(
+        self, block: int, tensors: Sequence[torch.Tensor], variant: int
+    ) -> Sequence[torch.Tensor]:
+        """The tensors that compute reads instead of these, for a variant of the weights."""
+        ...
+
+    def read(self, block: int, index: int, stored: torch.Tensor) -> torch.Tensor:
+        """What a weight is now, from what its file holds, which may be changed."""
+        ...
+
+    def outside(self, variant: int | None) -> None:
+        """Puts what lies outside of blocks, and adapters, in the state of a variant; None: as they are."""
+        ...
+
+
+class OpenEngine(Protocol):
+    """Opens engines, one after the other. recipes, storage: how blocks are read, and by what."""
+
+    recipes: Sequence[BlockRecipe]
+    storage: Storage
+
+    def __call__(self, plan: Plan, before: Engine | None) -> Engine:
+        """An engine for the plan, after another for the same blocks, which is closed."""
+        ...
+
+
 class Streamer:
     """Brings blocks' weights into their modules for their visits and takes them out again.
 
@@ -97,9 +136,8 @@ class Streamer:
 
     def __init__(self, blocks: Sequence[str]) -> None:
         self.engine: Engine
-        self.open_engine: Callable[
-            [Plan, Engine | None], Engine
-        ]  # after another for the same blocks, which is closed
+        self.open_engine: OpenEngine
+        self.checkpoint: Any = None  # the user's files (swap/source.py)
         self.replanner: Replanner
         self.blocks = list(blocks)
         self.step = 0
@@ -126,12 +164,14 @@ class Streamer:
         self.gradless: dict[Any, tuple[int, ...]] = {}  # see visit/function.py
         self._variants: dict[int, tuple[Any, ...]] = {}  # of the step under way, by block
         self.accumulation = AccumulationWatch()
+        self.method: Weights | None = None  # what it makes of weights; None: they stay as stored
+        self._variant: int | None = None  # of the weights that the running micro-batch wants
         self._hub: Hub | None = None
         self._kind = "forward"
         self._by_block: list[list[Weight]] = []
-        self._parameters: dict[tuple[int, int], list[nn.Parameter]] = {}
-        self._installed: tuple[int, int] | None = (
-            None  # block and slot whose parameters are in the modules
+        self._parameters: dict[tuple[int, int | None], list[nn.Parameter]] = {}
+        self._installed: tuple[int, int, int | None] | None = (
+            None  # block, slot and variant whose parameters are in the modules
         )
         self._awaits_end = False
         self._interned: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
@@ -139,6 +179,10 @@ class Streamer:
     def add_block(self, weights: Sequence[Weight]) -> None:
         """The weights of the next block, in its recipe's order."""
         self._by_block.append(list(weights))
+
+    def names(self, block: int) -> list[str]:
+        """The block's weights, in its recipe's order."""
+        return [weight.name for weight in self._by_block[block]]
 
     @property
     def weights(self) -> list[Weight]:
@@ -152,26 +196,41 @@ class Streamer:
         """Whether a run of micro-batches is under way."""
         return self._hub is not None
 
-    def run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    def run(
+        self, calls: Sequence[Callable[[], Any]], variants: Sequence[int] | None = None
+    ) -> list[Any]:
         """Runs all calls, each a forward of one micro-batch, block by block; their results in order.
 
         Inside a run it just calls them: the outermost front door is where a batch is cut.
+
+        variants: of the weights, as the method numbers them, that each call wants; calls of one variant beside each
+        other, so that it is made once a visit.
         """
         if self._hub is not None:
+            assert variants is None
             return [call() for call in calls]
         self._begin("train" if torch.is_grad_enabled() else "forward")
         self._hub = Hub(
             lambda point: self.present(self.meetings[point].block, Direction.FORWARD),
             self._point_name,
+            None if variants is None else lambda m: self._use(variants[m]),
         )
         try:
             return self._hub.run(calls)
         finally:
             self._hub = None
             self._take_out()
+            self._use(None)
             if self._kind == "forward":
                 self.engine.leave()
                 self._interned.clear()
+
+    def _use(self, variant: int | None) -> None:
+        """The weights of this variant, from now on."""
+        if variant != self._variant:
+            self._variant = variant
+            assert self.method is not None
+            self.method.outside(variant)
 
     def _point_name(self, point: int) -> str:
         return self.blocks[self.meetings[point].block]
@@ -230,7 +289,7 @@ class Streamer:
         if direction is Direction.BACKWARD and self.before_pass is not None:
             self.before_pass()
         slot = self.engine.enter(block, direction)
-        if self._installed == (block, slot):
+        if self._installed == (block, slot, self._variant):
             return
         self._take_out()
         for weight, parameter in zip(
@@ -239,13 +298,18 @@ class Streamer:
             if not weight.is_resident:
                 for owner, name in weight.owners:
                     owner._parameters[name] = parameter
-        self._installed = (block, slot)
+        self._installed = (block, slot, self._variant)
 
     def _slot_parameters(self, block: int, slot: int) -> list[nn.Parameter]:
-        """The block's tensors in that slot as parameters; the same objects at every visit."""
-        key = (block, slot)
+        """The block's tensors in that slot, or what stands for them, as parameters; the same objects at every visit."""
+        tensors: Sequence[torch.Tensor]
+        tensors = in_slot = self.engine.slots.tensors(block, slot)
+        if self.method is not None:
+            self.method.refresh(block, tensors, self.engine.content(slot))
+            if self._variant is not None:
+                tensors = self.method.stand_in(block, tensors, self._variant)
+        key = (block, slot if tensors is in_slot else None)
         if key not in self._parameters:
-            tensors = self.engine.slots.tensors(block, slot)
             self._parameters[key] = [nn.Parameter(t, requires_grad=False) for t in tensors]
         return self._parameters[key]
 
@@ -307,6 +371,14 @@ class Streamer:
         before.free()
         self._parameters.clear()
         self.engine = self.open_engine(plan, before)
+
+    def read_from(self, recipes: Sequence[BlockRecipe], storage: Storage) -> None:
+        """From now on blocks are read by other recipes, with the same tensors in the same places; between steps."""
+        self.open_engine.recipes, self.open_engine.storage = recipes, storage
+        request = dataclasses.replace(
+            self.replanner.request, blocks=tuple(recipe.shape for recipe in recipes)
+        )
+        self.replanner.adopt(self, request, self.replanner.layout)
 
     def close(self) -> None:
         """Stops the engine. The model can't run afterwards."""

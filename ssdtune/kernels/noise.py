@@ -1,0 +1,196 @@
+"""base + directions, rounded once: how weights are perturbed and updated when gradients are estimated.
+
+A *direction* is a random tensor that a key stands for, times a scale. Its values are looked up, never computed by a
+transcendental function, whose last bits differ between libraries:
+
+    Gaussian     8 bits an element: a quantile of the normal distribution, one of 256. Mean 0, variance 1,
+                 kurtosis 2.918 (a normal one's is 3), largest value 2.893.
+    Rademacher   1 bit an element: +1 where it is set, -1 where it is not.
+
+    to = round(base * decay + scale_1 z_1 + scale_2 z_2 + ...)
+
+in float32, from left to right, each scale x z rounded to float32 beforehand. Rounded to nearest, or, where a key for
+it is given, bfloat16 by the random bits of `philox.ROUNDING`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import os
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+from ssdtune.kernels import philox
+from ssdtune.kernels.native import library
+
+GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+KINDS = (GAUSSIAN, RADEMACHER)
+# The upper half of 256 quantiles of the normal distribution, at (k + 1/2) / 256, in units of 1/4096.
+QUANTILES = (
+    20, 60, 100, 140, 181, 221, 261, 301, 341, 382, 422, 462, 503, 543, 584, 624,
+    665, 705, 746, 787, 828, 869, 910, 951, 992, 1034, 1075, 1117, 1158, 1200, 1242, 1284,
+    1326, 1369, 1411, 1454, 1497, 1539, 1583, 1626, 1669, 1713, 1757, 1801, 1845, 1890, 1935, 1979,
+    2025, 2070, 2116, 2162, 2208, 2255, 2301, 2348, 2396, 2444, 2492, 2540, 2589, 2638, 2688, 2738,
+    2788, 2839, 2890, 2942, 2994, 3046, 3100, 3153, 3207, 3262, 3318, 3374, 3430, 3487, 3545, 3604,
+    3664, 3724, 3785, 3847, 3910, 3973, 4038, 4104, 4170, 4238, 4307, 4378, 4450, 4523, 4597, 4673,
+    4751, 4830, 4912, 4995, 5080, 5168, 5258, 5351, 5447, 5545, 5647, 5753, 5863, 5977, 6095, 6219,
+    6350, 6486, 6631, 6784, 6948, 7123, 7312, 7519, 7746, 8001, 8290, 8628, 9038, 9565, 10324, 11820,
+)  # fmt: skip
+# What makes their variance 1: the square root is IEEE's, the same everywhere.
+UNIT = 1 / math.sqrt(sum(q * q for q in QUANTILES) / len(QUANTILES))
+FIELD_BITS = {GAUSSIAN: 8, RADEMACHER: 1}
+TILE = 8192  # elements; parts of a tensor begin at its multiples
+PART = 64 * TILE  # elements that one thread takes at a time
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the native code knows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Direction:
+    """scale x z, z from a key of 64 bits. kind: "gaussian" or "rademacher"."""
+
+    key: int
+    scale: float
+    kind: str = GAUSSIAN
+
+    def values(self) -> list[float]:
+        """What a field stands for, scaled and rounded to float32: by field for Gaussian ones (256), for Rademacher
+        ones without and with the bit set."""
+        if self.kind == RADEMACHER:
+            made = [-self.scale, self.scale]
+        else:
+            halves = (*(-q for q in reversed(QUANTILES)), *QUANTILES)
+            made = [self.scale * (q * UNIT) for q in halves]
+        return list(struct.unpack(f"{len(made)}f", struct.pack(f"{len(made)}f", *made)))
+
+
+def add_directions(
+    to: torch.Tensor,
+    base: torch.Tensor,
+    directions: Sequence[Direction],
+    *,
+    decay: float = 1.0,
+    rounding_key: int | None = None,
+    suffix: str | None = None,
+) -> None:
+    """to = round(base * decay + directions), element by element; `to` may be `base`.
+
+    to, base: of one shape and dtype; elements are numbered in row-major order, whatever the strides. decay: rounded to
+    float32. rounding_key: rounds bfloat16 at random by this key instead of to nearest; means nothing for others.
+    suffix: of the native function; None: the best there is; "" for torch.
+    """
+    assert to.shape == base.shape
+    assert to.dtype == base.dtype
+    native = library() if suffix != "" else None
+    is_plain = (
+        native is not None
+        and base.device.type == "cpu"
+        and base.dtype in DTYPES
+        and base.is_contiguous()
+        and to.is_contiguous()
+    )
+    if is_plain:
+        assert native is not None
+        _natively(
+            native.function("ssdtune_add_noise", suffix), to, base, directions, decay, rounding_key
+        )
+    else:
+        _by_torch(to, base, directions, decay, rounding_key)
+
+
+def _by_torch(
+    to: torch.Tensor,
+    base: torch.Tensor,
+    directions: Sequence[Direction],
+    decay: float,
+    rounding_key: int | None,
+) -> None:
+    """The definition. In parts, since it needs several times the memory."""
+    flat, out = base.reshape(-1), torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+    for first in range(0, flat.numel(), PART):
+        total = flat[first : first + PART].float()
+        if decay != 1.0:
+            total = total * torch.tensor(decay, dtype=torch.float32, device=base.device)
+        for direction in directions:
+            bits = FIELD_BITS[direction.kind]
+            found = philox.fields(
+                direction.key,
+                first,
+                total.numel(),
+                bits=bits,
+                domain=philox.DIRECTION,
+                device=base.device,
+            )
+            table = torch.tensor(direction.values(), dtype=torch.float32, device=base.device)
+            total = total + table[found]
+        if rounding_key is not None and base.dtype == torch.bfloat16:
+            part = _stochastic(total, rounding_key, first)
+        else:
+            part = total.to(base.dtype)
+        out[first : first + PART] = part
+    to.copy_(out.view(base.shape))
+
+
+def _stochastic(values: torch.Tensor, key: int, first: int) -> torch.Tensor:
+    """float32 to bfloat16 by random bits below the last one that stays: up with the probability of what is cut."""
+    random = philox.fields(
+        key, first, values.numel(), bits=16, domain=philox.ROUNDING, device=values.device
+    )
+    bits = values.view(torch.int32)
+    moved = torch.where(values.isfinite(), bits + random.to(torch.int32), bits) >> 16 << 16
+    return torch.where(values.isnan(), values, moved.view(torch.float32)).to(torch.bfloat16)
+
+
+class _Direction(ctypes.Structure):
+    """struct direction of noise.c."""
+
+    _fields_ = (("key", ctypes.c_uint64), ("table", ctypes.c_void_p), ("kind", ctypes.c_int64))
+
+
+def _natively(
+    function: Callable[..., None],
+    to: torch.Tensor,
+    base: torch.Tensor,
+    directions: Sequence[Direction],
+    decay: float,
+    rounding_key: int | None,
+) -> None:
+    tables = [(ctypes.c_float * len(v))(*v) for v in (d.values() for d in directions)]
+    listed = (_Direction * len(directions))(
+        *(
+            _Direction(d.key, ctypes.addressof(table), KINDS.index(d.kind))
+            for d, table in zip(directions, tables, strict=True)
+        )
+    )
+    size = base.element_size()
+
+    def part(first: int) -> None:
+        function(
+            ctypes.c_void_p(to.data_ptr() + first * size),
+            ctypes.c_void_p(base.data_ptr() + first * size),
+            ctypes.c_int64(min(PART, base.numel() - first)),
+            ctypes.c_int64(first),
+            ctypes.c_int64(DTYPES[base.dtype]),
+            ctypes.c_float(decay),
+            listed,
+            ctypes.c_int64(len(directions)),
+            ctypes.c_int64(rounding_key is not None),
+            ctypes.c_uint64(rounding_key or 0),
+        )
+
+    parts = range(0, base.numel(), PART)
+    if len(parts) == 1:
+        part(0)
+    else:
+        list(_threads().map(part, parts))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """One for each core that this process may use; calls into the library let go of the interpreter's lock."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="ssdtune-noise")

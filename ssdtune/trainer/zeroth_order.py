@@ -1,0 +1,204 @@
+"""`ZOTrainer`: `transformers.Trainer` that estimates gradients from losses (`ssdtune.zeroth_order`).
+
+All micro-batches of a step pass all variants of the weights in one visit of each block; there is no backward and no
+optimizer state. What trains is an adapter, where the model has one, or all weights: then the base files stay as they
+are and the run is its log, from which `ssdtune replay` makes the weights of any step.
+
+Learning-rate schedules, callbacks, evaluation, logging and resuming are the Trainer's own.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ssdtune.run_files import LOG_NAME
+from ssdtune.schedule.memory import Passes
+from ssdtune.trainer.checkpoint import base_of
+from ssdtune.trainer.trainer import SSDTrainer, TrainerError
+from ssdtune.visit.rehearsal import base_of as model_of
+from ssdtune.zeroth_order import FZOO, Estimator, Fold, MeZO, Step, ZerothOrder
+from ssdtune.zeroth_order.log import ADAPTERS, ALL, Header, LogError, LogWriter, read_log
+
+if TYPE_CHECKING:
+    from ssdtune.config import TrainConfig
+
+
+def fold_of(config: TrainConfig) -> Fold | None:
+    """As zo_fold_steps and offload.path say."""
+    if config.zo_fold_steps is None:
+        return None
+    return Fold(config.offload.path or config.output_dir, config.zo_fold_steps)
+
+
+def estimator_of(config: TrainConfig) -> Estimator:
+    """As the zo_* keys say."""
+    kind = {"mezo": MeZO, "fzoo": FZOO}[config.zo_estimator]
+    if config.zo_num_directions is None:
+        return kind(eps=config.zo_eps)
+    return kind(eps=config.zo_eps, num_directions=config.zo_num_directions)
+
+
+class ZOTrainer(SSDTrainer):
+    """An SSDTrainer that needs forward passes alone.
+
+    Args:
+        estimator: MeZO(...) by default, or FZOO(...).
+        clip: bounds each projected gradient; None: as it comes.
+        fold: where and how often a working copy of all weights is written; None: never.
+
+    The rest is as in SSDTrainer. `args.optim` and `args.max_grad_norm` mean nothing here.
+    """
+
+    needs_gradients = False
+
+    def __init__(
+        self,
+        *args: Any,
+        estimator: Estimator | None = None,
+        clip: float | None = None,
+        fold: Fold | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.streamer is None:
+            raise TrainerError(
+                "ZOTrainer trains streamed models.\nOpen the model with ssdtune.stream(name)."
+            )
+        if self.args.world_size > 1:
+            raise TrainerError(
+                "zeroth-order training in several processes is not supported yet.\nStart one process."
+            )
+        self.args.max_grad_norm = 0.0  # there is no gradient to measure
+        self.method = ZerothOrder(
+            self.model, estimator or MeZO(), seed=self.args.seed, clip=clip, fold=fold
+        )
+        header = Header(
+            base=base_of(model_of(self.model)),
+            seed=self.args.seed,
+            kind=self.method.estimator.kind,
+            trains=ALL if self.method.trains_blocks else ADAPTERS,
+        )
+        self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)
+        self.last_step: Step | None = None
+
+    def passes(self) -> Passes:
+        """All micro-batches pass every variant."""
+        variants = len(self.method.estimator.variants)
+        return Passes(
+            kind="forward",
+            num=variants * self.args.gradient_accumulation_steps,
+            more=self.method.extra_bytes(),
+        )
+
+    def release(self) -> None:
+        """Removes the working copy of the weights: the log makes it again."""
+        self.method.close()
+
+    def num_trainable(self) -> int:
+        """Parameters that train."""
+        return self.method.num_trained
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Holds the learning rate for schedulers; the weights move in `training_step`."""
+        if self.optimizer is None:
+            self.optimizer = _Rate(self.args.learning_rate, self.args.weight_decay)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One micro-batch's share of the step's loss. With the first of a step, all of them run."""
+        if inputs is self._group[0]:
+            loss = self._step(model, num_items_in_batch)
+            self._losses = [loss / len(self._group)] * len(self._group)
+        return self._losses.pop(0)
+
+    def _step(self, model: nn.Module, num_items_in_batch: Any) -> torch.Tensor:
+        assert self.optimizer is not None
+        scale = 1.0
+        if not self._is_scaled_for_accumulation(num_items_in_batch):
+            scale = 1 / self.current_gradient_accumulation_steps
+        calls = [
+            partial(self._share, model, self._prepare_inputs(inputs), num_items_in_batch, scale)
+            for inputs in self._group
+        ]
+        group = self.optimizer.param_groups[0]
+        number = self.method.num_steps
+        with self.compute_loss_context_manager():
+            step = self.method.step(
+                calls, learning_rate=group["lr"], weight_decay=group["weight_decay"]
+            )
+        Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+        self.log_writer.append(number, step.loss, step.update)
+        self.last_step = step
+        return torch.tensor(step.loss, device=self.args.device)
+
+    def _share(self, model: nn.Module, inputs: Any, num_items: Any, scale: float) -> torch.Tensor:
+        loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
+        return loss * scale if scale != 1.0 else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's own, with the last step's projected gradient (its largest) and whether it was skipped."""
+        if self.last_step is not None and "loss" in logs:
+            logs.pop("grad_norm", None)
+            logs["projected_gradient"] = max(map(abs, self.last_step.gradients), default=0.0)
+        super().log(logs, start_time)
+
+    # ---- saving, resuming ------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.checkpoints.extra_files[LOG_NAME] = self.log_writer.content()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """An adapter as ever; of all weights, the log, the config and the tokenizer."""
+        if not self.method.trains_blocks:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOG_NAME).write_bytes(self.log_writer.content())
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+        self.checkpoints.replace_pickled_arguments(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter from its files, all weights from the log."""
+        path = Path(resume_from_checkpoint) / LOG_NAME
+        if not path.is_file():
+            raise LogError(f"{path} is not there: the checkpoint is of another method.")
+        content = path.read_bytes()
+        log = read_log(content, str(path))
+        differences = self.log_writer.header.differences(log.header)
+        if differences:
+            raise LogError(f"{path} belongs to another run: {'; '.join(differences)}.")
+        if not self.method.trains_blocks:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.method.resume(log.updates, log.num_steps)
+        self.log_writer.go_on(content)
+
+    def _load_best_model(self) -> None:
+        if self.method.trains_blocks:
+            raise TrainerError(
+                "load_best_model_at_end: all weights are not loaded back, they are replayed.\n"
+                "Leave it out; `ssdtune replay` makes the weights of the best step from the log."
+            )
+        super()._load_best_model()
+
+
+class _Rate(torch.optim.Optimizer):
+    """A learning rate and a weight decay where schedulers look for them."""
+
+    def __init__(self, learning_rate: float, weight_decay: float) -> None:
+        nothing = nn.Parameter(torch.zeros(()), requires_grad=False)
+        super().__init__([nothing], {"lr": learning_rate, "weight_decay": weight_decay})
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Nothing: the step has been taken."""

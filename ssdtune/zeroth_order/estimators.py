@@ -1,0 +1,109 @@
+"""Gradient estimates from losses alone. Each estimator says at which points losses are wanted, and what they mean.
+
+A *variant* of the weights is the weights themselves, or weights shifted along one random direction z_j by a scale:
+theta + scale z_j. An estimate is one number g_j for each direction; the step is theta -= lr sum_j g_j z_j.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from ssdtune.errors import SSDTuneError
+from ssdtune.kernels.noise import GAUSSIAN, RADEMACHER
+
+
+class EstimatorError(SSDTuneError):
+    """A setting that estimates nothing."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shift:
+    """The weights plus scale x z_j, j = direction."""
+
+    direction: int
+    scale: float
+
+
+class Estimator(Protocol):
+    """How gradients are estimated. kind: of the directions, as in `kernels.noise`."""
+
+    kind: ClassVar[str]
+
+    @property
+    def variants(self) -> Sequence[Shift | None]:
+        """Where losses are wanted; None: at the weights as they are."""
+        ...
+
+    def gradients(self, losses: Sequence[float]) -> list[float]:
+        """g_j for each direction, from the loss of each variant. All finite."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeZO:
+    """Two-sided differences (SPSA), averaged over directions: n-SPSA.
+
+    g_j = (L(theta + eps z_j) - L(theta - eps z_j)) / (2 eps) / n, z_j Gaussian
+    (Malladi et al., "Fine-tuning language models with just forward passes", arXiv 2305.17333, Definition 1 and Alg. 1)
+    """
+
+    eps: float = 1e-3
+    num_directions: int = 1
+    kind: ClassVar[str] = GAUSSIAN
+
+    def __post_init__(self) -> None:
+        _check(self.eps, self.num_directions, 1)
+
+    @property
+    def variants(self) -> Sequence[Shift | None]:
+        """Both sides of each direction, one after the other."""
+        return [Shift(j, side * self.eps) for j in range(self.num_directions) for side in (1, -1)]
+
+    def gradients(self, losses: Sequence[float]) -> list[float]:
+        """As above."""
+        pairs = zip(losses[::2], losses[1::2], strict=True)
+        return [(up - down) / (2 * self.eps) / self.num_directions for up, down in pairs]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FZOO:
+    """One-sided differences along many directions of signs, scaled by how far the losses spread.
+
+    g_j = (L(theta + eps u_j) - L(theta)) / (eps n sigma), u_j Rademacher, sigma^2 = sum_j (L_j - mean)^2 / (n - 1)
+    (Dang et al., "FZOO: Fast zeroth-order optimizer for fine-tuning large language models towards Adam-scale speed",
+    arXiv 2506.09034)
+    """
+
+    eps: float = 1e-3
+    num_directions: int = 8
+    kind: ClassVar[str] = RADEMACHER
+
+    def __post_init__(self) -> None:
+        _check(self.eps, self.num_directions, 2)
+
+    @property
+    def variants(self) -> Sequence[Shift | None]:
+        """The weights, then one side of each direction."""
+        return [None, *(Shift(j, self.eps) for j in range(self.num_directions))]
+
+    def gradients(self, losses: Sequence[float]) -> list[float]:
+        """As above; nothing where all losses are equal, for then they say nothing."""
+        base, *shifted = losses
+        spread = statistics.stdev(shifted)
+        if spread == 0:
+            return [0.0] * self.num_directions
+        return [(loss - base) / (self.eps * self.num_directions * spread) for loss in shifted]
+
+
+def _check(eps: float, num_directions: int, least: int) -> None:
+    if not (eps > 0 and math.isfinite(eps)):
+        raise EstimatorError(
+            f"eps is {eps:g}: weights that are not moved tell nothing of the gradient.\n"
+            "Set a positive one; 1e-3 is usual."
+        )
+    if num_directions < least:
+        raise EstimatorError(f"num_directions is {num_directions}; it must be {least} or more.")

@@ -1,0 +1,161 @@
+"""The log of a zeroth-order run: a line for each step, and from them and the base any step's weights again.
+
+    {"format": ..., "generator": ..., "base": ..., "seed": ..., "kind": ..., "trains": ..., "crc": ...}
+    {"step": 0, "loss": ..., "coefficients": [...], "decay": ..., "crc": ...}
+    {"step": 1, "loss": ..., "skipped": true, "crc": ...}
+
+JSON, numbers as Python writes them (which reads back every bit), a CRC of the rest on each line. A step's line is on
+the drive before the next step begins. The last line may be cut off by a crash: then that step did not happen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssdtune.errors import SSDTuneError
+from ssdtune.kernels.noise import KINDS
+from ssdtune.zeroth_order.updates import Update
+
+FORMAT = "ssdtune zeroth-order log 1"
+# What z and rounding are made from: another would make other weights from the same log.
+GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles"
+ALL, ADAPTERS = "all", "adapters"  # what trains
+
+
+class LogError(SSDTuneError):
+    """A log that can't be read, or that belongs to something else."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
+    trains: "all" weights, or "adapters"."""
+
+    base: str | None
+    seed: int
+    kind: str
+    trains: str
+
+    def differences(self, other: Header) -> list[str]:
+        """What is not as in another, in words."""
+        names = {"base": "the base model's files", "seed": "zo_seed", "kind": "kind of directions"}
+        return [
+            f"{names.get(name, name)}: {theirs!r} in the log, {mine!r} here"
+            for name, mine in dataclasses.asdict(self).items()
+            if mine != (theirs := getattr(other, name))
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """A log as read. updates: of the steps that changed something. is_cut: whether its last line was incomplete."""
+
+    header: Header
+    updates: tuple[Update, ...]
+    num_steps: int
+    is_cut: bool
+
+
+class LogWriter:
+    """Writes a log, from the start or on from steps that are there."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        self._lines = [
+            _line({"format": FORMAT, "generator": GENERATOR, **dataclasses.asdict(header)})
+        ]
+        self._is_open = False
+
+    def append(self, step: int, loss: float, update: Update | None) -> None:
+        """One more step, on the drive when this returns. update: None for one that was skipped."""
+        told: dict[str, Any] = {"step": step, "loss": loss}
+        if update is None:
+            told["skipped"] = True
+        else:
+            told |= {"coefficients": list(update.coefficients), "decay": update.decay}
+        self._lines.append(_line(told))
+        mode = "ab" if self._is_open else "wb"
+        with self.path.open(mode) as file:
+            file.write(self._lines[-1] if self._is_open else b"".join(self._lines))
+            file.flush()
+            os.fdatasync(file.fileno())
+        self._is_open = True
+
+    def go_on(self, content: bytes) -> None:
+        """The steps of another log's content instead of what was written."""
+        self._lines, self._is_open = content.splitlines(keepends=True), False
+
+    def content(self) -> bytes:
+        """All of it."""
+        return b"".join(self._lines)
+
+
+def read_log(content: bytes, where: str) -> Log:
+    """A log's content. where: its file, for messages. Raises LogError naming the line."""
+    lines = content.splitlines(keepends=True)
+    is_cut = bool(lines) and not lines[-1].endswith(b"\n")
+    if is_cut:
+        lines.pop()
+    records = list(_records(lines, where))
+    if not records:
+        raise LogError(f"{where} is empty: there is no log in it.")
+    header = _header(records[0], where)
+    steps = [_step(record, number, where) for number, record in enumerate(records[1:])]
+    updates = tuple(update for update in steps if update is not None)
+    return Log(header, updates, len(steps), is_cut)
+
+
+def _records(lines: Sequence[bytes], where: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            crc = record.pop("crc")
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            record, crc = {}, None
+        if crc is None or crc != _crc(record):
+            raise LogError(
+                f"{where}, line {number}: damaged, its checksum is not that of its content.\n"
+                "Take the log of a checkpoint from before it, or start anew."
+            )
+        yield record
+
+
+def _header(record: dict[str, Any], where: str) -> Header:
+    if record.get("format") != FORMAT:
+        raise LogError(f"{where}, line 1: is no zeroth-order log of this version ({FORMAT}).")
+    if record.get("generator") != GENERATOR:
+        raise LogError(
+            f"{where}: its directions come from {record.get('generator')!r}, here they would from {GENERATOR!r}.\n"
+            "Replay it with the version of ssdtune that wrote it."
+        )
+    told: dict[str, Any] = {f.name: record.get(f.name) for f in dataclasses.fields(Header)}
+    header = Header(**told)
+    if header.kind not in KINDS or header.trains not in (ALL, ADAPTERS):
+        raise LogError(
+            f"{where}, line 1: unknown kind {header.kind!r} or trains {header.trains!r}."
+        )
+    return header
+
+
+def _step(record: dict[str, Any], number: int, where: str) -> Update | None:
+    if record.get("step") != number:
+        raise LogError(
+            f"{where}, line {number + 2}: step {record.get('step')} where {number} was to come."
+        )
+    if record.get("skipped"):
+        return None
+    return Update(number, tuple(map(float, record["coefficients"])), float(record["decay"]))
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps({**record, "crc": _crc(record)}).encode() + b"\n"
+
+
+def _crc(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())

@@ -1,0 +1,198 @@
+"""A step of zeroth-order training: losses of all variants in one visit of each block, then one short update."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssdtune.visit.rehearsal import base_of
+from ssdtune.visit.streamer import Streamer
+from ssdtune.zeroth_order.estimators import Estimator
+from ssdtune.zeroth_order.log import Log
+from ssdtune.zeroth_order.updates import Directions, Update
+from ssdtune.zeroth_order.weights import MovingWeights
+from ssdtune.zeroth_order.working_copy import WorkingCopy
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fold:
+    """A working copy of all weights, written after every `num_steps` steps. folder: where; a fast drive."""
+
+    folder: Path
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What a step came to. loss: the mean over the variants. update: None where a loss was infinite or no number, and
+    the step left the weights alone."""
+
+    loss: float
+    losses: tuple[float, ...]
+    gradients: tuple[float, ...]
+    update: Update | None
+
+
+class ZerothOrder:
+    """Zeroth-order training of a streamed model.
+
+    What trains: with an adapter on the model, the parameters that require a gradient; without one, all weights. A
+    block is read once a step; while it is there, all micro-batches pass through every variant of it.
+
+    Args:
+        model: what `ssdtune.stream` returned, with a peft adapter or not.
+        estimator: MeZO(...) or FZOO(...).
+        seed: 64 bits; with it and the updates, the weights of any step can be made again.
+        clip: bounds each g_j to -clip ... clip; None: as it comes.
+        fold: where and how often a working copy of all weights is written; None: never.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        estimator: Estimator,
+        *,
+        seed: int = 0,
+        clip: float | None = None,
+        fold: Fold | None = None,
+    ) -> None:
+        self.model, self.estimator, self.seed, self.clip = model, estimator, seed, clip
+        self.streamer: Streamer = base_of(model).ssdtune
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trains_blocks = not trained
+        if trains_blocks:
+            trained = outside_of_blocks(model, self.streamer)
+        self.weights = MovingWeights(
+            self.streamer,
+            trained,
+            Directions(seed, estimator.kind),
+            trains_blocks=trains_blocks,
+        )
+        self.trains_blocks = trains_blocks
+        self.num_trained = sum(p.numel() for p in trained.values()) + (
+            sum(w.placeholder.numel() for w in self.streamer.weights if w.placeholder is not None)
+            if trains_blocks
+            else 0
+        )
+        self.streamer.method = self.weights
+        self.num_steps = 0
+        self.fold = fold if trains_blocks else None
+        self.copy = None if fold is None else WorkingCopy(self.streamer, fold.folder)
+
+    def extra_bytes(self) -> dict[str, int]:
+        """Memory that it takes beside a forward's, by what it is for."""
+        shifted = sum(shift is not None for shift in self.estimator.variants)
+        outside = shifted * self.weights.resident_bytes
+        return {
+            "a variant of a block": self.weights.variant_bytes,
+            "variants outside blocks": outside,
+        }
+
+    def resume(self, updates: Sequence[Update], num_steps: int) -> None:
+        """Goes on after so many steps whose updates are these; adapters are loaded by whoever saved them."""
+        self.num_steps = num_steps
+        if self.trains_blocks:
+            self.weights.replay(updates)
+
+    def close(self) -> None:
+        """Removes the working copy, where there is one; the model can't be read afterwards."""
+        if self.copy is not None:
+            self.copy.close()
+
+    def step(
+        self,
+        calls: Sequence[Callable[[], Any]],
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+    ) -> Step:
+        """Estimates and updates once.
+
+        calls: one for each micro-batch, its share of the step's loss: a number, a tensor of one, or an output with
+        `.loss`; they add up in their order.
+        """
+        self._fold_if_due()
+        shifts = self.estimator.variants
+        self.weights.begin(self.num_steps, shifts)
+        with _evaluating(self.model), torch.no_grad():
+            found = self.streamer.run(
+                [call for _ in shifts for call in calls],
+                variants=[v for v in range(len(shifts)) for _ in calls],
+            )
+        shares = [_number(each) for each in found]
+        losses = [
+            math.fsum(shares[at : at + len(calls)]) for at in range(0, len(shares), len(calls))
+        ]
+        return self._update(losses, learning_rate, weight_decay)
+
+    def _fold_if_due(self) -> None:
+        """At a step's beginning, so that what a step costs is paid by the next one, if there is any. Where all blocks
+        stay in their slots nothing is taken twice and there is nothing to save."""
+        if self.fold is None or len(self.weights.updates) < self.fold.num_steps:
+            return
+        if self.streamer.engine.plan.sequences["forward"].read_bytes:
+            assert self.copy is not None
+            self.copy.write()
+            self.weights.forget_stored()
+
+    def _update(self, losses: list[float], learning_rate: float, weight_decay: float) -> Step:
+        loss = math.fsum(losses) / len(losses)
+        number, self.num_steps = self.num_steps, self.num_steps + 1
+        if not all(map(math.isfinite, losses)):
+            return Step(loss, tuple(losses), (), None)
+        gradients = self.estimator.gradients(losses)
+        if self.clip is not None:
+            gradients = [max(-self.clip, min(self.clip, g)) for g in gradients]
+        update = Update(
+            number,
+            tuple(learning_rate * g for g in gradients),
+            1.0 - learning_rate * weight_decay,
+        )
+        self.weights.take(update)
+        return Step(loss, tuple(losses), tuple(gradients), update)
+
+
+def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
+    """From now on the streamed model has the weights after so many steps of a log of all weights; None: all."""
+    updates = [u for u in log.updates if num_steps is None or u.step < num_steps]
+    streamer: Streamer = model.ssdtune
+    weights = MovingWeights(
+        streamer,
+        outside_of_blocks(model, streamer),
+        Directions(log.header.seed, log.header.kind),
+        trains_blocks=True,
+    )
+    weights.replay(updates)
+    streamer.method = weights
+
+
+def outside_of_blocks(model: Any, streamer: Streamer) -> dict[str, torch.Tensor]:
+    """A streamed model's own parameters that lie in memory and hold numbers that can be moved, by name."""
+    streamed = {id(w.placeholder) for w in streamer.weights}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in streamed and p.is_floating_point()
+    }
+
+
+def _number(found: Any) -> float:
+    loss = getattr(found, "loss", found)
+    return float(loss)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Dropout off, as MeZO has it: both sides of a difference must be the same function."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,150 @@
+"""A working copy of the streamed weights on the drive, so that blocks need not take all steps again at every read.
+
+A block lies in it as it lies in a slot, page-aligned: it is read in place, whatever the user's files looked like. The
+user's files are never written. The copy can always be made again from them and the log, so it is not part of any
+checkpoint, and goes with the run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ssdtune.durable import new_temporary_folder, remove_folder_we_made
+from ssdtune.errors import SSDTuneError
+from ssdtune.schedule.plan import Direction
+from ssdtune.sizes import format_size
+from ssdtune.swap.recipe import BlockRecipe, Copy
+from ssdtune.swap.storage import MIN_ALIGNMENT, Extent, choose_storage
+from ssdtune.visit.streamer import Streamer
+
+
+class WorkingCopyError(SSDTuneError):
+    """A drive without room for it, or one that fails."""
+
+
+class WorkingCopy:
+    """Of one streamed model. folder: on a fast drive; what is made there is removed by `close`.
+
+    num_bytes: written so far.
+    """
+
+    def __init__(self, streamer: Streamer, folder: Path) -> None:
+        self._streamer, self._parent = streamer, folder
+        self._folder: Path | None = None
+        self._path: Path | None = None
+        self._version = 0
+        self.num_bytes = 0
+
+    def write(self) -> None:
+        """Writes all blocks as the method makes them now; from now on they are read from here. Between steps only.
+
+        Raises WorkingCopyError, all as it was, where the drive has no room.
+        """
+        streamer = self._streamer
+        if self._folder is None:
+            self._parent.mkdir(parents=True, exist_ok=True)
+            self._folder = new_temporary_folder(self._parent / "weights")
+        self._version += 1
+        path = self._folder / f"weights-{self._version}"
+        places = list(_places(streamer.engine.recipes))
+        _reserve(path, sum(num_bytes for _, num_bytes in places))
+        try:
+            self._fill(path, places)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        on_device = streamer.engine.slots.device.type != "cpu"
+        streamer.read_from(
+            [
+                _recipe(recipe, path, *place, on_device=on_device)
+                for recipe, place in zip(streamer.engine.recipes, places, strict=True)
+            ],
+            choose_storage(path).storage,
+        )
+        if self._path is not None:
+            self._path.unlink()
+        self._path = path
+
+    def _fill(self, path: Path, places: list[tuple[int, int]]) -> None:
+        with path.open("r+b", buffering=0) as file:
+            for block, slot in self._visits():
+                offset, num_bytes = places[block]
+                memory = self._streamer.engine.slots.memory[slot]
+                content = memory[: min(num_bytes, memory.nbytes)].cpu()
+                _write(file.fileno(), content, offset)
+                self.num_bytes += content.nbytes
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _visits(self) -> Iterator[tuple[int, int]]:
+        """Every block once, with the slot that holds it up to date; in the order of a forward."""
+        streamer, engine = self._streamer, self._streamer.engine
+        order = [visit.block for visit in engine.plan.sequences["forward"].visits]
+        engine.begin_step("forward")
+        for block in dict.fromkeys([*order, *range(len(engine.recipes))]):
+            slot = engine.enter(block, Direction.FORWARD)
+            assert streamer.method is not None
+            tensors = engine.slots.tensors(block, slot)
+            streamer.method.refresh(block, tensors, engine.content(slot))
+            yield block, slot
+        engine.leave()
+
+    def close(self) -> None:
+        """Removes it. The model can't be read afterwards."""
+        if self._folder is not None:
+            remove_folder_we_made(self._folder)
+            self._folder = None
+
+
+def _places(recipes: tuple[BlockRecipe, ...]) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of each block in the file, both aligned for direct reads."""
+    offset = 0
+    for recipe in recipes:
+        num_bytes = -(-recipe.slot_bytes // MIN_ALIGNMENT) * MIN_ALIGNMENT
+        yield offset, num_bytes
+        offset += num_bytes
+
+
+def _recipe(
+    recipe: BlockRecipe, path: Path, offset: int, num_bytes: int, *, on_device: bool
+) -> BlockRecipe:
+    """How the block is read from its place: straight into a slot, on a device by way of a buffer."""
+    copies = (
+        [Copy(source=view, target=i) for i, view in enumerate(recipe.tensors)] if on_device else []
+    )
+    return BlockRecipe(
+        name=recipe.name,
+        extents=(Extent(path, offset, num_bytes, 0),),
+        file_bytes=num_bytes,
+        tensors=recipe.tensors,
+        copies=tuple(copies),
+        slot_bytes=recipe.slot_bytes if on_device else num_bytes,
+    )
+
+
+def _reserve(path: Path, num_bytes: int) -> None:
+    """Makes the file with all its room: a full drive is an error before the first block."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        path.unlink()
+        name = errno.errorcode.get(error.errno or 0, "unknown errno")
+        raise WorkingCopyError(
+            f"cannot reserve {format_size(num_bytes)} for a working copy of the weights in {path.parent.parent}: "
+            f"{error.strerror} ({name}).\n"
+            "Free some space, point offload.path to another drive, or set zo_fold_steps: never."
+        ) from error
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, content: torch.Tensor, offset: int) -> None:
+    view, done = content.numpy().data, 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)

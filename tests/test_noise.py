@@ -1,0 +1,159 @@
+"""Random directions: the published generator, the stated distribution, the same bits on every path."""
+
+import math
+
+import pytest
+import torch
+
+from ssdtune.kernels import noise, philox
+from ssdtune.kernels.native import library
+from ssdtune.kernels.noise import GAUSSIAN, KINDS, RADEMACHER, TILE, Direction, add_directions
+
+KNOWN = [  # of the authors' own tests (Random123, kat_vectors: philox4x32 10)
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (
+        (0xFFFFFFFF,) * 4,
+        (0xFFFFFFFF,) * 2,
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+SIZES = (1, 63, 64, 1000, 1024, TILE - 1, TILE, TILE + 1, 3 * TILE + 77)
+
+
+def native_suffixes() -> list[str]:
+    found = library()
+    return [] if found is None else list(found.suffixes)
+
+
+def directions(kind: str) -> list[Direction]:
+    return [Direction(0x0123456789ABCDEF, 1e-3, kind), Direction(77, -0.25, kind)]
+
+
+def made(to_like: torch.Tensor, kind: str, suffix: str, **more: object) -> torch.Tensor:
+    to = torch.empty_like(to_like)
+    add_directions(to, to_like, directions(kind), suffix=suffix, **more)  # type: ignore[arg-type]
+    return to
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.view(kind), b.view(kind))
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_the_generator_is_the_published_one(
+    counter: tuple[int, int, int, int], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
+    assert philox.philox(counter, key) == expected
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_an_element_has_the_field_that_is_stated(bits: int) -> None:
+    key, num_fields, tile = 0xFEDCBA9876543210, 128 // bits, philox.tile_size(bits)
+    first, count = 5 * tile, 2 * tile + 5
+    found = philox.fields(
+        key, first, count, bits=bits, domain=philox.ROUNDING, device=torch.device("cpu")
+    )
+    for i in (0, 1, 63, 64, 65, tile - 1, tile, count - 1):
+        number = first + i
+        counter = 64 * (number // tile) + number % 64
+        words = philox.philox(
+            (counter & philox.MASK, counter >> 32, philox.ROUNDING, 0),
+            (key & philox.MASK, key >> 32),
+        )
+        whole = sum(word << 32 * w for w, word in enumerate(words))
+        field = number // 64 % num_fields
+        assert found[i] == whole >> bits * field & (1 << bits) - 1
+
+
+def test_counters_go_on_beyond_32_bits() -> None:
+    first = philox.tile_size(8) * (2**32 // 64)  # its counter's low word is 0 again
+    high, low = (
+        philox.fields(3, at, 64, bits=8, domain=0, device=torch.device("cpu")) for at in (first, 0)
+    )
+    assert not torch.equal(high, low)
+
+
+def test_gaussian_values_have_the_stated_moments() -> None:
+    z = torch.tensor(Direction(0, 1.0).values(), dtype=torch.float64)
+    assert len(z) == 256
+    assert z.mean() == 0
+    assert z.pow(2).mean() == pytest.approx(1, abs=1e-6)
+    assert z.pow(4).mean() == pytest.approx(2.918, abs=1e-3)
+    assert z.max() == pytest.approx(2.893, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_direction_looks_random(kind: str) -> None:
+    """Mean, variance, and no neighbours that go together: each within five standard errors."""
+    count = 1 << 20
+    z = made(torch.zeros(count), kind, "") * 0
+    add_directions(z, torch.zeros(count), [Direction(5, 1.0, kind)])
+    other = torch.empty(count)
+    add_directions(other, torch.zeros(count), [Direction(6, 1.0, kind)])
+    bound = 5 / math.sqrt(count)
+    assert abs(z.mean()) < bound
+    assert abs(z.pow(2).mean() - 1) < 1.5 * bound
+    for shift in (1, 64, 128, 1024):
+        assert abs((z[shift:] * z[:-shift]).mean()) < bound
+    assert abs((z * other).mean()) < bound
+
+
+@pytest.mark.parametrize("suffix", native_suffixes())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_code_has_the_bits_of_its_definition(
+    dtype: torch.dtype, kind: str, suffix: str
+) -> None:
+    for size in SIZES:
+        base = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        for more in ({}, {"decay": 0.99}, {"rounding_key": 99, "decay": 1 - 1e-4}):
+            assert same_bits(made(base, kind, "", **more), made(base, kind, suffix, **more))
+
+
+@pytest.mark.parametrize("suffix", ["", *native_suffixes()])
+def test_what_is_no_number_stays_so(suffix: str) -> None:
+    base = torch.tensor([math.nan, math.inf, -math.inf, 3.3e38, -3.3e38]).bfloat16()
+    for key in (None, 1):
+        to = made(base, GAUSSIAN, suffix, rounding_key=key)
+        assert to[0].isnan()
+        assert to[1] == math.inf
+        assert to[2] == -math.inf
+
+
+def test_parts_that_threads_take_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.randn(5 * TILE + 3)
+    whole = {kind: made(base, kind, "") for kind in KINDS}
+    monkeypatch.setattr(noise, "PART", 2 * TILE)
+    for kind in KINDS:
+        for suffix in ("", *native_suffixes()):
+            assert same_bits(made(base, kind, suffix), whole[kind])
+
+
+def test_strides_do_not_matter() -> None:
+    base = torch.randn(40, 30)
+    turned = base.t().contiguous().t()
+    assert not turned.is_contiguous()
+    assert torch.equal(made(base, GAUSSIAN, ""), made(turned, GAUSSIAN, ""))
+
+
+def test_random_rounding_is_right_on_average() -> None:
+    """A value a quarter of the way between two bfloat16 numbers goes up a quarter of the time."""
+    count = 1 << 18
+    values = torch.full((count,), 1 + 2**-7 / 4)
+    found = noise._stochastic(values, 4, 0).float()
+    share = (found > 1).float().mean()
+    assert set(found.unique().tolist()) == {1.0, 1 + 2**-7}
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / count)
+
+
+def test_in_place_is_the_same() -> None:
+    base = torch.randn(TILE + 9)
+    expected = made(base, RADEMACHER, "")
+    add_directions(base, base, directions(RADEMACHER))
+    assert same_bits(base, expected)

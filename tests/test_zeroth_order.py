@@ -1,0 +1,281 @@
+"""Streamed zeroth-order training equals the published algorithm written plainly, in memory, bit for bit."""
+
+import errno
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from support import cut, digests, make_pair, num_misses, with_lora
+
+from ssdtune.kernels import philox
+from ssdtune.kernels.noise import GAUSSIAN, QUANTILES, UNIT
+from ssdtune.zeroth_order import FZOO, EstimatorError, Fold, MeZO, ZerothOrder
+from ssdtune.zeroth_order.estimators import Shift
+from ssdtune.zeroth_order.working_copy import WorkingCopyError
+
+ARCHITECTURES = ("llama", "gemma3", "opt", "gpt2", "mixtral", "mamba2")
+SEED, LEARNING_RATE, DECAY = 3, 1e-2, 0.1
+Stream = Callable[..., Any]
+NUM_STEPS = 20
+ESTIMATORS = {"mezo": MeZO(eps=1e-2, num_directions=2), "fzoo": FZOO(eps=1e-2, num_directions=3)}
+
+
+# ------------------------------------------------------------------ the algorithm, in memory
+
+
+def scaled(name: str, like: torch.Tensor, step: int, j: int, scale: float, kind: str) -> Any:
+    """scale x z, float32: looked up as `kernels.noise` states it."""
+    key = philox.key_of(SEED, step, j, philox.number_of(name))
+    bits = 8 if kind == GAUSSIAN else 1
+    found = philox.fields(
+        key, 0, like.numel(), bits=bits, domain=philox.DIRECTION, device=torch.device("cpu")
+    )
+    if kind == GAUSSIAN:
+        table = torch.tensor([*(-q for q in QUANTILES[::-1]), *QUANTILES], dtype=torch.float64)
+        values = scale * (table * UNIT)
+    else:
+        values = torch.tensor([-scale, scale], dtype=torch.float64)
+    return values.float()[found].view(like.shape)
+
+
+def rounded(values: torch.Tensor, name: str, step: int, dtype: torch.dtype) -> torch.Tensor:
+    """float32 to the weights' dtype, at random where that loses bits."""
+    if dtype == torch.float32:
+        return values
+    key = philox.key_of(SEED, step, philox.number_of(name))
+    random = philox.fields(
+        key, 0, values.numel(), bits=16, domain=philox.ROUNDING, device=torch.device("cpu")
+    )
+    cut_off = (values.view(torch.int32).reshape(-1) + random.int()) >> 16 << 16
+    return cut_off.view(torch.float32).view(values.shape).to(dtype)
+
+
+class InMemory:
+    """Every parameter is shifted, all losses are taken, every parameter is put back and updated."""
+
+    def __init__(self, model: Any, estimator: Any, parameters: dict[str, torch.Tensor]) -> None:
+        self.model, self.estimator, self.parameters = model.eval(), estimator, parameters
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self, pieces: Sequence[dict[str, Any]], items: int) -> list[float]:
+        pristine = {name: p.clone() for name, p in self.parameters.items()}
+        losses = []
+        for shift in self.estimator.variants:
+            self.shift(pristine, shift)
+            found = [self.model(**piece, num_items_in_batch=items).loss for piece in pieces]
+            losses.append(math.fsum(map(float, found)))
+        gradients = self.estimator.gradients(losses)
+        for name, p in self.parameters.items():
+            total = pristine[name].float()
+            if p.dim() > 1:
+                total = total * torch.tensor(1 - LEARNING_RATE * DECAY)
+            for j, g in enumerate(gradients):
+                total = total + scaled(
+                    name, p, self.num_steps, j, -(LEARNING_RATE * g), self.estimator.kind
+                )
+            p.copy_(rounded(total, name, self.num_steps, p.dtype))
+        self.num_steps += 1
+        return losses
+
+    def shift(self, pristine: dict[str, torch.Tensor], shift: Shift | None) -> None:
+        for name, p in self.parameters.items():
+            value = pristine[name]
+            if shift is not None:
+                z = scaled(
+                    name, p, self.num_steps, shift.direction, shift.scale, self.estimator.kind
+                )
+                value = (value.float() + z).to(p.dtype)
+            p.copy_(value)
+
+
+# ------------------------------------------------------------------ both ways
+
+
+def batches(name: str, num_steps: int) -> list[dict[str, Any]]:
+    return [tiny_models.batch(name, 4, 13 - s % 2, seed=s) for s in range(num_steps)]
+
+
+def num_trained(batch: dict[str, Any]) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def streamed_step(method: ZerothOrder, pieces: Sequence[dict[str, Any]], items: int) -> Any:
+    calls = [lambda p=p: method.model(**p, num_items_in_batch=items) for p in pieces]
+    return method.step(calls, learning_rate=LEARNING_RATE, weight_decay=DECAY)
+
+
+def train_both(
+    pair: Any, method: ZerothOrder, reference: InMemory, num_steps: int
+) -> list[tuple[list[float], list[float]]]:
+    compared = []
+    for batch in batches(pair.name, num_steps):
+        pieces, items = cut(batch, 2), num_trained(batch)
+        expected = reference.step(pieces, items)
+        found = streamed_step(method, pieces, items)
+        compared.append((expected, list(found.losses)))
+    return compared
+
+
+def all_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+
+
+def every_run() -> Iterator[Any]:
+    """(name, estimator, dtype, steps): all of them for a few steps, and for 20 steps, most of these slow."""
+    for name, estimator in itertools.product(ARCHITECTURES, ESTIMATORS):
+        for dtype in (torch.float32, torch.bfloat16):
+            told = f"{name}-{estimator}-{str(dtype)[6:]}"
+            yield pytest.param(name, estimator, dtype, 3, id=told)
+            marks = [] if name == "llama" else [pytest.mark.slow]
+            yield pytest.param(name, estimator, dtype, NUM_STEPS, id=f"{told}-long", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "estimator", "dtype", "num_steps"), list(every_run()))
+def test_all_weights_train_as_in_memory(
+    name: str, estimator: str, dtype: torch.dtype, num_steps: int, tmp_path: Path, stream: Stream
+) -> None:
+    pair = make_pair(name, tmp_path, stream, dtype=dtype, adapt=lambda model: model)
+    before = digests(tmp_path)
+    method = ZerothOrder(pair.streamed, ESTIMATORS[estimator], seed=SEED)
+    reference = InMemory(pair.plain, ESTIMATORS[estimator], all_weights(pair.plain))
+    for expected, found in train_both(pair, method, reference, num_steps):
+        assert found == expected
+    assert digests(tmp_path) == before, "the user's files"
+    for key, value in all_weights(pair.plain).items():
+        weight = pair.streamed.get_parameter(key)
+        assert torch.equal(weight.clone(), value), key
+    assert num_misses(pair.streamed.ssdtune.engine) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_adapters_train_as_in_memory(
+    name: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
+) -> None:
+    pair = make_pair(name, tmp_path, stream, dtype=dtype)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED)
+    trained = {n: p for n, p in pair.plain.named_parameters() if p.requires_grad}
+    reference = InMemory(pair.plain, ESTIMATORS["mezo"], trained)
+    for expected, found in train_both(pair, method, reference, 6):
+        assert found == expected
+    for key, value in trained.items():
+        assert torch.equal(pair.streamed.get_parameter(key), value), key
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_working_copy_changes_no_bit(
+    name: str, every: int, tmp_path: Path, stream: Stream
+) -> None:
+    """bfloat16, rounded at random at every step; blocks of files that need copies on their way, too."""
+    model, scratch = tmp_path / "model", tmp_path / "scratch"
+    pair = make_pair(name, model, stream, dtype=torch.bfloat16, adapt=lambda m: m)
+    before = digests(model)
+    fold = Fold(scratch, every)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED, fold=fold)
+    reference = InMemory(pair.plain, ESTIMATORS["mezo"], all_weights(pair.plain))
+    for expected, found in train_both(pair, method, reference, 8):
+        assert found == expected
+    assert method.copy is not None
+    assert method.copy.num_bytes > 0
+    assert len(method.weights.updates) <= every
+    for key, value in all_weights(pair.plain).items():
+        assert torch.equal(pair.streamed.get_parameter(key).clone(), value), key
+    assert digests(model) == before
+    assert len(list(scratch.rglob("weights-*"))) == 1, "the one before is gone"
+    method.close()
+    assert not list(scratch.rglob("weights-*"))
+
+
+def test_a_drive_without_room_changes_nothing(
+    tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda m: m)
+    method = ZerothOrder(pair.streamed, MeZO(), seed=SEED, fold=Fold(tmp_path / "scratch", 1))
+    batch = batches("llama", 1)[0]
+    streamed_step(method, cut(batch, 2), num_trained(batch))
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(WorkingCopyError, match="ENOSPC"):
+            streamed_step(method, cut(batch, 2), num_trained(batch))
+    assert not list((tmp_path / "scratch").rglob("weights-*"))
+    streamed_step(method, cut(batch, 2), num_trained(batch))
+    method.close()
+
+
+def test_a_block_is_read_once_a_step(tmp_path: Path, stream: Stream) -> None:
+    pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
+    method = ZerothOrder(pair.streamed, FZOO(num_directions=5), seed=SEED)
+    engine = pair.streamed.ssdtune.engine
+    for batch in batches("llama", 4):
+        streamed_step(method, cut(batch, 2), num_trained(batch))
+    loads = [op for op in engine.trace if op.step == 3 and op.num_bytes and "read" in op.lane]
+    names = [op.block for op in loads]
+    assert len(names) == len(set(names))
+
+
+def test_everybody_sees_the_weights_as_they_are_now(tmp_path: Path, stream: Stream) -> None:
+    """Evaluation, a parameter that is read, and generation after a step: the updated weights."""
+    pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED)
+    reference = InMemory(pair.plain, ESTIMATORS["mezo"], all_weights(pair.plain))
+    train_both(pair, method, reference, 2)
+    batch = batches("llama", 1)[0]
+    pair.streamed.ssdtune.micro_batch_size = None
+    with torch.no_grad():
+        assert torch.equal(pair.streamed.eval()(**batch).loss, pair.plain(**batch).loss)
+        prompt = batch["input_ids"][:1, :5]
+        new = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(
+            pair.streamed.generate(prompt, **new), pair.plain.generate(prompt, **new)
+        )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_changes_nothing(
+    value: float, tmp_path: Path, stream: Stream
+) -> None:
+    pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED)
+    batch = batches("llama", 1)[0]
+    before = {n: p.clone() for n, p in all_weights(pair.streamed).items()}
+    step = method.step([lambda: pair.streamed(**batch).loss * value], learning_rate=LEARNING_RATE)
+    assert step.update is None
+    for key, value_before in before.items():
+        assert torch.equal(pair.streamed.get_parameter(key).clone(), value_before), key
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-3, math.nan])
+def test_an_eps_that_moves_nothing_is_refused(eps: float) -> None:
+    with pytest.raises(EstimatorError, match="eps"):
+        MeZO(eps=eps)
+
+
+def test_fzoo_scales_by_the_spread_of_its_losses() -> None:
+    found = FZOO(eps=0.5, num_directions=2).gradients([1.0, 2.0, 4.0])
+    spread = math.sqrt(2.0)  # of 2 and 4
+    assert found == pytest.approx([1 / (0.5 * 2 * spread), 3 / (0.5 * 2 * spread)])
+    assert FZOO(num_directions=2).gradients([1.0, 2.0, 2.0]) == [0.0, 0.0]
+
+
+def test_mezo_is_the_mean_over_its_directions() -> None:
+    assert MeZO(eps=0.5, num_directions=2).gradients([3.0, 1.0, 1.0, 2.0]) == [1.0, -0.5]
+
+
+def test_a_clipped_gradient_is_no_larger(tmp_path: Path, stream: Stream) -> None:
+    pair = make_pair("llama", tmp_path, stream, adapt=with_lora)
+    method = ZerothOrder(pair.streamed, MeZO(), seed=SEED, clip=1e-6)
+    batch = batches("llama", 1)[0]
+    step = streamed_step(method, cut(batch, 2), num_trained(batch))
+    assert step.gradients == pytest.approx((math.copysign(1e-6, step.gradients[0]),))

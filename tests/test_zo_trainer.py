@@ -1,0 +1,244 @@
+"""Zeroth-order runs from a YAML file: learned, logged, resumed to the same bits, replayed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from test_data import make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+
+from ssdtune.cli import main
+from ssdtune.config import load_config
+from ssdtune.generate import generate_from_run
+from ssdtune.run_files import LOG_NAME
+from ssdtune.strict_yaml import ConfigError
+from ssdtune.trainer import run as run_module
+from ssdtune.trainer import train_from_config
+from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
+from ssdtune.zeroth_order.updates import Update
+
+YAML = """
+model_name_or_path: {model}
+dataset: {data}
+eval_dataset: [{{path: {data}, split: "train[:4]"}}]
+output_dir: {output}
+method: zo
+zo_trains: {trains}
+zo_eps: 1.0e-2
+lora_r: 4
+max_length: 24
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 2
+max_steps: 6
+learning_rate: 1.0e-3
+eval_strategy: steps
+eval_steps: 3
+save_steps: 2
+offload: {{ram: 2500KB}}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
+    torch.manual_seed(1)
+    config = tiny_models.small(LlamaConfig, vocab_size=400, **sizes)
+    tiny_models.save(tiny_models.auto_class("llama").from_config(config), folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"text": "the sky is blue and the grass is green " * (1 + k % 3)} for k in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def load(model: Path, data: Path, tmp_path: Path) -> Any:
+    def loaded(output: str, trains: str, *flags: str) -> Any:
+        path = tmp_path / f"{output}.yaml"
+        path.write_text(
+            YAML.format(model=model, data=data, output=tmp_path / output, trains=trains)
+        )
+        return load_config(path, flags)
+
+    return loaded
+
+
+class StopAt(TrainerCallback):
+    """Ctrl-C after so many steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None:
+    """A run that is killed after its third step, one past its checkpoint."""
+    made = run_module._make_trainer
+
+    def with_stop(*args: Any) -> Any:
+        trainer, telemetry = made(*args)
+        trainer.add_callback(StopAt(3))
+        return trainer, telemetry
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "_make_trainer", with_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_from_config(load("stopped", trains))
+
+
+@pytest.mark.parametrize("trains", ["all", "adapters"])
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+    trains: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_from_config(load("whole", trains))
+    interrupted(load, monkeypatch, trains)
+    assert (tmp_path / "stopped" / "checkpoint-2").is_dir()
+    resumed = train_from_config(load("stopped", trains))
+    logs = [(tmp_path / run / LOG_NAME).read_bytes() for run in ("whole", "stopped")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 1 + 6
+    assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
+    if trains == "adapters":
+        one, two = (
+            load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "stopped")
+        )
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_all_weights_are_replayed_from_the_log(load: Any, model: Path, tmp_path: Path) -> None:
+    before = support.digests(model)
+    train_from_config(load("run", "all"))
+    assert support.digests(model) == before
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 0
+    assert (
+        main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "old"), "--step", "0"]) == 0
+    )
+    base, new, old = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (model, tmp_path / "new", tmp_path / "old")
+    )
+    assert base.keys() == new.keys() == old.keys()
+    assert all(torch.equal(base[name], old[name]) for name in base)
+    assert not any(torch.equal(base[name], new[name]) for name in base)
+    streamed = support.streamed(model)
+    try:
+        from ssdtune.zeroth_order.method import replayed
+
+        log = read_log((tmp_path / "run" / LOG_NAME).read_bytes(), "log")
+        replayed(streamed, log)
+        assert all(
+            torch.equal(streamed.get_parameter(n).clone(), new[n])
+            for n in ("lm_head.weight", "model.norm.weight")
+        )
+    finally:
+        streamed.ssdtune.close()
+
+
+def test_a_working_copy_leaves_nothing_behind(load: Any, tmp_path: Path) -> None:
+    for every in ("never", "2"):
+        train_from_config(load(every, "all", "--zo_fold_steps", every))
+    logs = [(tmp_path / every / LOG_NAME).read_bytes() for every in ("never", "2")]
+    assert logs[0] == logs[1]
+    assert not [p for p in (tmp_path / "2").rglob("*") if "weights-" in p.name or ".tmp" in p.name]
+
+
+def test_a_run_of_all_weights_answers(load: Any, tmp_path: Path) -> None:
+    train_from_config(load("run", "all"))
+    found = generate_from_run(tmp_path / "run", ["the sky is"], max_new_tokens=3)
+    assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    tokenizer = make_tokenizer()
+    from ssdtune.generate import answer
+
+    assert answer(model, tokenizer, ["the sky is"], max_new_tokens=3) == found
+
+
+def test_losses_fall(load: Any) -> None:
+    """FZOO on a tiny model and few rows, many steps: the evaluation loss ends lower."""
+    flags = ["--zo_estimator", "fzoo", "--max_steps", "40", "--learning_rate", "3e-4"]
+    result = train_from_config(
+        load("run", "all", *flags, "--eval_steps", "20", "--save_steps", "40", "--eval_on_start")
+    )
+    losses = [row["eval_loss"] for row in result.log_history if "eval_loss" in row]
+    assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_a_log_of_other_weights_is_refused(
+    load: Any, tmp_path: Path, model: Path, capsys: Any
+) -> None:
+    train_from_config(load("run", "all"))
+    other = tmp_path / "other"
+    torch.manual_seed(2)
+    config = tiny_models.small(
+        LlamaConfig, vocab_size=400, hidden_size=128, intermediate_size=512, num_hidden_layers=3
+    )
+    tiny_models.save(tiny_models.auto_class("llama").from_config(config), other)
+    path = tmp_path / "run" / "ssdtune.yaml"
+    path.write_text(path.read_text().replace(str(model), str(other)))
+    assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 2
+    assert "other weights" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_fzoo_needs_directions_to_spread(load: Any) -> None:
+    with pytest.raises(ConfigError, match="zo_num_directions"):
+        load("run", "all", "--zo_estimator", "fzoo", "--zo_num_directions", "1")
+
+
+# ------------------------------------------------------------------ the log by itself
+
+HEADER = Header(base="abc", seed=7, kind="gaussian", trains="all")
+
+
+def written(path: Path) -> bytes:
+    writer = LogWriter(path, HEADER)
+    writer.append(0, 1.5, Update(0, (0.1, -1e-17), 0.999))
+    writer.append(1, float("nan"), None)
+    writer.append(2, 1.25, Update(2, (3.0, 0.5)))
+    assert path.read_bytes() == writer.content()
+    return writer.content()
+
+
+def test_a_log_reads_back_every_bit(tmp_path: Path) -> None:
+    log = read_log(written(tmp_path / "log"), "log")
+    assert log.header == HEADER
+    assert log.updates == (Update(0, (0.1, -1e-17), 0.999), Update(2, (3.0, 0.5)))
+    assert log.num_steps == 3
+    assert not log.is_cut
+
+
+def test_a_last_line_that_was_cut_off_did_not_happen(tmp_path: Path) -> None:
+    content = written(tmp_path / "log")
+    log = read_log(content[:-4], "log")
+    assert log.is_cut
+    assert log.num_steps == 2
+
+
+@pytest.mark.parametrize("line", [0, 1, 3])
+def test_a_damaged_line_is_named(line: int, tmp_path: Path) -> None:
+    lines = written(tmp_path / "log").splitlines(keepends=True)
+    lines[line] = lines[line].replace(b"1", b"2", 1).replace(b"7", b"8", 1)
+    with pytest.raises(LogError, match=f"the/log, line {line + 1}: damaged"):
+        read_log(b"".join(lines), "the/log")
+
+
+def test_a_step_that_is_missing_is_named(tmp_path: Path) -> None:
+    lines = written(tmp_path / "log").splitlines(keepends=True)
+    with pytest.raises(LogError, match="step 2 where 1 was to come"):
+        read_log(b"".join(lines[:2] + lines[3:]), "log")
