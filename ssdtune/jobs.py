@@ -23,6 +23,7 @@ from ssdtune.schedule.job import Job, Rows, job_from
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.visit.build import MetaModel
+    from ssdtune.visit.draft import Draft
 
 FORMAT = 3  # of jobs in the cache; one more when their making changes
 SAMPLE_ROWS = 2000  # of a data set that are tokenized to estimate the rest
@@ -32,7 +33,7 @@ MODEL_KEYS = (
     "model_name_or_path model_revision trust_remote_code dtype attn_implementation lora_r lora_alpha "
     "lora_dropout lora_target_modules lora_modules_to_save use_dora use_rslora "
     "per_device_train_batch_size gradient_accumulation_steps max_length overlong train_on chat_template "
-    "num_train_epochs max_steps optim"
+    "num_train_epochs max_steps optim method zo_trains zo_estimator zo_num_directions zo_fold_steps"
 ).split()
 
 
@@ -159,6 +160,7 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
     from ssdtune.api import build_arguments
     from ssdtune.peft import attach, lora_config
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
+    from ssdtune.trainer.run import trains_all
     from ssdtune.visit.build import build_meta
     from ssdtune.visit.draft import draft
     from ssdtune.visit.rehearsal import rehearse_draft
@@ -172,8 +174,9 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
     num_parameters = sum(p.numel() for p in meta.model.parameters())
     rows = _rows(source, meta)
     base: Any = meta.model
+    is_of_all = trains_all(config)
     with torch.device("meta"):  # adapters too have no memory yet
-        adapted = attach(base, lora_config(config, base))
+        adapted = base if is_of_all else attach(base, lora_config(config, base))
     on_cpu = dataclasses.replace(options, device=torch.device("cpu"))
     at_once = config.per_device_train_batch_size
 
@@ -183,15 +186,16 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
 
     usual = rehearsed(round(rows.padded_tokens))
     longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
-    trained = [p for p in adapted.parameters() if p.requires_grad]
+    trained = [p for p in adapted.parameters() if p.requires_grad] if not is_of_all else []
     trained_bytes = sum(p.nbytes for p in trained)
+    steps = _steps(config, drafted, trained, resident if is_of_all else 0)
     request = drafted.replanner.request
     return Job(
         model=Path(source.name).name if source.model is None else source.name,
         architecture=type(base).__name__,
         dtype=statistics.mode(dtypes),
         num_parameters=num_parameters,
-        num_trained=sum(p.numel() for p in trained),
+        num_trained=num_parameters if is_of_all else sum(p.numel() for p in trained),
         blocks=request.blocks,
         orders=request.orders,
         work=usual.work,
@@ -202,14 +206,59 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
             trained_bytes=trained_bytes,
             gradient_bytes=trained_bytes,
             optimizer_bytes=NUM_STATES.get(str(config.optim), MOST_STATES) * trained_bytes,
+            more=steps.more,
         ),
         rows_at_once=at_once,
         micro_batches=config.gradient_accumulation_steps,
         num_steps=config.max_steps if config.max_steps > 0 else None,
         num_epochs=config.num_train_epochs,
         chunk_tokens=options.chunk_tokens,
-        method=f"{'DoRA' if config.use_dora else 'LoRA'} r{config.lora_r}",
+        method=steps.words,
         data=rows,
+        kind=steps.kind,
+        variants=steps.variants,
+        fold_steps=steps.fold_steps,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """What the method makes of a step."""
+
+    words: str
+    kind: str = "train"
+    variants: int = 1
+    fold_steps: int = 0
+    more: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_bytes: int) -> _Steps:
+    """adapter: its parameters, all inside blocks. outside_bytes: of what else is moved and lies in memory."""
+    words = f"{'DoRA' if config.use_dora else 'LoRA'} r{config.lora_r}"
+    if config.method != "zo":
+        return _Steps(words)
+    from ssdtune.trainer.run import trains_all
+    from ssdtune.trainer.zeroth_order import estimator_of
+    from ssdtune.zeroth_order.weights import extra_bytes, inside_bytes
+
+    shifts = estimator_of(config).variants
+    is_of_all = trains_all(config)
+    blocks = [block.slot_bytes for block in drafted.replanner.request.blocks]
+    held = {id(p) for p in adapter}
+    inside = [
+        inside_bytes(
+            p for point in group.points for p in point.module.parameters() if id(p) in held
+        )
+        for group in drafted.groups
+    ]
+    return _Steps(
+        words=f"{config.zo_estimator.upper()} over {'all weights' if is_of_all else words}",
+        kind="forward",
+        variants=len(shifts),
+        fold_steps=(config.zo_fold_steps or 0) if is_of_all else 0,
+        more=extra_bytes(
+            shifts, block=max(blocks) if is_of_all else max(inside), outside=outside_bytes
+        ),
     )
 
 

@@ -262,7 +262,7 @@ class TrainConfig:
         Or("never", Whole(1, 2**24)),
         "with zo_trains: all, after so many steps a working copy of the weights is written to offload.path, since until "
         "then every block takes all steps again each time it is read; the weights are the same either way",
-        default=100,
+        default=10,
     )
 
     # Data

@@ -25,6 +25,7 @@ from ssdtune.machines import (
 from ssdtune.planning.ways import ways_of
 from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, curve
 from ssdtune.schedule.outcome import Outcome
+from ssdtune.schedule.plan import Direction
 from ssdtune.schedule.profile import OPERATORS, TRANSFERS, ProfileError
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +159,22 @@ MODELS = {  # sizes as their config.json on the hub has them
         "num_key_value_heads": 8,
     },
 }
-RAM = {"llama3-8b-8gb": 32, "qwen3-32b-16gb": 64, "llama33-70b-24gb": 64}
+MODELS |= {
+    "llama3-8b-zo-4gb": MODELS["llama3-8b-8gb"],
+    "llama33-70b-zo-12gb": MODELS["llama33-70b-24gb"],
+    "opt-175b-zo-18gb": {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "vocab_size": 50272,
+        "hidden_size": 12288,
+        "ffn_dim": 49152,
+        "num_attention_heads": 96,
+        "num_hidden_layers": 96,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": 12288,
+    },
+}
+RAM = {name: 32 if "-8b-" in name else 64 for name in MODELS}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,7 +188,7 @@ def test_a_shipped_configuration_fits_the_card_in_its_name(
     job = job_of(Source.of(config, str(path), on_device=True))
     billions = float(name.split("-")[1].removesuffix("b"))
     assert job.num_parameters == pytest.approx(billions * 1e9, rel=0.03)
-    card = int(name.split("-")[2].removesuffix("gb"))
+    card = int(name.split("-")[-1].removesuffix("gb"))
     free = int(0.93 * card * GB)
     machine = machine_from(f"rtx4090+{RAM[name]}GB")
     assert machine.device is not None
@@ -182,3 +198,8 @@ def test_a_shipped_configuration_fits_the_card_in_its_name(
     assert isinstance(first, Outcome), first
     assert first.peak.device_bytes <= free
     assert first.is_hidden, "so many tokens a step hide the drive"
+    if "-zo-" in name:
+        assert job.kind == "forward"
+        sequence = first.plan.sequences["forward"]
+        assert first.read_bytes <= sum(b.file_bytes for b in job.blocks), "each block once a step"
+        assert {visit.direction for visit in sequence.visits} == {Direction.FORWARD}

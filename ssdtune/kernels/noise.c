@@ -5,6 +5,9 @@
  */
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define JOIN(a, b) a##b
 #define NAME(a, b) JOIN(a, b)
@@ -14,47 +17,94 @@ enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { GAUSSIAN = 0, RADEMACHER = 1 };
 enum { DOMAIN_DIRECTION = 0, DOMAIN_ROUNDING = 1 };
 
-/* The outputs of counters start ... start + 63: words[4][LANES]. */
-static inline __attribute__((always_inline)) void
-philox(uint32_t words[4][LANES], uint64_t key, uint64_t start, uint32_t domain)
+/* 32-bit words side by side, and their products with a constant, low and high halves. */
+#if defined(__AVX512F__)
+enum { WIDE = 16 };
+typedef __m512i wide;
+static inline wide all(uint32_t x) { return _mm512_set1_epi32((int)x); }
+static inline wide add(wide a, wide b) { return _mm512_add_epi32(a, b); }
+static inline wide xor3(wide a, wide b, wide c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+static inline wide numbers(void)
 {
-    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
-    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int l = 0; l < LANES; l++) {
-        uint64_t counter = start + (uint64_t)l;
-        c0[l] = (uint32_t)counter;
-        c1[l] = (uint32_t)(counter >> 32);
-        c2[l] = domain;
-        c3[l] = 0;
-    }
-    for (int round = 0; round < 10; round++) {
-        for (int l = 0; l < LANES; l++) {
-            uint64_t low = (uint64_t)c0[l] * 0xD2511F53u, high = (uint64_t)c2[l] * 0xCD9E8D57u;
-            c0[l] = (uint32_t)(high >> 32) ^ c1[l] ^ k0;
-            c1[l] = (uint32_t)high;
-            c2[l] = (uint32_t)(low >> 32) ^ c3[l] ^ k1;
-            c3[l] = (uint32_t)low;
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+static inline void keep(uint32_t *to, wide a) { _mm512_storeu_si512(to, a); }
+static inline wide product(wide a, wide m, wide *high)
+{
+    wide even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
+    *high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+#elif defined(__AVX2__)
+enum { WIDE = 8 };
+typedef __m256i wide;
+static inline wide all(uint32_t x) { return _mm256_set1_epi32((int)x); }
+static inline wide add(wide a, wide b) { return _mm256_add_epi32(a, b); }
+static inline wide xor3(wide a, wide b, wide c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+static inline wide numbers(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+static inline void keep(uint32_t *to, wide a) { _mm256_storeu_si256((__m256i *)to, a); }
+static inline wide product(wide a, wide m, wide *high)
+{
+    wide even = _mm256_mul_epu32(a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+#else
+enum { WIDE = 1 };
+typedef uint32_t wide;
+static inline wide all(uint32_t x) { return x; }
+static inline wide add(wide a, wide b) { return a + b; }
+static inline wide xor3(wide a, wide b, wide c) { return a ^ b ^ c; }
+static inline wide numbers(void) { return 0; }
+static inline void keep(uint32_t *to, wide a) { *to = a; }
+static inline wide product(wide a, wide m, wide *high)
+{
+    uint64_t whole = (uint64_t)a * m;
+    *high = (uint32_t)(whole >> 32);
+    return (uint32_t)whole;
+}
+#endif
+
+/* The outputs of counters start ... start + 63, start a multiple of 64: words[4][LANES]. */
+static void philox(uint32_t words[4][LANES], uint64_t key, uint64_t start, uint32_t domain)
+{
+    const wide m0 = all(0xD2511F53u), m1 = all(0xCD9E8D57u);
+    for (int at = 0; at < LANES; at += WIDE) {
+        uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+        wide c0 = add(all((uint32_t)start + (uint32_t)at), numbers()); /* 64 of them never carry */
+        wide c1 = all((uint32_t)(start >> 32)), c2 = all(domain), c3 = all(0);
+        for (int round = 0; round < 10; round++) {
+            wide high0, high2;
+            wide low0 = product(c0, m0, &high0), low2 = product(c2, m1, &high2);
+            c0 = xor3(high2, c1, all(k0));
+            c1 = low2;
+            c2 = xor3(high0, c3, all(k1));
+            c3 = low0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
         }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        keep(&words[0][at], c0);
+        keep(&words[1][at], c1);
+        keep(&words[2][at], c2);
+        keep(&words[3][at], c3);
     }
-    memcpy(words[0], c0, sizeof c0);
-    memcpy(words[1], c1, sizeof c1);
-    memcpy(words[2], c2, sizeof c2);
-    memcpy(words[3], c3, sizeof c3);
 }
 
 static void add_gaussian(float *sum, uint64_t key, uint64_t first, int64_t n, const float *table)
 {
     uint32_t words[4][LANES];
+    float values[LANES];
     for (int64_t at = 0; at < n; at += 16 * LANES) {
         philox(words, key, (first + (uint64_t)at) / (16 * LANES) * LANES, DOMAIN_DIRECTION);
         for (int j = 0; j < 16; j++) {
             float *out = sum + at + j * LANES;
             const uint32_t *word = words[j / 4];
             const int shift = j % 4 * 8;
+#pragma GCC unroll 8
             for (int l = 0; l < LANES; l++)
-                out[l] += table[(word[l] >> shift) & 255];
+                values[l] = table[(word[l] >> shift) & 255];
+            for (int l = 0; l < LANES; l++)
+                out[l] += values[l];
         }
     }
 }

@@ -19,10 +19,9 @@ import ctypes
 import dataclasses
 import math
 import os
-import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -61,12 +60,15 @@ class Direction:
     def values(self) -> list[float]:
         """What a field stands for, scaled and rounded to float32: by field for Gaussian ones (256), for Rademacher
         ones without and with the bit set."""
-        if self.kind == RADEMACHER:
-            made = [-self.scale, self.scale]
-        else:
-            halves = (*(-q for q in reversed(QUANTILES)), *QUANTILES)
-            made = [self.scale * (q * UNIT) for q in halves]
-        return list(struct.unpack(f"{len(made)}f", struct.pack(f"{len(made)}f", *made)))
+        return list(_table(self.scale, self.kind))
+
+
+@lru_cache(maxsize=64)  # all parameters of a step have the same few scales
+def _table(scale: float, kind: str) -> ctypes.Array[ctypes.c_float]:
+    halves = (-1.0, 1.0)
+    if kind == GAUSSIAN:
+        halves = tuple(q * UNIT for q in (*(-q for q in reversed(QUANTILES)), *QUANTILES))
+    return (ctypes.c_float * len(halves))(*(scale * z for z in halves))
 
 
 def add_directions(
@@ -160,7 +162,7 @@ def _natively(
     decay: float,
     rounding_key: int | None,
 ) -> None:
-    tables = [(ctypes.c_float * len(v))(*v) for v in (d.values() for d in directions)]
+    tables = [_table(d.scale, d.kind) for d in directions]
     listed = (_Direction * len(directions))(
         *(
             _Direction(d.key, ctypes.addressof(table), KINDS.index(d.kind))

@@ -14,6 +14,7 @@ side, and any part of a tensor can be made alone. This file is the definition, i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -26,7 +27,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key grows by in each round
 
 # Domains: the third counter word. Streams of one key that must have nothing to do with each other.
-DIRECTION, ROUNDING, MASKING, DERIVATION = 0, 1, 2, 3
+DIRECTION, ROUNDING = 0, 1
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -46,15 +47,13 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def key_of(seed: int, *numbers: int) -> int:
-    """A key of 64 bits made from a seed and numbers, each of 64 bits: whoever has them can make it again."""
-    key = seed
-    for number in numbers:
-        counter = (number & MASK, number >> 32 & MASK, DERIVATION, 0)
-        low, high, *_ = philox(counter, (key & MASK, key >> 32 & MASK))
-        key = low | high << 32
-    return key
+    """A key of 64 bits for a seed and numbers of 64 bits each: their BLAKE2b digest, all little-endian. Whoever has
+    them can make it again."""
+    packed = b"".join(n.to_bytes(8, "little") for n in (seed, *numbers))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
+@functools.cache
 def number_of(name: str) -> int:
     """64 bits that stand for a parameter's name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -60,7 +60,7 @@ def _way(job: Job, way: Way) -> dict[str, Any]:
         "device_bytes": found.peak.device_bytes,
         "written_bytes": found.written_bytes,
         "hidden_at_micro_batches": found.hidden_at,
-        "read_bytes_per_step": found.plan.sequences["train"].read_bytes,
+        "read_bytes_per_step": found.read_bytes,
     }
     if step is not None:
         told |= {

@@ -169,7 +169,7 @@ def _on_drive(job: Job, found: Outcome) -> float:
 def verdict(found: Outcome) -> str:
     """What limits it."""
     assert found.simulation is not None
-    if not found.plan.sequences["train"].read_bytes:
+    if not found.read_bytes:
         return "all weights stay: compute-bound"
     if found.is_hidden:
         return "compute-bound, reading hidden"

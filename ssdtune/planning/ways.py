@@ -40,7 +40,7 @@ def ways_of(job: Job, machine: Machine, config: TrainConfig) -> Iterator[Way]:
         words = f"gradient_accumulation_steps: {other}"
         changed = dataclasses.replace(base, micro_batches=other)
         yield Way(words, _flags(words), outcome(job, machine, changed))
-    if base.block_inputs is not Tier.NVME:
+    if base.block_inputs is not Tier.NVME and job.kind == "train":
         words = "offload.block_inputs: nvme"
         changed = dataclasses.replace(base, block_inputs=Tier.NVME)
         yield Way(words, _flags(words), outcome(job, machine, changed))

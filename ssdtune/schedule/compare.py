@@ -13,7 +13,6 @@ from ssdtune.schedule.trace import TraceOp, covered_s
 from ssdtune.sizes import format_size
 
 DURING = 0.5  # an op runs beside reading where reading covers at least so much of it
-KIND = "train"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,30 +30,30 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """A plan, and when each op of a training step was predicted to run. step_s: of the whole step."""
+    """A plan, and when each op of a step of its kind was predicted to run. step_s: of the whole step."""
 
     plan: Plan
     spans: tuple[Span, ...]
     step_s: float
+    kind: str = "train"
 
     @staticmethod
-    def of(plan: Plan, simulation: Simulation) -> Prediction:
+    def of(plan: Plan, simulation: Simulation, kind: str = "train") -> Prediction:
         """What a simulation of the plan says."""
         first = min(each.start_s for each in simulation.ops if each.op.kind is Kind.COMPUTE)
         spans = tuple(Span(each.start_s - first, each.end_s - first) for each in simulation.ops)
-        return Prediction(plan=plan, spans=spans, step_s=simulation.step_s)
+        return Prediction(plan=plan, spans=spans, step_s=simulation.step_s, kind=kind)
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        """Of a training step."""
-        return self.plan.sequences[KIND].ops
+        """Of the step."""
+        return self.plan.sequences[self.kind].ops
 
     def to_json(self) -> str:
         """For the run's folder."""
         spans = [[round(span.start_s, 6), round(span.end_s, 6)] for span in self.spans]
-        return json.dumps(
-            {"plan": json.loads(self.plan.to_json()), "spans": spans, "step_s": self.step_s}
-        )
+        plan = json.loads(self.plan.to_json())
+        return json.dumps({"plan": plan, "spans": spans, "step_s": self.step_s, "kind": self.kind})
 
     @staticmethod
     def from_json(text: str) -> Prediction:
@@ -62,9 +61,10 @@ class Prediction:
         raw: dict[str, Any] = json.loads(text)
         plan = Plan.from_json(json.dumps(raw["plan"]))
         spans = tuple(Span(float(start), float(end)) for start, end in raw["spans"])
-        if len(spans) != len(plan.sequences[KIND].ops):
+        kind = str(raw.get("kind", "train"))
+        if len(spans) != len(plan.sequences[kind].ops):
             raise ValueError("there is not one span for each op")
-        return Prediction(plan=plan, spans=spans, step_s=float(raw["step_s"]))
+        return Prediction(plan=plan, spans=spans, step_s=float(raw["step_s"]), kind=kind)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

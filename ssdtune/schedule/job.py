@@ -48,6 +48,8 @@ class Job:
         num_epochs: over the data.
         chunk_tokens: positions whose logits exist at once.
         method: in words. data: the rows.
+        kind: of step, "train" or "forward". variants: of the weights that each micro-batch passes.
+        fold_steps: steps from one working copy of the weights to the next; 0: there is none.
     """
 
     model: str
@@ -67,6 +69,18 @@ class Job:
     chunk_tokens: int
     method: str
     data: Rows
+    kind: str = "train"
+    variants: int = 1
+    fold_steps: int = 0
+
+    def passes(self, micro_batches: int) -> int:
+        """Micro-batches that pass a block in one visit."""
+        return micro_batches * self.variants
+
+    @property
+    def kept_bytes(self) -> int:
+        """Inputs of blocks that a micro-batch keeps for a backward."""
+        return self.footprint.kept_bytes if self.kind == "train" else 0
 
     def tokens(self, micro_batches: int) -> float:
         """Of one step of so many micro-batches, padding left out."""

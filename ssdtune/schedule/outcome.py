@@ -8,7 +8,13 @@ import math
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import Machine
-from ssdtune.schedule.memory import HOLES_SHARE, INPUTS, Peak, predict_peak
+from ssdtune.schedule.memory import (
+    HOLES_SHARE,
+    INPUTS,
+    Peak,
+    predict_forward_peak,
+    predict_peak,
+)
 from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
 from ssdtune.schedule.search import Effort, search
@@ -49,6 +55,7 @@ class Outcome:
         simulation: None where the machine's rates or the model's work are not known.
         tokens: of one step. num_steps: of the run.
         written_bytes: to the drive in the whole run, checkpoints included.
+        read_bytes: of one step.
         hidden_at: micro-batches of a step from which on reading is hidden; None: it never is, or is not known.
     """
 
@@ -60,6 +67,7 @@ class Outcome:
     num_steps: int
     written_bytes: float
     hidden_at: int | None
+    read_bytes: int
 
     @property
     def total_s(self) -> float | None:
@@ -113,6 +121,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         num_steps=num_steps,
         written_bytes=_written(job, peak, num_steps),
         hidden_at=_hidden_at(job, machine, plan),
+        read_bytes=plan.sequences[job.kind].read_bytes,
     )
 
 
@@ -157,7 +166,8 @@ def smallest_change(job: Job, machine: Machine, choices: Choices) -> tuple[str, 
 
 
 def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
-    return predict_peak(plan, job.footprint, job.fixed, num_micro_batches=micro_batches)
+    predicted = predict_peak if job.kind == "train" else predict_forward_peak
+    return predicted(plan, job.footprint, job.fixed, num_micro_batches=job.passes(micro_batches))
 
 
 def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
@@ -200,9 +210,11 @@ def _over(peak: Peak, machine: Machine) -> str:
 
 
 def _written(job: Job, peak: Peak, num_steps: int) -> float:
-    """Block inputs of every step where NVMe holds them, and checkpoints."""
+    """Block inputs of every step where NVMe holds them, checkpoints, and working copies of the weights."""
     inputs = peak.nvme.get(INPUTS, 0)
-    return num_steps * inputs + min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
+    saved = min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
+    copies = num_steps // job.fold_steps if job.fold_steps else 0
+    return num_steps * inputs + saved + copies * sum(block.slot_bytes for block in job.blocks)
 
 
 # ------------------------------------------------------------------ time
@@ -211,8 +223,13 @@ def _written(job: Job, peak: Peak, num_steps: int) -> float:
 def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
     if job.work is None or machine.profile is None:
         return None
-    stored = micro_batches * job.footprint.kept_bytes
-    return Pricing(job.work, machine.profile, num_micro_batches=micro_batches, stored_bytes=stored)
+    return Pricing(
+        job.work,
+        machine.profile,
+        kind=job.kind,
+        num_micro_batches=job.passes(micro_batches),
+        stored_bytes=micro_batches * job.kept_bytes,
+    )
 
 
 def _hidden_at(job: Job, machine: Machine, plan: Plan) -> int | None:
@@ -223,11 +240,12 @@ def _hidden_at(job: Job, machine: Machine, plan: Plan) -> int | None:
     pricing = _pricing(job, machine, 1)
     if pricing is None:
         return None
-    seconds = pricing.op_seconds(plan.sequences["train"])
+    steps = plan.sequences[job.kind]
+    seconds = pricing.op_seconds(steps)
     needed = 1
     for direction in Direction:
         lanes: dict[Lane, float] = {}
-        for op in plan.sequences["train"].ops:
+        for op in steps.ops:
             if op.direction is direction:
                 lanes[op.lane] = lanes.get(op.lane, 0.0) + seconds[op.id]
         compute = lanes.pop(Lane.COMPUTE, 0.0)

@@ -442,7 +442,7 @@ def _write_trace(folder: Path, result: TrainResult, schedule: Schedule | None) -
     write_file_atomically(folder / TRACE_NAME, text.encode())
     if schedule is not None:
         plan = schedule.streamer.engine.plan
-        prediction = Prediction.of(plan, schedule.priced({}).simulation(plan))
+        prediction = Prediction.of(plan, schedule.priced({}).simulation(plan), schedule.passes.kind)
         write_file_atomically(folder / PLAN_NAME, prediction.to_json().encode())
 
 

@@ -24,7 +24,7 @@ from ssdtune.zeroth_order.updates import Update
 
 FORMAT = "ssdtune zeroth-order log 1"
 # What z and rounding are made from: another would make other weights from the same log.
-GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles"
+GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles, BLAKE2b keys"
 ALL, ADAPTERS = "all", "adapters"  # what trains
 
 

@@ -87,12 +87,7 @@ class ZerothOrder:
 
     def extra_bytes(self) -> dict[str, int]:
         """Memory that it takes beside a forward's, by what it is for."""
-        shifted = sum(shift is not None for shift in self.estimator.variants)
-        outside = shifted * self.weights.resident_bytes
-        return {
-            "a variant of a block": self.weights.variant_bytes,
-            "variants outside blocks": outside,
-        }
+        return self.weights.extra_bytes(self.estimator.variants)
 
     def resume(self, updates: Sequence[Update], num_steps: int) -> None:
         """Goes on after so many steps whose updates are these; adapters are loaded by whoever saved them."""

@@ -4,11 +4,14 @@ Streamed weights stay in their files. What training makes of them is a list of u
 file takes the steps that it has missed, in its slot, before anybody reads it, and each variant of the weights is made
 from that, in memory of its own, while its micro-batches pass. So every reader sees the weights as they are now:
 training, evaluation, generation, `state_dict`. Nothing is added and taken away again, so nothing drifts.
+
+Of parameters that lie in memory, those inside a block (adapters) are shifted like the block, when it is visited and in
+one place for all blocks; of the few outside of blocks all variants are kept for the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -40,22 +43,30 @@ class MovingWeights:
         self.updates: list[Update] = []
         self._streamer = streamer
         self._resident = dict(resident)
+        self._inside, self._outside = by_place(streamer, resident)
         self._shifts: Sequence[Shift | None] = ()
         self._step = 0
         # First tensor's address in a slot -> the content that has taken so many updates.
         self._taken: dict[int, tuple[object, int]] = {}
         self._scratch: torch.Tensor | None = None  # where variants of blocks are made
         self._views: dict[int, list[torch.Tensor]] = {}
-        self._shifted: dict[int, dict[str, torch.Tensor]] = {}  # of resident parameters, by variant
+        self._inside_scratch: torch.Tensor | None = None
+        self._shifted: dict[
+            int, dict[str, torch.Tensor]
+        ] = {}  # of those outside of blocks, by variant
         self._plain: dict[str, torch.Tensor] = {}
 
-    @property
-    def resident_bytes(self) -> int:
-        """Of the parameters in memory that train."""
-        return sum(p.nbytes for p in self._resident.values())
+    def extra_bytes(self, shifts: Sequence[Shift | None]) -> dict[str, int]:
+        """Memory that variants take, by what it is for."""
+        inside = max((inside_bytes(p.values()) for p in self._inside.values()), default=0)
+        return extra_bytes(
+            shifts,
+            block=self._variant_bytes + inside,
+            outside=sum(p.nbytes for p in self._outside.values()),
+        )
 
     @property
-    def variant_bytes(self) -> int:
+    def _variant_bytes(self) -> int:
         """Of the place where variants of blocks are made."""
         if not self.trains_blocks:
             return 0
@@ -68,9 +79,9 @@ class MovingWeights:
         self._plain = {name: p.data for name, p in self._resident.items()}
         for variant, shift in enumerate(shifts):
             if shift is not None:
-                made = {name: torch.empty_like(base) for name, base in self._plain.items()}
-                for name, base in self._plain.items():
-                    self._shift(made[name], base, name, shift)
+                made = {name: torch.empty_like(self._plain[name]) for name in self._outside}
+                for name, to in made.items():
+                    self._shift(to, self._plain[name], name, shift)
                 self._shifted[variant] = made
 
     def take(self, update: Update) -> None:
@@ -111,6 +122,7 @@ class MovingWeights:
     ) -> Sequence[torch.Tensor]:
         """A variant of the block, made in the one place for it: gone with the next one."""
         shift = self._shifts[variant]
+        self._shift_inside(block, shift)
         if shift is None or not self.trains_blocks:
             return tensors
         made = self._views_of(block)
@@ -124,9 +136,13 @@ class MovingWeights:
         return stored
 
     def outside(self, variant: int | None) -> None:
-        """Resident parameters as in a variant; None: as they are."""
-        made = self._plain if variant is None else self._shifted.get(variant, self._plain)
-        for name, parameter in self._resident.items():
+        """Parameters outside of blocks as in a variant; None: all that lie in memory as they are."""
+        if variant is None:
+            for name, parameter in self._resident.items():
+                parameter.data = self._plain[name]
+            return
+        made = self._shifted.get(variant, self._plain)
+        for name, parameter in self._outside.items():
             parameter.data = made[name]
 
     # ---- inner -------------------------------------------------------------------------------
@@ -137,16 +153,69 @@ class MovingWeights:
     def _shift(self, to: torch.Tensor, base: torch.Tensor, name: str, shift: Shift) -> None:
         self.directions.shift(to, base, name, step=self._step, j=shift.direction, scale=shift.scale)
 
+    def _shift_inside(self, block: int, shift: Shift | None) -> None:
+        """The block's parameters in memory as in a variant; what is left in those of another block is never read."""
+        parameters = self._inside.get(block, {})
+        if shift is None:
+            for name, parameter in parameters.items():
+                parameter.data = self._plain[name]
+            return
+        at = 0
+        for name, parameter in parameters.items():
+            base = self._plain[name]
+            to = self._inside_memory(base.device)[at : at + base.nbytes].view(base.dtype)
+            to = to.view(base.shape)
+            self._shift(to, base, name, shift)
+            parameter.data = to
+            at += _padded(base.nbytes)
+
+    def _inside_memory(self, device: torch.device) -> torch.Tensor:
+        if self._inside_scratch is None:
+            num_bytes = max(inside_bytes(p.values()) for p in self._inside.values())
+            self._inside_scratch = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return self._inside_scratch
+
     def _views_of(self, block: int) -> list[torch.Tensor]:
         """Tensors laid out as in a slot, alignment included: kernels choose by it."""
         if block not in self._views:
             slots = self._streamer.engine.slots
             if self._scratch is None:
                 self._scratch = (
-                    aligned_bytes(self.variant_bytes)
+                    aligned_bytes(self._variant_bytes)
                     if slots.device.type == "cpu"
-                    else torch.empty(self.variant_bytes, dtype=torch.uint8, device=slots.device)
+                    else torch.empty(self._variant_bytes, dtype=torch.uint8, device=slots.device)
                 )
             views = self._streamer.engine.recipes[block].tensors
             self._views[block] = [view.of(self._scratch) for view in views]
         return self._views[block]
+
+
+ALIGNMENT = 256  # of tensors beside each other, as slots have it on a device
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def inside_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Of the place where a block's parameters in memory are shifted."""
+    return sum(_padded(p.nbytes) for p in parameters)
+
+
+def extra_bytes(shifts: Sequence[Shift | None], *, block: int, outside: int) -> dict[str, int]:
+    """What variants take: one of the largest block, and all of them of what lies outside of blocks."""
+    num_shifted = sum(shift is not None for shift in shifts)
+    return {"a variant of a block": block, "variants outside blocks": num_shifted * outside}
+
+
+def by_place(
+    streamer: Streamer, parameters: Mapping[str, torch.Tensor]
+) -> tuple[dict[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Parameters by the block whose modules hold them, and those outside of blocks."""
+    block_of = {id(p): m.block for m in streamer.meetings for p in m.module.parameters()}
+    inside: dict[int, dict[str, torch.Tensor]] = {}
+    outside: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        block = block_of.get(id(parameter))
+        (outside if block is None else inside.setdefault(block, {}))[name] = parameter
+    return inside, outside
