@@ -245,7 +245,7 @@ def test_it_fits_from_the_memory_on_that_it_says(config_path: Path) -> None:
 def test_where_inputs_are_too_many_nvme_holds_them(config_path: Path) -> None:
     job = a_job(config_path)
     many = Choices(micro_batches=4096)
-    machine = a_machine(int(1.2 * job.fixed.base_bytes) + 30 * MB)
+    machine = a_machine(int(1.2 * job.fixed.base_bytes) + 70 * MB)
     assert isinstance(outcome(job, machine, many), Refusal)
     change = smallest_change(job, machine, many)
     assert change is not None

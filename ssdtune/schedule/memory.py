@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from ssdtune.schedule.plan import Plan, Tier
 from ssdtune.sizes import format_size
 
-# What the math libraries keep from their first call on: packing buffers, code pages that get touched. Measured with
-# MKL and oneDNN on two CPUs at 15-25 MB; not part of `base_bytes`, which is taken before the first product.
-LIBRARY_BYTES = 20 * 2**20
-# Without a device activations come from the C library's heap, which keeps holes between them. `HeapKeeper`
-# (visit/memory.py) gives them back when they pass half of this share of all else; more come within a pass.
-HOLES_SHARE = 0.06
+# What is not there yet when `base_bytes` is taken: packing buffers of the math libraries (MKL and oneDNN on two CPUs:
+# 15-25 MB), and code that comes with opening the model and with the first steps (10-20 MB). Measured after malloc_trim.
+LIBRARY_BYTES = 34 * 2**20
+# Without a device activations come from the C library's heap, which keeps holes between them: 8-15 % of all else after
+# four steps of three models. `HeapKeeper` (visit/memory.py) gives them back when they pass half of this share.
+HOLES_SHARE = 0.07
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
 NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 MOST_STATES = 2  # of all others
