@@ -239,8 +239,9 @@ class TrainConfig:
         default="adapters",
     )
     zo_estimator: str = key(
-        OneOf(("mezo", "fzoo")),
-        "two-sided differences (arXiv 2305.17333), or many one-sided ones scaled by their spread (arXiv 2506.09034)",
+        OneOf(("mezo", "fzoo", "lozo")),
+        "two-sided differences (arXiv 2305.17333); many one-sided ones scaled by their spread (arXiv 2506.09034); "
+        "two-sided ones along matrices of low rank (arXiv 2410.07698)",
         default="mezo",
     )
     zo_eps: float = key(
@@ -248,9 +249,13 @@ class TrainConfig:
     )
     zo_num_directions: int | None = key(
         Or("auto", Whole(1, 1024)),
-        "random directions of a step, all in one fetch of a block; auto: 1 for mezo, 8 for fzoo",
+        "random directions of a step, all in one fetch of a block; auto: 1 for mezo and lozo, 8 for fzoo",
         default=None,
         example="8",
+    )
+    zo_rank: int = key(Whole(1, 1024), "rank of lozo's directions", default=2)
+    zo_window: int = key(
+        Whole(1, 2**24), "steps for which one factor of lozo's directions stays", default=50
     )
     zo_clip: float | None = key(
         Or("none", Number(is_open=True)),

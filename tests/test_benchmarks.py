@@ -286,3 +286,26 @@ def test_a_contestant_that_fails_is_named_with_its_last_words(tmp_path: Path) ->
             entrant.wait_ready()
     finally:
         entrant.kill()
+
+
+# ------------------------------------------------------------------ on a device, and by forward passes alone
+
+
+def run_script(name: str, *flags: object) -> str:
+    """What a benchmark prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_benchmark_of_a_device_runs_without_one(tmp_path: Path) -> None:
+    flags = ("--layers", 3, "--width", 128, "--length", 16, "--rounds", 1, "--scratch", tmp_path)
+    printed = run_script("gpu.py", "--device", "cpu", *flags, "--json")
+    result = json.loads(printed.splitlines()[-1])
+    assert [row["tokens"] for row in result["rows"]] == [16, 8 * 16]
+    for row in result["rows"]:
+        assert row["losses_off_by"] == 0
+        assert row["misses"] == 0
+        assert row["floor_s"] > 0
+    assert not list(tmp_path.iterdir()), "nothing is left behind"

@@ -49,6 +49,8 @@ OTHER_VALUES = {
     "zo_estimator": ("fzoo", "fzoo"),
     "zo_eps": ("1e-4", 1e-4),
     "zo_num_directions": ("4", 4),
+    "zo_rank": ("4", 4),
+    "zo_window": ("20", 20),
     "zo_clip": ("10", 10.0),
     "zo_fold_steps": ("50", 50),
     "dataset": (

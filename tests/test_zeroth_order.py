@@ -15,33 +15,53 @@ from support import cut, digests, make_pair, num_misses, with_lora
 
 from ssdtune.kernels import philox
 from ssdtune.kernels.noise import GAUSSIAN, QUANTILES, UNIT
-from ssdtune.zeroth_order import FZOO, EstimatorError, Fold, MeZO, ZerothOrder
+from ssdtune.zeroth_order import FZOO, LOZO, EstimatorError, Fold, MeZO, ZerothOrder
 from ssdtune.zeroth_order.estimators import Shift
+from ssdtune.zeroth_order.updates import Family
 from ssdtune.zeroth_order.working_copy import WorkingCopyError
 
 ARCHITECTURES = ("llama", "gemma3", "opt", "gpt2", "mixtral", "mamba2")
 SEED, LEARNING_RATE, DECAY = 3, 1e-2, 0.1
 Stream = Callable[..., Any]
 NUM_STEPS = 20
-ESTIMATORS = {"mezo": MeZO(eps=1e-2, num_directions=2), "fzoo": FZOO(eps=1e-2, num_directions=3)}
+ESTIMATORS = {
+    "mezo": MeZO(eps=1e-2, num_directions=2),
+    "fzoo": FZOO(eps=1e-2, num_directions=3),
+    "lozo": LOZO(eps=1e-2, num_directions=2, rank=2, window=3),
+}
 
 
 # ------------------------------------------------------------------ the algorithm, in memory
 
 
-def scaled(name: str, like: torch.Tensor, step: int, j: int, scale: float, kind: str) -> Any:
-    """scale x z, float32: looked up as `kernels.noise` states it."""
+def terms(
+    name: str, like: torch.Tensor, step: int, j: int, scale: float, family: Family
+) -> Iterator[torch.Tensor]:
+    """What adds up to scale x z, float32, in the order in which it is added."""
     key = philox.key_of(SEED, step, j, philox.number_of(name))
+    if not family.rank or like.dim() < 2:
+        yield looked_up(key, like.numel(), scale, family.kind).view(like.shape)
+        return
+    rows, columns = like.shape[0], like.numel() // like.shape[0]
+    u = looked_up(key, family.rank * rows, scale, GAUSSIAN).view(family.rank, rows)
+    window = philox.key_of(SEED, step // family.window, philox.number_of(name + " of the window"))
+    v = looked_up(window, family.rank * columns, 1.0, GAUSSIAN).view(family.rank, columns)
+    for k in range(family.rank):
+        yield (u[k][:, None] * v[k][None, :]).view(like.shape)
+
+
+def looked_up(key: int, count: int, scale: float, kind: str) -> torch.Tensor:
+    """scale x z, float32: looked up as `kernels.noise` states it."""
     bits = 8 if kind == GAUSSIAN else 1
     found = philox.fields(
-        key, 0, like.numel(), bits=bits, domain=philox.DIRECTION, device=torch.device("cpu")
+        key, 0, count, bits=bits, domain=philox.DIRECTION, device=torch.device("cpu")
     )
     if kind == GAUSSIAN:
         table = torch.tensor([*(-q for q in QUANTILES[::-1]), *QUANTILES], dtype=torch.float64)
         values = scale * (table * UNIT)
     else:
         values = torch.tensor([-scale, scale], dtype=torch.float64)
-    return values.float()[found].view(like.shape)
+    return values.float()[found]
 
 
 def rounded(values: torch.Tensor, name: str, step: int, dtype: torch.dtype) -> torch.Tensor:
@@ -77,9 +97,9 @@ class InMemory:
             if p.dim() > 1:
                 total = total * torch.tensor(1 - LEARNING_RATE * DECAY)
             for j, g in enumerate(gradients):
-                total = total + scaled(
-                    name, p, self.num_steps, j, -(LEARNING_RATE * g), self.estimator.kind
-                )
+                scale = -(LEARNING_RATE * g)
+                for term in terms(name, p, self.num_steps, j, scale, self.estimator.family):
+                    total = total + term
             p.copy_(rounded(total, name, self.num_steps, p.dtype))
         self.num_steps += 1
         return losses
@@ -88,10 +108,11 @@ class InMemory:
         for name, p in self.parameters.items():
             value = pristine[name]
             if shift is not None:
-                z = scaled(
-                    name, p, self.num_steps, shift.direction, shift.scale, self.estimator.kind
-                )
-                value = (value.float() + z).to(p.dtype)
+                total = value.float()
+                j, family = shift.direction, self.estimator.family
+                for term in terms(name, p, self.num_steps, j, shift.scale, family):
+                    total = total + term
+                value = total.to(p.dtype)
             p.copy_(value)
 
 
@@ -152,6 +173,13 @@ def test_all_weights_train_as_in_memory(
         weight = pair.streamed.get_parameter(key)
         assert torch.equal(weight.clone(), value), key
     assert num_misses(pair.streamed.ssdtune.engine) == 0
+
+
+@pytest.mark.parametrize("num_directions", [1, 2])
+def test_lozo_divides_by_its_rank(num_directions: int) -> None:
+    losses = [3.0, 1.0] * num_directions
+    found = LOZO(eps=0.5, rank=4, num_directions=num_directions).gradients(losses)
+    assert found == [2.0 / 4 / num_directions] * num_directions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -45,6 +45,7 @@ QUANTILES = (
 UNIT = 1 / math.sqrt(sum(q * q for q in QUANTILES) / len(QUANTILES))
 FIELD_BITS = {GAUSSIAN: 8, RADEMACHER: 1}
 TILE = 8192  # elements; parts of a tensor begin at its multiples
+ROUNDING_TILE = philox.tile_size(16)
 PART = 64 * TILE  # elements that one thread takes at a time
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the native code knows
 
@@ -105,6 +106,53 @@ def add_directions(
         _by_torch(to, base, directions, decay, rounding_key)
 
 
+def values(direction: Direction, num_elements: int, device: torch.device) -> torch.Tensor:
+    """The direction's first elements themselves, scaled: float32 [num_elements]."""
+    nothing = torch.zeros(num_elements, device=device)
+    add_directions(nothing, nothing, [direction])
+    return nothing
+
+
+def add_low_rank(
+    to: torch.Tensor,
+    base: torch.Tensor,
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    decay: float = 1.0,
+    rounding_key: int | None = None,
+) -> None:
+    """to = round(base * decay + sum over factors (U, V) and k of U_k V_k^T), element by element; `to` may be `base`.
+
+    base: as a matrix [first dimension, all others]. U: float32 [rank, rows]; V: float32 [rank, columns]. Products and
+    sums are rounded to float32 one by one, from left to right: no matrix product, whose order of sums is its library's.
+    """
+    matrix = base.reshape(base.shape[0], -1)
+    out = torch.empty_like(matrix)
+    rows, columns = matrix.shape
+    # Parts begin where a tile of fields for rounding does.
+    step = ROUNDING_TILE // math.gcd(columns, ROUNDING_TILE)
+    step *= max(1, PART // (step * columns))
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        total = matrix[part].float()
+        if decay != 1.0:
+            total = total * torch.tensor(decay, dtype=torch.float32, device=base.device)
+        for left, right in factors:
+            for u, v in zip(left[:, part], right, strict=True):
+                total = total + u.unsqueeze(1) * v
+        out[part] = _rounded(total, base.dtype, rounding_key, first * columns)
+    to.copy_(out.view(base.shape))
+
+
+def _rounded(
+    total: torch.Tensor, dtype: torch.dtype, rounding_key: int | None, first: int
+) -> torch.Tensor:
+    """float32 to a dtype. first: number of its first element in the tensor."""
+    if rounding_key is None or dtype != torch.bfloat16:
+        return total.to(dtype)
+    return _stochastic(total.reshape(-1), rounding_key, first).view(total.shape)
+
+
 def _by_torch(
     to: torch.Tensor,
     base: torch.Tensor,
@@ -130,11 +178,7 @@ def _by_torch(
             )
             table = torch.tensor(direction.values(), dtype=torch.float32, device=base.device)
             total = total + table[found]
-        if rounding_key is not None and base.dtype == torch.bfloat16:
-            part = _stochastic(total, rounding_key, first)
-        else:
-            part = total.to(base.dtype)
-        out[first : first + PART] = part
+        out[first : first + PART] = _rounded(total, base.dtype, rounding_key, first)
     to.copy_(out.view(base.shape))
 
 

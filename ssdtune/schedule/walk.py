@@ -72,12 +72,13 @@ class Walk:
         self._entered = None
 
     def next_to_fill(self) -> int | None:
-        """The next position to fill whose slot's last planned reader is done; None: none is now."""
-        position = self.ahead
-        if position >= 2 * self.num_visits:
-            return None
-        last_reader = position - self._reuse[position % self.num_visits]
-        return None if last_reader >= self.done else position
+        """The next position whose slot has not been looked at; None at the end of the next step."""
+        return self.ahead if self.ahead < 2 * self.num_visits else None
+
+    def may_fill(self, position: int) -> bool:
+        """Whether the last planned reader of the position's slot is done. A slot that holds the block already needs
+        no fill, and waits for nobody: what comes behind it must not wait either."""
+        return position - self._reuse[position % self.num_visits] < self.done
 
     def filled(self, position: int) -> None:
         """The slot of `position` holds its block, or will."""

@@ -367,11 +367,13 @@ class Engine:
         return self._claim_next() if not self._demands else None
 
     def _claim_next(self) -> Fill | None:
-        """The next fill whose slot's last planned reader is done."""
+        """The next fill, if its slot's last planned reader is done."""
         while (position := self._walk.next_to_fill()) is not None:
             visit = self._walk.visit(position)
             held = self._held.get(visit.slot)
             if held is None or held.block != visit.block:
+                if not self._walk.may_fill(position):
+                    return None
                 reading = self._visiting
                 if reading is not None and reading.fill.slot == visit.slot:
                     return None  # by a visit that the plan did not expect there

@@ -9,6 +9,7 @@ Learning-rate schedules, callbacks, evaluation, logging and resuming are the Tra
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.rehearsal import base_of as model_of
-from ssdtune.zeroth_order import FZOO, Estimator, Fold, MeZO, Step, ZerothOrder
+from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, MeZO, Step, ZerothOrder
 from ssdtune.zeroth_order.log import ADAPTERS, ALL, Header, LogError, LogWriter, read_log
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ def fold_of(config: TrainConfig) -> Fold | None:
 
 def estimator_of(config: TrainConfig) -> Estimator:
     """As the zo_* keys say."""
-    kind = {"mezo": MeZO, "fzoo": FZOO}[config.zo_estimator]
-    if config.zo_num_directions is None:
-        return kind(eps=config.zo_eps)
-    return kind(eps=config.zo_eps, num_directions=config.zo_num_directions)
+    given: dict[str, Any] = {"eps": config.zo_eps}
+    if config.zo_num_directions is not None:
+        given["num_directions"] = config.zo_num_directions
+    if config.zo_estimator == "lozo":
+        return LOZO(**given, rank=config.zo_rank, window=config.zo_window)
+    return {"mezo": MeZO, "fzoo": FZOO}[config.zo_estimator](**given)
 
 
 class ZOTrainer(SSDTrainer):
@@ -80,7 +83,7 @@ class ZOTrainer(SSDTrainer):
         header = Header(
             base=base_of(model_of(self.model)),
             seed=self.args.seed,
-            kind=self.method.estimator.kind,
+            **dataclasses.asdict(self.method.estimator.family),
             trains=ALL if self.method.trains_blocks else ADAPTERS,
         )
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)

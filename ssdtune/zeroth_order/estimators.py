@@ -10,10 +10,11 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.noise import GAUSSIAN, RADEMACHER
+from ssdtune.zeroth_order.updates import Family
 
 
 class EstimatorError(SSDTuneError):
@@ -29,9 +30,12 @@ class Shift:
 
 
 class Estimator(Protocol):
-    """How gradients are estimated. kind: of the directions, as in `kernels.noise`."""
+    """How gradients are estimated."""
 
-    kind: ClassVar[str]
+    @property
+    def family(self) -> Family:
+        """What the directions look like."""
+        ...
 
     @property
     def variants(self) -> Sequence[Shift | None]:
@@ -53,10 +57,14 @@ class MeZO:
 
     eps: float = 1e-3
     num_directions: int = 1
-    kind: ClassVar[str] = GAUSSIAN
 
     def __post_init__(self) -> None:
         _check(self.eps, self.num_directions, 1)
+
+    @property
+    def family(self) -> Family:
+        """A normal number for each element."""
+        return Family(GAUSSIAN)
 
     @property
     def variants(self) -> Sequence[Shift | None]:
@@ -80,10 +88,14 @@ class FZOO:
 
     eps: float = 1e-3
     num_directions: int = 8
-    kind: ClassVar[str] = RADEMACHER
 
     def __post_init__(self) -> None:
         _check(self.eps, self.num_directions, 2)
+
+    @property
+    def family(self) -> Family:
+        """A sign for each element."""
+        return Family(RADEMACHER)
 
     @property
     def variants(self) -> Sequence[Shift | None]:
@@ -97,6 +109,44 @@ class FZOO:
         if spread == 0:
             return [0.0] * self.num_directions
         return [(loss - base) / (self.eps * self.num_directions * spread) for loss in shifted]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LOZO:
+    """Two-sided differences along matrices of low rank, one factor of which stays for a window of steps.
+
+    g_j = (L(theta + eps U_j V^T) - L(theta - eps U_j V^T)) / (2 eps) / rank / n, theta -= lr sum_j g_j U_j V^T,
+    U_j [rows, rank] and V [columns, rank] Gaussian, U_j new at every step, V at every window's beginning; parameters of
+    one dimension as in MeZO (Chen et al., "Enhancing zeroth-order fine-tuning for language models with low-rank
+    structures", arXiv 2410.07698, Alg. 1)
+    """
+
+    eps: float = 1e-3
+    num_directions: int = 1
+    rank: int = 2
+    window: int = 50
+
+    def __post_init__(self) -> None:
+        _check(self.eps, self.num_directions, 1)
+        if self.rank < 1 or self.window < 1:
+            raise EstimatorError(
+                f"rank is {self.rank} and window is {self.window}; both must be 1 or more."
+            )
+
+    @property
+    def family(self) -> Family:
+        """U V^T."""
+        return Family(GAUSSIAN, self.rank, self.window)
+
+    @property
+    def variants(self) -> Sequence[Shift | None]:
+        """Both sides of each direction, one after the other."""
+        return MeZO(eps=self.eps, num_directions=self.num_directions).variants
+
+    def gradients(self, losses: Sequence[float]) -> list[float]:
+        """As above."""
+        two_sided = MeZO(eps=self.eps, num_directions=self.num_directions).gradients(losses)
+        return [g / self.rank for g in two_sided]
 
 
 def _check(eps: float, num_directions: int, least: int) -> None:

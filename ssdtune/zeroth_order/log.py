@@ -1,6 +1,7 @@
 """The log of a zeroth-order run: a line for each step, and from them and the base any step's weights again.
 
-    {"format": ..., "generator": ..., "base": ..., "seed": ..., "kind": ..., "trains": ..., "crc": ...}
+    {"format": ..., "generator": ..., "base": ..., "seed": ..., "kind": ..., "rank": ..., "window": ...,
+     "trains": ..., "crc": ...}
     {"step": 0, "loss": ..., "coefficients": [...], "decay": ..., "crc": ...}
     {"step": 1, "loss": ..., "skipped": true, "crc": ...}
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.noise import KINDS
-from ssdtune.zeroth_order.updates import Update
+from ssdtune.zeroth_order.updates import Family, Update
 
 FORMAT = "ssdtune zeroth-order log 1"
 # What z and rounding are made from: another would make other weights from the same log.
@@ -35,12 +36,19 @@ class LogError(SSDTuneError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
     """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
-    trains: "all" weights, or "adapters"."""
+    kind, rank, window: of the directions' family. trains: "all" weights, or "adapters"."""
 
     base: str | None
     seed: int
     kind: str
+    rank: int = 0
+    window: int = 0
     trains: str
+
+    @property
+    def family(self) -> Family:
+        """What the directions look like."""
+        return Family(self.kind, self.rank, self.window)
 
     def differences(self, other: Header) -> list[str]:
         """What is not as in another, in words."""

@@ -71,7 +71,7 @@ class ZerothOrder:
         self.weights = MovingWeights(
             self.streamer,
             trained,
-            Directions(seed, estimator.kind),
+            Directions(seed, estimator.family),
             trains_blocks=trains_blocks,
         )
         self.trains_blocks = trains_blocks
@@ -160,7 +160,7 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     weights = MovingWeights(
         streamer,
         outside_of_blocks(model, streamer),
-        Directions(log.header.seed, log.header.kind),
+        Directions(log.header.seed, log.header.family),
         trains_blocks=True,
     )
     weights.replay(updates)
