@@ -17,7 +17,6 @@ import torch
 from ssdtune.kernels.noise import Direction, add_directions, add_low_rank, values
 from ssdtune.kernels.philox import key_of, number_of
 
-
 WINDOW = " of the window"  # makes another number of a parameter's name, for V
 
 
