@@ -5,9 +5,9 @@
 First this machine is measured (`ssdtune probe`), which sees none of the runs. Then every run is a process of its own:
 it says what it predicts from plan, counted operators and profile, and takes its steps. Predicted peak memory too.
 
-Shared machines drift by more than what is to be shown. So one matrix product, none of the runs' own, is timed right
-after the probe and before and after each run: its *pace* then over its pace now. Errors stand twice, as they are and
-with predicted compute times multiplied by the pace.
+Shared machines drift by more than what is to be shown. So one matrix product, none of the runs' own, is timed before
+and after each run: its *pace*, over what the profile says of it. Errors stand twice, as they are and with predicted
+compute times multiplied by the pace.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from benchmarks.contestants import Ours
-    from benchmarks.machine import pace_s
+    from benchmarks.machine import PACE_FLOP, pace_s
     from benchmarks.worker import forget_peak, memory_peak_bytes
     from ssdtune.profiles import load_profile
     from ssdtune.schedule import trace
@@ -180,7 +180,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         times.append(max(done, ours.settle() or done) - start)
         lanes.append({str(k): v for k, v in trace.lane_seconds(ours.ops()).items()})
     paces.append(pace_s())
-    pace = statistics.mean(paces) / job["pace_s"]
+    said = profile.operator("float32", "matmul_transposed").seconds(PACE_FLOP)
+    pace = statistics.mean(paces) / said
     peak = predict(
         ours.model,
         rehearsed.footprint,
@@ -294,9 +295,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ssdtune.probe import print_probe
 
             print_probe(inputs.cache_folder(), profile)
-        from benchmarks.machine import pace_s
-
-        pace = pace_s()
         for case in cases():
             if options.only in case.name:
                 folder = model_folder(case.shape, options.model)
@@ -304,7 +302,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "folder": str(folder),
                     "profile": str(profile),
                     "rounds": options.rounds,
-                    "pace_s": pace,
                 }
                 rows.append(run(case, job))
                 print(list(table(rows[-1:]))[-1], flush=True)

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from engines import (
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule import trace as traces
-from ssdtune.schedule.plan import Kind, Lane
+from ssdtune.schedule.plan import Kind, Lane, Plan, Visit
 from ssdtune.schedule.planner import plain_orders
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap import engine as engine_module
@@ -184,6 +184,28 @@ def test_fills_run_ahead_across_the_end_of_a_step(tmp_path: Path, make: MakeEngi
     loads = Counter(op.step for op in engine.trace if op.kind is Kind.LOAD)
     assert loads[0] + loads[1] == 7
     assert loads[2] == 2, "fills ahead are counted in the step that they are for"
+
+
+def test_fills_pass_a_visit_whose_block_stays(tmp_path: Path, make: MakeEngine) -> None:
+    """A tied embedding and head is visited last, and first again: what follows is filled while the head computes."""
+    blocks = plain_blocks(tmp_path)
+    plain = make(blocks, num_slots=4.0).plan
+    users = Counter(plan_slot for plan_slot, _ in {(v.slot, v.block) for v in forward_of(plain)})
+    tied = next(v.block for v in forward_of(plain) if users[v.slot] == 1)
+    others = [(block, F) for block in range(7) if block != tied]
+    orders = {"forward": [(tied, F), *others, (tied, F)]}
+    engine = make(blocks, num_slots=4.0, orders=orders)
+    for _ in range(2):
+        run_step(engine, blocks, "forward")
+    engine.begin_step("forward")
+    for visit in forward_of(engine.plan):
+        check_slot(engine, blocks, visit.block, engine.enter(visit.block, F))
+    wait_for(lambda: sum(op.kind is Kind.LOAD and op.step == 4 for op in engine.trace) == 3)
+    assert not misses(engine)
+
+
+def forward_of(plan: Plan) -> Sequence[Visit]:
+    return plan.sequences["forward"].visits
 
 
 # ------------------------------------------------------------------ any order
