@@ -120,22 +120,3 @@ def read_bytes_per_s(storage: Any, file: Path, seconds: float = 0.7) -> float:
     from ssdtune.swap.readers import measure_read_rate
 
     return max(measure_read_rate(storage, file, seconds) for _ in range(3)) * 1e9
-
-
-PACE_PRODUCT = (128, 1024, 2816)  # tokens, width, width of the result
-PACE_FLOP = 2.0 * PACE_PRODUCT[0] * PACE_PRODUCT[1] * PACE_PRODUCT[2]
-
-
-def pace_s(seconds: float = 1.0) -> float:
-    """Seconds of a layer's matrix product, its weights not in a cache, over a while: how fast the machine is now."""
-    import torch
-
-    made = torch.Generator().manual_seed(0)
-    tokens, wide, out = PACE_PRODUCT
-    values = torch.randn(tokens, wide, generator=made)
-    weights = [torch.randn(out, wide, generator=made) for _ in range(8)]
-    count, start = 0, perf_counter()
-    while perf_counter() - start < seconds:
-        torch.nn.functional.linear(values, weights[count % len(weights)])
-        count += 1
-    return (perf_counter() - start) / count

@@ -50,7 +50,7 @@ class ZOTrainer(SSDTrainer):
     """An SSDTrainer that needs forward passes alone.
 
     Args:
-        estimator: MeZO(...) by default, or FZOO(...).
+        estimator: MeZO(...) by default, FZOO(...) or LOZO(...).
         clip: bounds each projected gradient; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
 
@@ -88,6 +88,7 @@ class ZOTrainer(SSDTrainer):
         )
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)
         self.last_step: Step | None = None
+        self.num_skipped = 0  # steps whose loss was infinite or no number
 
     def passes(self) -> Passes:
         """All micro-batches pass every variant."""
@@ -141,6 +142,7 @@ class ZOTrainer(SSDTrainer):
         Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
         self.log_writer.append(number, step.loss, step.update)
         self.last_step = step
+        self.num_skipped += step.update is None
         return torch.tensor(step.loss, device=self.args.device)
 
     def _share(self, model: nn.Module, inputs: Any, num_items: Any, scale: float) -> torch.Tensor:
@@ -148,10 +150,12 @@ class ZOTrainer(SSDTrainer):
         return loss * scale if scale != 1.0 else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's own, with the last step's projected gradient (its largest) and whether it was skipped."""
+        """Trainer's own, with the last step's projected gradient (its largest) and how many steps were skipped."""
         if self.last_step is not None and "loss" in logs:
             logs.pop("grad_norm", None)
             logs["projected_gradient"] = max(map(abs, self.last_step.gradients), default=0.0)
+            if self.num_skipped:
+                logs["skipped_steps"] = self.num_skipped
         super().log(logs, start_time)
 
     # ---- saving, resuming ------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class ZerothOrder:
 
     Args:
         model: what `ssdtune.stream` returned, with a peft adapter or not.
-        estimator: MeZO(...) or FZOO(...).
+        estimator: MeZO(...), FZOO(...) or LOZO(...).
         seed: 64 bits; with it and the updates, the weights of any step can be made again.
         clip: bounds each g_j to -clip ... clip; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
