@@ -43,7 +43,7 @@ some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as
   --hardware PART+PART         for a machine that one does not have (`ssdtune hardware` lists the
                                parts); again for another beside it: --hardware rtx4090+2x990pro+128GB
   --model FOLDER|config.json   instead of the configuration's; a config.json alone is enough
-  --compare                    other methods beside it, also those that can't be run yet
+  --compare                    other methods beside it, also those that can't be run yet (≈: by plain rates)
   --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
   --json                       the answer as one JSON object
 """

@@ -42,7 +42,7 @@ def as_mapping(
         "num_trained": job.num_trained,
         "data": dataclasses.asdict(job.data),
         "ways": [_way(job, way) for way in ways],
-        "not_runnable": [_other(each) for each in others],
+        "others": [_other(each) for each in others],
     }
 
 
@@ -79,6 +79,7 @@ def _other(each: Foreseen) -> dict[str, Any]:
         "words": each.words,
         "fits": each.why_not is None,
         "why": each.why_not,
+        "runs_as": each.runs_as,
         "step_s": each.outlook.step_s,
         "ram_bytes": each.memory.ram,
         "device_bytes": each.memory.device,

@@ -138,9 +138,11 @@ def row(job: Job, way: Way, letter: str) -> list[str]:
 
 
 def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:
-    """A method that can't be run yet, as a line of the table."""
+    """Another method, as a line of the table."""
     step_s, steps = each.outlook.step_s, job.steps(job.micro_batches)
     words = "not runnable in this version"
+    if each.runs_as is not None:
+        words = f"by plain rates; planned as it runs with {each.runs_as}"
     if each.why_not is not None:
         words += f"; would not fit: {each.why_not}"
     endurance = machine.drive.endurance_bytes

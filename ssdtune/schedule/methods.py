@@ -1,4 +1,4 @@
-"""What a job would come to by methods and widths that the engine does not run yet, beside those it does.
+"""What a job would come to by other methods and widths, most of which the engine does not run yet.
 
 Times are of equal blocks and plain rates (`outlook.py`): coarser than a plan's own simulation, and marked so.
 """
@@ -27,13 +27,15 @@ NF4_BITS = 4.5  # 4 bits a weight, a 16-bit scale for every 32
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Foreseen:
-    """One method. memory: with the job's own fixed bytes. why_not: what is short; None where it would fit."""
+    """One method. memory: with the job's own fixed bytes. why_not: what is short; None where it would fit. runs_as: the
+    key with which it runs and is planned op by op; None: the engine does not run it yet."""
 
     words: str
     outlook: Outlook
     memory: Memory
     written_bytes: float
     why_not: str | None
+    runs_as: str | None = None
 
 
 def foreseen(job: Job, machine: Machine) -> list[Foreseen]:
@@ -53,7 +55,9 @@ def foreseen(job: Job, machine: Machine) -> list[Foreseen]:
         )
         for words, bits in (("16-bit", 16.0), ("nf4", NF4_BITS))
     ]
-    return [_foreseen(job, machine, words, outlook) for words, outlook in [*full, *forward]]
+    found = [_foreseen(job, machine, words, outlook) for words, outlook in [*full, *forward]]
+    found[len(full)] = dataclasses.replace(found[len(full)], runs_as="method: zo")
+    return found
 
 
 def _foreseen(job: Job, machine: Machine, words: str, outlook: Outlook) -> Foreseen:
