@@ -46,7 +46,7 @@ def generate_from_run(
 
     logging.set_verbosity_error()
     folder = find_adapter(run)
-    config = load_config(_config_of(run, folder), overrides).config
+    config = load_config(config_of(run, folder), overrides).config
     model, tokenizer = open_adapter(config, folder)
     try:
         answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
@@ -75,7 +75,8 @@ def find_adapter(run: Path) -> Path:
     return found
 
 
-def _config_of(run: Path, folder: Path) -> Path:
+def config_of(run: Path, folder: Path) -> Path:
+    """The configuration of a run whose result, or checkpoint, is in `folder`."""
     for place in (folder, run):
         if (place / CONFIG_NAME).is_file():
             return place / CONFIG_NAME

@@ -14,8 +14,9 @@ from typing import Any
 
 from ssdtune.durable import commit_folder, new_temporary_folder, remove_folder_we_made
 from ssdtune.errors import SSDTuneError
+from ssdtune.generate import config_of
 from ssdtune.report import say
-from ssdtune.run_files import CONFIG_NAME, LOG_NAME
+from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
 from ssdtune.trainer.checkpoint import base_of, newest
 from ssdtune.trainer.run import open_model
@@ -44,8 +45,7 @@ def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
     num_steps = log.num_steps if step is None else step
     if not 0 <= num_steps <= log.num_steps:
         raise ReplayError(f"{path} has {log.num_steps} steps.\nGive --step 0 to {log.num_steps}.")
-    place = folder if (folder / CONFIG_NAME).is_file() else run
-    model: Any = open_model(load_config(place / CONFIG_NAME, []).config)
+    model: Any = open_model(load_config(config_of(run, folder), []).config)
     try:
         check_base(log, base_of(model), path)
         replayed(model, log, num_steps=num_steps)
@@ -145,8 +145,7 @@ def _in_files_form(model: Any, names: list[str]) -> dict[str, Any]:
 
 def _copy_the_rest(model: Any, folder: Path) -> None:
     """Config, generation config, tokenizer: whatever lies beside the base's weights and is no weight."""
-    base = Path(next(e.path for r in model.ssdtune.engine.recipes for e in r.extents)).parent
-    for path in sorted(base.iterdir()):
+    for path in sorted(model.ssdtune.checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja", ".py"):
             if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)

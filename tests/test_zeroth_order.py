@@ -258,6 +258,20 @@ def test_a_block_is_read_once_a_step(tmp_path: Path, stream: Stream) -> None:
     assert len(names) == len(set(names))
 
 
+def test_a_variant_of_a_block_is_made_once_a_visit(tmp_path: Path, stream: Stream) -> None:
+    pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
+    method = ZerothOrder(pair.streamed, FZOO(num_directions=3), seed=SEED)
+    made: list[tuple[int, int]] = []
+    plain = method.weights.stand_in
+    method.weights.stand_in = lambda block, tensors, variant: (  # type: ignore[method-assign]
+        made.append((block, variant)) or plain(block, tensors, variant)
+    )
+    batch = batches("llama", 1)[0]
+    streamed_step(method, cut(batch, 2), num_trained(batch))
+    num_visits = len(pair.streamed.ssdtune.engine.plan.sequences["forward"].visits)
+    assert len(made) == num_visits * 4, "the weights and three directions"
+
+
 def test_everybody_sees_the_weights_as_they_are_now(tmp_path: Path, stream: Stream) -> None:
     """Evaluation, a parameter that is read, and generation after a step: the updated weights."""
     pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)

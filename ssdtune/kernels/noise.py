@@ -134,14 +134,19 @@ def add_low_rank(
     step *= max(1, PART // (step * columns))
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
-        total = matrix[part].float()
-        if decay != 1.0:
-            total = total * torch.tensor(decay, dtype=torch.float32, device=base.device)
+        total = _decayed(matrix[part], decay)
         for left, right in factors:
             for u, v in zip(left[:, part], right, strict=True):
                 total = total + u.unsqueeze(1) * v
         out[part] = _rounded(total, base.dtype, rounding_key, first * columns)
     to.copy_(out.view(base.shape))
+
+
+def _decayed(part: torch.Tensor, decay: float) -> torch.Tensor:
+    """part * decay in float32, decay rounded to it."""
+    if decay == 1.0:
+        return part.float()
+    return part.float() * torch.tensor(decay, dtype=torch.float32, device=part.device)
 
 
 def _rounded(
@@ -163,9 +168,7 @@ def _by_torch(
     """The definition. In parts, since it needs several times the memory."""
     flat, out = base.reshape(-1), torch.empty(base.numel(), dtype=base.dtype, device=base.device)
     for first in range(0, flat.numel(), PART):
-        total = flat[first : first + PART].float()
-        if decay != 1.0:
-            total = total * torch.tensor(decay, dtype=torch.float32, device=base.device)
+        total = _decayed(flat[first : first + PART], decay)
         for direction in directions:
             bits = FIELD_BITS[direction.kind]
             found = philox.fields(

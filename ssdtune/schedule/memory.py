@@ -128,18 +128,15 @@ WORKSPACE = "workspace of one block or loss chunk"
 NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD})
 
 
-def predict_forward_peak(
-    plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int
-) -> Peak:
-    """The same of forwards alone: nothing is kept for a backward, nothing is updated."""
-    return predict_peak(
-        plan,
-        dataclasses.replace(
+def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Passes) -> Peak:
+    """The peak of a step of either kind. Of forwards alone nothing is kept for a backward, nothing is updated."""
+    fixed = dataclasses.replace(fixed, more=passes.more)
+    if passes.kind == "forward":
+        footprint = dataclasses.replace(
             footprint, kept_bytes=0, workspace_bytes=footprint.forward_bytes, loss_bytes=0
-        ),
-        dataclasses.replace(fixed, gradient_bytes=0, optimizer_bytes=0, staging_bytes=0),
-        num_micro_batches=num_micro_batches,
-    )
+        )
+        fixed = dataclasses.replace(fixed, gradient_bytes=0, optimizer_bytes=0, staging_bytes=0)
+    return predict_peak(plan, footprint, fixed, num_micro_batches=passes.num)
 
 
 def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int) -> Peak:

@@ -11,9 +11,9 @@ from ssdtune.schedule.machine import Machine
 from ssdtune.schedule.memory import (
     HOLES_SHARE,
     INPUTS,
+    Passes,
     Peak,
-    predict_forward_peak,
-    predict_peak,
+    predict_peak_of,
 )
 from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
@@ -166,8 +166,8 @@ def smallest_change(job: Job, machine: Machine, choices: Choices) -> tuple[str, 
 
 
 def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
-    predicted = predict_peak if job.kind == "train" else predict_forward_peak
-    return predicted(plan, job.footprint, job.fixed, num_micro_batches=job.passes(micro_batches))
+    passes = Passes(kind=job.kind, num=job.passes(micro_batches), more=job.fixed.more)
+    return predict_peak_of(plan, job.footprint, job.fixed, passes)
 
 
 def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:

@@ -109,12 +109,7 @@ class ScratchFile:
 
     def write(self, offset: int, content: memoryview) -> None:
         """Writes aligned bytes at an aligned offset, all of them. Raises OSError."""
-        fd, done = self._fd(), 0
-        while done < len(content):
-            written = os.pwritev(fd, [content[done:]], offset + done)
-            if written <= 0:
-                raise OSError(errno.EIO, "nothing was written")
-            done += written
+        write_all(self._fd(), offset, content)
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fills an aligned buffer from an aligned offset. Raises OSError, also where the file ends."""
@@ -160,6 +155,16 @@ class ScratchFile:
             f"{_reason(error)}; {free}.\n"
             "Free some space, point offload.path to another drive, or train on fewer tokens a step."
         )
+
+
+def write_all(fd: int, offset: int, content: memoryview) -> None:
+    """Writes all bytes at an offset. Raises OSError."""
+    done = 0
+    while done < len(content):
+        written = os.pwritev(fd, [content[done:]], offset + done)
+        if written <= 0:
+            raise OSError(errno.EIO, "nothing was written")
+        done += written
 
 
 def lies_in_ram(folder: Path) -> bool:

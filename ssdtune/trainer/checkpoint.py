@@ -309,14 +309,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 def base_of(model: Any) -> str:
     """Fingerprint of the files that a streamed model reads; milliseconds (see swap/source.py)."""
-    from ssdtune.swap.source import open_checkpoint
-
-    streamer = model.ssdtune
-    known = getattr(streamer, "checkpoint", None)
-    if known is None:
-        extents = (e for recipe in streamer.engine.recipes for e in recipe.extents)
-        known = open_checkpoint(next(extents).path.parent)
-    return known.fingerprint()
+    return model.ssdtune.checkpoint.fingerprint()
 
 
 def rows_digest(rows: Any) -> str | None:

@@ -70,10 +70,12 @@ class Hub:
         return greenlet.getcurrent() in self._lets
 
     def _let_through(self, point: int) -> None:
+        waiting = [m for m in reversed(range(len(self._lets))) if self._at[m] == point]
+        if self._resume is not None:
+            self._resume(waiting[0])  # the block is made present for the one that goes first
         self._present(point)
-        for m in reversed(range(len(self._lets))):
-            if self._at[m] == point:
-                self._go(m)
+        for m in waiting:
+            self._go(m)
 
     def _go(self, m: int) -> None:
         """Runs micro-batch m up to its next meeting point, or its end."""

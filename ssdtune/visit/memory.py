@@ -10,7 +10,6 @@ is so all the time, none where there is room. This is the one place where ssdtun
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -24,8 +23,7 @@ from ssdtune.schedule.memory import (
     Footprint,
     Passes,
     Peak,
-    predict_forward_peak,
-    predict_peak,
+    predict_peak_of,
 )
 from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit.rehearsal import base_of
@@ -61,13 +59,7 @@ def predict(
         optimizer_bytes=num_states * trained,
         staging_bytes=staging_bytes(streamer.engine.plan.block_inputs),
     )
-    found = predict_peak if passes.kind == "train" else predict_forward_peak
-    return found(
-        streamer.engine.plan,
-        footprint,
-        dataclasses.replace(fixed, more=passes.more),
-        num_micro_batches=passes.num,
-    )
+    return predict_peak_of(streamer.engine.plan, footprint, fixed, passes)
 
 
 def resident_set_bytes() -> int:

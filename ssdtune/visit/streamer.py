@@ -16,6 +16,7 @@ from ssdtune.schedule.plan import Direction, Plan
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import InputStore, Kept
 from ssdtune.swap.recipe import BlockRecipe
+from ssdtune.swap.source import Checkpoint
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.accumulation import AccumulationWatch
 from ssdtune.visit.function import visit
@@ -137,7 +138,7 @@ class Streamer:
     def __init__(self, blocks: Sequence[str]) -> None:
         self.engine: Engine
         self.open_engine: OpenEngine
-        self.checkpoint: Any = None  # the user's files (swap/source.py)
+        self.checkpoint: Checkpoint  # the user's files
         self.replanner: Replanner
         self.blocks = list(blocks)
         self.step = 0

@@ -112,7 +112,7 @@ class FZOO:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LOZO:
+class LOZO(MeZO):
     """Two-sided differences along matrices of low rank, one factor of which stays for a window of steps.
 
     g_j = (L(theta + eps U_j V^T) - L(theta - eps U_j V^T)) / (2 eps) / rank / n, theta -= lr sum_j g_j U_j V^T,
@@ -121,13 +121,11 @@ class LOZO:
     structures", arXiv 2410.07698, Alg. 1)
     """
 
-    eps: float = 1e-3
-    num_directions: int = 1
     rank: int = 2
     window: int = 50
 
     def __post_init__(self) -> None:
-        _check(self.eps, self.num_directions, 1)
+        super().__post_init__()
         if self.rank < 1 or self.window < 1:
             raise EstimatorError(
                 f"rank is {self.rank} and window is {self.window}; both must be 1 or more."
@@ -138,15 +136,9 @@ class LOZO:
         """U V^T."""
         return Family(GAUSSIAN, self.rank, self.window)
 
-    @property
-    def variants(self) -> Sequence[Shift | None]:
-        """Both sides of each direction, one after the other."""
-        return MeZO(eps=self.eps, num_directions=self.num_directions).variants
-
     def gradients(self, losses: Sequence[float]) -> list[float]:
         """As above."""
-        two_sided = MeZO(eps=self.eps, num_directions=self.num_directions).gradients(losses)
-        return [g / self.rank for g in two_sided]
+        return [g / self.rank for g in super().gradients(losses)]
 
 
 def _check(eps: float, num_directions: int, least: int) -> None:

@@ -83,7 +83,7 @@ class ZerothOrder:
         self.streamer.method = self.weights
         self.num_steps = 0
         self.fold = fold if trains_blocks else None
-        self.copy = None if fold is None else WorkingCopy(self.streamer, fold.folder)
+        self.copy = None if self.fold is None else WorkingCopy(self.streamer, self.fold.folder)
 
     def extra_bytes(self) -> dict[str, int]:
         """Memory that it takes beside a forward's, by what it is for."""

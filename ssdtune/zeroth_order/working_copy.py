@@ -12,13 +12,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from ssdtune.durable import new_temporary_folder, remove_folder_we_made
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.sizes import format_size
 from ssdtune.swap.recipe import BlockRecipe, Copy
+from ssdtune.swap.scratch import write_all
 from ssdtune.swap.storage import MIN_ALIGNMENT, Extent, choose_storage
 from ssdtune.visit.streamer import Streamer
 
@@ -76,7 +75,7 @@ class WorkingCopy:
                 offset, num_bytes = places[block]
                 memory = self._streamer.engine.slots.memory[slot]
                 content = memory[: min(num_bytes, memory.nbytes)].cpu()
-                _write(file.fileno(), content, offset)
+                write_all(file.fileno(), offset, content.numpy().data)
                 self.num_bytes += content.nbytes
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -142,9 +141,3 @@ def _reserve(path: Path, num_bytes: int) -> None:
         ) from error
     finally:
         os.close(fd)
-
-
-def _write(fd: int, content: torch.Tensor, offset: int) -> None:
-    view, done = content.numpy().data, 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
