@@ -176,7 +176,7 @@ def test_fills_run_ahead_across_the_end_of_a_step(tmp_path: Path, make: MakeEngi
     storage = gated(blocks)
     engine = make(blocks, num_slots=2.0, prefetch=1, orders={"forward": order}, storage=storage)
     run_step(engine, blocks, "forward")
-    wait_for(lambda: sum(op.kind is Kind.LOAD for op in engine.trace) >= 8)
+    wait_for(lambda: sum(op.kind is Kind.LOAD for op in engine.trace) == 9)
     storage.gate.clear()  # nothing is read from here on
     engine.begin_step("forward")
     check_slot(engine, blocks, 0, engine.enter(0, F))
