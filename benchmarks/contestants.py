@@ -296,6 +296,8 @@ class Ours(Base):
             "resident_blocks": [b.name for b in resident],
             "resident_bytes": sum(b.slot_bytes for b in resident),
             "resident_layers": sum(".layers." in b.name or ".h." in b.name for b in resident),
+            "kept_passes": self.streamer.activations.num_kept,
+            "recomputed_for_lack_of_room": self.streamer.activations.num_over,
             "plan": list(plan.lines()),
         }
 
@@ -311,7 +313,7 @@ class Ours(Base):
 def streaming_options(meta: Any, storage: Any, spec: Spec) -> Any:
     """`draft.Options` with the smallest RAM budget that holds all slots of this prefetch depth.
 
-    `resident_share` of all blocks' bytes more are for residents. Without it nothing is left for them: only blocks that
+    `activation_bytes` are for activations that stay. `resident_share` of all blocks' bytes more are for residents. Without it nothing is left for them: only blocks that
     their class's slots hold anyway, such as a tied embedding and head, which is a class of its own, stay.
     """
     from ssdtune.schedule.plan import Budgets
@@ -334,7 +336,10 @@ def streaming_options(meta: Any, storage: Any, spec: Spec) -> Any:
     staged = [s.file_bytes for s in shapes if s.is_staged]
     buffers = max(staged) * max(1, min(options.prefetch, len(staged))) if staged else 0
     more = int(spec.get("resident_share", 0.0) * sum(shape.slot_bytes for shape in shapes))
-    return dataclasses.replace(options, budgets=Budgets(ram_bytes=slots + buffers + more))
+    budgets = Budgets(
+        ram_bytes=slots + buffers + more, activation_bytes=spec.get("activation_bytes", 0)
+    )
+    return dataclasses.replace(options, budgets=budgets)
 
 
 def builders() -> dict[str, Callable[[Spec], Contestant]]:

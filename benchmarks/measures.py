@@ -88,7 +88,9 @@ def two_pass_bound(passes: Mapping[str, Sequence[float]], bytes_per_s: float) ->
     """The least seconds of a step that goes forward and back: each pass takes the longer of its compute and its reading.
 
     passes: name -> (seconds of compute, bytes to read). What the drive leaves idle in one pass can't be lent to the
-    other: a block that is read earlier would need a slot more, and the plan has given all slots to blocks already.
+    other: a block that is read earlier would need a slot more, and the plan has given all slots to blocks already. The
+    visit at the turn is a pass of its own: the slots hold what backward needs first, any fill would evict something that
+    is needed sooner than what it brings (Belady), so the drive rests.
     """
     return sum(max(compute_s, num_bytes / bytes_per_s) for compute_s, num_bytes in passes.values())
 

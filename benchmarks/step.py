@@ -32,6 +32,7 @@ from benchmarks.contest import ContestantError, Entrant, take_turns  # noqa: E40
 FREE_BAR = 1.05  # ours / in memory, reader not throttled
 THROTTLED_BAR = 1.10  # ours / max(reading, in memory)
 TWO_PASS_BAR = 1.05  # ours / what forward and backward take at least, each on its own
+OURS, KEPT = "ours", " keeping activations"
 PEERS = ("deepspeed", "airllm")
 
 
@@ -80,10 +81,14 @@ def lora_rows(setting: Setting, batch: list[list[int]]) -> tuple[list[dict[str, 
     if len(batch) > setting.options.micro_rows:
         whole = setting.spec("memory", batch, what="lora", micro_rows=len(batch))
         names["in memory, whole batch"] = whole
-    names["ours"] = setting.spec("ours", batch, throttled=False)
-    throttled = {f"ours, reading at {r:g}": r for r in setting.options.reading}
-    for name in throttled:
-        names[name] = setting.spec("ours", batch, throttled=True)
+    throttled: dict[str, float] = {}
+    for kept in (0, setting.options.activations) if setting.options.activations else (0,):
+        free = f"{OURS}{KEPT if kept else ''}"
+        names[free] = setting.spec("ours", batch, throttled=False, activation_bytes=kept)
+        for reading in setting.options.reading:
+            name = f"{free}, reading at {reading:g}"
+            names[name] = setting.spec("ours", batch, throttled=True, activation_bytes=kept)
+            throttled[name] = reading
     with started(setting, names) as entrants:
         warm_up(entrants, setting.options.warm_up)
         rates = throttle(entrants, throttled)
@@ -152,7 +157,8 @@ def predict(
             lanes["nvme_read"] = (entrant.warm_ups[-1]["planned_bytes"], rate)
         floors[name] = measures.floor(lanes)
         told = ", ".join(f"{lane} {s:.2f} s" for lane, s in floors[name]["lanes"].items())
-        if visits := entrants["ours"].warm_ups[-1]["visits"] if name.startswith("ours") else []:
+        free = name.partition(", reading")[0]  # the same without a slowed reader
+        if visits := entrants[free].warm_ups[-1]["visits"] if name.startswith(OURS) else []:
             rate = lanes["nvme_read"][1]
             predicted = measures.predict_step([visit[:3] for visit in visits], rate)
             floors[name]["predicted_s"] = predicted
@@ -178,15 +184,14 @@ def report(
         row = make_row(setting, entrant, batch=batch, base=base, twin=entrants["in memory"])
         row["floor"] = floors[name]
         row["over_floor"] = row["seconds"]["p50"] / floors[name]["seconds"]
-        if name.startswith("ours"):
+        if name.startswith(OURS):
             difference = row["losses"]["max_difference"]
             bars.append(measures.bar(f"{workload}: losses of {name} off by", difference, 0.0))
             layers = row["about"]["resident_layers"]
             bars.append(measures.bar(f"{workload}: layers resident in {name}", layers, 0))
-        if name == "ours":
-            bars.append(
-                measures.bar(f"{workload}: ours / in memory", row["ratio"]["p50"], FREE_BAR)
-            )
+        if name in (OURS, OURS + KEPT):
+            ratio = row["ratio"]["p50"]
+            bars.append(measures.bar(f"{workload}: {name} / in memory", ratio, FREE_BAR))
         if name in rates:
             add_reading(row, entrant, rate=rates[name], base=base)
             bars.append(measures.bar(f"{workload}: {name}", row["ratio_to_limit"], THROTTLED_BAR))
@@ -210,11 +215,13 @@ def add_reading(row: dict[str, Any], entrant: Entrant, *, rate: float, base: Ent
 
 
 def _passes(visits: list[tuple[int, int, float, str]]) -> dict[str, tuple[float, int]]:
-    """Of each direction: seconds of compute and bytes read."""
+    """Of forward, of the visit at its end and of backward: seconds of compute and bytes read."""
     passes: dict[str, tuple[float, int]] = {}
-    for _, num_bytes, seconds, direction in visits:
-        before = passes.get(direction, (0.0, 0))
-        passes[direction] = (before[0] + seconds, before[1] + num_bytes)
+    turn = max(i for i, visit in enumerate(visits) if visit[3] == "F")
+    for i, (_, num_bytes, seconds, direction) in enumerate(visits):
+        name = "turn" if i == turn else direction
+        before = passes.get(name, (0.0, 0))
+        passes[name] = (before[0] + seconds, before[1] + num_bytes)
     return passes
 
 
@@ -343,6 +350,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=["auto", *machine.DTYPES], default="auto")
     add("--threads", type=int, default=None, help="of torch; default: as many as cores")
     add("--prefetch", type=int, default=2, help="blocks that ours reads ahead")
+    add("--activations", type=size, default=0, help="also rows of ours that keep so many bytes")
     add("--chunk-tokens", type=int, default=4096, help="positions whose logits ours holds at once")
     add("--lora-rank", type=int, default=16)
     add("--peers", default="", help=f"of {','.join(PEERS)}")
@@ -361,6 +369,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.rounds < 1 or options.warm_up < 1 or min(options.rows) < 1 or options.length < 2:
         parser.error("--rounds, --warm-up and --rows must be 1 or more, --length 2 or more")
     return options
+
+
+def size(text: str) -> int:
+    """Bytes of "8GB"."""
+    from ssdtune.sizes import parse_size
+
+    return parse_size(text) or 0
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> Setting:

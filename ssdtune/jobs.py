@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ssdtune.visit.build import MetaModel
     from ssdtune.visit.draft import Draft
 
-FORMAT = 3  # of jobs in the cache; one more when their making changes
+FORMAT = 4  # of jobs in the cache; one more when their making changes
 SAMPLE_ROWS = 2000  # of a data set that are tokenized to estimate the rest
 KEPT_JOBS = 200
 # Keys that change blocks, work or rows.

@@ -70,6 +70,13 @@ class Offload:
         "where the inputs of blocks wait for backward; auto: the fastest that holds them",
         default="auto",
     )
+    activations: int | None = key(
+        Size(none_word="none"),
+        "memory for activations that stay until backward, so that their blocks are not computed twice; "
+        "auto: what is free beside the weights, where offload.ram (on a device offload.vram) is auto",
+        default=None,
+        example="2GB",
+    )
     storage: str = key(
         OneOf(("auto", "direct", "buffered", "gds")),
         "how files are read: O_DIRECT, through the page cache, or GPUDirect Storage; "

@@ -193,17 +193,21 @@ class Text(Reader):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Size(Reader):
-    """Bytes, or None for auto; see sizes.py."""
+    """Bytes, or None for auto; see sizes.py. none_word: stands for 0 bytes."""
+
+    none_word: str = ""
 
     @property
     def allowed(self) -> str:
-        return ALLOWED_SIZES
+        return f"{ALLOWED_SIZES}{', or ' + self.none_word if self.none_word else ''}"
 
     def read(self, node: Node, key: str) -> int | None:
-        if node.value is not None and not isinstance(node.value, str | int | float):
-            raise Refused(f"got {shown(node.value)}")
         if isinstance(node.value, _Bytes):
             return node.value
+        if self.none_word and node.value in (self.none_word, 0, "0"):
+            return _Bytes(0)
+        if node.value is not None and not isinstance(node.value, str | int | float):
+            raise Refused(f"got {shown(node.value)}")
         try:
             num_bytes = parse_size(node.value)
         except SizeError as error:
@@ -211,7 +215,7 @@ class Size(Reader):
         return None if num_bytes is None else _Bytes(num_bytes)
 
     def write(self, value: Any) -> str:
-        return format_size_exactly(value)
+        return self.none_word if value == 0 and self.none_word else format_size_exactly(value)
 
 
 class _Bytes(int):

@@ -47,12 +47,13 @@ def streamed(
     factor: float = 1.0,
     micro_batch_size: int | None = 2,
     timeout_s: float = 20.0,
+    activation_bytes: int = 0,
     options: Mapping[str, Any] | None = None,
     **build: Any,
 ) -> PreTrainedModel:
     """The model of `folder` streamed on the CPU, with `factor` times the smallest RAM that works.
 
-    options: further fields of `draft.Options`. build: as `build_meta` takes them.
+    activation_bytes: that may stay until backward. options: further fields of `draft.Options`. build: as `build_meta` takes them.
     """
     meta = build_meta(folder, **build)
     storage = choose_storage(folder).storage
@@ -61,7 +62,7 @@ def streamed(
         meta,
         cpu_options(
             storage,
-            Budgets(ram_bytes=ram),
+            Budgets(ram_bytes=ram, activation_bytes=activation_bytes),
             micro_batch_size=micro_batch_size,
             timeout_s=timeout_s,
             **(options or {}),

@@ -97,6 +97,7 @@ OTHER_VALUES = {
     "offload.ram": ("300MB", 300 * 10**6),
     "offload.prefetch": ("0", 0),
     "offload.block_inputs": ("nvme", "nvme"),
+    "offload.activations": ("2GB", 2 * 10**9),
     "offload.storage": ("buffered", "buffered"),
     "offload.reader_threads": ("4", 4),
     "offload.loss_chunk_tokens": ("1024", 1024),

@@ -56,6 +56,7 @@ def _configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
         block_inputs=tier,
         ram_bytes=offload.ram,
         device_bytes=offload.vram,
+        activation_bytes=offload.activations,
         prefetch=offload.prefetch,
     )
 

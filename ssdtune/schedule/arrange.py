@@ -1,15 +1,17 @@
-"""Which blocks stay, once it is known how many: patterns over blocks that are alike, filling up, moves."""
+"""Which blocks stay, once it is known how many: patterns over blocks that are alike, filling up, moves. And which keep
+their activations."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
 from ssdtune.schedule.counts import Counts
-from ssdtune.schedule.planner import Choice, Request, room_for, spread
+from ssdtune.schedule.planner import Choice, Request, able_to_keep, room_for, spread
 
 NEAR = 3  # half of the moves look no further
+NUM_STAGES = 6  # how many numbers of blocks with kept activations are tried
 
 Pattern = Callable[[Sequence[int], int], set[int]]  # blocks that are alike, how many -> which
 
@@ -78,6 +80,15 @@ def filled_up(request: Request, choice: Choice) -> Choice:
             ram_left -= blocks[i].file_bytes
             cached.add(i)
     return dataclasses.replace(choice, residents=frozenset(residents), cached=frozenset(cached))
+
+
+def keeping(request: Request, choice: Choice) -> Iterator[Choice]:
+    """The same with the activations of fewer blocks, or of other ones: evenly, those met first, those met last."""
+    able, most = able_to_keep(request), len(choice.kept)
+    for stage in range(NUM_STAGES + 1 if most else 0):
+        num = round(most * stage / NUM_STAGES)
+        for pattern in (spread, first, last):
+            yield dataclasses.replace(choice, kept=frozenset(pattern(able, num)))
 
 
 def moved(request: Request, choice: Choice, chance: Random) -> Choice | None:

@@ -79,6 +79,9 @@ class StepWork:
     passes: Mapping[str, Mapping[tuple[int, Direction], Sequence[Work]]]
     between: Work
     dtype: str
+    behind: Mapping[int, Sequence[Work]] = dataclasses.field(
+        default_factory=dict[int, Sequence[Work]]
+    )
 
     def between_s(self, profile: Profile) -> float:
         """Seconds between two steps; optimizers call operators on many tensors at once, so their curves are all."""
@@ -116,6 +119,10 @@ class Pricing:
             key: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
             for key, works in work.passes[kind].items()
         }
+        self._behind = {
+            block: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
+            for block, works in work.behind.items()
+        }
 
     def simulation(self, plan: Plan) -> Simulation:
         """A steady step of the plan."""
@@ -136,7 +143,9 @@ class Pricing:
                 visit = steps.visits[op.visit]
                 key = (visit.block, visit.direction)
                 turn = turns[key] = turns.get(key, -1) + 1
-                times = self._visits.get(key, ())
+                times: Sequence[float] = self._visits.get(key, ())
+                if visit.keeps and visit.direction is Direction.BACKWARD:
+                    times = self._behind.get(visit.block, times)
                 one = times[turn] if turn < len(times) else 0.0
             else:
                 one = self.profile.transfer(_transfer_of(op)).seconds(op.num_bytes)

@@ -104,8 +104,15 @@ class Job:
                     [block, direction, [works.place(each) for each in each_turn]]
                     for (block, direction), each_turn in visits.items()
                 ]
-            between = works.place(self.work.between)
-            work = {"passes": passes, "between": between, "dtype": self.work.dtype}
+            work = {
+                "passes": passes,
+                "between": works.place(self.work.between),
+                "behind": [
+                    [block, [works.place(each) for each in each_turn]]
+                    for block, each_turn in self.work.behind.items()
+                ],
+                "dtype": self.work.dtype,
+            }
         else:
             work = None
         plain = dataclasses.asdict(dataclasses.replace(self, work=None))
@@ -154,6 +161,10 @@ def job_from(text: str) -> Job:
                 for kind, visits in found["passes"].items()
             },
             between=listed[int(found["between"])],
+            behind={
+                int(block): [listed[int(i)] for i in each_turn]
+                for block, each_turn in found["behind"]
+            },
             dtype=str(found["dtype"]),
         )
     made: dict[str, Any] = {
@@ -163,9 +174,14 @@ def job_from(text: str) -> Job:
             kind: [(block, Direction(direction)) for block, direction in order]
             for kind, order in raw["orders"].items()
         },
-        "footprint": Footprint(**raw["footprint"]),
+        "footprint": _footprint_from(raw["footprint"]),
         "fixed": Fixed(**raw["fixed"]),
         "data": Rows(**raw["data"]),
         "work": work,
     }
     return Job(**made)
+
+
+def _footprint_from(raw: dict[str, Any]) -> Footprint:
+    typed: dict[str, Any] = {**raw, "activation_bytes": tuple(raw["activation_bytes"])}
+    return Footprint(**typed)

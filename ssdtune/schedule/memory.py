@@ -35,6 +35,7 @@ class Footprint:
     workspace_bytes: recompute and backward of the greediest block, beyond its input.
     loss_bytes: the logits of one chunk, with their gradients.
     forward_bytes: what a forward alone takes at most beyond a block's input, logits of a chunk included; 0: unknown.
+    activation_bytes: of each block, what it keeps beyond its input where it is not computed again; empty: unknown.
     how: "rehearsed" or "by formula", and from what.
     """
 
@@ -44,7 +45,12 @@ class Footprint:
     workspace_bytes: int
     loss_bytes: int
     forward_bytes: int = 0
+    activation_bytes: tuple[int, ...] = ()
     how: str
+
+    def activations_of(self, num_micro_batches: int) -> tuple[int, ...]:
+        """Of each block, what so many micro-batches keep; empty: unknown."""
+        return tuple(num_micro_batches * n for n in self.activation_bytes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +130,9 @@ class Peak:
 ADAPTERS, STATES = "adapters and gradients", "optimizer states"
 INPUTS, HELD = "block inputs kept for backward", "masks, tables and what lies between blocks"
 HOLES = "holes in the heap, at most"
+ACTIVATIONS = "activations that stay until backward"
 WORKSPACE = "workspace of one block or loss chunk"
-NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD})
+NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD, ACTIVATIONS})
 
 
 def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Passes) -> Peak:
@@ -133,7 +140,11 @@ def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Pass
     fixed = dataclasses.replace(fixed, more=passes.more)
     if passes.kind == "forward":
         footprint = dataclasses.replace(
-            footprint, kept_bytes=0, workspace_bytes=footprint.forward_bytes, loss_bytes=0
+            footprint,
+            kept_bytes=0,
+            workspace_bytes=footprint.forward_bytes,
+            loss_bytes=0,
+            activation_bytes=(),
         )
         fixed = dataclasses.replace(fixed, gradient_bytes=0, optimizer_bytes=0, staging_bytes=0)
     return predict_peak(plan, footprint, fixed, num_micro_batches=passes.num)
@@ -155,6 +166,10 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
         WORKSPACE: max(footprint.workspace_bytes, footprint.loss_bytes),
         **fixed.more,
     }
+    if plan.kept_blocks:
+        known = footprint.activations_of(num_micro_batches)
+        stays = sum(known[i] for i in plan.kept_blocks if i < len(known))
+        compute[ACTIVATIONS] = min(stays, plan.budgets.activation_bytes)
     kept = num_micro_batches * footprint.kept_bytes
     ram = {"process before the model": fixed.base_bytes, "math libraries": LIBRARY_BYTES}
     buffers = {"buffers": plan.buffer_bytes}

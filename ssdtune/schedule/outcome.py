@@ -18,6 +18,7 @@ from ssdtune.schedule.memory import (
 from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
 from ssdtune.schedule.search import Effort, search
+from ssdtune.schedule.shares import search_shares
 from ssdtune.schedule.simulate import Simulation
 from ssdtune.sizes import format_size
 
@@ -36,6 +37,8 @@ class Choices:
         micro_batches: of one optimizer step.
         block_inputs: tier of the inputs kept for backward.
         ram_bytes, device_bytes: for weights; None: what the rest of the peak leaves free.
+        activation_bytes: for activations that stay until backward; None: a share of what is free for weights, where
+            their budget is None too.
         prefetch: how many fills may run ahead; None: as many as are best.
     """
 
@@ -43,7 +46,13 @@ class Choices:
     block_inputs: Tier = Tier.DEVICE
     ram_bytes: int | None = None
     device_bytes: int | None = None
+    activation_bytes: int | None = 0
     prefetch: int | None = None
+
+    def shares(self, *, on_device: bool) -> bool:
+        """Whether weights and activations share what is free."""
+        weights = self.device_bytes if on_device else self.ram_bytes
+        return self.activation_bytes is None and weights is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +104,11 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
     room = _room(job, machine, choices)
     ram = room.ram_bytes if choices.ram_bytes is None else choices.ram_bytes
     device = room.device_bytes if choices.device_bytes is None else choices.device_bytes
-    budgets = Budgets(ram_bytes=max(ram, 0), device_bytes=max(device, 0) if on_device else 0)
+    budgets = Budgets(
+        ram_bytes=max(ram, 0),
+        device_bytes=max(device, 0) if on_device else 0,
+        activation_bytes=choices.activation_bytes or 0,
+    )
     if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
         return Refusal(choices=choices, why=_shortage(machine, room, least))
     request = _request(job, choices, budgets, on_device=on_device)
@@ -104,7 +117,9 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         if pricing is None:
             plan, simulation = make_plan(request), None
         else:
-            found = search(request, pricing, Effort.of(choices.prefetch))
+            shared = choices.shares(on_device=on_device)
+            find = search_shares if shared else search
+            found = find(request, pricing, Effort.of(choices.prefetch))
             plan, simulation = found.plan, found.simulation
     except PlanError as error:
         return Refusal(choices=choices, why=" ".join(str(error).split()))
@@ -133,6 +148,7 @@ def _request(job: Job, choices: Choices, budgets: Budgets, *, on_device: bool) -
         on_device=on_device,
         block_inputs=choices.block_inputs,
         chunk_tokens=job.chunk_tokens,
+        activation_bytes=job.footprint.activations_of(job.passes(choices.micro_batches)),
     )
 
 
@@ -173,7 +189,10 @@ def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
 def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     """Bytes that all else leaves for weights: what a plan with the least weights does not take."""
     on_device = machine.device is not None
-    least = smallest_budgets(job.blocks, on_device=on_device)
+    least = dataclasses.replace(
+        smallest_budgets(job.blocks, on_device=on_device),
+        activation_bytes=choices.activation_bytes or 0,
+    )
     plan = make_plan(_request(job, choices, least, on_device=on_device))
     peak = _peak(job, plan, choices.micro_batches)
     holes = 1.0 if on_device else 1 + HOLES_SHARE  # weights in RAM make the allowance larger

@@ -91,13 +91,15 @@ class BlockShape:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
     """One passage of all micro-batches through a block: in which slot, and whether that must be
-    filled for it. `buffer`: the staging buffer that the fill passes, where it passes one."""
+    filled for it. `buffer`: the staging buffer that the fill passes, where it passes one. `keeps`: the
+    block's activations stay from forward to backward, which does not compute it again."""
 
     block: int
     direction: Direction
     slot: int
     is_filled_for: bool
     buffer: int | None = None
+    keeps: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +135,14 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """What the plan may fill, in bytes. Without a device, slots live in RAM; `device_bytes` is 0."""
+    """What the plan may fill, in bytes. Without a device, slots live in RAM; `device_bytes` is 0.
+
+    `activation_bytes`: beside the others, of activations that stay where compute is.
+    """
 
     ram_bytes: int
     device_bytes: int = 0
+    activation_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +152,7 @@ class Plan:
     `tiers[i]`: where block i's weights stay between visits. `on_device`: slots live on a device;
     `buffers_on_device`: buffers too, files are read straight into them. `block_inputs`: where the
     inputs kept for backward stay. `chunk_tokens`: positions whose logits exist at once in the head's
-    loss.
+    loss. `activation_bytes`: of the visits that keep them, where that was known.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -159,6 +165,12 @@ class Plan:
     block_inputs: Tier = Tier.DEVICE
     chunk_tokens: int = 4096
     buffers_on_device: bool = False
+    activation_bytes: int = 0
+
+    @property
+    def kept_blocks(self) -> frozenset[int]:
+        """Those whose activations stay from forward to backward."""
+        return frozenset(v.block for s in self.sequences.values() for v in s.visits if v.keeps)
 
     @property
     def slot_bytes(self) -> int:
@@ -212,6 +224,12 @@ class Plan:
         for kind, sequence in self.sequences.items():
             reads = format_size(sequence.read_bytes)
             yield f"{kind:9} {len(sequence.visits)} visits a step · reads {reads} from NVMe"
+        if self.kept_blocks:
+            size = f" ({format_size(self.activation_bytes)})" if self.activation_bytes else ""
+            yield (
+                f"activations of {len(self.kept_blocks)} blocks stay for backward{size}, within "
+                f"{format_size(self.budgets.activation_bytes)}"
+            )
         yield (
             f"inputs    kept for backward in {self.block_inputs} · "
             f"loss in chunks of {self.chunk_tokens} tokens"
@@ -246,6 +264,7 @@ def _plan_from(raw: Mapping[str, Any]) -> Plan:
         block_inputs=Tier(raw["block_inputs"]),
         chunk_tokens=raw["chunk_tokens"],
         buffers_on_device=raw["buffers_on_device"],
+        activation_bytes=raw["activation_bytes"],
     )
 
 
@@ -397,9 +416,15 @@ def validate(plan: Plan) -> None:
             f"the {what} need {format_size(plan.device_bytes)} on the device, over the budget of "
             f"{format_size(plan.budgets.device_bytes)}: raise offload.vram"
         )
+    if plan.activation_bytes > plan.budgets.activation_bytes:
+        raise PlanError(
+            f"the activations that stay need {format_size(plan.activation_bytes)}, over the budget of "
+            f"{format_size(plan.budgets.activation_bytes)}: raise offload.activations"
+        )
     for kind, steps in plan.sequences.items():
         for v, visit in enumerate(steps.visits):
             _validate_visit(plan, visit, f"{kind} visit {v}")
+        _validate_kept(plan, steps.visits, kind)
         _validate_presence(plan, steps.visits, kind)
         _validate_ops(plan, steps, kind)
 
@@ -428,6 +453,16 @@ def _validate_visit(plan: Plan, visit: Visit, where: str) -> None:
         raise PlanError(
             f"{where}: {block.file_bytes} bytes do not fit buffer {visit.buffer} of {room}"
         )
+
+
+def _validate_kept(plan: Plan, visits: Sequence[Visit], kind: str) -> None:
+    """What one direction keeps, the other has: of a block either all visits keep or none."""
+    for block in {v.block for v in visits if v.keeps}:
+        its = [v for v in visits if v.block == block]
+        if {v.direction for v in its} != set(Direction) or not all(v.keeps for v in its):
+            raise PlanError(
+                f"{kind}: the activations of {plan.blocks[block].name} stay in some visits only"
+            )
 
 
 def _validate_presence(plan: Plan, visits: Sequence[Visit], kind: str) -> None:

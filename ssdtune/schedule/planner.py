@@ -36,12 +36,14 @@ Classes = Sequence[Sequence[int]]  # blocks that share slots, the largest first
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Slots by class: `allowed[i]` is the slot indices that block i may use."""
+    """Slots by class: `allowed[i]` is the slot indices that block i may use. `kept`: blocks whose
+    activations stay from forward to backward."""
 
     slots: tuple[int, ...]
     allowed: tuple[tuple[int, ...], ...]
     buffers: tuple[int, ...]
     tiers: tuple[Tier, ...]
+    kept: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Choice:
         prefetch: fills that run ahead; as many buffers, where fills pass buffers.
         residents: blocks with a slot of their own.
         cached: with a device, blocks whose file bytes stay in RAM.
+        kept: blocks whose activations stay from forward to backward.
     """
 
     classes: Classes
@@ -61,6 +64,7 @@ class Choice:
     prefetch: int
     residents: frozenset[int] = frozenset()
     cached: frozenset[int] = frozenset()
+    kept: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,9 @@ class Request:
         prefetch: how many fills may run ahead of compute in the classes with several blocks.
         block_inputs: tier of the inputs kept for backward.
         chunk_tokens: positions whose logits exist at once.
+        activation_bytes: of each block, what all micro-batches of a step would keep from forward to
+            backward instead of computing it again; empty: not known. Where it is not, every block
+            may keep, and the budget decides when the bytes are there.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -86,6 +93,7 @@ class Request:
     block_inputs: Tier = Tier.DEVICE
     chunk_tokens: int = 4096
     buffers_on_device: bool = False
+    activation_bytes: tuple[int, ...] = ()
 
 
 def plain_orders(num_blocks: int, first_trained: int = 0) -> dict[str, list[tuple[int, Direction]]]:
@@ -106,7 +114,12 @@ def make_plan(request: Request) -> Plan:
 
 def plan_of(request: Request, layout: Layout) -> Plan:
     """The plan with this layout, not validated."""
-    steps = {kind: _step(request, layout, order) for kind, order in request.orders.items()}
+    keep = layout.kept & set(able_to_keep(request))
+    layout = dataclasses.replace(layout, kept=keep)  # a step may have turned out to visit less
+    steps = {
+        kind: _step(request, layout, order, keep if kind == "train" else frozenset())
+        for kind, order in request.orders.items()
+    }
     return Plan(
         blocks=request.blocks,
         tiers=layout.tiers,
@@ -118,6 +131,7 @@ def plan_of(request: Request, layout: Layout) -> Plan:
         block_inputs=request.block_inputs,
         chunk_tokens=request.chunk_tokens,
         buffers_on_device=request.buffers_on_device,
+        activation_bytes=_activation_bytes(request, layout.kept),
     )
 
 
@@ -212,13 +226,42 @@ def static_choice(request: Request, classes: Classes, prefetch: int) -> Choice |
         if len(chosen) == len(members):  # nobody is left to share slots
             slot_left += n * blocks[members[0]].slot_bytes
     cached = _cached(blocks, residents, ram_left) if request.on_device else frozenset[int]()
-    return dataclasses.replace(empty, residents=frozenset(residents), cached=cached)
+    return dataclasses.replace(
+        empty, residents=frozenset(residents), cached=cached, kept=most_kept(request)
+    )
+
+
+def most_kept(request: Request) -> frozenset[int]:
+    """As many blocks as the budget lets keep their activations, spread evenly."""
+    able = able_to_keep(request)
+    if not request.budgets.activation_bytes or not able:
+        return frozenset()
+    if not request.activation_bytes:
+        return frozenset(able)
+    largest = max(request.activation_bytes[i] for i in able)
+    fit = min(request.budgets.activation_bytes // max(largest, 1), len(able))
+    return frozenset(spread(able, fit))
+
+
+def able_to_keep(request: Request) -> list[int]:
+    """Blocks that both directions of a training step visit, in the order in which forward meets them."""
+    order = request.orders.get("train", ())
+    behind = {block for block, direction in order if direction is Direction.BACKWARD}
+    known = request.activation_bytes
+    ahead = [block for block, direction in order if direction is Direction.FORWARD]
+    return [i for i in dict.fromkeys(ahead) if i in behind and (not known or known[i])]
+
+
+def _activation_bytes(request: Request, kept: AbstractSet[int]) -> int:
+    return sum(request.activation_bytes[i] for i in kept) if request.activation_bytes else 0
 
 
 def room_for(request: Request, choice: Choice) -> tuple[int, int] | None:
     """Bytes that a choice leaves: where slots live, and in RAM (the same without a device). None
     where it is over budget."""
     blocks, budgets = request.blocks, request.budgets
+    if _activation_bytes(request, choice.kept) > budgets.activation_bytes:
+        return None
     slots = sum(blocks[i].slot_bytes for i in choice.residents)
     for n, members in zip(choice.num_slots, choice.classes, strict=True):
         if any(i not in choice.residents for i in members):
@@ -246,7 +289,9 @@ def layout_of(request: Request, choice: Choice) -> Layout:
         for i in range(len(request.blocks))
     ]
     buffers = _buffers(request, choice.prefetch)
-    return Layout(slots=slots, allowed=allowed, buffers=buffers, tiers=tuple(tiers))
+    return Layout(
+        slots=slots, allowed=allowed, buffers=buffers, tiers=tuple(tiers), kept=choice.kept
+    )
 
 
 def _buffers(request: Request, prefetch: int) -> tuple[int, ...]:
@@ -316,7 +361,7 @@ def _number_slots(
 # ------------------------------------------------------------------ visits
 
 
-def _step(request: Request, layout: Layout, order: Order) -> StepPlan:
+def _step(request: Request, layout: Layout, order: Order, keep: AbstractSet[int]) -> StepPlan:
     num_buffered = 0
     visits: list[Visit] = []
     assigned = assign_slots(order, layout.allowed)
@@ -334,6 +379,7 @@ def _step(request: Request, layout: Layout, order: Order) -> StepPlan:
                 slot=slot,
                 is_filled_for=is_filled_for,
                 buffer=buffer,
+                keeps=block in keep,
             )
         )
     ops = make_ops(

@@ -2,8 +2,9 @@
 
 How many blocks stay is a small integer program for each way to share slots (`counts.py`), and greedy by kinds besides.
 Which ones stay is an arrangement: spread evenly is good where the drive is the limit (grouped residents leave it idle
-for a while, then overrun it), the ends of the step where slots already hold its turns. Every candidate is simulated;
-the best is polished by moves of one or two blocks. The seed is fixed: equal requests have equal plans.
+for a while, then overrun it), the ends of the step where slots already hold its turns. Candidates keep the activations
+of as many blocks as they may; the best are then tried with fewer, which is as fast where the drive is the limit. Every
+candidate is simulated; the best is polished by moves of one or two blocks. The seed is fixed: equal requests have equal plans.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Protocol
 
-from ssdtune.schedule.arrange import PATTERNS, Pattern, arranged, moved
+from ssdtune.schedule.arrange import PATTERNS, Pattern, arranged, keeping, moved
 from ssdtune.schedule.counts import BlockKind, Counts, best_counts
 from ssdtune.schedule.plan import (
     BLOCK_KINDS,
@@ -107,6 +108,9 @@ def search(request: Request, pricing: Priced, effort: Effort | None = None) -> F
     hunt = _Hunt(request, pricing, effort.num_tries)
     for choice in _candidates(hunt, effort.depths):
         hunt.evaluate(choice)
+    for choice in hunt.ranked()[:NUM_POLISHED]:
+        for other in keeping(hunt.request, choice):
+            hunt.evaluate(other)
     _polish(hunt, 10 + len(request.blocks) if effort.patience is None else effort.patience)
     best = hunt.best()
     validate(best.plan)
@@ -141,7 +145,7 @@ class _Hunt:
         found = self.simulated(choice)
         step_s = float(f"{found.simulation.step_s:.{DIGITS}g}")
         read = found.plan.sequences[self.pricing.kind].read_bytes
-        memory = found.plan.slot_bytes + found.plan.ram_bytes
+        memory = found.plan.slot_bytes + found.plan.ram_bytes + found.plan.activation_bytes
         compute_s = found.simulation.busy_s.get(Lane.COMPUTE, 0.0) + self.pricing.between_s
         self.seen[name] = (step_s, read, memory, compute_s)
         self.choices[name] = choice
@@ -174,7 +178,14 @@ class _Hunt:
 
 def _name(choice: Choice) -> tuple[object, ...]:
     classes = tuple(tuple(members) for members in choice.classes)
-    return classes, choice.num_slots, choice.prefetch, choice.residents, choice.cached
+    return (
+        classes,
+        choice.num_slots,
+        choice.prefetch,
+        choice.residents,
+        choice.cached,
+        choice.kept,
+    )
 
 
 # ------------------------------------------------------------------ candidates

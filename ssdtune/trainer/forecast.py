@@ -51,10 +51,11 @@ class Rehearsals:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Auto:
-    """Which budgets for weights nobody has set. vram: means nothing without a device."""
+    """Which budgets nobody has set: for weights, vram: means nothing without a device, and for activations that stay."""
 
     ram: bool
     vram: bool = False
+    activations: bool = False
 
 
 def schedule_of(
@@ -100,6 +101,8 @@ def settle(
     streamer = rehearsals.trainer.streamer
     assert streamer is not None
     plan, request = streamer.engine.plan, streamer.replanner.request
+    if schedule is not None:
+        request = dataclasses.replace(request, activation_bytes=schedule.activation_bytes)
     budgets = request.budgets
     least = smallest_budgets(
         request.blocks,
@@ -115,9 +118,13 @@ def settle(
         budgets = Budgets(
             ram_bytes=max(ram, least.ram_bytes) if auto.ram else budgets.ram_bytes,
             device_bytes=max(device, least.device_bytes) if auto.vram else budgets.device_bytes,
+            activation_bytes=budgets.activation_bytes,
         )
         request = dataclasses.replace(request, budgets=budgets)
-    if schedule is not None and schedule.improve(request) is not None:
+    shares = auto.activations and (auto.vram if plan.on_device else auto.ram)
+    # Before anything was known of activations, the plan let all blocks keep them.
+    must = bool(plan.kept_blocks)
+    if schedule is not None and schedule.improve(request, shares=shares, must=must) is not None:
         return True
     if plan.ram_bytes <= budgets.ram_bytes and (
         not plan.on_device or plan.device_bytes <= budgets.device_bytes
@@ -170,7 +177,7 @@ def _save_ram(trainer: SSDTrainer, peak: Peak, say: Callable[[str], None]) -> No
     if to_come > free:
         say(
             f"warning: {format_size(to_come)} of RAM more are to be held and {format_size(free)} are free: "
-            "lower offload.ram, per_device_train_batch_size or gradient_accumulation_steps, or set "
+            "lower offload.ram, offload.activations, per_device_train_batch_size or gradient_accumulation_steps, or set "
             "offload.block_inputs: nvme"
         )
     device = trainer.streamer.engine.slots.device if trainer.streamer is not None else None

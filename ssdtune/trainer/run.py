@@ -320,7 +320,11 @@ def _settled(
         schedule,
         longest_row=longest,
         base_bytes=base_bytes,
-        auto=Auto(ram=offload.ram is None, vram=offload.vram is None),
+        auto=Auto(
+            ram=offload.ram is None,
+            vram=offload.vram is None,
+            activations=offload.activations is None,
+        ),
     ):
         assert trainer.streamer is not None
         for line in trainer.streamer.engine.plan.lines():

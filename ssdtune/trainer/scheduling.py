@@ -6,6 +6,7 @@ Without a profile of this machine (`ssdtune probe`) nothing can be predicted and
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ssdtune.report import LANE_LABELS
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.plan import Lane
 from ssdtune.schedule.search import Effort, search
+from ssdtune.schedule.shares import search_shares
 from ssdtune.sizes import format_size
 from ssdtune.trainer.telemetry import steady
 
@@ -59,6 +61,7 @@ class Schedule:
     ) -> None:
         assert rehearsed.work is not None
         self.streamer, self.work, self.profile = streamer, rehearsed.work, profile
+        self.activation_bytes = rehearsed.footprint.activations_of(passes.num)
         self.passes, self.num_tokens = passes, num_tokens
         kept_bytes = rehearsed.footprint.kept_bytes if passes.kind == "train" else 0
         self.stored_bytes = passes.num * kept_bytes
@@ -85,12 +88,19 @@ class Schedule:
         """A steady step of the plan that is carried out now."""
         return self.pricing.simulation(self.streamer.engine.plan)
 
-    def improve(self, request: Request) -> Found | None:
-        """Carries out the best plan for the request from now on, where it gains enough; None where it does not."""
+    def improve(
+        self, request: Request, *, shares: bool = False, must: bool = False
+    ) -> Found | None:
+        """Carries out the best plan for the request from now on, where it gains enough; None where it does not.
+
+        shares: whether weights and activations share the request's memory, however that is best. must: whatever it
+        gains, since the plan that is carried out is not for this request.
+        """
         now_s = self.predicted().step_s
-        found = search(request, self.pricing, self._effort)
-        if found.simulation.step_s > (1 - MIN_GAIN) * now_s:
+        found = (search_shares if shares else search)(request, self.pricing, self._effort)
+        if not must and found.simulation.step_s > (1 - MIN_GAIN) * now_s:
             return None
+        request = dataclasses.replace(request, budgets=found.plan.budgets)
         self.streamer.replanner.adopt(self.streamer, request, found.layout)
         return found
 

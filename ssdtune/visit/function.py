@@ -1,4 +1,5 @@
-"""One micro-batch through one block: forward without a graph, backward recomputes it.
+"""One micro-batch through one block: forward without a graph, backward recomputes it; or, where its activations stay
+(`activations.py`), forward with a graph that backward goes through.
 
 The block's trainable parameters are inputs of the autograd function, so that autograd sums their gradients over
 micro-batches and `AccumulateGrad` fires once a step: DistributedDataParallel, hooks, clipping and any optimizer work
@@ -22,18 +23,28 @@ from torch.utils import _pytree as pytree
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.visit import records
+from ssdtune.visit.activations import Activations, Graph
 from ssdtune.visit.thread_state import ThreadState
 
 Inner = Callable[..., Any]
 
 
 class Host(Protocol):
-    """What a visit needs of the streamer. `gradless`: by way of being called, a block's results without gradient."""
+    """What a visit needs of the streamer. `gradless`: by way of being called, a block's results without gradient.
+    `activations`: those that stay. `inputs_leave`: whether block inputs are kept off the device."""
 
     gradless: dict[Any, tuple[int, ...]]
+    activations: Activations
+
+    @property
+    def inputs_leave(self) -> bool: ...
 
     def present(self, block: int, direction: Direction) -> None:
         """Makes the block's weights present in its modules."""
+        ...
+
+    def slot_memory(self) -> torch.Tensor:
+        """The slot whose block is present, uint8."""
         ...
 
     def variant(self, block: int) -> Any:
@@ -71,24 +82,50 @@ class _Call:
         """The flat results without a graph. The first time with one, thrown away: it tells which results hang on
         nothing that trains (T5's position bias). Marked as needing a gradient, those would make later blocks choose
         other kernels than the unmodified model does."""
-        key = (
-            self.inner,
-            self.host.variant(self.block),
-            self.num_trainable,
-            tuple(x.requires_grad if isinstance(x, torch.Tensor) else _plain(x) for x in flat),
-        )
+        key = self._key(flat)
         is_known = key in self.host.gradless
         if not is_known:
             flat = _leaves(flat)
         with torch.set_grad_enabled(not is_known), _no_autocast_cache():
             outs, self.out = self.run(flat)
-        if not is_known:
+        self._note_gradless(key, outs)
+        return outs if is_known else [_detached(o) for o in outs]
+
+    def forward_kept(self, flat: list[Any], elsewhere: list[Any]) -> tuple[list[Any], Graph | None]:
+        """The flat results and their graph; None where it takes more than may be kept.
+
+        elsewhere: what is held anyway, and takes nothing here.
+        """
+        key, host = self._key(flat), self.host
+        graph = Graph(host.activations, _leaves(flat))
+        held = [x for x in elsewhere if isinstance(x, torch.Tensor)]
+        if host.inputs_leave:  # others' do, this block's stays for its graph
+            held = [x for x in held if isinstance(x, nn.Parameter) or not x.requires_grad]
+        with (
+            torch.enable_grad(),
+            _no_autocast_cache(),
+            host.activations.saving(graph, host.slot_memory, held),
+        ):
+            outs, self.out = self.run(graph.leaves)
+        self._note_gradless(key, outs)
+        found = graph.end(outs)
+        return found, graph if host.activations.fits(graph) else None
+
+    def _key(self, flat: list[Any]) -> Any:
+        """By way of being called, what tells which results have a gradient."""
+        return (
+            self.inner,
+            self.host.variant(self.block),
+            self.num_trainable,
+            tuple(x.requires_grad if isinstance(x, torch.Tensor) else _plain(x) for x in flat),
+        )
+
+    def _note_gradless(self, key: Any, outs: list[Any]) -> None:
+        if key not in self.host.gradless:
             self.host.gradless[key] = tuple(
                 i for i, o in enumerate(outs) if isinstance(o, torch.Tensor) and not o.requires_grad
             )
-            outs = [o.detach() if isinstance(o, torch.Tensor) else o for o in outs]
         self.gradless = tuple(i for i in self.host.gradless[key] if i < len(outs))
-        return outs
 
     def check(self, outs: list[Any]) -> None:
         """Recomputed results hang on what trains as they did when it was noted."""
@@ -139,6 +176,10 @@ def _leaves(flat: list[Any]) -> list[Any]:
         x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
         for x in flat
     ]
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _plain(value: Any) -> Any:
@@ -194,9 +235,14 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *rest: Any) -> tuple[Any, ...]:
         ctx.call = call
+        ctx.graph = None
         ctx.set_materialize_grads(False)
-        _save(ctx, call, rest)
-        outs = call.forward(list(rest[call.num_trainable :]))
+        n, stays = call.num_trainable, call.host.activations.wants(call.block)
+        held = _save(ctx, call, rest, may_leave=not stays)
+        if stays:
+            outs, ctx.graph = call.forward_kept(held[n:], held)
+        else:
+            outs = call.forward(list(rest[n:]))
         ctx.mark_non_differentiable(*[outs[i] for i in call.gradless])
         return tuple(outs)
 
@@ -207,57 +253,68 @@ class _Visit(torch.autograd.Function):
         rest = _restore(ctx)
         n = call.num_trainable
         trainable = rest[:n]
-        flat = _leaves(rest[n:])
-        with (
-            call.state.entered(),
-            torch.enable_grad(),
-            _no_autocast_cache(),
-            random_state_of(call.rng),
-        ):
-            outs, _ = call.context.copy().run(call.run, flat)
-            call.check(outs)
-            pairs = [
-                (o, g)
-                for o, g in zip(outs, grad_outs, strict=True)
-                if g is not None and isinstance(o, torch.Tensor) and o.requires_grad
-            ]
+        # A second backward through a retained graph finds its activations gone, and recomputes.
+        graph, ctx.graph = ctx.graph, None
+        if graph is None:
+            flat, ends = _recomputed(call, rest[n:])
+        else:
+            flat, ends = graph.leaves, graph.edges
+        pairs = [(ends[i], g) for i, g in enumerate(grad_outs) if g is not None and i in ends]
         wanted = [x for x in flat if isinstance(x, torch.Tensor) and x.requires_grad]
         inputs = [*trainable, *wanted]
         if not pairs or not inputs:
             return (None,) * (1 + len(rest))
         found = torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True
+            [end for end, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True
         )
         for_flat = iter(found[n:])
-        return (
-            None,
-            *found[:n],
-            *[
-                next(for_flat) if isinstance(x, torch.Tensor) and x.requires_grad else None
-                for x in flat
-            ],
-        )
+        grads = [
+            next(for_flat) if isinstance(x, torch.Tensor) and x.requires_grad else None
+            for x in flat
+        ]
+        if graph is not None:
+            graph.release()
+        return (None, *found[:n], *grads)
 
 
-def _save(ctx: Any, call: _Call, rest: tuple[Any, ...]) -> None:
+def _recomputed(call: _Call, flat: list[Any]) -> tuple[list[Any], dict[int, torch.Tensor]]:
+    """The block's arguments as leaves, and its results that have a gradient, by position."""
+    flat = _leaves(flat)
+    with (
+        call.state.entered(),
+        torch.enable_grad(),
+        _no_autocast_cache(),
+        random_state_of(call.rng),
+    ):
+        outs, _ = call.context.copy().run(call.run, flat)
+        call.check(outs)
+    ends = {i: o for i, o in enumerate(outs) if isinstance(o, torch.Tensor) and o.requires_grad}
+    return flat, ends
+
+
+def _save(ctx: Any, call: _Call, rest: tuple[Any, ...], *, may_leave: bool) -> list[Any]:
     """Keeps the arguments for backward: through autograd, which frees them block by block even while the loss lives,
-    or, where the plan puts block inputs elsewhere, through the host."""
+    or, where the plan puts block inputs elsewhere and they may leave, through the host. Returns them as they are kept."""
     saved: list[torch.Tensor] = []
     places: list[Any] = []
+    held = list(rest)
     for i, x in enumerate(rest):
         if not isinstance(x, torch.Tensor):
             places.append(("as is", x))
             continue
         # Masks and tables are shared: equal ones are held once, by autograd. The first is the hidden state.
         is_shared = i > call.num_trainable and not x.requires_grad
-        kept = call.host.keep(x) if i >= call.num_trainable and not is_shared else None
+        leaves = may_leave and i >= call.num_trainable and not is_shared
+        kept = call.host.keep(x) if leaves else None
         if kept is not None:
             places.append(("kept", (kept, x.requires_grad)))
             continue
         places.append(("saved", len(saved)))
-        saved.append(call.host.intern(x) if is_shared else x)
+        held[i] = call.host.intern(x) if is_shared else x
+        saved.append(held[i])
     ctx.places = places
     ctx.save_for_backward(*saved)
+    return held
 
 
 def _restore(ctx: Any) -> list[Any]:

@@ -27,6 +27,7 @@ from transformers import masking_utils
 from ssdtune.schedule.cost import StepWork, Work
 from ssdtune.schedule.memory import Footprint
 from ssdtune.schedule.plan import Direction
+from ssdtune.visit.activations import counting_saved
 from ssdtune.visit.counting import WorkCounter
 from ssdtune.visit.draft import Draft, Options
 from ssdtune.visit.front_door import accepts
@@ -205,9 +206,16 @@ def _rehearse(cast: _Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
         workspace_bytes=max(rehearsal.workspaces.values(), default=0),
         loss_bytes=_loss_bytes(cast, shape),
         forward_bytes=rehearsal.forward_bytes,
+        activation_bytes=_by_block(cast, rehearsal),
         how="rehearsed on tensors without memory",
     )
     return Rehearsed(footprint=footprint, work=_step_work(cast, rehearsal, losses))
+
+
+def _by_block(cast: _Cast, rehearsal: _Rehearsal) -> tuple[int, ...]:
+    """Bytes of each block's activations, all its visits together."""
+    points = [*cast.points, *([cast.head] if cast.head is not None else [])]
+    return tuple(rehearsal.saved[block] for block in range(1 + max(p.block for p in points)))
 
 
 def _step_work(cast: _Cast, rehearsal: _Rehearsal, losses: tuple[Work, Work] | None) -> StepWork:
@@ -223,6 +231,7 @@ def _step_work(cast: _Cast, rehearsal: _Rehearsal, losses: tuple[Work, Work] | N
     return StepWork(
         passes=passes,
         between=Work({key: ADAMW_OPERATORS * n for key, n in between.items()}),
+        behind=rehearsal.behind,
         dtype=str(cast.base.dtype).removeprefix("torch."),
     )
 
@@ -264,6 +273,9 @@ class _Rehearsal:
         self.workspaces: dict[Any, int] = {}  # kind of block -> bytes
         self.works: dict[tuple[Any, Direction], Work] = {}  # kind of block, direction -> work
         self.passes: dict[tuple[int, Direction], list[Work]] = {}
+        self.behind: dict[int, list[Work]] = {}  # backward without computing again
+        self.saved: Counter[int] = Counter()  # block -> bytes that it would keep instead
+        self._saved_by: dict[Any, tuple[int, Work]] = {}  # kind of block -> those two of one visit
         self.forward_bytes = 0  # the most that a forward without a graph holds beyond its input
         self._alive: list[torch.Tensor] = []
         self._outputs: dict[Any, Any] = {}  # kind of block and its arguments -> what it makes
@@ -313,6 +325,9 @@ class _Rehearsal:
         out = self._output(kind, point, args, kwargs)
         for direction in Direction:
             self.add(point, direction, self.works[kind, direction])
+        num_bytes, behind = self._saved_by[kind]
+        self.saved[point.block] += num_bytes
+        self.behind.setdefault(point.block, []).append(behind)
         return pytree.tree_map_only(
             torch.Tensor, lambda x: x.requires_grad_() if x.is_floating_point() else x, out
         )
@@ -360,17 +375,20 @@ class _Rehearsal:
             return made
 
         args, kwargs = pytree.tree_map_only(torch.Tensor, leaf, (args, kwargs))
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         with WorkCounter() as counter:
-            found = pytree.tree_leaves(point.inner(*args, **kwargs))
+            with counting_saved([*given, *point.module.parameters()]) as saved:
+                found = pytree.tree_leaves(point.inner(*args, **kwargs))
             outs = [x for x in found if isinstance(x, torch.Tensor) and x.requires_grad]
             inputs = [*leaves[:1], *(p for p in point.module.parameters() if p.requires_grad)]
-            in_forward = counter.num_calls
+            in_forward, before_backward = counter.num_calls, Counter(counter.counts)
             if outs and inputs:
                 grads = [torch.empty_like(x) for x in outs]
                 torch.autograd.grad(outs, inputs, grads, allow_unused=True)
-        self.works[kind, Direction.BACKWARD] = Work(
-            dict(counter.counts), counter.num_calls - in_forward
-        )
+        by_autograd = counter.num_calls - in_forward
+        self.works[kind, Direction.BACKWARD] = Work(dict(counter.counts), by_autograd)
+        behind = Counter(counter.counts) - before_backward
+        self._saved_by[kind] = saved.num_bytes, Work(dict(behind), by_autograd)
         return self.live.peak - before
 
 

@@ -19,6 +19,7 @@ from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.source import Checkpoint
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.accumulation import AccumulationWatch
+from ssdtune.visit.activations import Activations
 from ssdtune.visit.function import visit
 from ssdtune.visit.meet import Hub
 from ssdtune.visit.placeholder import Placeholder
@@ -162,6 +163,7 @@ class Streamer:
         self.input_store: InputStore | None = (
             None  # where block inputs wait for backward; None: on the device, with autograd
         )
+        self.activations = Activations()
         self.gradless: dict[Any, tuple[int, ...]] = {}  # see visit/function.py
         self._variants: dict[int, tuple[Any, ...]] = {}  # of the step under way, by block
         self.accumulation = AccumulationWatch()
@@ -252,6 +254,7 @@ class Streamer:
             self.input_store.begin_step(self.step)
         if kind == "train":
             self.accumulation.begin(p for meeting in self.meetings for p in meeting.trainable())
+        self.activations.follow(self.engine.plan)
         self.engine.begin_step(kind)
 
     def _end(self) -> None:
@@ -301,6 +304,11 @@ class Streamer:
                     owner._parameters[name] = parameter
         self._installed = (block, slot, self._variant)
 
+    def slot_memory(self) -> torch.Tensor:
+        """The slot whose block is present, uint8."""
+        assert self._installed is not None
+        return self.engine.slots.memory[self._installed[1]]
+
     def _slot_parameters(self, block: int, slot: int) -> list[nn.Parameter]:
         """The block's tensors in that slot, or what stands for them, as parameters; the same objects at every visit."""
         tensors: Sequence[torch.Tensor]
@@ -341,6 +349,11 @@ class Streamer:
         return self._variants[block]
 
     # ---- block inputs (see visit/function.py) --------------------------------------------------------------------
+
+    @property
+    def inputs_leave(self) -> bool:
+        """Whether block inputs are kept off the device until backward."""
+        return self.input_store is not None
 
     def keep(self, tensor: torch.Tensor) -> Kept | None:
         """Gives an input of the block under way to the input store; None where it stays with autograd."""
