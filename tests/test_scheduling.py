@@ -204,6 +204,23 @@ def test_a_budget_of_the_users_is_kept(make, monkeypatch: pytest.MonkeyPatch) ->
     assert trainer.streamer.engine.plan.ram_bytes <= budget.ram_bytes
 
 
+@pytest.mark.parametrize(("ram", "stay"), [(True, True), (False, False)])
+def test_activations_share_what_is_free_where_nobody_set_a_budget(
+    make, monkeypatch: pytest.MonkeyPatch, ram: bool, stay: bool
+) -> None:
+    monkeypatch.setattr(forecast_module, "free_ram", lambda: 10**9)
+    trainer = make()
+    schedule = scheduled(trainer, a_profile(read_rate=1e15), monkeypatch)
+    auto = Auto(ram=ram, activations=True)
+    settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=10**8, auto=auto)
+    plan = trainer.streamer.engine.plan
+    assert len(plan.kept_blocks) == (4 if stay else 0)
+    trainer.train()
+    activations = trainer.streamer.activations
+    assert (activations.num_kept > 0) == stay
+    assert activations.num_over == 0
+
+
 # ------------------------------------------------------------------ during the run
 
 

@@ -31,7 +31,15 @@ def search_shares(request: Request, pricing: Priced, effort: Effort | None = Non
             continue
         if found.simulation.step_s < (1 - WORTH) * best.simulation.step_s:
             best = found
-    return best
+    return _with_what_is_left(request, best) if best.plan.kept_blocks else best
+
+
+def _with_what_is_left(request: Request, found: Found) -> Found:
+    """The budget for activations is all that the weights do not take: a step of longer rows needs more."""
+    plan = found.plan
+    taken = plan.device_bytes if request.on_device else plan.ram_bytes
+    budgets = _with(request, _whole(request) - taken).budgets
+    return dataclasses.replace(found, plan=dataclasses.replace(plan, budgets=budgets))
 
 
 def _tried(request: Request) -> Iterator[int]:

@@ -32,7 +32,8 @@ STALL_SHARE = 0.05  # a step that waited more than this for weights is bound by 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One optimizer step. busy_s: lane -> seconds in which it had work; num_misses: blocks that
-    came out of the plan's order."""
+    came out of the plan's order; num_over: passes through blocks whose activations were to stay and
+    found no room."""
 
     step: int
     seconds: float
@@ -41,6 +42,7 @@ class StepRecord:
     stall_s: float = 0.0
     num_bytes_read: int = 0
     num_misses: int = 0
+    num_over: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,7 +65,7 @@ class Telemetry(TrainerCallback):
         self.streamer = streamer
         self.records: list[StepRecord] = []
         self._mark = perf_counter()
-        self._num_tokens = 0
+        self._num_tokens = self._num_over = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._num_tokens = state.num_input_tokens_seen
@@ -72,6 +74,7 @@ class Telemetry(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ops = self._ops_of_step()
         now, num_tokens = perf_counter(), state.num_input_tokens_seen
+        num_over = 0 if self.streamer is None else self.streamer.activations.num_over
         self.records.append(
             StepRecord(
                 step=state.global_step,
@@ -81,9 +84,10 @@ class Telemetry(TrainerCallback):
                 stall_s=stall_seconds(ops),
                 num_bytes_read=read_bytes(ops),
                 num_misses=sum(op.is_miss for op in ops),
+                num_over=num_over - self._num_over,
             )
         )
-        self._mark, self._num_tokens = now, num_tokens
+        self._mark, self._num_tokens, self._num_over = now, num_tokens, num_over
         if self.streamer is not None:
             engine = self.streamer.engine
             trim(engine.trace, first_step=engine.step - TRACED_STEPS + 1)
@@ -194,6 +198,8 @@ def progress_line(
         parts.append(f"{record.bound_by}-bound, stall {record.stall_s:.2g} s")
     if record.num_misses:
         parts.append(f"{record.num_misses} misses")
+    if record.num_over:
+        parts.append(f"{record.num_over} passes over offload.activations")
     if left_s is not None and state.global_step < state.max_steps:
         parts.append(f"ETA {duration(left_s)}")
     return "  ".join(parts)
@@ -254,6 +260,7 @@ def summary(records: Sequence[StepRecord]) -> dict[str, Any]:
         "stall_seconds_per_step": statistics.median(r.stall_s for r in counted),
         "read_bytes_per_step": round(statistics.median(r.num_bytes_read for r in counted)),
         "num_misses": sum(r.num_misses for r in counted),
+        "num_over_activations": sum(r.num_over for r in counted),
         "busy_share": {lane: busy[lane] / seconds for lane in lanes},
     }
     if busy and max(busy.values()) > 0:

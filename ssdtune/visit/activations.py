@@ -102,6 +102,9 @@ class Activations:
         memory = slot()
         weights = memory.untyped_storage()._cdata
         known = {x.untyped_storage()._cdata for x in elsewhere}
+        sizes: list[
+            int
+        ] = []  # autograd holds what the functions below refer to: not the graph, it would hold itself
 
         def pack(saved: torch.Tensor) -> torch.Tensor | _InSlot:
             storage = saved.untyped_storage()
@@ -110,18 +113,18 @@ class Activations:
                 return _InSlot(saved.dtype, saved.shape, saved.stride(), offset)
             if storage._cdata not in known:
                 known.add(storage._cdata)
-                graph.num_bytes += storage.nbytes()
+                sizes.append(storage.nbytes())
             return saved
 
         def unpack(saved: torch.Tensor | _InSlot) -> torch.Tensor:
             return saved.of(slot()) if isinstance(saved, _InSlot) else saved
 
-        before = graph.num_bytes
         try:
             with saved_tensors_hooks(pack, unpack):
                 yield
         finally:
-            self.held_bytes += graph.num_bytes - before
+            graph.num_bytes += sum(sizes)
+            self.held_bytes += sum(sizes)
 
     def fits(self, graph: Graph) -> bool:
         """Whether the graph stays; one that is over the budget is let go: its block will be computed again."""

@@ -370,7 +370,8 @@ class _Rehearsal:
 
         def leaf(x: torch.Tensor) -> torch.Tensor:
             made = x.detach()
-            if made.is_floating_point():
+            # Tables such as a rotary embedding's have no gradient; the first float is the hidden state.
+            if made.is_floating_point() and (x.requires_grad or not leaves):
                 leaves.append(made.requires_grad_())
             return made
 
