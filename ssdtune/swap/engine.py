@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
@@ -26,6 +26,7 @@ from ssdtune.swap.fills import Fill, Lanes, Pools, SwapError
 from ssdtune.swap.recipe import BlockRecipe, alone
 from ssdtune.swap.slots import Slots
 from ssdtune.swap.storage import aligned_bytes
+from ssdtune.swap.stores import Stores
 
 TRACED_STEPS = 16  # of any kind: their ops are kept, older ones dropped when a step begins
 CLOSING_S = 10.0  # how long `close` waits for each thread
@@ -86,6 +87,7 @@ class Engine:
         self._homes = _homes(plan)
         self._held: dict[int, Fill] = {}  # slot -> the fill that brought, or brings, what it holds
         self._demands: deque[Fill] = deque()  # claimed by `enter`, to be started before all others
+        self._storing: dict[int, int] = {}  # block -> the slot from which it is being stored
         self._walk = Walk(next(iter(plan.sequences.values())))
         self._step = 0 if succeeds is None else succeeds.step
         self._visiting: _Visiting | None = None
@@ -102,6 +104,14 @@ class Engine:
             on_issued=self._notify,
             cached=cached,
             timeout_s=timeout_s,
+        )
+        self._stores = Stores(
+            self.slots,
+            self.recipes,
+            self._record,
+            cached=cached,
+            is_direct=self.pool.storage.name == "direct",
+            on_ended=self._stored,
         )
         self._thread = threading.Thread(target=self._fill_ahead, name="ssdtune-walk", daemon=True)
         self._thread.start()
@@ -143,6 +153,7 @@ class Engine:
         """
         start = perf_counter()
         while True:
+            self._stores.check()
             visiting = self._visit(block, direction, start)
             if self._lanes.clock is not None and visiting.reached is None:
                 visiting.reached = self._lanes.clock.mark(
@@ -151,6 +162,7 @@ class Engine:
             left = start + self.timeout_s - perf_counter()
             try:
                 visiting.fill.wait(left)
+                self._stores.check()  # the fill may have waited for a store
                 break
             except SwapError:
                 self._give_up(visiting)
@@ -189,6 +201,32 @@ class Engine:
         with self._changed:
             return self._held[slot]
 
+    def store(self, block: int, slot: int, done: Callable[[], None]) -> bool:
+        """Begins to write a block of ours back to where it is read from, as the slot has it now.
+
+        The slot is not filled, and the block not read, before that is over; nobody may change the slot meanwhile.
+        False, and nothing begins, where another slot has the block or gets it, as it was. done: called when it is
+        written, by another thread. A store that fails makes every later visit fail.
+        """
+        with self._changed:
+            elsewhere = any(f.block == block and f.slot != slot for f in self._held.values())
+            if elsewhere or block in self._storing:
+                return False
+            self._storing[block] = slot
+        try:
+            self._stores.begin(block, slot, self._step, done)
+        except BaseException:
+            self._stored(block)
+            raise
+        return True
+
+    def await_stored(self, block: int) -> None:
+        """Waits until the block is not being stored. Raises SwapError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: block not in self._storing, self.timeout_s):
+                name = self.recipes[block].name
+                raise SwapError(f"{name} was not stored within {self.timeout_s:g} s")
+
     def follow(self, plan: Plan) -> None:
         """From the next step on, another plan over the same slots: another order of visits."""
         mine = self.plan
@@ -208,6 +246,7 @@ class Engine:
                 return
             self._is_closing = True
             self._changed.notify_all()
+        self._stores.close(CLOSING_S)  # what is on its way to the drive gets there
         self._lanes.stop()
         self.pool.close(CLOSING_S)  # fails what is not read yet, so that nobody waits for it
         if self.device_pool is not None:
@@ -360,6 +399,8 @@ class Engine:
         if self._is_closing:
             return None
         for fill in self._demands:
+            if self._is_storing(fill.block, fill.slot):
+                continue
             if fill.behind is None or fill.behind.is_issued():
                 self._demands.remove(fill)
                 fill.behind = None
@@ -379,6 +420,8 @@ class Engine:
                     return None  # by a visit that the plan did not expect there
                 if held is not None and not held.is_issued():
                     return None
+                if self._is_storing(visit.block, visit.slot):
+                    return None
                 self._walk.filled(position)
                 return self._claim(
                     visit.block,
@@ -389,6 +432,16 @@ class Engine:
                 )
             self._walk.filled(position)
         return None
+
+    def _is_storing(self, block: int, slot: int) -> bool:
+        """Whether a fill of the slot with the block would meet a store."""
+        return block in self._storing or slot in self._storing.values()
+
+    def _stored(self, block: int) -> None:
+        """The block's store has ended; takes the lock itself."""
+        with self._changed:
+            del self._storing[block]
+            self._changed.notify_all()
 
     def _notify(self) -> None:
         """A fill has ended; takes the lock itself."""

@@ -73,7 +73,8 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRecipe:
-    """Everything needed to fill a slot with one block."""
+    """Everything needed to fill a slot with one block. is_ours: the file is our own, laid out like the slot, and
+    may be written to."""
 
     name: str
     extents: tuple[Extent, ...]
@@ -81,6 +82,7 @@ class BlockRecipe:
     tensors: tuple[TensorView, ...]
     copies: tuple[Copy, ...]
     slot_bytes: int
+    is_ours: bool = False
 
     @property
     def is_staged(self) -> bool:

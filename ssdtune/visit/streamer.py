@@ -100,8 +100,8 @@ class Meeting:
 class Weights(Protocol):
     """What a method makes of weights on their way from a slot to compute, and of those outside of blocks."""
 
-    def refresh(self, block: int, tensors: Sequence[torch.Tensor], content: object) -> None:
-        """Brings the block's tensors in a slot up to date, in place. content: stands for what fill they are of."""
+    def refresh(self, block: int, slot: int) -> None:
+        """Brings the block's tensors in a slot up to date, in place."""
         ...
 
     def stand_in(
@@ -314,7 +314,7 @@ class Streamer:
         tensors: Sequence[torch.Tensor]
         tensors = in_slot = self.engine.slots.tensors(block, slot)
         if self.method is not None:
-            self.method.refresh(block, tensors, self.engine.content(slot))
+            self.method.refresh(block, slot)
             if self._variant is not None:
                 tensors = self.method.stand_in(block, tensors, self._variant)
         key = (block, slot if tensors is in_slot else None)

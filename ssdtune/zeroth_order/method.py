@@ -22,7 +22,8 @@ from ssdtune.zeroth_order.working_copy import WorkingCopy
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fold:
-    """A working copy of all weights, written after every `num_steps` steps. folder: where; a fast drive."""
+    """A working copy of all weights, each block of it written back after every `num_steps` steps. folder: where; a fast
+    drive."""
 
     folder: Path
     num_steps: int
@@ -127,14 +128,15 @@ class ZerothOrder:
         return self._update(losses, learning_rate, weight_decay)
 
     def _fold_if_due(self) -> None:
-        """At a step's beginning, so that what a step costs is paid by the next one, if there is any. Where all blocks
-        stay in their slots nothing is taken twice and there is nothing to save."""
-        if self.fold is None or len(self.weights.updates) < self.fold.num_steps:
+        """Makes the working copy when the first blocks are due; from then on the visits write them back. At a step's
+        beginning, so that what a step costs is paid by the next one, if there is any. Where all blocks stay in their
+        slots nothing is taken twice and there is nothing to save."""
+        if self.fold is None or self.copy is None or self.copy.is_there:
             return
-        if self.streamer.engine.plan.sequences["forward"].read_bytes:
-            assert self.copy is not None
+        is_due = len(self.weights.updates) >= self.fold.num_steps
+        if is_due and self.streamer.engine.plan.sequences["forward"].read_bytes:
             self.copy.write()
-            self.weights.forget_stored()
+            self.weights.all_stored(self.fold.num_steps)
 
     def _update(self, losses: list[float], learning_rate: float, weight_decay: float) -> Step:
         loss = math.fsum(losses) / len(losses)

@@ -11,6 +11,7 @@ one place for all blocks; of the few outside of blocks all variants are kept for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -48,6 +49,12 @@ class MovingWeights:
         self._step = 0
         # First tensor's address in a slot -> the content that has taken so many updates.
         self._taken: dict[int, tuple[object, int]] = {}
+        self._stored: dict[
+            int, int
+        ] = {}  # block -> how many updates the drive has; 0 of the user's files
+        self._due: dict[int, int] = {}  # block -> with how many updates it is to be written
+        self._period = 0
+        self._returning: set[int] = set()  # blocks that a step reads from the drive
         self._scratch: torch.Tensor | None = None  # where variants of blocks are made
         self._views: dict[int, list[torch.Tensor]] = {}
         self._inside_scratch: torch.Tensor | None = None
@@ -75,6 +82,8 @@ class MovingWeights:
     def begin(self, step: int, shifts: Sequence[Shift | None]) -> None:
         """A step's variants, numbered as in `shifts`."""
         self._step, self._shifts = step, shifts
+        visits = self._streamer.engine.plan.sequences["forward"].visits
+        self._returning = {visit.block for visit in visits if visit.is_filled_for}
         self._shifted.clear()
         self._plain = {name: p.data for name, p in self._resident.items()}
         for variant, shift in enumerate(shifts):
@@ -92,10 +101,14 @@ class MovingWeights:
         if self.trains_blocks:
             self.updates.append(update)
 
-    def forget_stored(self) -> None:
-        """What the drive holds has taken all steps so far."""
-        self.updates.clear()
+    def all_stored(self, period: int) -> None:
+        """The drive holds all blocks of ours with all steps so far. From now on each is written back after every
+        `period` steps, a like share of them in each step."""
         self._taken.clear()
+        count, self._period = len(self.updates), period
+        for block in range(len(self._streamer.blocks)):
+            self._stored[block] = count
+            self._due[block] = count + 1 + block % period
 
     def replay(self, updates: Sequence[Update]) -> None:
         """All weights are the base's, and take these steps: at the start of a run that goes on."""
@@ -105,17 +118,32 @@ class MovingWeights:
 
     # ---- what the streamer asks for ----------------------------------------------------------
 
-    def refresh(self, block: int, tensors: Sequence[torch.Tensor], content: object) -> None:
-        """The updates that this content of a slot has missed."""
+    def refresh(self, block: int, slot: int) -> None:
+        """The updates that this content of a slot has missed; then, where it is due, the block goes back to the drive
+        as it is now, while it is computed with."""
+        engine = self._streamer.engine
+        tensors, content = engine.slots.tensors(block, slot), engine.content(slot)
         if not tensors:
             return
         key = tensors[0].data_ptr()
         known, taken = self._taken.get(key, (None, 0))
-        missed = self.updates[taken if known is content else 0 :]
+        missed = self.updates[taken if known is content else self._stored.get(block, 0) :]
         if missed:
+            engine.await_stored(block)
             for name, tensor in zip(self._names(block), tensors, strict=True):
                 self.directions.apply(tensor, name, missed)
         self._taken[key] = (content, len(self.updates))
+        if block in self._returning and len(self.updates) >= self._due.get(block, math.inf):
+            self._store(block, slot)
+
+    def _store(self, block: int, slot: int) -> None:
+        count = len(self.updates)
+
+        def done() -> None:
+            self._stored[block] = count
+
+        if self._streamer.engine.store(block, slot, done):
+            self._due[block] = count + self._period
 
     def stand_in(
         self, block: int, tensors: Sequence[torch.Tensor], variant: int
@@ -132,7 +160,8 @@ class MovingWeights:
 
     def read(self, block: int, index: int, stored: torch.Tensor) -> torch.Tensor:
         """A weight as it is now, from what its file holds."""
-        self.directions.apply(stored, self._names(block)[index], self.updates)
+        missed = self.updates[self._stored.get(block, 0) :]
+        self.directions.apply(stored, self._names(block)[index], missed)
         return stored
 
     def outside(self, variant: int | None) -> None:

@@ -1,8 +1,8 @@
 """A working copy of the streamed weights on the drive, so that blocks need not take all steps again at every read.
 
-A block lies in it as it lies in a slot, page-aligned: it is read in place, whatever the user's files looked like. The
-user's files are never written. The copy can always be made again from them and the log, so it is not part of any
-checkpoint, and goes with the run.
+A block lies in it as it lies in a slot, page-aligned: it is read in place, whatever the user's files looked like, and
+written back in place by the visits themselves (`Engine.store`). The user's files are never written. The copy can always
+be made again from them and the log, so it is not part of any checkpoint, and goes with the run.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ class WorkingCopyError(SSDTuneError):
 
 
 class WorkingCopy:
-    """Of one streamed model. folder: on a fast drive; what is made there is removed by `close`.
-
-    num_bytes: written so far.
-    """
+    """Of one streamed model. folder: on a fast drive; what is made there is removed by `close`."""
 
     def __init__(self, streamer: Streamer, folder: Path) -> None:
         self._streamer, self._parent = streamer, folder
         self._folder: Path | None = None
-        self._path: Path | None = None
-        self._version = 0
-        self.num_bytes = 0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has been made."""
+        return self._folder is not None
 
     def write(self) -> None:
         """Writes all blocks as the method makes them now; from now on they are read from here. Between steps only.
@@ -45,17 +44,15 @@ class WorkingCopy:
         Raises WorkingCopyError, all as it was, where the drive has no room.
         """
         streamer = self._streamer
-        if self._folder is None:
-            self._parent.mkdir(parents=True, exist_ok=True)
-            self._folder = new_temporary_folder(self._parent / "weights")
-        self._version += 1
-        path = self._folder / f"weights-{self._version}"
+        self._parent.mkdir(parents=True, exist_ok=True)
+        self._folder = new_temporary_folder(self._parent / "weights")
+        path = self._folder / "blocks"
         places = list(_places(streamer.engine.recipes))
-        _reserve(path, sum(num_bytes for _, num_bytes in places))
         try:
+            _reserve(path, sum(num_bytes for _, num_bytes in places))
             self._fill(path, places)
         except BaseException:
-            path.unlink(missing_ok=True)
+            self.close()
             raise
         on_device = streamer.engine.slots.device.type != "cpu"
         streamer.read_from(
@@ -65,9 +62,6 @@ class WorkingCopy:
             ],
             choose_storage(path).storage,
         )
-        if self._path is not None:
-            self._path.unlink()
-        self._path = path
 
     def _fill(self, path: Path, places: list[tuple[int, int]]) -> None:
         with path.open("r+b", buffering=0) as file:
@@ -76,7 +70,6 @@ class WorkingCopy:
                 memory = self._streamer.engine.slots.memory[slot]
                 content = memory[: min(num_bytes, memory.nbytes)].cpu()
                 write_all(file.fileno(), offset, content.numpy().data)
-                self.num_bytes += content.nbytes
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -88,8 +81,7 @@ class WorkingCopy:
         for block in dict.fromkeys([*order, *range(len(engine.recipes))]):
             slot = engine.enter(block, Direction.FORWARD)
             assert streamer.method is not None
-            tensors = engine.slots.tensors(block, slot)
-            streamer.method.refresh(block, tensors, engine.content(slot))
+            streamer.method.refresh(block, slot)
             yield block, slot
         engine.leave()
 
@@ -123,6 +115,7 @@ def _recipe(
         tensors=recipe.tensors,
         copies=tuple(copies),
         slot_bytes=recipe.slot_bytes if on_device else num_bytes,
+        is_ours=True,
     )
 
 
@@ -132,7 +125,6 @@ def _reserve(path: Path, num_bytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
-        path.unlink()
         name = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise WorkingCopyError(
             f"cannot reserve {format_size(num_bytes)} for a working copy of the weights in {path.parent.parent}: "
