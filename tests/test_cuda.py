@@ -23,6 +23,7 @@ from support import accumulate, assert_equal, cut, gradients, num_items, trained
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
+from ssdtune.kernels.noise import KINDS, Direction, add_directions
 from ssdtune.schedule import trace as traces
 from ssdtune.schedule.plan import Budgets, Kind, Lane, Tier
 from ssdtune.swap.engine import Engine
@@ -31,6 +32,7 @@ from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.assemble import assemble
 from ssdtune.visit.build import build_meta
 from ssdtune.visit.draft import Options, smallest_budgets
+from ssdtune.zeroth_order import Fold, MeZO, ZerothOrder
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -436,3 +438,43 @@ def test_the_trace_has_the_devices_own_times(make: MakeEngine, where: str) -> No
     assert all(0 < op.end_s - op.start_s < kernel_s for op in uploads)
     ordered = sorted(computed, key=lambda op: op.start_s)
     assert all(a.end_s <= b.end_s for a, b in itertools.pairwise(ordered))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_directions_have_the_bits_that_the_cpu_has(dtype: torch.dtype, kind: str) -> None:
+    """By Triton's kernels where they are installed: nothing fused, every sum in its order."""
+    directions = [Direction(0x0123456789ABCDEF + j, 1e-3 * (j - 1.5), kind) for j in range(3)]
+    base = torch.randn(5 * 8192 + 77, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for more in ({}, {"decay": 0.99}, {"rounding_key": 99, "decay": 1 - 1e-4}):
+        for num in (1, 3):
+            expected, found = torch.empty_like(base), torch.empty_like(base, device=DEVICE)
+            add_directions(expected, base, directions[:num], **more)
+            add_directions(found, base.to(DEVICE), directions[:num], **more)
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            assert torch.equal(found.cpu().view(bits), expected.view(bits))
+
+
+def test_a_block_comes_back_from_the_device_as_it_was_changed(tmp_path: Path) -> None:
+    """Zeroth-order steps of all weights with every block written back: the losses of the same on the CPU."""
+    found = []
+    base = tiny_models.build("llama", dtype=torch.float32)
+    tiny_models.save(base, tmp_path / "model")
+    for fold in (None, Fold(tmp_path / "scratch", 1)):
+        meta = build_meta(tmp_path / "model")
+        storage = choose_storage(tmp_path / "model").storage
+        made = Options(device=DEVICE, budgets=Budgets(ram_bytes=0), storage=storage)
+        least = smallest_budgets(meta, made)
+        model: Any = assemble(
+            build_meta(tmp_path / "model"), dataclasses.replace(made, budgets=least)
+        )
+        method = ZerothOrder(model, MeZO(eps=1e-2), fold=fold)
+        batch = {k: v.to(DEVICE) for k, v in tiny_models.batch("llama", 2, 12).items()}
+        losses = [
+            method.step([lambda m=model, b=batch: m(**b)], learning_rate=1e-3).losses
+            for _ in range(5)
+        ]
+        found.append(losses)
+        model.ssdtune.close()
+        method.close()
+    assert found[0] == found[1]

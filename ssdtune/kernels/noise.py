@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -47,7 +48,8 @@ FIELD_BITS = {GAUSSIAN: 8, RADEMACHER: 1}
 TILE = 8192  # elements; parts of a tensor begin at its multiples
 ROUNDING_TILE = philox.tile_size(16)
 PART = 64 * TILE  # elements that one thread takes at a time
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the native code knows
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the native code and the kernels know
+TRITON = "_triton"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,25 +87,37 @@ def add_directions(
 
     to, base: of one shape and dtype; elements are numbered in row-major order, whatever the strides. decay: rounded to
     float32. rounding_key: rounds bfloat16 at random by this key instead of to nearest; means nothing for others.
-    suffix: of the native function; None: the best there is; "" for torch.
+    suffix: of the native function; None: the best there is; "" for torch; TRITON for its kernels.
     """
     assert to.shape == base.shape
     assert to.dtype == base.dtype
-    native = library() if suffix != "" else None
-    is_plain = (
-        native is not None
-        and base.device.type == "cpu"
-        and base.dtype in DTYPES
-        and base.is_contiguous()
-        and to.is_contiguous()
-    )
-    if is_plain:
-        assert native is not None
-        _natively(
-            native.function("ssdtune_add_noise", suffix), to, base, directions, decay, rounding_key
-        )
-    else:
+    is_plain = base.dtype in DTYPES and base.is_contiguous() and to.is_contiguous()
+    if suffix is None:
+        suffix = _best(base.device) if is_plain and directions else ""
+    if suffix == "":
         _by_torch(to, base, directions, decay, rounding_key)
+    elif suffix == TRITON:
+        from ssdtune.kernels import noise_triton
+
+        noise_triton.add_directions(to, base, directions, decay=decay, rounding_key=rounding_key)
+    else:
+        native = library()
+        assert native is not None
+        function = native.function("ssdtune_add_noise", suffix)
+        _natively(function, to, base, directions, decay, rounding_key)
+
+
+def _best(device: torch.device) -> str:
+    """What is fastest for tensors on the device."""
+    if device.type == "cpu":
+        native = library()
+        return "" if native is None else native.suffixes[0]
+    return TRITON if device.type == "cuda" and _has_triton() else ""
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def values(direction: Direction, num_elements: int, device: torch.device) -> torch.Tensor:

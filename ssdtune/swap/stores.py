@@ -73,6 +73,7 @@ class Stores:
 
     def begin(self, block: int, slot: int, step: int, done: Callable[[], None]) -> None:
         """Stores what the slot holds of the block."""
+        assert self._recipes[block].is_ours, "nobody else's file is written to"
         content = self._slots.memory[slot][: self._recipes[block].file_bytes]
         copied = None
         if content.device.type != "cpu":
@@ -132,7 +133,6 @@ class Stores:
         else:
             kind, lane = Kind.STORE_WEIGHTS, Lane.NVME_WRITE
             (extent,) = self._recipes[store.block].extents
-            assert self._recipes[store.block].is_ours
             write_all(self._file(extent.path), extent.file_offset, store.memory.numpy().data)
         self._record(
             TraceOp(

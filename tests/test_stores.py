@@ -1,0 +1,163 @@
+"""Blocks that go back from their slots: every change arrives, nothing is read or filled too early, failures stop the run."""
+
+import errno
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssdtune.schedule.plan import Budgets, Direction, Kind, Lane
+from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.swap import stores
+from ssdtune.swap.engine import Engine
+from ssdtune.swap.fills import Pools, SwapError
+from ssdtune.swap.readers import ReaderPool
+from ssdtune.swap.recipe import BlockRecipe, TensorView
+from ssdtune.swap.storage import Extent, choose_storage
+
+NUM, BYTES = 5, 8192
+F = Direction.FORWARD
+
+
+def nothing() -> None:
+    """Nobody wants to know."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    made = tmp_path / "blocks"
+    values = [torch.full((BYTES // 4,), float(100 * i)) for i in range(NUM)]
+    made.write_bytes(torch.cat(values).numpy().tobytes())
+    return made
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[Engine]:
+    """Five blocks through two slots, forwards only."""
+    recipes = [
+        BlockRecipe(
+            name=f"layers.{i}",
+            extents=(Extent(path, i * BYTES, BYTES, 0),),
+            file_bytes=BYTES,
+            tensors=(
+                TensorView(name="weight", dtype=torch.float32, shape=(BYTES // 4,), offset=0),
+            ),
+            copies=(),
+            slot_bytes=BYTES,
+            is_ours=True,
+        )
+        for i in range(NUM)
+    ]
+    request = Request(
+        blocks=tuple(recipe.shape for recipe in recipes),
+        orders=plain_orders(NUM),
+        budgets=Budgets(ram_bytes=2 * BYTES),
+        prefetch=1,
+    )
+    pools = Pools(ReaderPool(choose_storage(path).storage, num_threads=2))
+    made = Engine(make_plan(request), recipes, pools, device=torch.device("cpu"), timeout_s=5.0)
+    yield made
+    made.close()
+
+
+def weight(engine: Engine, block: int) -> tuple[int, torch.Tensor]:
+    slot = engine.enter(block, F)
+    return slot, engine.slots.tensors(block, slot)[0]
+
+
+def on_drive(path: Path) -> list[float]:
+    """Each block's number, which all its elements must be."""
+    found = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32).view(NUM, -1)
+    assert all(len(row.unique()) == 1 for row in found), "a block is torn"
+    return [float(row[0]) for row in found]
+
+
+def test_every_change_arrives_and_is_read_back(engine: Engine, path: Path) -> None:
+    stored: list[int] = []
+    for step in range(20):
+        engine.begin_step("forward")
+        for block in range(NUM):
+            slot, tensor = weight(engine, block)
+            engine.await_stored(block)
+            assert (tensor == 100 * block + step).all()
+            tensor += 1
+            assert engine.store(block, slot, lambda b=block: stored.append(b))
+        engine.leave()
+    for block in range(NUM):
+        engine.await_stored(block)
+    assert on_drive(path) == [100 * block + 20 for block in range(NUM)]
+    assert sorted(stored) == sorted(list(range(NUM)) * 20)
+    ops = [op for op in engine.trace if op.lane is Lane.NVME_WRITE]
+    assert {op.kind for op in ops} == {Kind.STORE_WEIGHTS}
+    assert all(op.num_bytes == BYTES for op in ops)
+    assert not any(op.is_miss for op in engine.trace)
+
+
+def test_a_slot_is_not_filled_and_a_block_not_read_before_it_is_stored(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, write = threading.Event(), stores.write_all
+
+    def late(*given: Any) -> None:
+        assert gate.wait(10)
+        write(*given)
+
+    monkeypatch.setattr(stores, "write_all", late)
+    engine.begin_step("forward")
+    slot, tensor = weight(engine, 0)
+    tensor += 1
+    assert engine.store(0, slot, nothing)
+    assert not engine.store(0, slot, nothing), "it is under way"
+    assert weight(engine, 1)[0] != slot
+    entered = threading.Event()
+
+    def third() -> None:
+        weight(engine, 2)  # into the slot that is being stored
+        entered.set()
+
+    thread = threading.Thread(target=third)
+    thread.start()
+    assert not entered.wait(0.3)
+    gate.set()
+    assert entered.wait(5)
+    thread.join()
+    assert on_drive(path)[0] == 1.0
+
+
+def test_a_block_that_another_slot_has_is_not_stored(engine: Engine) -> None:
+    """That slot would keep what the drive had before."""
+    engine.begin_step("forward")
+    for block in range(NUM):
+        weight(engine, block)
+    slot, _ = weight(engine, 0)  # again: fetched on demand, or read ahead for the next step
+    held = [fill for fill in engine._held.values() if fill.block == 0]
+    assert engine.store(0, slot, nothing) == (len(held) == 1)
+
+
+def test_a_store_that_fails_stops_the_visits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(stores, "write_all", full)
+    engine.begin_step("forward")
+    slot, _ = weight(engine, 0)
+    told: list[int] = []
+    engine.store(0, slot, lambda: told.append(0))
+    engine.await_stored(0)
+    with pytest.raises(SwapError, match=r"could not write layers\.0 .*EIO"):
+        weight(engine, 1)
+    assert not told
+
+
+def test_what_was_begun_is_written_before_the_engine_is_gone(engine: Engine, path: Path) -> None:
+    engine.begin_step("forward")
+    slot, tensor = weight(engine, 0)
+    tensor += 1
+    engine.store(0, slot, nothing)
+    engine.close()
+    assert on_drive(path)[0] == 1.0
