@@ -272,8 +272,8 @@ class TrainConfig:
     )
     zo_fold_steps: int | None = key(
         Or("never", Whole(1, 2**24)),
-        "with zo_trains: all, after so many steps a working copy of the weights is written to offload.path, since until "
-        "then every block takes all steps again each time it is read; the weights are the same either way",
+        "with zo_trains: all, after so many steps a block is written back to a working copy in offload.path, since until "
+        "then it takes all of them again each time it is read; the weights are the same either way",
         default=10,
     )
 

@@ -456,7 +456,7 @@ def test_random_directions_have_the_bits_that_the_cpu_has(dtype: torch.dtype, ki
 
 
 def test_a_block_comes_back_from_the_device_as_it_was_changed(tmp_path: Path) -> None:
-    """Zeroth-order steps of all weights with every block written back: the losses of the same on the CPU."""
+    """Zeroth-order steps of all weights with every block written back: the losses of blocks that take all steps anew."""
     found = []
     base = tiny_models.build("llama", dtype=torch.float32)
     tiny_models.save(base, tmp_path / "model")

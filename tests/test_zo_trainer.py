@@ -1,6 +1,9 @@
 """Zeroth-order runs from a YAML file: learned, logged, resumed to the same bits, replayed."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from ssdtune.config import load_config
 from ssdtune.generate import generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.strict_yaml import ConfigError
+from ssdtune.trainer import SSDConfig, train_from_config
 from ssdtune.trainer import run as run_module
-from ssdtune.trainer import train_from_config
+from ssdtune.trainer.zeroth_order import ZOTrainer
+from ssdtune.zeroth_order import FZOO
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
 from ssdtune.zeroth_order.updates import Update
 
@@ -156,6 +161,82 @@ def test_a_working_copy_leaves_nothing_behind(load: Any, tmp_path: Path) -> None
     logs = [(tmp_path / every / LOG_NAME).read_bytes() for every in ("never", "2")]
     assert logs[0] == logs[1]
     assert not [p for p in (tmp_path / "2").rglob("*") if "weights-" in p.name or ".tmp" in p.name]
+
+
+@pytest.mark.parametrize(
+    ("num", "trains"),
+    [
+        (2, "all"),
+        pytest.param(4, "all", marks=pytest.mark.slow),
+        pytest.param(2, "adapters", marks=pytest.mark.slow),
+        pytest.param(4, "adapters", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_take_the_same_steps_as_one(
+    num: int, trains: str, load: Any, tmp_path: Path
+) -> None:
+    """They exchange losses alone; the log, hence every weight, is the same to the bit, and a resumed run's too."""
+    root = Path(__file__).parent.parent
+    flags = ["--eval_strategy", "no", "--lr_scheduler_type", "constant"]
+    train_from_config(load("one", trains, "--gradient_accumulation_steps", "4", *flags))
+    loaded = load("more", trains)
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num}"]
+    script = ["--standalone", str(root / "launch" / "train.py"), "--config", str(loaded.path)]
+    accumulation = ["--gradient_accumulation_steps", str(4 // num)]
+    for steps in (["--max_steps", "4"], []) if trains == "all" else ([],):
+        done = subprocess.run(
+            [*command, *script, *flags, *accumulation, *steps],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    logs = [(tmp_path / run / LOG_NAME).read_bytes() for run in ("one", "more")]
+    assert logs[0] == logs[1]
+    if trains == "adapters":
+        one, two = (
+            load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "more")
+        )
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_objective_without_a_gradient_trains(model: Path, tmp_path: Path) -> None:
+    """How many tokens are less likely than the right one: flat almost everywhere, so that no gradient knows it."""
+
+    def rank(output: Any, batch: Any) -> torch.Tensor:
+        logits = output.logits[:, :-1]
+        right = logits.gather(-1, batch["input_ids"][:, 1:, None])
+        return (logits < right).float().mean((-1, -2))
+
+    rows = [{"input_ids": [5 + (k + j) % 7 for j in range(8)]} for k in range(4)]
+    streamed = support.streamed(model)
+    arguments = SSDConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=30,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+    )
+    trainer = ZOTrainer(
+        streamed,
+        arguments,
+        lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+        train_dataset=rows,
+        estimator=FZOO(eps=1e-2, num_directions=8),
+        objective=rank,
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    streamed.ssdtune.close()
+    assert all(-1 <= loss <= 0 for loss in losses)
+    assert sum(losses[-5:]) < sum(losses[:5]), "minus the rank falls"
 
 
 def test_a_run_of_all_weights_answers(load: Any, tmp_path: Path) -> None:

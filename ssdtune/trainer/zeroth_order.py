@@ -4,12 +4,16 @@ All micro-batches of a step pass all variants of the weights in one visit of eac
 optimizer state. What trains is an adapter, where the model has one, or all weights: then the base files stay as they
 are and the run is its log, from which `ssdtune replay` makes the weights of any step.
 
+Several processes deal the micro-batches out among them and exchange losses, nothing else: with the same seed each makes
+the same update, and the run is the one of a single process, bit for bit.
+
 Learning-rate schedules, callbacks, evaluation, logging and resuming are the Trainer's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +57,8 @@ class ZOTrainer(SSDTrainer):
         estimator: MeZO(...) by default, FZOO(...) or LOZO(...).
         clip: bounds each projected gradient; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
+        objective: (the model's output, a micro-batch) -> a value of each row, the more the better, [rows]: accuracy, a
+            reward; it needs no gradient. None: the model's own loss.
 
     The rest is as in SSDTrainer. `args.optim` and `args.max_grad_norm` mean nothing here.
     """
@@ -65,21 +71,26 @@ class ZOTrainer(SSDTrainer):
         estimator: Estimator | None = None,
         clip: float | None = None,
         fold: Fold | None = None,
+        objective: Callable[[Any, Any], torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.objective = objective
         if self.streamer is None:
             raise TrainerError(
                 "ZOTrainer trains streamed models.\nOpen the model with ssdtune.stream(name)."
             )
-        if self.args.world_size > 1:
-            raise TrainerError(
-                "zeroth-order training in several processes is not supported yet.\nStart one process."
-            )
         self.args.max_grad_norm = 0.0  # there is no gradient to measure
         self.method = ZerothOrder(
-            self.model, estimator or MeZO(), seed=self.args.seed, clip=clip, fold=fold
+            self.model,
+            estimator or MeZO(),
+            seed=self.args.seed,
+            clip=clip,
+            fold=fold,
+            exchange=_gathered if self.args.world_size > 1 else None,
         )
+        if self.args.world_size > 1:  # there is no gradient that DistributedDataParallel could sum
+            self.accelerator.prepare_model = lambda model, **_: model  # type: ignore[method-assign]
         header = Header(
             base=base_of(model_of(self.model)),
             seed=self.args.seed,
@@ -126,9 +137,12 @@ class ZOTrainer(SSDTrainer):
 
     def _step(self, model: nn.Module, num_items_in_batch: Any) -> torch.Tensor:
         assert self.optimizer is not None
-        scale = 1.0
-        if not self._is_scaled_for_accumulation(num_items_in_batch):
-            scale = 1 / self.current_gradient_accumulation_steps
+        # Of the whole step's loss: Trainer makes the mean over processes of what each has.
+        scale = 1 / self.args.world_size
+        if self.objective is not None:
+            scale /= self._num_rows()
+        elif not self._is_scaled_for_accumulation(num_items_in_batch):
+            scale /= self.current_gradient_accumulation_steps
         calls = [
             partial(self._share, model, self._prepare_inputs(inputs), num_items_in_batch, scale)
             for inputs in self._group
@@ -139,15 +153,23 @@ class ZOTrainer(SSDTrainer):
             step = self.method.step(
                 calls, learning_rate=group["lr"], weight_decay=group["weight_decay"]
             )
-        Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
-        self.log_writer.append(number, step.loss, step.update)
+        if self.args.process_index == 0:
+            Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+            self.log_writer.append(number, step.loss, step.update)
         self.last_step = step
         self.num_skipped += step.update is None
         return torch.tensor(step.loss, device=self.args.device)
 
     def _share(self, model: nn.Module, inputs: Any, num_items: Any, scale: float) -> torch.Tensor:
+        if self.objective is not None:
+            value = self.objective(model(**inputs), inputs)
+            return -value.detach().double().sum() * scale
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss * scale if scale != 1.0 else loss
+
+    def _num_rows(self) -> int:
+        """Of the step's micro-batches here."""
+        return sum(len(next(iter(inputs.values()))) for inputs in self._group)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own, with the last step's projected gradient (its largest) and how many steps were skipped."""
@@ -198,6 +220,13 @@ class ZOTrainer(SSDTrainer):
                 "Leave it out; `ssdtune replay` makes the weights of the best step from the log."
             )
         super()._load_best_model()
+
+
+def _gathered(shares: list[float]) -> list[list[float]]:
+    """Those of all processes, in their order."""
+    from accelerate.utils import gather_object
+
+    return gather_object([shares])
 
 
 class _Rate(torch.optim.Optimizer):

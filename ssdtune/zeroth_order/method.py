@@ -52,6 +52,8 @@ class ZerothOrder:
         seed: 64 bits; with it and the updates, the weights of any step can be made again.
         clip: bounds each g_j to -clip ... clip; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
+        exchange: gives every process the shares of all of them: a flat list of numbers -> one such list of each
+            process. All that they exchange: with the same seed each makes the same update. None: there is one process.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class ZerothOrder:
         seed: int = 0,
         clip: float | None = None,
         fold: Fold | None = None,
+        exchange: Callable[[list[float]], list[list[float]]] | None = None,
     ) -> None:
+        self._exchange = exchange or (lambda shares: [shares])
         self.model, self.estimator, self.seed, self.clip = model, estimator, seed, clip
         self.streamer: Streamer = base_of(model).ssdtune
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -121,11 +125,23 @@ class ZerothOrder:
                 [call for _ in shifts for call in calls],
                 variants=[v for v in range(len(shifts)) for _ in calls],
             )
-        shares = [_number(each) for each in found]
+        # `fsum` rounds once, whatever the order: the same bits however micro-batches are dealt out.
         losses = [
-            math.fsum(shares[at : at + len(calls)]) for at in range(0, len(shares), len(calls))
+            math.fsum(share for part in parts for share in part)
+            for parts in zip(*self._shares_by_variant(found), strict=True)
         ]
         return self._update(losses, learning_rate, weight_decay)
+
+    def _shares_by_variant(self, found: Sequence[Any]) -> list[list[list[float]]]:
+        """Of each process, for each variant, its micro-batches' shares of the loss."""
+        num_variants = len(self.estimator.variants)
+        return [
+            [
+                shares[v * len(shares) // num_variants : (v + 1) * len(shares) // num_variants]
+                for v in range(num_variants)
+            ]
+            for shares in self._exchange([_number(each) for each in found])
+        ]
 
     def _fold_if_due(self) -> None:
         """Makes the working copy when the first blocks are due; from then on the visits write them back. At a step's
