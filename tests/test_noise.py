@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssdtune.kernels import noise, philox
+from ssdtune.kernels import noise, philox, team
 from ssdtune.kernels.native import library
 from ssdtune.kernels.noise import GAUSSIAN, KINDS, RADEMACHER, TILE, Direction, add_directions
 
@@ -130,9 +130,19 @@ def test_parts_that_threads_take_make_the_whole(monkeypatch: pytest.MonkeyPatch)
     base = torch.randn(5 * TILE + 3)
     whole = {kind: made(base, kind, "") for kind in KINDS}
     monkeypatch.setattr(noise, "PART", 2 * TILE)
+    monkeypatch.setattr(noise, "NATIVE_PART", 2 * TILE)
     for kind in KINDS:
         for suffix in ("", *native_suffixes()):
             assert same_bits(made(base, kind, suffix), whole[kind])
+
+
+@pytest.mark.skipif(library() is None, reason="there is no compiler here")
+def test_threads_of_our_own_do_it_where_torch_has_no_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.randn(40 * TILE + 3)
+    whole = made(base, GAUSSIAN, "")
+    assert same_bits(made(base, GAUSSIAN, native_suffixes()[0]), whole)
+    monkeypatch.setattr(team, "_parallel", lambda: None)
+    assert same_bits(made(base, GAUSSIAN, native_suffixes()[0]), whole)
 
 
 def test_strides_do_not_matter() -> None:

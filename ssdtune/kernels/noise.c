@@ -176,7 +176,7 @@ struct direction {
  *
  * first: number of to[0] within its tensor, a multiple of TILE. rounding: 0 to nearest; else the key's bits are random.
  */
-void NAME(ssdtune_add_noise, SUFFIX)(
+static void NAME(add_noise, SUFFIX)(
     void *to, const void *base, int64_t n, int64_t first, int64_t dtype, float decay,
     const struct direction *directions, int64_t num_directions, int64_t is_stochastic, uint64_t rounding_key)
 {
@@ -211,5 +211,32 @@ void NAME(ssdtune_add_noise, SUFFIX)(
             for (int64_t i = 0; i < count; i++)
                 out[i] = nearest(sum[i]);
         }
+    }
+}
+
+/* A whole tensor, taken part by part by whoever calls: all threads get the same job. */
+struct job {
+    void *to;
+    const void *base;
+    int64_t n, dtype;
+    const struct direction *directions;
+    int64_t num_directions, is_stochastic;
+    uint64_t rounding_key;
+    int64_t part, next; /* part: elements, a multiple of TILE; next: that nobody has taken yet */
+    float decay;
+};
+
+void NAME(ssdtune_add_noise, SUFFIX)(struct job *job)
+{
+    const size_t size = job->dtype == FLOAT32 ? 4 : 2;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
+        if (first >= job->n)
+            return;
+        const int64_t left = job->n - first;
+        NAME(add_noise, SUFFIX)(
+            (char *)job->to + (size_t)first * size, (const char *)job->base + (size_t)first * size,
+            left < job->part ? left : job->part, first, job->dtype, job->decay, job->directions,
+            job->num_directions, job->is_stochastic, job->rounding_key);
     }
 }

@@ -19,15 +19,14 @@ import ctypes
 import dataclasses
 import importlib.util
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
 import torch
 
 from ssdtune.kernels import philox
 from ssdtune.kernels.native import library
+from ssdtune.kernels.team import run_by_all
 
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
 KINDS = (GAUSSIAN, RADEMACHER)
@@ -47,7 +46,8 @@ UNIT = 1 / math.sqrt(sum(q * q for q in QUANTILES) / len(QUANTILES))
 FIELD_BITS = {GAUSSIAN: 8, RADEMACHER: 1}
 TILE = 8192  # elements; parts of a tensor begin at its multiples
 ROUNDING_TILE = philox.tile_size(16)
-PART = 64 * TILE  # elements that one thread takes at a time
+PART = 64 * TILE  # elements that torch's operators take at a time
+NATIVE_PART = 8 * TILE  # that a thread of the native code takes at a time
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the native code and the kernels know
 TRITON = "_triton"
 
@@ -215,6 +215,24 @@ class _Direction(ctypes.Structure):
     _fields_ = (("key", ctypes.c_uint64), ("table", ctypes.c_void_p), ("kind", ctypes.c_int64))
 
 
+class _Job(ctypes.Structure):
+    """struct job of noise.c."""
+
+    _fields_ = (
+        ("to", ctypes.c_void_p),
+        ("base", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("directions", ctypes.c_void_p),
+        ("num_directions", ctypes.c_int64),
+        ("is_stochastic", ctypes.c_int64),
+        ("rounding_key", ctypes.c_uint64),
+        ("part", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+        ("decay", ctypes.c_float),
+    )
+
+
 def _natively(
     function: Callable[..., None],
     to: torch.Tensor,
@@ -230,30 +248,17 @@ def _natively(
             for d, table in zip(directions, tables, strict=True)
         )
     )
-    size = base.element_size()
-
-    def part(first: int) -> None:
-        function(
-            ctypes.c_void_p(to.data_ptr() + first * size),
-            ctypes.c_void_p(base.data_ptr() + first * size),
-            ctypes.c_int64(min(PART, base.numel() - first)),
-            ctypes.c_int64(first),
-            ctypes.c_int64(DTYPES[base.dtype]),
-            ctypes.c_float(decay),
-            listed,
-            ctypes.c_int64(len(directions)),
-            ctypes.c_int64(rounding_key is not None),
-            ctypes.c_uint64(rounding_key or 0),
-        )
-
-    parts = range(0, base.numel(), PART)
-    if len(parts) == 1:
-        part(0)
-    else:
-        list(_threads().map(part, parts))
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    """One for each core that this process may use; calls into the library let go of the interpreter's lock."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="ssdtune-noise")
+    job = _Job(
+        to=to.data_ptr(),
+        base=base.data_ptr(),
+        n=base.numel(),
+        dtype=DTYPES[base.dtype],
+        directions=ctypes.addressof(listed),
+        num_directions=len(directions),
+        is_stochastic=rounding_key is not None,
+        rounding_key=rounding_key or 0,
+        part=NATIVE_PART,
+        next=0,
+        decay=decay,
+    )
+    run_by_all(function, job, -(-base.numel() // NATIVE_PART))

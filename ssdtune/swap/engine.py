@@ -192,7 +192,9 @@ class Engine:
         return self._read_from_file(block, index)
 
     def read_stored(self, block: int, index: int) -> torch.Tensor:
-        """The same, always from the file: what visits have made of a slot's content is left out."""
+        """The same, always from the file: what visits have made of a slot's content is left out, but for what was
+        stored."""
+        self.await_stored(block)
         with torch.inference_mode(False), torch.no_grad():
             return self._read_from_file(block, index)
 

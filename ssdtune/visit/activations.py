@@ -47,14 +47,13 @@ class Graph:
         self.edges: dict[int, GradientEdge] = {}
         self.num_bytes = 0
 
-    def end(self, results: list[Any]) -> list[Any]:
-        """The results without the graph, which keeps their edges."""
+    def remember(self, results: list[Any]) -> None:
+        """Where backward begins: not the results themselves, which need not stay for that."""
         self.edges = {
             i: get_gradient_edge(x)
             for i, x in enumerate(results)
             if isinstance(x, torch.Tensor) and x.requires_grad
         }
-        return [x.detach() if isinstance(x, torch.Tensor) else x for x in results]
 
     def release(self) -> None:
         """Lets go of everything."""
@@ -102,9 +101,8 @@ class Activations:
         memory = slot()
         weights = memory.untyped_storage()._cdata
         known = {x.untyped_storage()._cdata for x in elsewhere}
-        sizes: list[
-            int
-        ] = []  # autograd holds what the functions below refer to: not the graph, it would hold itself
+        # Autograd holds what the functions below refer to: not the graph, which would hold itself.
+        sizes: list[int] = []
 
         def pack(saved: torch.Tensor) -> torch.Tensor | _InSlot:
             storage = saved.untyped_storage()

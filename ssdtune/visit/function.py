@@ -108,8 +108,8 @@ class _Call:
         ):
             outs, self.out = self.run(graph.leaves)
         self._note_gradless(key, outs)
-        found = graph.end(outs)
-        return found, graph if host.activations.fits(graph) else None
+        graph.remember(outs)
+        return [_detached(o) for o in outs], graph if host.activations.fits(graph) else None
 
     def _key(self, flat: list[Any]) -> Any:
         """By way of being called, what tells which results have a gradient."""
@@ -241,6 +241,8 @@ class _Visit(torch.autograd.Function):
         held = _save(ctx, call, rest, may_leave=not stays)
         if stays:
             outs, ctx.graph = call.forward_kept(held[n:], held)
+            if ctx.graph is None:
+                _save(ctx, call, rest, may_leave=True)
         else:
             outs = call.forward(list(rest[n:]))
         ctx.mark_non_differentiable(*[outs[i] for i in call.gradless])

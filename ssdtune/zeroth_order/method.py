@@ -132,16 +132,10 @@ class ZerothOrder:
         ]
         return self._update(losses, learning_rate, weight_decay)
 
-    def _shares_by_variant(self, found: Sequence[Any]) -> list[list[list[float]]]:
+    def _shares_by_variant(self, found: Sequence[Any]) -> list[list[Sequence[float]]]:
         """Of each process, for each variant, its micro-batches' shares of the loss."""
-        num_variants = len(self.estimator.variants)
-        return [
-            [
-                shares[v * len(shares) // num_variants : (v + 1) * len(shares) // num_variants]
-                for v in range(num_variants)
-            ]
-            for shares in self._exchange([_number(each) for each in found])
-        ]
+        by_process = self._exchange([_number(each) for each in found])
+        return [list(_in_parts(shares, len(self.estimator.variants))) for shares in by_process]
 
     def _fold_if_due(self) -> None:
         """Makes the working copy when the first blocks are due; from then on the visits write them back. At a step's
@@ -193,6 +187,13 @@ def outside_of_blocks(model: Any, streamer: Streamer) -> dict[str, torch.Tensor]
         for name, p in model.named_parameters()
         if id(p) not in streamed and p.is_floating_point()
     }
+
+
+def _in_parts(shares: Sequence[float], num: int) -> Iterator[Sequence[float]]:
+    """So many of the same length, one after the other."""
+    size = len(shares) // num
+    for at in range(0, num * size, size):
+        yield shares[at : at + size]
 
 
 def _number(found: Any) -> float:

@@ -51,7 +51,7 @@ class MovingWeights:
         self._taken: dict[int, tuple[object, int]] = {}
         self._stored: dict[
             int, int
-        ] = {}  # block -> how many updates the drive has; 0 of the user's files
+        ] = {}  # block -> updates that the drive has; the user's files: 0
         self._due: dict[int, int] = {}  # block -> with how many updates it is to be written
         self._period = 0
         self._returning: set[int] = set()  # blocks that a step reads from the drive
