@@ -265,6 +265,7 @@ class Engine:
         self._held.clear()
         self.slots.free()
         self._lanes.free()
+        self._stores.free()
 
     # ---- the visit under way -----------------------------------------------------------------
 

@@ -112,6 +112,10 @@ class Stores:
             os.close(fd)
         self._files.clear()
 
+    def free(self) -> None:
+        """Gives memory back, once closed."""
+        self._cached, self._staging = {}, None
+
     def _run(self) -> None:
         while (store := self._todo.get()) is not None:
             try:
