@@ -84,7 +84,7 @@ def predict_step(visits: Sequence[tuple[int, float, float]], bytes_per_s: float)
     return step_ends[-1] - step_ends[-2]
 
 
-def two_pass_bound(passes: Mapping[str, Sequence[float]], bytes_per_s: float) -> float:
+def bound_of_passes(passes: Mapping[str, Sequence[float]], bytes_per_s: float) -> float:
     """The least seconds of a step that goes forward and back: each pass takes the longer of its compute and its reading.
 
     passes: name -> (seconds of compute, bytes to read). What the drive leaves idle in one pass can't be lent to the

@@ -86,7 +86,7 @@ def _to_limit(row: Mapping[str, Any]) -> str:
     if "ratio_to_limit" not in row:
         return ""
     return (
-        f"{row['ratio_to_limit']:.3f}, two passes {row['ratio_to_two_passes']:.3f} "
+        f"{row['ratio_to_limit']:.3f}, passes {row['ratio_to_passes']:.3f} "
         f"(reading/memory {row['reading_over_in_memory']:.2f})"
     )
 
