@@ -18,7 +18,7 @@ from ssdtune.kernels.noise import GAUSSIAN, QUANTILES, UNIT
 from ssdtune.schedule.plan import Lane
 from ssdtune.zeroth_order import FZOO, LOZO, EstimatorError, Fold, MeZO, ZerothOrder
 from ssdtune.zeroth_order.estimators import Shift
-from ssdtune.zeroth_order.updates import Family
+from ssdtune.zeroth_order.updates import Directions, Family
 from ssdtune.zeroth_order.working_copy import WorkingCopyError
 
 ARCHITECTURES = ("llama", "gemma3", "opt", "gpt2", "mixtral", "mamba2")
@@ -228,6 +228,35 @@ def test_a_working_copy_changes_no_bit(
     assert len(list(scratch.rglob("blocks"))) == 1
     method.close()
     assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_step_that_was_interrupted_amid_a_block_is_taken_again(
+    every: int | None, tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook while a block takes its updates: nothing of it is left in the slot."""
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda m: m)
+    fold = None if every is None else Fold(tmp_path / "scratch", every)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED, fold=fold)
+    reference = InMemory(pair.plain, ESTIMATORS["mezo"], all_weights(pair.plain))
+    for expected, found in train_both(pair, method, reference, 3):
+        assert found == expected
+    plain, calls = Directions.apply, [0]
+
+    def interrupted(self: Directions, *given: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 12:
+            raise KeyboardInterrupt
+        plain(self, *given)
+
+    batch = batches("llama", 1)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(Directions, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            streamed_step(method, cut(batch, 2), num_trained(batch))
+    for expected, found in train_both(pair, method, reference, 3):
+        assert found == expected
+    method.close()
 
 
 def test_a_drive_without_room_changes_nothing(

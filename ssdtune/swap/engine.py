@@ -222,6 +222,17 @@ class Engine:
             raise
         return True
 
+    def discard(self, slot: int) -> None:
+        """What the slot holds is not what it should be: the visit under way did not take place, and whoever comes next
+        has the block read anew."""
+        with self._changed:
+            self._held.pop(slot, None)
+            if self._visiting is not None and self._visiting.fill.slot == slot:
+                self._visiting = None
+                self._walk.give_up()
+            self._walk.look_again()
+            self._changed.notify_all()
+
     def await_stored(self, block: int) -> None:
         """Waits until the block is not being stored. Raises SwapError."""
         with self._changed:

@@ -13,7 +13,7 @@ import torch
 
 from ssdtune.memory import free_ram
 from ssdtune.profiles import own_profile
-from ssdtune.schedule.memory import INPUTS, MOST_STATES, NUM_STATES
+from ssdtune.schedule.memory import ACTIVATIONS, INPUTS, MOST_STATES, NUM_STATES
 from ssdtune.schedule.plan import Budgets
 from ssdtune.schedule.planner import smallest_budgets
 from ssdtune.sizes import format_size
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 AUTO_SHARE = 0.8  # of the RAM that nothing else is predicted to take
 SHORT = 1.3  # RAM is short where less than so many times what is predicted is free
+# The same where activations stay: what is freed between them leaves holes as large as themselves.
+SHORT_OF_KEPT = 2.5
 
 
 class Rehearsals:
@@ -172,7 +174,8 @@ def _predicted(rehearsals: Rehearsals, longest_row: int, base_bytes: int) -> Pea
 def _save_ram(trainer: SSDTrainer, peak: Peak, say: Callable[[str], None]) -> None:
     """Holds the heap to the prediction where RAM is short of it, and says where it is not enough."""
     to_come, free = _to_come(peak), _free_ram()
-    if SHORT * to_come > free:
+    short = SHORT_OF_KEPT if ACTIVATIONS in peak.ram else SHORT
+    if short * to_come > free:
         hold_to(trainer.model, peak)
     if to_come > free:
         say(

@@ -130,8 +130,12 @@ class MovingWeights:
         missed = self.updates[taken if known is content else self._stored.get(block, 0) :]
         if missed:
             engine.await_stored(block)
-            for name, tensor in zip(self._names(block), tensors, strict=True):
-                self.directions.apply(tensor, name, missed)
+            try:
+                for name, tensor in zip(self._names(block), tensors, strict=True):
+                    self.directions.apply(tensor, name, missed)
+            except BaseException:  # Ctrl-C: some tensors have taken the steps, others have not
+                engine.discard(slot)
+                raise
         self._taken[key] = (content, len(self.updates))
         if block in self._returning and len(self.updates) >= self._due.get(block, math.inf):
             self._store(block, slot)
