@@ -313,8 +313,9 @@ class Ours(Base):
 def streaming_options(meta: Any, storage: Any, spec: Spec) -> Any:
     """`draft.Options` with the smallest RAM budget that holds all slots of this prefetch depth.
 
-    `activation_bytes` are for activations that stay. `resident_share` of all blocks' bytes more are for residents. Without it nothing is left for them: only blocks that
-    their class's slots hold anyway, such as a tied embedding and head, which is a class of its own, stay.
+    `activation_bytes` are for activations that stay. `resident_share` of all blocks' bytes more are for residents.
+    Without it nothing is left for them: only blocks that their class's slots hold anyway, such as a tied embedding and
+    head, which is a class of its own, stay.
     """
     from ssdtune.schedule.plan import Budgets
     from ssdtune.schedule.planner import size_classes

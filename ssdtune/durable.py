@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssdtune.errors import SSDTuneError
+from ssdtune.errors import SSDTuneError, reason_of
 
 MARKER_NAME = ".made-by-ssdtune.json"
 LOCK_NAME = ".ssdtune-lock"
@@ -344,9 +344,8 @@ def _explained(act: str, path: Path, consequence: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise DurableError(
-            f"{act} {path}: {error.strerror or error} ({code}).\n"
+            f"{act} {path}: {reason_of(error)}.\n"
             f"{consequence} {_REMEDIES.get(error.errno or 0, 'Check the drive and the path.')}"
         ) from error
 

@@ -3,6 +3,7 @@ the budget."""
 
 import dataclasses
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from support import (
 )
 from test_exact import BF16_AT_ONCE, EXACT, Stream, batches
 
-from ssdtune.schedule.plan import Budgets, Direction, PlanError, Tier, validate
+from ssdtune.schedule.plan import BlockShape, Budgets, Direction, PlanError, Tier, validate
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.schedule.search import search
 from ssdtune.schedule.shares import search_shares
@@ -160,8 +161,6 @@ def test_no_activation_is_alive_after_backward_while_the_loss_is(
     layer = pair.streamed.get_base_model().model.layers[1].mlp.down_proj
 
     def watch(module: Any, args: Any, result: torch.Tensor) -> None:
-        import weakref
-
         alive.append(weakref.ref(args[0].untyped_storage()))
 
     layer.register_forward_hook(watch)
@@ -176,8 +175,6 @@ def test_no_activation_is_alive_after_backward_while_the_loss_is(
 
 def request(budget: int, bytes_each: int = 10) -> Request:
     """Six layers and an embedding of 100 bytes each, through three slots."""
-    from ssdtune.schedule.plan import BlockShape
-
     blocks = [BlockShape(name=f"b{i}", slot_bytes=100, file_bytes=100) for i in range(7)]
     return Request(
         blocks=tuple(blocks),

@@ -20,7 +20,7 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 
@@ -74,6 +74,16 @@ def _table(scale: float, kind: str) -> ctypes.Array[ctypes.c_float]:
     return (ctypes.c_float * len(halves))(*(scale * z for z in halves))
 
 
+@lru_cache(maxsize=64)
+def table_on(device: torch.device, scale: float, kind: str) -> torch.Tensor:
+    """What `Direction.values` says, on a device, float32."""
+    return torch.tensor(list(_table(scale, kind)), dtype=torch.float32, device=device)
+
+
+# to, base, directions, decay, rounding key: as `add_directions` has them.
+Adder = Callable[[torch.Tensor, torch.Tensor, Sequence[Direction], float, int | None], None]
+
+
 def add_directions(
     to: torch.Tensor,
     base: torch.Tensor,
@@ -94,17 +104,20 @@ def add_directions(
     is_plain = base.dtype in DTYPES and base.is_contiguous() and to.is_contiguous()
     if suffix is None:
         suffix = _best(base.device) if is_plain and directions else ""
+    _adder(suffix)(to, base, directions, decay, rounding_key)
+
+
+def _adder(suffix: str) -> Adder:
+    """What adds, by a suffix as `add_directions` takes it."""
     if suffix == "":
-        _by_torch(to, base, directions, decay, rounding_key)
-    elif suffix == TRITON:
+        return _by_torch
+    if suffix == TRITON:
         from ssdtune.kernels import noise_triton
 
-        noise_triton.add_directions(to, base, directions, decay=decay, rounding_key=rounding_key)
-    else:
-        native = library()
-        assert native is not None
-        function = native.function("ssdtune_add_noise", suffix)
-        _natively(function, to, base, directions, decay, rounding_key)
+        return noise_triton.by_triton
+    native = library()
+    assert native is not None
+    return partial(_natively, native.function("ssdtune_add_noise", suffix))
 
 
 def _best(device: torch.device) -> str:
@@ -193,8 +206,7 @@ def _by_torch(
                 domain=philox.DIRECTION,
                 device=base.device,
             )
-            table = torch.tensor(direction.values(), dtype=torch.float32, device=base.device)
-            total = total + table[found]
+            total = total + table_on(base.device, direction.scale, direction.kind)[found]
         out[first : first + PART] = _rounded(total, base.dtype, rounding_key, first)
     to.copy_(out.view(base.shape))
 

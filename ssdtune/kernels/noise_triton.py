@@ -11,22 +11,17 @@ to a compiler (launched with enable_fp_fusion=False).
 # pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
 from ssdtune.kernels import philox
-
-if TYPE_CHECKING:
-    from ssdtune.kernels.noise import Direction
+from ssdtune.kernels.noise import FIELD_BITS, Direction, table_on
 
 TILES = 8  # of one program
 CHUNK = 1 << 24  # elements whose float32 sums are held at once, where there are several launches
-NEAREST, AT_RANDOM, NOT = 0, 1, 2  # how a launch rounds to bfloat16
 
 
 @triton.jit
@@ -57,12 +52,17 @@ def _float_of(bits):
 
 
 @triton.jit
+def _upper(value, bits):
+    """What is left of a float32's moved bits as bfloat16's (int16); of what is no number, one that is none."""
+    kept = tl.where(value != value, 0x7FC0, bits >> 16)
+    return kept.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
 def _nearest(value):
     """float32 to bfloat16 bits (int16), ties to even."""
     bits = value.to(tl.uint32, bitcast=True)
-    moved = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    moved = tl.where(value != value, 0x7FC0, moved)
-    return moved.to(tl.uint16).to(tl.int16, bitcast=True)
+    return _upper(value, bits + 0x7FFF + ((bits >> 16) & 1))
 
 
 @triton.jit
@@ -109,16 +109,14 @@ def _round_at_random(to, sums, num_elements, first, k0, k1, TILES: tl.constexpr)
             value = tl.load(sums + element, mask=inside)
             bits = value.to(tl.uint32, bitcast=True)
             is_finite = (bits & 0x7F800000) != 0x7F800000
-            moved = tl.where(is_finite, bits + ((word >> (s * 16)) & 0xFFFF), bits) >> 16
-            moved = tl.where(value != value, 0x7FC0, moved)
-            tl.store(to + element, moved.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+            moved = tl.where(is_finite, bits + ((word >> (s * 16)) & 0xFFFF), bits)
+            tl.store(to + element, _upper(value, moved), mask=inside)
 
 
-def add_directions(
+def by_triton(
     to: torch.Tensor,
     base: torch.Tensor,
     directions: Sequence[Direction],
-    *,
     decay: float,
     rounding_key: int | None,
 ) -> None:
@@ -150,14 +148,12 @@ def add_directions(
 def _launch_add(
     to: torch.Tensor, base: torch.Tensor, direction: Direction, first: int, decay: float
 ) -> None:
-    from ssdtune.kernels.noise import FIELD_BITS
-
     bits = FIELD_BITS[direction.kind]
     grid = (-(-base.numel() // (philox.tile_size(bits) * TILES)),)
     _add[grid](
         to,
         base,
-        _table(direction.scale, direction.kind, str(base.device)),
+        table_on(base.device, direction.scale, direction.kind),
         base.numel(),
         first,
         *_halves(direction.key),
@@ -169,13 +165,6 @@ def _launch_add(
         TO_BF16=to.dtype == torch.int16,
         enable_fp_fusion=False,
     )
-
-
-@functools.lru_cache(maxsize=64)  # all parameters of a step have the same few scales
-def _table(scale: float, kind: str, device: str) -> torch.Tensor:
-    from ssdtune.kernels.noise import Direction
-
-    return torch.tensor(Direction(0, scale, kind).values(), dtype=torch.float32, device=device)
 
 
 def _halves(key: int) -> tuple[int, int]:

@@ -114,8 +114,7 @@ def make_plan(request: Request) -> Plan:
 
 def plan_of(request: Request, layout: Layout) -> Plan:
     """The plan with this layout, not validated."""
-    keep = layout.kept & set(able_to_keep(request))
-    layout = dataclasses.replace(layout, kept=keep)  # a step may have turned out to visit less
+    keep = layout.kept & set(able_to_keep(request))  # a step may have turned out to visit less
     steps = {
         kind: _step(request, layout, order, keep if kind == "train" else frozenset())
         for kind, order in request.orders.items()
@@ -131,7 +130,7 @@ def plan_of(request: Request, layout: Layout) -> Plan:
         block_inputs=request.block_inputs,
         chunk_tokens=request.chunk_tokens,
         buffers_on_device=request.buffers_on_device,
-        activation_bytes=_activation_bytes(request, layout.kept),
+        activation_bytes=_activation_bytes(request, keep),
     )
 
 
@@ -146,6 +145,15 @@ def smallest_budgets(
     if on_device:
         return Budgets(ram_bytes=buffer, device_bytes=slot)
     return Budgets(ram_bytes=slot + buffer)
+
+
+def least_of(request: Request) -> Budgets:
+    """The same for what a plan is asked for."""
+    return smallest_budgets(
+        request.blocks,
+        on_device=request.on_device,
+        buffers_on_device=request.buffers_on_device,
+    )
 
 
 def size_classes(blocks: Sequence[BlockShape]) -> list[list[int]]:
@@ -178,12 +186,7 @@ def skeletons(request: Request) -> list[tuple[Classes, int]]:
     Fills that run ahead are worth most, so slots that all blocks share come before classes whose
     blocks have one slot each, where every fill would wait for the visit before it to end.
     """
-    least = smallest_budgets(
-        request.blocks,
-        on_device=request.on_device,
-        buffers_on_device=request.buffers_on_device,
-    )
-    budgets = request.budgets
+    least, budgets = least_of(request), request.budgets
     if budgets.ram_bytes < least.ram_bytes or budgets.device_bytes < least.device_bytes:
         raise PlanError(_too_small(request, least))
     classes = size_classes(request.blocks)

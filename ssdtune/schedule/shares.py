@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from ssdtune.schedule.plan import Budgets, PlanError
-from ssdtune.schedule.planner import Request, able_to_keep, smallest_budgets
+from ssdtune.schedule.plan import Budgets, Plan, PlanError
+from ssdtune.schedule.planner import Request, able_to_keep, least_of
 from ssdtune.schedule.search import Effort, Found, Priced, search
 
 SHARES = (0.25, 0.5, 0.75)  # of the budget, for activations
@@ -36,41 +36,31 @@ def search_shares(request: Request, pricing: Priced, effort: Effort | None = Non
 
 def _with_what_is_left(request: Request, found: Found) -> Found:
     """The budget for activations is all that the weights do not take: a step of longer rows needs more."""
-    plan = found.plan
-    taken = plan.device_bytes if request.on_device else plan.ram_bytes
-    budgets = _with(request, _whole(request) - taken).budgets
-    return dataclasses.replace(found, plan=dataclasses.replace(plan, budgets=budgets))
+    left = _here(request, request.budgets) - _here(request, found.plan)
+    budgets = _with(request, left).budgets
+    return dataclasses.replace(found, plan=dataclasses.replace(found.plan, budgets=budgets))
 
 
 def _tried(request: Request) -> Iterator[int]:
     """Bytes for activations: all that can be used, where weights leave so much, and shares."""
     if not request.activation_bytes:
         return
+    whole = _here(request, request.budgets)
     wanted = sum(request.activation_bytes[i] for i in able_to_keep(request))
-    room = _whole(request) - _least(request)
-    tried = {min(wanted, room), *(int(share * _whole(request)) for share in SHARES)}
-    yield from sorted(n for n in tried if 0 < n <= min(wanted, room))
+    most = min(wanted, whole - _here(request, least_of(request)))
+    tried = {most, *(int(share * whole) for share in SHARES)}
+    yield from sorted(n for n in tried if 0 < n <= most)
 
 
-def _whole(request: Request) -> int:
-    budgets = request.budgets
-    return budgets.device_bytes if request.on_device else budgets.ram_bytes
-
-
-def _least(request: Request) -> int:
-    least = smallest_budgets(
-        request.blocks, on_device=request.on_device, buffers_on_device=request.buffers_on_device
-    )
-    return least.device_bytes if request.on_device else least.ram_bytes
+def _here(request: Request, of: Budgets | Plan) -> int:
+    """Bytes of the memory where compute is."""
+    return of.device_bytes if request.on_device else of.ram_bytes
 
 
 def _with(request: Request, num_bytes: int) -> Request:
     """So many bytes for activations, the rest for weights."""
-    weights = _whole(request) - num_bytes
-    old = request.budgets
-    budgets = (
-        Budgets(ram_bytes=old.ram_bytes, device_bytes=weights, activation_bytes=num_bytes)
-        if request.on_device
-        else Budgets(ram_bytes=weights, activation_bytes=num_bytes)
-    )
+    budgets, weights = request.budgets, _here(request, request.budgets) - num_bytes
+    ram = budgets.ram_bytes if request.on_device else weights
+    device = weights if request.on_device else budgets.device_bytes
+    budgets = Budgets(ram_bytes=ram, device_bytes=device, activation_bytes=num_bytes)
     return dataclasses.replace(request, budgets=budgets)

@@ -33,16 +33,27 @@ class TensorView:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def of(self, memory: torch.Tensor) -> torch.Tensor:
-        """The view. memory: uint8 [num_bytes], aligned so that offset is a multiple of the item size.
-
-        Made by `set_`, so that it has a version counter of its own: views of one base share the base's
-        counter, and autograd would take the filling of one block for a change of another.
-        """
-        view = torch.empty(0, dtype=self.dtype, device=memory.device)
+        """The view. memory: uint8 [num_bytes], aligned so that offset is a multiple of the item size."""
         stride = torch.empty(self.shape, device="meta").stride()
-        with torch.no_grad():
-            first = (memory.storage_offset() + self.offset) // self.dtype.itemsize
-            return view.set_(memory.untyped_storage(), first, self.shape, stride)
+        return view_of(memory, self.offset, self.dtype, self.shape, stride)
+
+
+def view_of(
+    memory: torch.Tensor,
+    offset: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> torch.Tensor:
+    """A tensor that lies `offset` bytes from the start of `memory`, uint8.
+
+    Made by `set_`, so that it has a version counter of its own: views of one base share the base's
+    counter, and autograd would take the filling of one block for a change of another.
+    """
+    view = torch.empty(0, dtype=dtype, device=memory.device)
+    with torch.no_grad():
+        first = (memory.storage_offset() + offset) // dtype.itemsize
+        return view.set_(memory.untyped_storage(), first, shape, stride)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import tempfile
 from bisect import bisect_left
 from pathlib import Path
 
-from ssdtune.errors import SSDTuneError
+from ssdtune.errors import SSDTuneError, reason_of
 from ssdtune.sizes import format_size
 from ssdtune.swap.storage import MIN_ALIGNMENT, aligned_bytes, direct_alignment
 
@@ -152,7 +152,7 @@ class ScratchFile:
             free = "how much is free there is unknown"
         return (
             f"cannot reserve {format_size(num_bytes)} ({num_bytes:,} bytes) for block inputs in {self.folder}: "
-            f"{_reason(error)}; {free}.\n"
+            f"{reason_of(error)}; {free}.\n"
             "Free some space, point offload.path to another drive, or train on fewer tokens a step."
         )
 
@@ -187,7 +187,7 @@ def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
         own = Path(tempfile.mkdtemp(prefix=".ssdtune-scratch-", dir=folder))  # 0700
     except OSError as error:
         raise ScratchError(
-            f"cannot make a scratch file in {folder}: {_reason(error)}.\n"
+            f"cannot make a scratch file in {folder}: {reason_of(error)}.\n"
             "Set offload.path to a folder on a fast drive that you may write to."
         ) from error
     path, plain = own / "block-inputs", None
@@ -203,12 +203,10 @@ def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
                 direct = None  # this file system has none
         return plain, direct, max(alignment, MIN_ALIGNMENT)
     except OSError as error:
-        raise ScratchError(f"cannot make a scratch file in {folder}: {_reason(error)}.") from error
+        raise ScratchError(
+            f"cannot make a scratch file in {folder}: {reason_of(error)}."
+        ) from error
     finally:
         if plain is not None:
             os.unlink(path)
         os.rmdir(own)
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'unknown errno')})"

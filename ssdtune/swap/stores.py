@@ -7,7 +7,6 @@ the slot by a copy on the caller's stream, which the slot's next fill waits for 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import queue
 import threading
@@ -17,6 +16,7 @@ from time import perf_counter
 
 import torch
 
+from ssdtune.errors import reason_of
 from ssdtune.schedule.plan import Direction, Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.fills import SwapError
@@ -158,10 +158,7 @@ class Stores:
         return self._files[path]
 
     def _told(self, store: Store, error: Exception) -> SwapError:
-        reason: object = error
-        if isinstance(error, OSError):
-            name = errno.errorcode.get(error.errno or 0, "unknown errno")
-            reason = f"{error.strerror} ({name})"
+        reason = reason_of(error) if isinstance(error, OSError) else error
         return SwapError(
             f"could not write {self._recipes[store.block].name} to its working copy: {reason}.\n"
             "What the drive holds of it is not to be trusted: start again; the run goes on from its last checkpoint."

@@ -14,8 +14,7 @@ import torch
 from ssdtune.memory import free_ram
 from ssdtune.profiles import own_profile
 from ssdtune.schedule.memory import ACTIVATIONS, INPUTS, MOST_STATES, NUM_STATES
-from ssdtune.schedule.plan import Budgets
-from ssdtune.schedule.planner import smallest_budgets
+from ssdtune.schedule.planner import least_of
 from ssdtune.sizes import format_size
 from ssdtune.trainer.scheduling import Schedule
 from ssdtune.visit.memory import hold_to, predict, resident_set_bytes
@@ -105,22 +104,17 @@ def settle(
     plan, request = streamer.engine.plan, streamer.replanner.request
     if schedule is not None:
         request = dataclasses.replace(request, activation_bytes=schedule.activation_bytes)
-    budgets = request.budgets
-    least = smallest_budgets(
-        request.blocks,
-        on_device=request.on_device,
-        buffers_on_device=request.buffers_on_device,
-    )
+    budgets, least = request.budgets, least_of(request)
     if auto.ram or auto.vram:
         peak = _predicted(rehearsals, longest_row, base_bytes)
         ram, device = plan.ram_bytes, plan.device_bytes if plan.on_device else 0
         ram += int(AUTO_SHARE * (_free_ram() - _to_come(peak)))
         if plan.on_device:
             device += int(AUTO_SHARE * _spare_vram(peak, streamer.engine.slots.device))
-        budgets = Budgets(
+        budgets = dataclasses.replace(
+            budgets,
             ram_bytes=max(ram, least.ram_bytes) if auto.ram else budgets.ram_bytes,
             device_bytes=max(device, least.device_bytes) if auto.vram else budgets.device_bytes,
-            activation_bytes=budgets.activation_bytes,
         )
         request = dataclasses.replace(request, budgets=budgets)
     shares = auto.activations and (auto.vram if plan.on_device else auto.ram)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import find_batch_size, gather_object
 from torch import nn
 
 from ssdtune.run_files import LOG_NAME
@@ -140,7 +141,7 @@ class ZOTrainer(SSDTrainer):
         # Of the whole step's loss: Trainer makes the mean over processes of what each has.
         scale = 1 / self.args.world_size
         if self.objective is not None:
-            scale /= self._num_rows()
+            scale /= sum(find_batch_size(inputs) for inputs in self._group)
         elif not self._is_scaled_for_accumulation(num_items_in_batch):
             scale /= self.current_gradient_accumulation_steps
         calls = [
@@ -166,10 +167,6 @@ class ZOTrainer(SSDTrainer):
             return -value.detach().double().sum() * scale
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss * scale if scale != 1.0 else loss
-
-    def _num_rows(self) -> int:
-        """Of the step's micro-batches here."""
-        return sum(len(next(iter(inputs.values()))) for inputs in self._group)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own, with the last step's projected gradient (its largest) and how many steps were skipped."""
@@ -224,8 +221,6 @@ class ZOTrainer(SSDTrainer):
 
 def _gathered(shares: list[float]) -> list[list[float]]:
     """Those of all processes, in their order."""
-    from accelerate.utils import gather_object
-
     return gather_object([shares])
 
 

@@ -17,39 +17,31 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from ssdtune.schedule.plan import Plan
+from ssdtune.swap.recipe import view_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _InSlot:
     """A view of the slot in which a block's weights are: `offset` in bytes from its start."""
 
+    offset: int
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
-
-    def of(self, memory: torch.Tensor) -> torch.Tensor:
-        """The same view of the slot that holds the block now."""
-        first = (memory.storage_offset() + self.offset) // self.dtype.itemsize
-        view = torch.empty(0, dtype=self.dtype, device=memory.device)
-        with torch.no_grad():
-            return view.set_(memory.untyped_storage(), first, self.shape, self.stride)
 
 
 class Graph:
     """One micro-batch's forward through a block with what backward needs.
 
-    leaves: the block's arguments as leaves of this graph. edges: of each result that has a gradient, by position.
+    leaves: the block's arguments as leaves of this graph. edges: where backward begins, of each result that has a
+    gradient, by position; not the results themselves, which need not stay for that.
     """
 
-    def __init__(self, owner: Activations, leaves: list[Any]) -> None:
-        self._owner, self.leaves = owner, leaves
-        self.edges: dict[int, GradientEdge] = {}
-        self.num_bytes = 0
-
-    def remember(self, results: list[Any]) -> None:
-        """Where backward begins: not the results themselves, which need not stay for that."""
-        self.edges = {
+    def __init__(
+        self, owner: Activations, leaves: list[Any], results: list[Any], num_bytes: int
+    ) -> None:
+        self._owner, self.leaves, self.num_bytes = owner, leaves, num_bytes
+        self.edges: dict[int, GradientEdge] = {
             i: get_gradient_edge(x)
             for i, x in enumerate(results)
             if isinstance(x, torch.Tensor) and x.requires_grad
@@ -90,55 +82,47 @@ class Activations:
         self.num_over += not has_room
         return has_room
 
-    @contextlib.contextmanager
-    def saving(
-        self, graph: Graph, slot: Callable[[], torch.Tensor], elsewhere: Iterable[torch.Tensor]
-    ) -> Iterator[None]:
-        """What autograd saves in a `with` block is counted into `graph`.
-
-        slot: the memory that holds the block's weights, now and in backward. elsewhere: tensors that others keep anyway.
-        """
-        memory = slot()
-        weights = memory.untyped_storage()._cdata
-        known = {x.untyped_storage()._cdata for x in elsewhere}
-        # Autograd holds what the functions below refer to: not the graph, which would hold itself.
-        sizes: list[int] = []
-
-        def pack(saved: torch.Tensor) -> torch.Tensor | _InSlot:
-            storage = saved.untyped_storage()
-            if storage._cdata == weights:
-                offset = saved.data_ptr() - memory.data_ptr()
-                return _InSlot(saved.dtype, saved.shape, saved.stride(), offset)
-            if storage._cdata not in known:
-                known.add(storage._cdata)
-                sizes.append(storage.nbytes())
-            return saved
-
-        def unpack(saved: torch.Tensor | _InSlot) -> torch.Tensor:
-            return saved.of(slot()) if isinstance(saved, _InSlot) else saved
-
-        try:
-            with saved_tensors_hooks(pack, unpack):
-                yield
-        finally:
-            graph.num_bytes += sum(sizes)
-            self.held_bytes += sum(sizes)
-
-    def fits(self, graph: Graph) -> bool:
-        """Whether the graph stays; one that is over the budget is let go: its block will be computed again."""
-        if self.held_bytes > self._budget:
-            graph.release()
+    def keep(self, leaves: list[Any], results: list[Any], num_bytes: int) -> Graph | None:
+        """The graph between leaves and results, which holds so many bytes, from now on counted; None where it is over
+        the budget: its block will be computed again."""
+        if self.held_bytes + num_bytes > self._budget:
             self.num_over += 1
-            return False
+            return None
         self.num_kept += 1
-        return True
+        self.held_bytes += num_bytes
+        return Graph(self, leaves, results, num_bytes)
 
 
 @contextlib.contextmanager
-def counting_saved(elsewhere: Iterable[torch.Tensor]) -> Iterator[Graph]:
-    """Counts the bytes of what autograd saves in a `with` block beside tensors that are elsewhere."""
-    owner = Activations()
-    graph = Graph(owner, [])
-    nothing = torch.empty(0)
-    with owner.saving(graph, lambda: nothing, elsewhere):
-        yield graph
+def saving(
+    elsewhere: Iterable[torch.Tensor], slot: Callable[[], torch.Tensor] | None = None
+) -> Iterator[list[int]]:
+    """Yields the bytes of each tensor that autograd saves in a `with` block, to be read when it is over.
+
+    elsewhere: tensors that others keep anyway. slot: the memory that holds the block's weights, now and in backward;
+    None: they are nowhere.
+    """
+    memory = None if slot is None else slot()
+    weights = None if memory is None else memory.untyped_storage()._cdata
+    known = {x.untyped_storage()._cdata for x in elsewhere}
+    sizes: list[int] = []
+
+    # Autograd holds what these two refer to: nothing that holds the graph, which would hold itself.
+    def pack(saved: torch.Tensor) -> torch.Tensor | _InSlot:
+        storage = saved.untyped_storage()
+        if memory is not None and storage._cdata == weights:
+            offset = saved.data_ptr() - memory.data_ptr()
+            return _InSlot(offset, saved.dtype, saved.shape, saved.stride())
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            sizes.append(storage.nbytes())
+        return saved
+
+    def unpack(saved: torch.Tensor | _InSlot) -> torch.Tensor:
+        if not isinstance(saved, _InSlot):
+            return saved
+        assert slot is not None
+        return view_of(slot(), saved.offset, saved.dtype, saved.shape, saved.stride)
+
+    with saved_tensors_hooks(pack, unpack):
+        yield sizes

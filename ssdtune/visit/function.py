@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.visit import records
-from ssdtune.visit.activations import Activations, Graph
+from ssdtune.visit.activations import Activations, Graph, saving
 from ssdtune.visit.thread_state import ThreadState
 
 Inner = Callable[..., Any]
@@ -97,19 +97,18 @@ class _Call:
         elsewhere: what is held anyway, and takes nothing here.
         """
         key, host = self._key(flat), self.host
-        graph = Graph(host.activations, _leaves(flat))
+        leaves = _leaves(flat)
         held = [x for x in elsewhere if isinstance(x, torch.Tensor)]
         if host.inputs_leave:  # others' do, this block's stays for its graph
             held = [x for x in held if isinstance(x, nn.Parameter) or not x.requires_grad]
         with (
             torch.enable_grad(),
             _no_autocast_cache(),
-            host.activations.saving(graph, host.slot_memory, held),
+            saving(held, host.slot_memory) as sizes,
         ):
-            outs, self.out = self.run(graph.leaves)
+            outs, self.out = self.run(leaves)
         self._note_gradless(key, outs)
-        graph.remember(outs)
-        return [_detached(o) for o in outs], graph if host.activations.fits(graph) else None
+        return [_detached(o) for o in outs], host.activations.keep(leaves, outs, sum(sizes))
 
     def _key(self, flat: list[Any]) -> Any:
         """By way of being called, what tells which results have a gradient."""

@@ -27,7 +27,7 @@ from transformers import masking_utils
 from ssdtune.schedule.cost import StepWork, Work
 from ssdtune.schedule.memory import Footprint
 from ssdtune.schedule.plan import Direction
-from ssdtune.visit.activations import counting_saved
+from ssdtune.visit.activations import saving
 from ssdtune.visit.counting import WorkCounter
 from ssdtune.visit.draft import Draft, Options
 from ssdtune.visit.front_door import accepts
@@ -378,7 +378,7 @@ class _Rehearsal:
         args, kwargs = pytree.tree_map_only(torch.Tensor, leaf, (args, kwargs))
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         with WorkCounter() as counter:
-            with counting_saved([*given, *point.module.parameters()]) as saved:
+            with saving([*given, *point.module.parameters()]) as saved:
                 found = pytree.tree_leaves(point.inner(*args, **kwargs))
             outs = [x for x in found if isinstance(x, torch.Tensor) and x.requires_grad]
             inputs = [*leaves[:1], *(p for p in point.module.parameters() if p.requires_grad)]
@@ -389,7 +389,7 @@ class _Rehearsal:
         by_autograd = counter.num_calls - in_forward
         self.works[kind, Direction.BACKWARD] = Work(dict(counter.counts), by_autograd)
         behind = Counter(counter.counts) - before_backward
-        self._saved_by[kind] = saved.num_bytes, Work(dict(behind), by_autograd)
+        self._saved_by[kind] = sum(saved), Work(dict(behind), by_autograd)
         return self.live.peak - before
 
 

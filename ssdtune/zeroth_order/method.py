@@ -125,17 +125,13 @@ class ZerothOrder:
                 [call for _ in shifts for call in calls],
                 variants=[v for v in range(len(shifts)) for _ in calls],
             )
+        by_process = self._exchange([_number(each) for each in found])
         # `fsum` rounds once, whatever the order: the same bits however micro-batches are dealt out.
         losses = [
-            math.fsum(share for part in parts for share in part)
-            for parts in zip(*self._shares_by_variant(found), strict=True)
+            math.fsum(x for shares in by_process for x in _of_variant(shares, v, len(shifts)))
+            for v in range(len(shifts))
         ]
         return self._update(losses, learning_rate, weight_decay)
-
-    def _shares_by_variant(self, found: Sequence[Any]) -> list[list[Sequence[float]]]:
-        """Of each process, for each variant, its micro-batches' shares of the loss."""
-        by_process = self._exchange([_number(each) for each in found])
-        return [list(_in_parts(shares, len(self.estimator.variants))) for shares in by_process]
 
     def _fold_if_due(self) -> None:
         """Makes the working copy when the first blocks are due; from then on the visits write them back. At a step's
@@ -189,11 +185,10 @@ def outside_of_blocks(model: Any, streamer: Streamer) -> dict[str, torch.Tensor]
     }
 
 
-def _in_parts(shares: Sequence[float], num: int) -> Iterator[Sequence[float]]:
-    """So many of the same length, one after the other."""
+def _of_variant(shares: Sequence[float], variant: int, num: int) -> Sequence[float]:
+    """Its micro-batches' shares among those of all variants, one variant after the other."""
     size = len(shares) // num
-    for at in range(0, num * size, size):
-        yield shares[at : at + size]
+    return shares[variant * size : (variant + 1) * size]
 
 
 def _number(found: Any) -> float:

@@ -49,9 +49,7 @@ class MovingWeights:
         self._step = 0
         # First tensor's address in a slot -> the content that has taken so many updates.
         self._taken: dict[int, tuple[object, int]] = {}
-        self._stored: dict[
-            int, int
-        ] = {}  # block -> updates that the drive has; the user's files: 0
+        self._stored: dict[int, int] = {}  # block -> updates that the drive has; else 0
         self._due: dict[int, int] = {}  # block -> with how many updates it is to be written
         self._period = 0
         self._returning: set[int] = set()  # blocks that a step reads from the drive

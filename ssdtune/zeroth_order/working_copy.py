@@ -7,13 +7,12 @@ be made again from them and the log, so it is not part of any checkpoint, and go
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ssdtune.durable import new_temporary_folder, remove_folder_we_made
-from ssdtune.errors import SSDTuneError
+from ssdtune.errors import SSDTuneError, reason_of
 from ssdtune.schedule.plan import Direction
 from ssdtune.sizes import format_size
 from ssdtune.swap.recipe import BlockRecipe, Copy
@@ -125,10 +124,9 @@ def _reserve(path: Path, num_bytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise WorkingCopyError(
             f"cannot reserve {format_size(num_bytes)} for a working copy of the weights in {path.parent.parent}: "
-            f"{error.strerror} ({name}).\n"
+            f"{reason_of(error)}.\n"
             "Free some space, point offload.path to another drive, or set zo_fold_steps: never."
         ) from error
     finally:
