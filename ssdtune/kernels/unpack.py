@@ -1,0 +1,75 @@
+"""Decodes packed tensors by what is fastest here: native code, Triton's kernels on a GPU, torch where neither is.
+
+All of them give the bits of the format's own `by_torch`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from ssdtune.kernels.formats import Format
+from ssdtune.kernels.native import library
+
+TRITON = "_triton"
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of outputs that native code and kernels know
+Decoder = Callable[[Format, Sequence[torch.Tensor], torch.Tensor], None]
+
+
+def unpack(
+    format: Format,
+    parts: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    suffix: str | None = None,
+) -> None:
+    """out = what the parts stand for, rounded to its dtype.
+
+    parts: as `format.parts` says, contiguous, on the device of `out`. out: contiguous, float32, bfloat16 or float16.
+    suffix: of the native function; None: the best there is; "" for torch; TRITON for its kernels.
+    """
+    assert out.is_contiguous()
+    if not out.numel():
+        return
+    _decoder(format, out, suffix)(format, parts, out)
+
+
+def _decoder(format: Format, out: torch.Tensor, suffix: str | None) -> Decoder:
+    if suffix is None:
+        suffix = _best(format, out)
+    if suffix == "":
+        return lambda format, parts, out: format.by_torch(parts, out)
+    if suffix == TRITON:
+        from ssdtune.kernels import unpack_triton
+
+        return unpack_triton.DECODERS[type(format)]
+    from ssdtune.kernels import unpack_native
+
+    decoder = unpack_native.DECODERS[type(format)]
+    return lambda format, parts, out: decoder(format, parts, out, suffix)
+
+
+def _best(format: Format, out: torch.Tensor) -> str:
+    """What is fastest for this format and output."""
+    if out.dtype not in NATIVE_DTYPES:
+        return ""
+    if out.device.type == "cpu":
+        native = library()
+        if native is None:
+            return ""
+        from ssdtune.kernels import unpack_native
+
+        return native.suffixes[0] if type(format) in unpack_native.DECODERS else ""
+    if out.device.type == "cuda" and _has_triton():
+        from ssdtune.kernels import unpack_triton
+
+        return TRITON if type(format) in unpack_triton.DECODERS else ""
+    return ""
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,24 @@
+"""Tensors that several file tensors stand for together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ssdtune.kernels.formats import Format
+from ssdtune.swap.header import TensorEntry
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedEntry:
+    """A packed tensor, under the name, shape and dtype that it has once decoded.
+
+    dtype: as safetensors names it. parts: in the order of `format.parts(shape)`, whose dtypes and shapes they have.
+    """
+
+    name: str
+    path: Path  # of the first part
+    dtype: str
+    shape: tuple[int, ...]
+    format: Format
+    parts: tuple[TensorEntry, ...]
