@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def stream(
     offload: Offload | dict[str, Any] | None = None,
     micro_batch_size: int | None = None,
     dtype: str | torch.dtype = "auto",
+    quantization: str | int = "none",
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """The ordinary Hugging Face model, its blocks streamed from its own safetensors files.
@@ -55,6 +57,8 @@ def stream(
         micro_batch_size: rows that pass a block at once. A larger batch is cut into groups of so
             many, and all of them pass each block before it leaves. None: batches are not cut.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
+        quantization: "none": the weights as the files have them. 1 to 8, "nf4", "mxfp4", …: in so many bits. A model
+            that `ssdtune pack` wrote is read at that width; another is packed once, into `offload.path` or the cache.
         from_pretrained_kwargs: `revision`, `trust_remote_code`, `attn_implementation`, … as in
             `from_pretrained`; what is not honoured is refused by name.
 
@@ -63,13 +67,20 @@ def stream(
             streamed; the message says which and what to do.
     """
     from ssdtune.cache import cache_folder
+    from ssdtune.packing.once import build_packed
     from ssdtune.visit.assemble import assemble
     from ssdtune.visit.check import ensure_checked
 
     chosen = Offload.of(offload)
-    meta, options = _prepare(
-        model_name_or_path, chosen, micro_batch_size, dtype=dtype, **from_pretrained_kwargs
+    meta = build_packed(
+        model_name_or_path,
+        quantization=str(quantization),
+        beside=chosen.path,
+        choose_storage=partial(choose, chosen.storage),
+        dtype=dtype,
+        **from_pretrained_kwargs,
     )
+    options = _options(meta, chosen, micro_batch_size)
     model_class = type(meta.model)  # assemble() puts a class of its own over it
     model = assemble(
         meta, options
@@ -104,6 +115,7 @@ def plan(
     offload: Offload | dict[str, Any] | None = None,
     micro_batch_size: int | None = None,
     dtype: str | torch.dtype = "auto",
+    quantization: str | int = "none",
     **from_pretrained_kwargs: Any,
 ) -> Planned:
     """The plan with which `stream` of the same arguments would begin. No weights are read.
@@ -111,15 +123,13 @@ def plan(
     Raises SSDTuneError as `stream` does, for a budget that is too small above all; architectures
     are not checked.
     """
+    from ssdtune.packing.once import build_planned
     from ssdtune.visit.draft import draft
 
-    meta, options = _prepare(
-        model_name_or_path,
-        Offload.of(offload),
-        micro_batch_size,
-        dtype=dtype,
-        **from_pretrained_kwargs,
+    meta = build_planned(
+        model_name_or_path, quantization=str(quantization), dtype=dtype, **from_pretrained_kwargs
     )
+    options = _options(meta, Offload.of(offload), micro_batch_size)
     drafted = draft(meta, options)
     return Planned(meta, options, drafted, drafted.replanner.plan())
 
@@ -140,21 +150,18 @@ def build_arguments(config: TrainConfig) -> dict[str, Any]:
         "revision": config.model_revision,
         "trust_remote_code": config.trust_remote_code,
     }
+    if config.quantization != "none":
+        arguments["quantization"] = config.quantization
     if config.attn_implementation != "auto":
         arguments["attn_implementation"] = config.attn_implementation
     return arguments
 
 
-def _prepare(
-    name: str | os.PathLike[str], offload: Offload, micro_batch_size: int | None, **build: Any
-) -> tuple[MetaModel, Options]:
-    from ssdtune.visit.build import build_meta
-
-    meta = build_meta(name, **build)
+def _options(meta: MetaModel, offload: Offload, micro_batch_size: int | None) -> Options:
     options = options_for(offload, meta.checkpoint.files, micro_batch_size)
     if offload.storage == "auto" and options.open_device_pool is not None:
         options = _without_large_buffers(meta, options)
-    return meta, options
+    return options
 
 
 def _without_large_buffers(meta: MetaModel, options: Options) -> Options:

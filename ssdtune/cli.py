@@ -22,6 +22,7 @@ ssdtune fine-tunes models larger than the memory, streaming their weights from t
   ssdtune trace RUN                           a run's step beside its prediction, op by op
   ssdtune generate RUN -p "…"                 let a trained model answer
   ssdtune replay RUN --out FOLDER             weights of a run with method: zo, made again from its log
+  ssdtune pack MODEL --out FOLDER             the model in a few bits a weight, to stream it faster
 
   ssdtune train --help                        every key of CONFIG.yaml, each one also a flag
   ssdtune --version
@@ -47,7 +48,7 @@ some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as
   --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
   --json                       the answer as one JSON object
 """
-LATER = ("pack", "data", "eval", "merge")
+LATER = ("data", "eval", "merge")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -275,6 +276,44 @@ def _replay(words: list[str]) -> object:
     return replay_run(arguments.run.expanduser(), arguments.out.expanduser(), step=arguments.step)
 
 
+def _pack(words: list[str]) -> object:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="ssdtune pack",
+        description="Write a model's weights in a few bits each to a new folder, which trains as any model does. "
+        "The model's own files stay as they are. Interrupted, the same command goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="a folder or a hub id")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")
+    parser.add_argument(
+        "--format",
+        choices=("affine", "nf4", "mxfp4", "nvfp4", "lossless"),
+        default="affine",
+        help="affine: 1-8 bits; lossless: the same bfloat16 bits in three quarters of the bytes",
+    )
+    parser.add_argument("--bits", type=int, default=4, help="of affine codes, 1-8")
+    parser.add_argument(
+        "--order", help="of slices, e.g. 4,1,1,2 with --bits 8: to be read at 4, 5, 6 or 8 bits"
+    )
+    parser.add_argument("--group", type=int, default=64, help="weights that share a scale")
+    arguments = parser.parse_args(words)
+    order = None
+    if arguments.order is not None:
+        try:
+            order = tuple(int(width) for width in arguments.order.split(","))
+        except ValueError:
+            raise SSDTuneError(
+                f"--order {arguments.order}: whole numbers with commas between.\nWrite for instance --order 4,1,1,2."
+            ) from None
+    from ssdtune.pack import pack_model
+    from ssdtune.packing.wanted import Wanted
+
+    wanted = Wanted(arguments.format, arguments.bits, order, arguments.group)
+    return pack_model(arguments.model, arguments.out.expanduser(), wanted)
+
+
 # A verb's body may return an exit code; anything else it returns is success.
 VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "train": _train,
@@ -285,4 +324,5 @@ VERBS: Mapping[str, Callable[[list[str]], object]] = {
     "trace": _trace,
     "generate": _generate,
     "replay": _replay,
+    "pack": _pack,
 }

@@ -13,15 +13,14 @@ _OWN_RECOMPUTE = "ssdtune recomputes each block by itself. Delete this key."
 _DEVICES = "ssdtune places weights itself, see `offload`. Delete this key."
 _FILE_SPLIT = 'Write eval_dataset: [{path: …, split: "train[98%:]"}] and split "train[:98%]".'
 _NO_HUB = "Nothing is uploaded. Delete this key, and upload output_dir yourself."
-_STORED_WEIGHTS = "Weights are used as they are stored. Delete this key."
+_QUANTIZATION = "Write quantization: 4 (or nf4, 8, lossless, …). Delete this key."
 _OWN_VERB = "Delete this key: the verb says it (`ssdtune train`)."
 
 # Known keys of this and of other tools that do nothing here, and what to do instead. A key ending
 # in * stands for all that begin so.
 NOT_SUPPORTED: Mapping[str, str] = {
-    "quant*": _STORED_WEIGHTS,
-    "load_in_*": _STORED_WEIGHTS,
-    "bnb_*": _STORED_WEIGHTS,
+    "quantization_*": _QUANTIZATION,
+    "bnb_*": _QUANTIZATION,
     "packing": "Each row is its own sequence. Delete this key.",
     "sample_packing": "Each row is its own sequence. Delete this key.",
     "max_writes": "LoRA writes only its checkpoints to the drive. Delete this key.",
@@ -74,6 +73,20 @@ def _gradient_checkpointing(name: str, node: Node) -> tuple[dict[str, Node], str
     return {}, "replaced by ssdtune's own: every block is recomputed in backward, always"
 
 
+def _load_in(name: str, node: Node) -> tuple[dict[str, Node], str]:
+    try:
+        is_wanted = YesNo().read(node, name)
+    except Refused as refusal:
+        raise ConfigError(
+            f"{node.place}: {name}: {refusal}.\nAllowed: true or false.\n"
+            "Better write `quantization: 4`."
+        ) from refusal
+    if not is_wanted:
+        return {}, "false is how it is without this key"
+    word = {"load_in_4bit": "nf4", "load_in_8bit": "8"}[name]
+    return {"quantization": Node(word, node.place)}, f"read as quantization: {word}"
+
+
 def _warmup_ratio(name: str, node: Node) -> tuple[dict[str, Node], str]:
     try:
         Number(maximum=1, excludes_maximum=True).read(node, name)
@@ -99,6 +112,8 @@ _RULES: Mapping[str, Callable[[str, Node], tuple[dict[str, Node], str]]] = {
     "gradient_checkpointing": _gradient_checkpointing,
     "activation_checkpointing": _gradient_checkpointing,
     "warmup_ratio": _warmup_ratio,
+    "load_in_4bit": _load_in,
+    "load_in_8bit": _load_in,
     "template": _template,
 }
 TRANSLATED = tuple(_RULES)

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from ssdtune.visit.build import MetaModel
     from ssdtune.visit.draft import Draft
 
-FORMAT = 4  # of jobs in the cache; one more when their making changes
+FORMAT = 5  # of jobs in the cache; one more when their making changes
 SAMPLE_ROWS = 2000  # of a data set that are tokenized to estimate the rest
 KEPT_JOBS = 200
 # Keys that change blocks, work or rows.
 MODEL_KEYS = (
-    "model_name_or_path model_revision trust_remote_code dtype attn_implementation lora_r lora_alpha "
+    "model_name_or_path model_revision trust_remote_code dtype quantization attn_implementation lora_r lora_alpha "
     "lora_dropout lora_target_modules lora_modules_to_save use_dora use_rslora "
     "per_device_train_batch_size gradient_accumulation_steps max_length overlong train_on chat_template "
     "num_train_epochs max_steps optim method zo_trains zo_estimator zo_num_directions zo_rank zo_fold_steps"
@@ -161,12 +161,12 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
     from ssdtune.peft import attach, lora_config
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
     from ssdtune.trainer.run import trains_all
-    from ssdtune.visit.build import build_meta
+    from ssdtune.packing.once import build_planned
     from ssdtune.visit.draft import draft
     from ssdtune.visit.rehearsal import rehearse_draft
 
     config = source.config
-    meta = build_meta(model, **build_arguments(config))
+    meta = build_planned(model, **build_arguments(config))
     options = _options(source, meta)
     drafted = draft(meta, options)
     resident = _resident_bytes(meta, {n for group in drafted.groups for n in group.parameters})

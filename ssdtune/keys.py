@@ -194,6 +194,16 @@ class TrainConfig:
         default="auto",
         aliases=("torch_dtype",),
     )
+    quantization: str = key(
+        OneOf(
+            ("none", *map(str, range(1, 9)), "nf4", "mxfp4", "nvfp4", "lossless"),
+            later=("auto", "fp8"),
+        ),
+        "bits of the base weights on the drive and in RAM: 1 to 8, or a format; packed once into offload.path where the "
+        "files are not (`ssdtune pack`); none: as they are stored",
+        default="none",
+        example="4",
+    )
     bf16: bool = key(YesNo(), "autocast to bfloat16, as Trainer does", default=False)
     fp16: bool = key(
         YesNo(), "autocast to float16 with loss scaling, as Trainer does", default=False
@@ -202,11 +212,12 @@ class TrainConfig:
     # Adapter
     method: str = key(
         OneOf(
-            ("lora", "rslora", "dora", "zo"),
+            ("lora", "rslora", "dora", "qlora", "zo"),
             synonyms=(("mezo", "zo"),),
-            later=("full", "qlora", "freeze", "vera", "ia3", "loha", "oft"),
+            later=("full", "freeze", "vera", "ia3", "loha", "oft"),
         ),
-        "how it trains; rslora and dora are lora with use_rslora or use_dora, zo needs forward passes alone",
+        "how it trains; rslora and dora are lora with use_rslora or use_dora, qlora is lora with quantization: nf4, "
+        "zo needs forward passes alone",
         default="lora",
         aliases=("finetuning_type", "adapter"),
     )
@@ -505,6 +516,10 @@ def _resolved(config: TrainConfig) -> dict[str, Any]:
     resolved: dict[str, Any] = {}
     if config.method in ("rslora", "dora"):
         resolved |= {"method": "lora", f"use_{config.method}": True}
+    if config.method == "qlora":
+        resolved["method"] = "lora"
+        if config.quantization == "none":
+            resolved["quantization"] = "nf4"
     if config.eval_steps is None:
         resolved["eval_steps"] = config.save_steps
     if config.per_device_eval_batch_size is None:

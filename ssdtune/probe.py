@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import platform
 import tempfile
@@ -411,11 +412,8 @@ def measure_copies(device: torch.device) -> dict[str, Curve]:
     source = aligned_bytes(max(COPY_BYTES), pin=has_device)
     target = aligned_bytes(max(COPY_BYTES))
     cpu = torch.device("cpu")
-    found = {
-        "unpack": time_all(
-            {float(n): partial(target[:n].copy_, source[:n]) for n in COPY_BYTES}, cpu
-        )
-    }
+    pieces = {float(n): partial(target[:n].copy_, source[:n]) for n in COPY_BYTES}
+    found = {"unpack": time_all(pieces, cpu), "decode": measure_decoding(target)}
     if has_device:
         there = torch.empty(max(COPY_BYTES), dtype=torch.uint8, device=device)
         beside = torch.empty_like(there)
@@ -424,6 +422,28 @@ def measure_copies(device: torch.device) -> dict[str, Curve]:
             pieces = {float(n): partial(to[:n].copy_, of[:n], True) for n in COPY_BYTES}
             found[name] = time_all(pieces, device)
     return found
+
+
+def measure_decoding(target: torch.Tensor) -> Curve:
+    """Bytes of bfloat16 weights that come from 4-bit codes: the usual packing. target: uint8, enough for the largest."""
+    import torch
+
+    from ssdtune.kernels.affine import Affine
+    from ssdtune.kernels.unpack import unpack
+    from ssdtune.swap.header import DTYPE_BITS
+
+    format = Affine(bits=4, order=(4,))
+    pieces = {}
+    for n in COPY_BYTES:
+        shape = (n // 2,)
+        parts = [
+            torch.randint(256, (math.prod(p.shape) * DTYPE_BITS[p.dtype] // 8,), dtype=torch.uint8)
+            for p in format.parts(shape)
+        ]
+        parts[1] = torch.full((n // 2 // format.group,), 0.01, dtype=torch.bfloat16)
+        out = target[:n].view(torch.bfloat16)
+        pieces[float(n)] = partial(unpack, format, parts, out)
+    return time_all(pieces, torch.device("cpu"))
 
 
 def measure_slowing(file: Path, device: torch.device) -> float:

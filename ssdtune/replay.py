@@ -144,8 +144,12 @@ def _in_files_form(model: Any, names: list[str]) -> dict[str, Any]:
 
 
 def _copy_the_rest(model: Any, folder: Path) -> None:
-    """Config, generation config, tokenizer: whatever lies beside the base's weights and is no weight."""
+    """Config, generation config, tokenizer: whatever lies beside the base's weights and is no weight. What is written
+    is not packed, whatever the base is."""
     for path in sorted(model.ssdtune.checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja", ".py"):
             if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.pop("quantization_config", None) is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -150,6 +150,8 @@ class OneOf(Reader):
         value = node.value
         if value is False and "no" in self.words:  # Python's reading of YAML's `no`
             return "no"
+        if type(value) is int and str(value) in self.words:
+            return str(value)
         if isinstance(value, str):
             word = dict(self.synonyms).get(value.lower(), value.lower())
             if word in self.words:

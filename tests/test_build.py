@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.swap.header import CheckpointError
 from ssdtune.visit.build import REFUSED, BuildError, build_meta
 from ssdtune.visit.placement import fill, place
 
@@ -168,10 +169,10 @@ def test_unknown_arguments_are_refused_not_swallowed(llama):
         build_meta(llama, use_safetensors=False)
 
 
-def test_a_quantized_checkpoint_is_refused(llama, tmp_path):
-    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+def test_a_checkpoint_quantized_by_an_unknown_method_is_refused(llama, tmp_path):
+    quantization = {"quant_method": "eetq", "weights": "int8"}
     folder = copy_of(llama, tmp_path / "m", quantization_config=quantization)
-    with pytest.raises(BuildError, match="quantization_config"):
+    with pytest.raises(CheckpointError, match="eetq"):
         build_meta(folder)
 
 

@@ -34,6 +34,7 @@ OTHER_VALUES = {
     "model_revision": ("v1.0", "v1.0"),
     "trust_remote_code": ("true", True),
     "attn_implementation": ("sdpa", "sdpa"),
+    "quantization": ("4", "4"),
     "dtype": ("bf16", "bfloat16"),
     "bf16": ("yes", True),
     "fp16": ("on", True),
@@ -262,11 +263,12 @@ def test_data_formats_and_rules_are_those_of_the_data_module():
         ("optim: adamw_8bit", 4, "optim: 'adamw_8bit' is not supported yet", "adamw_torch"),
         ("method: full", 4, "method: 'full' is not supported yet", "lora, rslora, dora"),
         ("method: full", 4, "method: 'full' is not supported yet", "`method: lora`"),
-        ("quantization: nf4", 4, "quantization: not supported yet", "Delete this key"),
-        ("quantization: none", 4, "quantization: not supported yet", "Delete this key"),
+        ("quantization: fp8", 4, "quantization: 'fp8' is not supported yet", "nf4"),
+        ("quantization: 9", 4, "quantization: got '9'", "none, 1, 2"),
+        ("bnb_4bit_quant_type: nf4", 4, "bnb_4bit_quant_type: not supported", "quantization: 4"),
         ("packing: true", 4, "packing: not supported yet", "Delete this key"),
         ("sample_packing: true", 4, "sample_packing: not supported yet", "Delete this key"),
-        ("load_in_4bit: true", 4, "load_in_4bit: not supported yet", "Delete this key"),
+        ("load_in_4bit: perhaps", 4, "load_in_4bit: got 'perhaps'", "true or false"),
         ("zo_epsilon: 1e-3", 4, "zo_epsilon: ssdtune has no such key", "Did you mean zo_eps?"),
         ("push_to_hub: true", 4, "push_to_hub: not supported yet", "Delete this key"),
         ("offload: {max_writes: 2GB}", 4, "offload.max_writes: not supported", "Delete this key"),
@@ -395,6 +397,9 @@ def test_a_file_with_a_byte_order_mark_or_windows_line_ends_is_read(tmp_path):
         ("optimizer: sgd", "optim", "sgd", "read as optim"),
         ("lr_scheduler: cosine", "lr_scheduler_type", "cosine", "read as lr_scheduler_type"),
         ("warmup_ratio: 0.1", "warmup_steps", 0.1, "below 1 is a share of the run"),
+        ("load_in_4bit: true", "quantization", "nf4", "read as quantization: nf4"),
+        ("load_in_8bit: yes", "quantization", "8", "read as quantization: 8"),
+        ("load_in_4bit: false", "quantization", "none", "false is how it is"),
         ("template: llama3", "chat_template", "auto", "'llama3' is another tool's"),
         ("template: my.jinja", "chat_template", "my.jinja", "read as chat_template"),
         ("gradient_checkpointing: true", "lora_r", 16, "replaced by ssdtune's own"),
@@ -411,6 +416,13 @@ def test_what_is_read_otherwise_is_said_in_one_line(tmp_path, body, key, value, 
     (only,) = loaded.notes
     assert only.startswith(f"{path}:")
     assert note in only
+
+
+def test_qlora_is_lora_on_nf4(tmp_path):
+    config = load_config(write(tmp_path, "method: qlora")).config
+    assert (config.method, config.quantization) == ("lora", "nf4")
+    config = load_config(write(tmp_path, "method: qlora\nquantization: 3")).config
+    assert (config.method, config.quantization) == ("lora", "3")
 
 
 def test_base_model_is_a_name_of_model_name_or_path(tmp_path):

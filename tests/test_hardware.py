@@ -162,6 +162,7 @@ MODELS = {  # sizes as their config.json on the hub has them
 MODELS |= {
     "llama3-8b-zo-4gb": MODELS["llama3-8b-8gb"],
     "llama33-70b-zo-12gb": MODELS["llama33-70b-24gb"],
+    "llama33-70b-qlora-12gb": MODELS["llama33-70b-24gb"],
     "opt-175b-zo-18gb": {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],

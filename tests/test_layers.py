@@ -17,10 +17,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         (
             ["__main__", "quickstart"],  # entry points beside each other
             ["cli"],
-            ["generate", "replay", "planning", "tracing", "doctor", "pace", "probe"],
+            ["generate", "replay", "planning", "tracing", "doctor", "pace", "probe", "pack"],
             ["jobs", "machines"],
             ["trainer"],
             ["api", "profiles"],
+            ["packing"],
             ["peft", "zeroth_order", "full"],
             ["visit"],
             ["swap"],
@@ -40,7 +41,7 @@ ASIDE = {  # besides itself and the leaves, what each of these may import
     "assets": frozenset[str](),
 }
 USERS = CONFIG | {"data", "report", "assets"}  # for layers that know of users
-KNOW_OF_USERS = frozenset().union(*LAYERS[:7])  # everything above the visits
+KNOW_OF_USERS = frozenset().union(*LAYERS[:8])  # everything above the visits
 HEAVY = frozenset({"torch", "transformers", "numpy", "datasets", "peft", "accelerate"})
 IMPURE = HEAVY | {"os", "pathlib", "time", "io", "threading", "subprocess", "random", "safetensors"}
 

@@ -11,11 +11,12 @@ NF4: Dettmers et al., QLoRA, arXiv 2305.14314. MXFP4: OCP Microscaling Formats 1
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ssdtune.kernels.formats import Part, num_elements
+from ssdtune.kernels.unpack import unpack
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # The table that bitsandbytes ships, float32's nearest to these decimals.
@@ -25,6 +26,12 @@ NF4 = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# What bitsandbytes means by FP4: another table, not E2M1's sixths.
+BNB_FP4 = (
+    0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 0.5, 2 / 12, 0.25,
+    -0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -0.5, -2 / 12, -0.25,
+)  # fmt: skip
+TABLES: dict[tuple[float, ...], str] = {NF4: "NF4", E2M1: "FP4", BNB_FP4: "bitsandbytes FP4"}
 SCALE_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -33,6 +40,9 @@ SCALE_DTYPES = {
     "E8M0": torch.uint8,  # also where a file calls it U8
 }
 CHUNK = 1 << 20  # elements that torch's operators take at a time
+SLAB = (
+    1 << 22
+)  # elements whose scales are computed before they are decoded: 1 MB of them at 16 elements a block
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,8 +58,7 @@ class Nibbles:
     @property
     def label(self) -> str:
         """For messages and tables."""
-        kind = {NF4: "NF4", E2M1: "FP4"}.get(self.table, "4-bit codebook")
-        return f"{kind}, blocks of {self.block}"
+        return f"{TABLES.get(self.table, '4-bit codebook')}, blocks of {self.block}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """Codes; scales."""
@@ -74,6 +83,119 @@ class Nibbles:
             blocks = scales[first // self.block : -(-(first + count) // self.block)]
             scale = scale_of(blocks, self.scale).repeat_interleave(self.block)[:count]
             flat[first : first + count] = values * scale
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NestedNibbles:
+    """bitsandbytes' double quantization: scales are themselves codes of 8 bits, in blocks with a scale.
+
+        scale[b] = map[absmax[b]] * nested_absmax[b // nested_block] + offset
+
+    The product and the sum are each rounded to float32. table, block: as `Nibbles` has them, the upper half first.
+    """
+
+    table: tuple[float, ...]
+    block: int
+    nested_block: int
+    offset: float
+
+    @property
+    def label(self) -> str:
+        """For messages and tables."""
+        return f"{Nibbles(self.table, self.block, True).label}, nested scales"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """Codes; codes of scales; what these stand for; their scales."""
+        n = num_elements(shape)
+        num_blocks = -(-n // self.block)
+        return (
+            Part("codes", "U8", (-(-n // 2),)),
+            Part("absmax", "U8", (num_blocks,)),
+            Part("nested_quant_map", "F32", (256,)),
+            Part("nested_absmax", "F32", (-(-num_blocks // self.nested_block),)),
+        )
+
+    def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """As `Format.by_torch` says: the definition."""
+        codes, absmax, meanings, nested = parts
+        inner = Nibbles(self.table, self.block, is_high_first=True)
+        for some, blocks in _slabs(out, self.block):
+            number = torch.arange(blocks.start, blocks.stop, device=out.device) // self.nested_block
+            scales = meanings[absmax[blocks].long()] * nested[number] + self.offset
+            unpack(inner, (codes[some.start // 2 : -(-some.stop // 2)], scales), out.view(-1)[some])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Nvfp4:
+    """E2M1 in blocks of 16 along the last dimension, low half first, with e4m3 scales and one for all of them.
+
+    is_divided: whether the blocks' scales are divided by that one (compressed-tensors) or multiplied (ModelOpt);
+    rounded to float32 either way.
+    """
+
+    is_divided: bool
+
+    @property
+    def label(self) -> str:
+        """For messages and tables."""
+        return "NVFP4"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """Codes; scales of blocks; the scale of all."""
+        *rows, width = shape
+        return (
+            Part("codes", "U8", (*rows, width // 2)),
+            Part("scales", "F8_E4M3", (*rows, width // 16)),
+            Part("global_scale", "F32", (1,)),
+        )
+
+    def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """As `Format.by_torch` says: the definition."""
+        codes, scales, whole = parts[0].view(-1), parts[1].view(-1), parts[2]
+        inner = Nibbles(E2M1, 16, is_high_first=False)
+        for some, blocks in _slabs(out, 16):
+            found = scales[blocks].float()
+            found = found / whole if self.is_divided else found * whole
+            unpack(inner, (codes[some.start // 2 : some.stop // 2], found), out.view(-1)[some])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TurnedMxfp4:
+    """MXFP4 as gpt-oss has it: experts' matrices [rows, columns] in blocks of 32 along columns, low half first, for
+    tensors [experts, columns, rows]."""
+
+    @property
+    def label(self) -> str:
+        """For messages and tables."""
+        return "MXFP4, transposed"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """Codes; scales. Columns are a multiple of 32."""
+        experts, width, rows = shape
+        return (
+            Part("blocks", "U8", (experts, rows, width // 32, 16)),
+            Part("scales", "U8", (experts, rows, width // 32)),
+        )
+
+    def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """As `Format.by_torch` says: the definition."""
+        inner = Nibbles(E2M1, 32, is_high_first=False, scale="E8M0")
+        _, width, rows = out.shape
+        step = max(1, CHUNK // width)
+        for codes, scales, turned in zip(*parts, out, strict=True):
+            for first in range(0, rows, step):
+                some = slice(first, min(first + step, rows))
+                matrix = out.new_empty(some.stop - first, width)
+                unpack(inner, (codes[some], scales[some]), matrix)
+                turned[:, some] = matrix.t()
+
+
+def _slabs(out: torch.Tensor, block: int) -> Iterator[tuple[slice, slice]]:
+    """Some elements at a time, beginning with a block and a byte; and their blocks."""
+    step = -(-SLAB // (2 * block)) * 2 * block
+    for first in range(0, out.numel(), step):
+        stop = min(first + step, out.numel())
+        yield slice(first, stop), slice(first // block, -(-stop // block))
 
 
 def scale_of(scales: torch.Tensor, kind: str) -> torch.Tensor:

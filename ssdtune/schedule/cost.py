@@ -15,6 +15,7 @@ TRANSFER_OF = {
     Kind.FETCH: "nvme_read",
     Kind.STORE: "nvme_write",
     Kind.UNPACK: "unpack",
+    Kind.DECODE: "decode",
     Kind.UPLOAD: "h2d",
 }
 

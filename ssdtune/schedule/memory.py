@@ -176,6 +176,8 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
     if plan.on_device:
         ram |= {"weights that stay in RAM": plan.kept_in_ram_bytes}
         device = {"slots": plan.slot_bytes, **compute}
+        if plan.staging_bytes:
+            device["packed weights to be decoded"] = plan.staging_bytes
         (device if plan.buffers_on_device else ram).update(buffers)
     else:
         ram |= {"slots": plan.slot_bytes, **buffers, **compute}

@@ -3,8 +3,8 @@
 A step is a sequence of **visits**: (block, direction). Each visit finds its block's weights in a
 **slot**. Where the block is not yet in that slot, the visit has *fill ops*: LOAD (file to buffer, or
 straight into the slot where the file's bytes can be used in place) and, for staged blocks, UNPACK
-(buffer to slot where both are: on the CPU, or by a device's own copy) or UPLOAD (RAM to a device
-slot). COMPUTE is the visit itself. The simulator and the engine read the same value.
+(buffer to slot where both are: on the CPU, or by a device's own copy; DECODE where the block is packed)
+or UPLOAD (RAM to a device slot). COMPUTE is the visit itself. The simulator and the engine read the same value.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Kind(StrEnum):
 
     LOAD = "load"
     UNPACK = "unpack"
+    DECODE = "decode"
     UPLOAD = "upload"
     COMPUTE = "compute"
     STORE = "store"  # a block input to NVMe, in forward
@@ -60,7 +61,7 @@ class Kind(StrEnum):
 
 
 # What moves and uses weights; a step's other ops are of its block inputs.
-BLOCK_KINDS = (Kind.LOAD, Kind.UNPACK, Kind.UPLOAD, Kind.COMPUTE)
+BLOCK_KINDS = (Kind.LOAD, Kind.UNPACK, Kind.DECODE, Kind.UPLOAD, Kind.COMPUTE)
 
 
 class Direction(StrEnum):
@@ -80,12 +81,19 @@ class BlockShape:
 
     `slot_bytes`: laid out for compute. `file_bytes`: read to fill it, alignment included.
     `is_staged`: its file bytes cannot be used in place: they are read into a buffer, then copied.
+    `is_packed`: some are decoded on the way, on a device by the device, which needs them beside the slot.
     """
 
     name: str
     slot_bytes: int
     file_bytes: int
     is_staged: bool = False
+    is_packed: bool = False
+
+    @property
+    def uploaded_bytes(self) -> int:
+        """Bytes that go to a device to fill a slot there."""
+        return self.file_bytes if self.is_packed else self.slot_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,10 +195,18 @@ class Plan:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that slots, and buffers where they are there, take of a device; 0 without one."""
+        """Bytes that slots, buffers where they are there, and staging take of a device; 0 without one."""
         if not self.on_device:
             return 0
-        return self.slot_bytes + (self.buffer_bytes if self.buffers_on_device else 0)
+        beside = self.buffer_bytes if self.buffers_on_device else self.staging_bytes
+        return self.slot_bytes + beside
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of a device where packed blocks are decoded from; 0 where buffers are there already."""
+        if not self.on_device or self.buffers_on_device:
+            return 0
+        return staging_bytes(self.blocks)
 
     @property
     def buffer_bytes(self) -> int:
@@ -289,10 +305,23 @@ def _op_from(raw: Mapping[str, Any]) -> Op:
     return Op(**{**raw, **typed})
 
 
+def staging_bytes(blocks: Sequence[BlockShape]) -> int:
+    """What a device needs beside its slots, to decode the largest packed block from."""
+    return max((block.file_bytes for block in blocks if block.is_packed), default=0)
+
+
 def passes_buffer(block: BlockShape, tier: Tier, *, on_device: bool) -> bool:
     """Whether a fill of the block goes through a staging buffer. On a device all do, except those
     whose file bytes stay in RAM for good."""
     return tier is not Tier.RAM if on_device else block.is_staged
+
+
+def copy_of(block: BlockShape, *, on_device: bool, from_device: bool) -> tuple[Kind, Lane]:
+    """What brings a block from a buffer to its slot, and on which lane. from_device: the buffer is there too."""
+    if on_device and not from_device:
+        return Kind.UPLOAD, Lane.H2D
+    lane = Lane.DEVICE_COPY if from_device else Lane.CPU
+    return (Kind.DECODE if block.is_packed else Kind.UNPACK), lane
 
 
 def reuse_distances(visits: Sequence[Visit]) -> list[int]:
@@ -328,9 +357,11 @@ def make_ops(
             if not on_device and visit.buffer is None:
                 op_id = ops.add(Kind.LOAD, Lane.NVME_READ, v, writes=("slot", visit.slot))
             else:
-                kind, lane = (Kind.UPLOAD, Lane.H2D) if on_device else (Kind.UNPACK, Lane.CPU)
-                if buffers_on_device and visit.buffer is not None:
-                    kind, lane = Kind.UNPACK, Lane.DEVICE_COPY
+                kind, lane = copy_of(
+                    blocks[visit.block],
+                    on_device=on_device,
+                    from_device=buffers_on_device and visit.buffer is not None,
+                )
                 op_id = ops.add(kind, lane, v, after=loaded, writes=("slot", visit.slot))
                 ops.reads("buffer", visit.buffer, op_id)
             written = [op_id]
@@ -363,7 +394,11 @@ class _Ops:
             after = [*after, self._last_reader[writes]]
         elif writes is not None:
             self._first_writers[op_id] = writes
-        num_bytes = {Kind.LOAD: block.file_bytes, Kind.COMPUTE: 0}.get(kind, block.slot_bytes)
+        num_bytes = {
+            Kind.LOAD: block.file_bytes,
+            Kind.COMPUTE: 0,
+            Kind.UPLOAD: block.uploaded_bytes,
+        }.get(kind, block.slot_bytes)
         self._ops.append(
             Op(
                 id=op_id,

@@ -24,6 +24,7 @@ from ssdtune.schedule.plan import (
     Visit,
     make_ops,
     passes_buffer,
+    staging_bytes,
     validate,
 )
 from ssdtune.sizes import format_size
@@ -143,7 +144,7 @@ def smallest_budgets(
     if buffers_on_device:
         return Budgets(ram_bytes=0, device_bytes=slot + buffer)
     if on_device:
-        return Budgets(ram_bytes=buffer, device_bytes=slot)
+        return Budgets(ram_bytes=buffer, device_bytes=slot + staging_bytes(blocks))
     return Budgets(ram_bytes=slot + buffer)
 
 
@@ -274,6 +275,7 @@ def room_for(request: Request, choice: Choice) -> tuple[int, int] | None:
         slots += buffers
     else:
         ram -= buffers
+        slots += staging_bytes(blocks) if request.on_device else 0
     if request.on_device:
         ram -= sum(blocks[i].file_bytes for i in choice.cached)
         slot_left = budgets.device_bytes - slots

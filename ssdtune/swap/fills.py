@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.schedule.plan import Direction, Kind, Lane
+from ssdtune.schedule.plan import Direction, Kind, Lane, copy_of
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.device_clock import DeviceClock
 from ssdtune.swap.gds import GdsPool
@@ -238,13 +238,16 @@ class Lanes:
                 self._record_op(op)
             else:
                 start, end = self._queue_copy(item, self._uploads, self.clock)
-                self.clock.add(self._op(fill, what, (0.0, 0.0), recipe.slot_bytes), start, end)
+                num_bytes = recipe.shape.uploaded_bytes
+                self.clock.add(self._op(fill, what, (0.0, 0.0), num_bytes), start, end)
 
     def _copy_of(self, item: _Item) -> tuple[Kind, Lane]:
         """What the copy into the slot is, and on which lane."""
-        if item.buffer is not None and self.slots.buffers_on_device:
-            return Kind.UNPACK, Lane.DEVICE_COPY
-        return (Kind.UNPACK, Lane.CPU) if self.clock is None else (Kind.UPLOAD, Lane.H2D)
+        return copy_of(
+            self.slots.recipes[item.fill.block].shape,
+            on_device=self.clock is not None,
+            from_device=item.buffer is not None and self.slots.buffers_on_device,
+        )
 
     def _queue_copy(
         self, item: _Item, uploads: torch.cuda.Stream, clock: DeviceClock

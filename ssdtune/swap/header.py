@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
@@ -76,6 +76,7 @@ class FileState:
     num_bytes: int
     mtime_ns: int
     header_sha256: str
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
 
 
 # ------------------------------------------------------------------------------------ one header
@@ -96,12 +97,14 @@ def read_header(path: Path) -> tuple[FileState, dict[str, TensorEntry]]:
         refuse(path, f"its header is not valid JSON: {error}.", cause=error)
     if not isinstance(header, dict):
         refuse(path, "its header is not a JSON object.")
-    _check_metadata(path, header.pop("__metadata__", {}))
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(path, metadata)
     data_start = 8 + len(raw)
     entries = [_entry(path, name, described, data_start) for name, described in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
     _check_layout(path, entries, data_start, info.st_size)
-    state = FileState(path, info.st_size, info.st_mtime_ns, hashlib.sha256(raw).hexdigest())
+    digest = hashlib.sha256(raw).hexdigest()
+    state = FileState(path, info.st_size, info.st_mtime_ns, digest, metadata)
     return state, {entry.name: entry for entry in entries}
 
 

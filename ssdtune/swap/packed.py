@@ -14,6 +14,7 @@ class PackedEntry:
     """A packed tensor, under the name, shape and dtype that it has once decoded.
 
     dtype: as safetensors names it. parts: in the order of `format.parts(shape)`, whose dtypes and shapes they have.
+    checksums: of the parts, where the file has them.
     """
 
     name: str
@@ -22,3 +23,9 @@ class PackedEntry:
     shape: tuple[int, ...]
     format: Format
     parts: tuple[TensorEntry, ...]
+    checksums: tuple[int, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in files."""
+        return sum(part.num_bytes for part in self.parts)

@@ -3,7 +3,8 @@
 A block's tensors are read as a few aligned extents. Where every tensor can be used as the file has
 it, the extents go straight into the slot and the tensors are views of it (`copies` is empty).
 Otherwise the bytes land in a buffer and `copies` says which piece of which file tensor goes where in
-the slot: merged experts, concatenations, transposes and casts are strided copies.
+the slot: merged experts, concatenations, transposes and casts are strided copies, packed tensors are
+decoded on the way.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import dataclasses
 
 import torch
 
+from ssdtune.kernels.checksum import checksum
+from ssdtune.kernels.formats import Format
+from ssdtune.kernels.unpack import unpack
 from ssdtune.schedule.plan import BlockShape
-from ssdtune.swap.storage import Extent
+from ssdtune.swap.storage import Extent, StorageError
 
 Slices = tuple[tuple[int, int], ...]
 
@@ -37,6 +41,13 @@ class TensorView:
         stride = torch.empty(self.shape, device="meta").stride()
         return view_of(memory, self.offset, self.dtype, self.shape, stride)
 
+    def values(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor, to read from: the view, or a copy where a file's header has it lie unaligned."""
+        if self.offset % self.dtype.itemsize == 0:
+            return self.of(memory)
+        found = memory[self.offset : self.offset + self.num_bytes].clone()
+        return found.view(self.dtype).view(self.shape)
+
 
 def view_of(
     memory: torch.Tensor,
@@ -57,10 +68,36 @@ def view_of(
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PackedView:
+    """A packed tensor inside a buffer. file: where it is from, for messages. checksums: of its parts; empty where the
+    file has none."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    format: Format
+    parts: tuple[TensorView, ...]
+    checksums: tuple[int, ...] = ()
+
+    def check(self, memory: torch.Tensor) -> None:
+        """Raises StorageError where the bytes, in RAM, are not those that were written."""
+        for part, wanted in zip(self.parts, self.checksums, strict=bool(self.checksums)):
+            if checksum(memory[part.offset : part.offset + part.num_bytes]) != wanted:
+                raise StorageError(
+                    f"{part.name} in {self.file} is damaged: its checksum is not the one that was written.\n"
+                    "Pack the model again, or restore the file; if it happens again, the drive or the memory fails."
+                )
+
+    def decode(self, memory: torch.Tensor, out: torch.Tensor) -> None:
+        """out = the tensor, rounded to its dtype. memory: uint8, on the device of `out`."""
+        unpack(self.format, [part.values(memory) for part in self.parts], out)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
     """One piece of a file tensor (in a buffer) to a region of a slot tensor; casts if dtypes differ."""
 
-    source: TensorView
+    source: TensorView | PackedView
     target: int  # index in BlockRecipe.tensors
     source_slices: Slices | None = None
     view: tuple[int, ...] | None = None
@@ -68,18 +105,32 @@ class Copy:
     target_slices: Slices | None = None
 
     def run(self, buffer: torch.Tensor, targets: list[torch.Tensor]) -> None:
-        """Copies the piece. buffer: uint8, filled. targets: the slot's tensors.
+        """Copies the piece. buffer: uint8, filled; on the device of the slot where the source is packed. targets: the
+        slot's tensors.
 
         On a device it is asynchronous, on the current stream, where the piece is contiguous and the
         buffer pinned; else the host gathers the piece in pageable memory first.
         """
-        piece = sliced(self.source.of(buffer), self.source_slices)
+        region = sliced(targets[self.target], self.target_slices)
+        if isinstance(self.source, PackedView):
+            if self._is_whole and region.is_contiguous():
+                self.source.decode(buffer, region)
+                return
+            source = torch.empty(self.source.shape, dtype=region.dtype, device=region.device)
+            self.source.decode(buffer, source)
+        else:
+            source = self.source.values(buffer)
+        piece = sliced(source, self.source_slices)
         if self.view is not None:
             piece = piece.reshape(self.view)
         if self.permute is not None:
             piece = piece.permute(self.permute)
-        region = sliced(targets[self.target], self.target_slices)
         region.copy_(piece.reshape(region.shape), non_blocking=True)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the piece is the file tensor as it lies, whatever shape its region has."""
+        return self.source_slices is None and self.view is None and self.permute is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +152,12 @@ class BlockRecipe:
         return bool(self.copies)
 
     @property
+    def packed(self) -> tuple[PackedView, ...]:
+        """The packed tensors among what is read."""
+        found = (copy.source for copy in self.copies)
+        return tuple(dict.fromkeys(s for s in found if isinstance(s, PackedView)))
+
+    @property
     def shape(self) -> BlockShape:
         """What the planner needs to know."""
         return BlockShape(
@@ -108,6 +165,7 @@ class BlockRecipe:
             slot_bytes=self.slot_bytes,
             file_bytes=self.file_bytes,
             is_staged=self.is_staged,
+            is_packed=bool(self.packed),
         )
 
 
@@ -118,7 +176,8 @@ def alone(recipe: BlockRecipe, index: int, alignment: int) -> BlockRecipe:
     the slot's layout if it is staged; else it lies at an offset in the bytes read.
     """
     copies = [copy for copy in recipe.copies if copy.target == index]
-    views = [copy.source for copy in copies] if copies else [recipe.tensors[index]]
+    sources = [copy.source for copy in copies] if copies else [recipe.tensors[index]]
+    views = [v for s in sources for v in (s.parts if isinstance(s, PackedView) else (s,))]
     extents: list[Extent] = []
     moved: dict[TensorView, TensorView] = {}
     end = 0
@@ -139,18 +198,26 @@ def alone(recipe: BlockRecipe, index: int, alignment: int) -> BlockRecipe:
         extents.append(Extent(extent.path, extent.file_offset + first, num_bytes, end, needed))
         moved[view] = dataclasses.replace(view, offset=end + start - first)
         end += num_bytes
-    views = [moved.get(view, view) for view in views]
     return BlockRecipe(
         name=recipe.tensors[index].name,
         extents=tuple(extents),
         file_bytes=end,
-        tensors=(recipe.tensors[index] if copies else views[0],),
+        tensors=(recipe.tensors[index] if copies else moved[recipe.tensors[index]],),
         copies=tuple(
-            dataclasses.replace(copy, source=view, target=0)
-            for copy, view in zip(copies, views, strict=False)
+            dataclasses.replace(copy, source=_moved(copy.source, moved), target=0)
+            for copy in copies
         ),
         slot_bytes=recipe.tensors[index].num_bytes if copies else end,
     )
+
+
+def _moved(
+    source: TensorView | PackedView, moved: dict[TensorView, TensorView]
+) -> TensorView | PackedView:
+    """The source, its bytes where they are read to now."""
+    if isinstance(source, PackedView):
+        return dataclasses.replace(source, parts=tuple(moved[part] for part in source.parts))
+    return moved[source]
 
 
 def sliced(tensor: torch.Tensor, slices: Slices | None) -> torch.Tensor:

@@ -26,6 +26,9 @@ class Slots:
         self.memory = [self._slot(n) for n in plan.slots]
         self.buffers_on_device = plan.buffers_on_device
         self.buffers = Buffers([self._buffer(n) for n in plan.buffers])
+        # Packed blocks come here from RAM, to be decoded by the device: one at a time, in the order of one stream.
+        self._staging = torch.empty(plan.staging_bytes, dtype=torch.uint8, device=device)
+        self._packed = [recipe.packed for recipe in recipes]
         if plan.buffers_on_device and device.type == "cuda":
             # Kernels that used the buffers' memory when it was another tensor's -> first reads into
             # them, which no stream orders. Once, before any work of ours is queued.
@@ -47,6 +50,7 @@ class Slots:
         """Gives the memory back; whoever still holds a block's tensors keeps its slot."""
         self.memory.clear()
         self.buffers = Buffers([])
+        self._staging = self._staging[:0].clone()
         self._tensors.clear()
 
     def tensors(self, block: int, slot: int) -> list[torch.Tensor]:
@@ -61,10 +65,23 @@ class Slots:
             return self._tensors[key]
 
     def unpack(self, block: int, buffer: torch.Tensor, slot: int) -> None:
-        """Copies a block from a filled buffer into a slot, on the current stream if there is one."""
-        targets = self.tensors(block, slot)
+        """Copies a block from a filled buffer into a slot, decoding what is packed, on the current stream if there is one.
+
+        Raises StorageError for bytes in RAM that have another checksum than when they were written.
+        """
+        targets, recipe, packed = (
+            self.tensors(block, slot),
+            self.recipes[block],
+            self._packed[block],
+        )
+        if buffer.device.type == "cpu":
+            for view in packed:
+                view.check(buffer)
+        if packed and buffer.device != self.device:
+            there = self._staging[: recipe.file_bytes]
+            buffer = there.copy_(buffer[: recipe.file_bytes], non_blocking=True)
         with torch.no_grad():
-            for copy in self.recipes[block].copies:
+            for copy in recipe.copies:
                 copy.run(buffer, targets)
 
 

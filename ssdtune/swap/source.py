@@ -34,6 +34,7 @@ from ssdtune.swap.header import (
     read_small,
     refuse,
 )
+from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.storage import Extent
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -51,7 +52,7 @@ class Checkpoint:
     """All tensors of a model folder, by name; `files` are those that hold them."""
 
     folder: Path
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, TensorEntry | PackedEntry]
     files: tuple[Path, ...]
     states: tuple[FileState, ...] = field(default=(), repr=False)
 

@@ -14,6 +14,7 @@ what a normal build computes; persistent ones are to be filled from the files.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -26,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.swap import foreign, pack_header
 from ssdtune.swap.header import TensorEntry
+from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint, open_checkpoint
 from ssdtune.visit.placement import CASTABLE, FILE_DTYPES, plain_targets
 
@@ -39,9 +42,9 @@ HUB_FILES_LEFT_OUT = ["*/*", "consolidated*"]
 HUB_KEYS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 MODEL_KEYS = ("attn_implementation", "experts_implementation")
 REFUSED = {
-    "quantization_config": "quantized base weights are not supported yet",
-    "load_in_4bit": "quantized base weights are not supported yet",
-    "load_in_8bit": "quantized base weights are not supported yet",
+    "quantization_config": "weights are not quantized while loading; run `ssdtune pack` once",
+    "load_in_4bit": "weights are not quantized while loading; run `ssdtune pack --bits 4` once",
+    "load_in_8bit": "weights are not quantized while loading; run `ssdtune pack --bits 8` once",
     "gguf_file": "GGUF files are not supported yet; convert the model to safetensors",
     "device_map": "ssdtune places the weights itself; give `offload` budgets instead",
     "max_memory": "ssdtune places the weights itself; give `offload` budgets instead",
@@ -77,13 +80,14 @@ def build_meta(
     dtype: str | torch.dtype = "auto",
     model_class: type | None = None,
     trust_remote_code: bool = False,
+    bits: int | None = None,
     **from_pretrained_kwargs: Any,
 ) -> MetaModel:
     """Build the model of a local folder or a hub id as `from_pretrained` would, without weights.
 
     dtype: "auto" is the config's, or that of the files where it says none. model_class: a model
-    class or an Auto class, where the choice by config is not the one that is wanted. The rest:
-    HUB_KEYS, MODEL_KEYS, `config`, and names of config values to override; anything else is
+    class or an Auto class, where the choice by config is not the one that is wanted. bits: to be read at most of
+    nested codes, where the model is packed; None: all. The rest: HUB_KEYS, MODEL_KEYS, `config`, and names of config values to override; anything else is
     refused by name. Raises BuildError, or CheckpointError for damaged files.
     """
     kwargs = {k: v for k, v in from_pretrained_kwargs.items() if v is not None}
@@ -93,7 +97,9 @@ def build_meta(
     for_model = {key: kwargs.pop(key) for key in MODEL_KEYS if key in kwargs}
     folder = find_folder(model_name_or_path, with_code=trust_remote_code, **hub)
     config = _load_config(folder, kwargs, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        config = copy.deepcopy(config)  # it may be the caller's, and loses that
+    checkpoint = _unpacked(config, open_checkpoint(folder), bits)
     _check_layer_counts(config, len(checkpoint.tensors))
     chosen = _choose_class(config, model_class, folder, trust_remote_code=trust_remote_code)
     model = _build(
@@ -190,12 +196,24 @@ def _load_config(
             f"unknown argument{'s' if len(left) > 1 else ''} {', '.join(left)}: neither a loading "
             f"option that ssdtune honours nor a value of {type(config).__name__}."
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise BuildError(
-            f"{folder} is a quantized model (quantization_config in config.json): "
-            "not supported yet. Use the unquantized model."
-        )
     return config
+
+
+def _unpacked(config: PretrainedConfig, checkpoint: Checkpoint, bits: int | None) -> Checkpoint:
+    """The tensors that quantized ones stand for; takes the quantization out of the config, for the model that is built
+    has plain weights."""
+    quantization = vars(config).pop("quantization_config", None)
+    if quantization is None:
+        return checkpoint
+    described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if described.get("quant_method") == pack_header.METHOD:
+        return pack_header.unpacked(checkpoint, bits=bits)
+    plain = {n: e for n, e in checkpoint.tensors.items() if isinstance(e, TensorEntry)}
+    stated = getattr(config, "dtype", None)
+    if stated is not None:
+        described = {"torch_dtype": str(stated).removeprefix("torch."), **described}
+    path = checkpoint.folder / "config.json"
+    return dataclasses.replace(checkpoint, tensors=foreign.recognise(described, plain, path))
 
 
 def _check_config_file(folder: Path) -> None:
@@ -405,10 +423,23 @@ def _tie(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)
 
 
-def _equal_on_disk(one: TensorEntry, other: TensorEntry, dtype: torch.dtype) -> bool:
-    """Whether two file tensors have the same values in `dtype`, a few megabytes at a time."""
+def _equal_on_disk(
+    one: TensorEntry | PackedEntry, other: TensorEntry | PackedEntry, dtype: torch.dtype
+) -> bool:
+    """Whether two file tensors have the same values in `dtype`, a few megabytes at a time. Packed ones have if they are
+    packed alike."""
     if tuple(one.shape) != tuple(other.shape):
         return False
+    if isinstance(one, PackedEntry) or isinstance(other, PackedEntry):
+        return (
+            isinstance(one, PackedEntry)
+            and isinstance(other, PackedEntry)
+            and one.format == other.format
+            and all(
+                _equal_on_disk(a, b, FILE_DTYPES[a.dtype])
+                for a, b in zip(one.parts, other.parts, strict=True)
+            )
+        )
     chunks = zip(_values(one, dtype), _values(other, dtype), strict=True)
     return all(torch.equal(a, b) for a, b in chunks)
 

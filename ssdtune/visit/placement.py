@@ -27,6 +27,7 @@ import torch
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.swap.header import TensorEntry
+from ssdtune.swap.packed import PackedEntry
 from ssdtune.visit.moves import NotAMove, Ranges, Traced, boxes
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Placements(dict[str, Placement]):
     casts: tuple[str, ...] = ()
 
 
-def place(model: PreTrainedModel, tensors: Mapping[str, TensorEntry]) -> Placements:
+def place(model: PreTrainedModel, tensors: Mapping[str, TensorEntry | PackedEntry]) -> Placements:
     """Say for every parameter and persistent buffer where its elements lie in the files.
 
     model: on the meta device, as `build_meta` makes it. Reads no file. A parameter that may be
@@ -153,18 +154,20 @@ def sliced(tensor: torch.Tensor, slices: Ranges | None) -> torch.Tensor:
     return tensor if slices is None else tensor[tuple(slice(a, b) for a, b in slices)]
 
 
-def is_identity(placement: Placement, entries: Mapping[str, TensorEntry]) -> bool:
+def is_identity(placement: Placement, entries: Mapping[str, TensorEntry | PackedEntry]) -> bool:
     """Whether the parameter is one file tensor as it lies: it can be a view of the file's bytes."""
     if len(placement.pieces) != 1:
         return False
     entry = entries[placement.pieces[0].source]
+    if isinstance(entry, PackedEntry):
+        return False
     is_whole = placement.pieces[0] == Piece(entry.name)
     same_dtype = FILE_DTYPES.get(entry.dtype) == placement.dtype
     return is_whole and same_dtype and tuple(entry.shape) == placement.shape
 
 
 def contiguous_copies(
-    placement: Placement, entries: Mapping[str, TensorEntry]
+    placement: Placement, entries: Mapping[str, TensorEntry | PackedEntry]
 ) -> list[tuple[str, int, int, int]] | None:
     """The placement as plain byte moves, or None where one is strided, permuted or casts.
 
@@ -275,7 +278,7 @@ def _harmless_extras(model: PreTrainedModel) -> Callable[[str], bool]:
 
 
 def _run(
-    route: _Route, model: PreTrainedModel, tensors: Mapping[str, TensorEntry]
+    route: _Route, model: PreTrainedModel, tensors: Mapping[str, TensorEntry | PackedEntry]
 ) -> dict[str, Traced]:
     """Lets the library's converter work on traced tensors: {parameter: what it is made of}."""
     entries = [tensors[name] for name in route.sources]
@@ -309,7 +312,7 @@ def _check_sources(
     name: str,
     parameter: torch.Tensor,
     found: tuple[str, torch.Tensor],
-    tensors: Mapping[str, TensorEntry],
+    tensors: Mapping[str, TensorEntry | PackedEntry],
 ) -> None:
     """What was found for a parameter is moved, has its shape, and needs at most a plain cast."""
     found_as, traced = found
@@ -328,7 +331,10 @@ def _check_sources(
 
 
 def _placement(
-    name: str, parameter: torch.Tensor, traced: Traced, tensors: Mapping[str, TensorEntry]
+    name: str,
+    parameter: torch.Tensor,
+    traced: Traced,
+    tensors: Mapping[str, TensorEntry | PackedEntry],
 ) -> Placement:
     shape = tuple(parameter.shape)
     try:
@@ -340,7 +346,7 @@ def _placement(
 
 
 def _pieces(
-    traced: Traced, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]
+    traced: Traced, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry | PackedEntry]
 ) -> Iterable[Piece]:
     whole_target = tuple((0, n) for n in shape)
     for box in boxes(traced):
@@ -354,7 +360,7 @@ def _pieces(
         )
 
 
-def _check_dtype(name: str, dtype: torch.dtype, entry: TensorEntry) -> None:
+def _check_dtype(name: str, dtype: torch.dtype, entry: TensorEntry | PackedEntry) -> None:
     """Between the plain float formats the copy casts; anything else would need a scale."""
     stored = FILE_DTYPES.get(entry.dtype)
     if stored == dtype or (stored in CASTABLE and dtype in CASTABLE):
@@ -365,7 +371,7 @@ def _check_dtype(name: str, dtype: torch.dtype, entry: TensorEntry) -> None:
     )
 
 
-def _is_cast(placement: Placement, tensors: Mapping[str, TensorEntry]) -> bool:
+def _is_cast(placement: Placement, tensors: Mapping[str, TensorEntry | PackedEntry]) -> bool:
     stored = {tensors[piece.source].dtype for piece in placement.pieces}
     return any(FILE_DTYPES[dtype] != placement.dtype for dtype in stored)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ssdtune.swap.header import TensorEntry
-from ssdtune.swap.recipe import BlockRecipe, Copy, TensorView
+from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.recipe import BlockRecipe, Copy, PackedView, TensorView
 from ssdtune.swap.source import ExtentMap, merge_extents
 from ssdtune.visit.placement import FILE_DTYPES, Piece, Placement, is_identity
 
@@ -19,7 +20,7 @@ CACHE_LINE = 64
 def make_recipe(
     name: str,
     placements: Sequence[Placement],
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, TensorEntry | PackedEntry],
     *,
     alignment: int,
     on_device: bool,
@@ -30,7 +31,9 @@ def make_recipe(
     """
     sources = list(dict.fromkeys(piece.source for p in placements for piece in p.pieces))
     where = merge_extents(
-        [entries[s] for s in sources], alignment=alignment, max_gap_bytes=MAX_GAP_BYTES
+        [part for s in sources for part in _stored(entries[s])],
+        alignment=alignment,
+        max_gap_bytes=MAX_GAP_BYTES,
     )
     in_place = not on_device and all(_is_in_place(p, entries, where) for p in placements)
     if in_place:
@@ -59,8 +62,13 @@ def make_recipe(
     )
 
 
+def _stored(entry: TensorEntry | PackedEntry) -> tuple[TensorEntry, ...]:
+    """What of it lies in files."""
+    return entry.parts if isinstance(entry, PackedEntry) else (entry,)
+
+
 def _is_in_place(
-    placement: Placement, entries: Mapping[str, TensorEntry], where: ExtentMap
+    placement: Placement, entries: Mapping[str, TensorEntry | PackedEntry], where: ExtentMap
 ) -> bool:
     if not is_identity(placement, entries):
         return False
@@ -74,7 +82,10 @@ def _view(placement: Placement, offset: int) -> TensorView:
 
 
 def _packed(
-    placements: Sequence[Placement], entries: Mapping[str, TensorEntry], *, on_device: bool
+    placements: Sequence[Placement],
+    entries: Mapping[str, TensorEntry | PackedEntry],
+    *,
+    on_device: bool,
 ) -> tuple[list[TensorView], int]:
     """The parameters one after the other, aligned; and the bytes they take.
 
@@ -83,8 +94,9 @@ def _packed(
     """
     tensors, offset = [], 0
     for placement in placements:
-        if not on_device and is_identity(placement, entries):
-            wanted = entries[placement.pieces[0].source].start % CACHE_LINE
+        entry = entries[placement.pieces[0].source]
+        if not on_device and isinstance(entry, TensorEntry) and is_identity(placement, entries):
+            wanted = entry.start % CACHE_LINE
             offset += (wanted - offset) % CACHE_LINE
         else:
             offset += -offset % SLOT_ALIGNMENT
@@ -93,18 +105,34 @@ def _packed(
     return tensors, offset + -offset % SLOT_ALIGNMENT
 
 
-def _copy(index: int, piece: Piece, entry: TensorEntry, where: ExtentMap) -> Copy:
-    source = TensorView(
-        name=entry.name,
-        dtype=FILE_DTYPES[entry.dtype],
-        shape=tuple(entry.shape),
-        offset=where.offsets[entry.name],
-    )
+def _copy(index: int, piece: Piece, entry: TensorEntry | PackedEntry, where: ExtentMap) -> Copy:
     return Copy(
-        source=source,
+        source=_packed_view(entry, where)
+        if isinstance(entry, PackedEntry)
+        else _file_view(entry, where),
         target=index,
         source_slices=piece.source_slices,
         view=piece.view,
         permute=piece.permute,
         target_slices=piece.target_slices,
+    )
+
+
+def _file_view(entry: TensorEntry, where: ExtentMap) -> TensorView:
+    return TensorView(
+        name=entry.name,
+        dtype=FILE_DTYPES[entry.dtype],
+        shape=tuple(entry.shape),
+        offset=where.offsets[entry.name],
+    )
+
+
+def _packed_view(entry: PackedEntry, where: ExtentMap) -> PackedView:
+    return PackedView(
+        name=entry.name,
+        file=entry.path.name,
+        shape=tuple(entry.shape),
+        format=entry.format,
+        parts=tuple(_file_view(part, where) for part in entry.parts),
+        checksums=entry.checksums,
     )

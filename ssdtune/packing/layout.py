@@ -1,0 +1,150 @@
+"""Which tensors of a model are packed, into which shards, and how many bytes that takes: known before any is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from ssdtune.errors import SSDTuneError
+from ssdtune.kernels.affine import Affine, widths
+from ssdtune.kernels.formats import Format, Part
+from ssdtune.kernels.lossless import Lossless
+from ssdtune.swap.header import DTYPE_BITS, TensorEntry
+from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.source import Checkpoint
+from ssdtune.visit.blocks import find_points
+from ssdtune.visit.build import MetaModel
+from ssdtune.visit.draft import group_weights
+from ssdtune.visit.placement import place
+
+PACKED_DTYPES = frozenset({"F32", "BF16", "F16"})
+MIN_ELEMENTS = 4096  # of a tensor worth packing
+MIN_ROW = 32  # elements of its last dimension: convolutions of a few taps stay as they are
+SHARD_BYTES = 4_000_000_000
+
+
+class PackError(SSDTuneError):
+    """A model that can't be packed, a folder that can't be written to, too little room."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that are read together: a block's, or those outside blocks. formats: of those to be packed, by name."""
+
+    label: str
+    tensors: tuple[TensorEntry, ...]
+    formats: Mapping[str, Format]
+
+    @property
+    def num_bytes(self) -> int:
+        """Once written."""
+        return sum(
+            sum(part_bytes(p) for p in file_parts(self.formats[t.name], t.shape))
+            if t.name in self.formats
+            else t.num_bytes
+            for t in self.tensors
+        )
+
+
+def groups_of(meta: MetaModel, format: Format) -> list[Group]:
+    """The model's file tensors, a group for each block and one for the rest; those of blocks that are worth it packed."""
+    placements = place(meta.model, meta.checkpoint.tensors)
+    entries = _plain(meta.checkpoint)
+    left = dict(entries)
+    groups: list[Group] = []
+    for block in group_weights(meta.model, find_points(meta.model)):
+        placed = [placements[name] for name in block.parameters if name in placements]
+        names = dict.fromkeys(piece.source for p in placed for piece in p.pieces)
+        tensors = tuple(left.pop(name) for name in names if name in left)
+        formats = {t.name: format for t in tensors if is_worth_packing(t, format)}
+        groups.append(Group(block.label, tensors, formats))
+    if not any(group.formats for group in groups):
+        kinds = ", ".join(sorted({entry.dtype for entry in entries.values()}))
+        raise PackError(
+            f"{meta.folder} holds no tensor that can be packed as {format.label}: its weights are {kinds}."
+        )
+    rest = tuple(left.values())
+    return [*groups, Group("outside blocks", rest, {})] if rest else groups
+
+
+def _plain(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """The checkpoint's tensors, which must not be packed already."""
+    for entry in checkpoint.tensors.values():
+        if not isinstance(entry, TensorEntry):
+            raise PackError(
+                f"{checkpoint.folder} is packed or quantized already ({entry.name}: {entry.format.label}).\n"
+                "Give the model that it was made from."
+            )
+    return {n: e for n, e in checkpoint.tensors.items() if isinstance(e, TensorEntry)}
+
+
+def is_worth_packing(entry: TensorEntry, format: Format) -> bool:
+    """Matrices and stacks of them; not norms, biases and the taps of convolutions."""
+    return (
+        entry.dtype in ({"BF16"} if isinstance(format, Lossless) else PACKED_DTYPES)
+        and len(entry.shape) >= 2
+        and entry.shape[-1] >= MIN_ROW
+        and math.prod(entry.shape) >= MIN_ELEMENTS
+    )
+
+
+def file_parts(format: Format, shape: tuple[int, ...]) -> list[Part]:
+    """All parts that the file holds of a tensor: those of narrower readings too, in the order in which they lie."""
+    return [part for stage in stages(format, shape) for part in stage]
+
+
+def stages(format: Format, shape: tuple[int, ...]) -> list[list[Part]]:
+    """The parts by the reading that needs them first, the narrowest first: what k bits need lies before the rest."""
+    if not isinstance(format, Affine):
+        return [list(format.parts(shape))]
+    made: list[list[Part]] = []
+    for number, bits in enumerate(widths(format.order)):
+        *slices, scales, zeros = Affine(bits, format.order, format.group).parts(shape)
+        made.append([scales, zeros, slices[number]])
+    return made
+
+
+def part_bytes(part: Part) -> int:
+    """Bytes of a part."""
+    return math.prod(part.shape) * DTYPE_BITS[part.dtype] // 8
+
+
+def shards(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Groups that share a file, in order; one larger than SHARD_BYTES has one of its own."""
+    shard: list[Group] = []
+    for group in groups:
+        if shard and sum(g.num_bytes for g in [*shard, group]) > SHARD_BYTES:
+            yield shard
+            shard = []
+        shard.append(group)
+    if shard:
+        yield shard
+
+
+def imagined(checkpoint: Checkpoint, groups: Sequence[Group]) -> Checkpoint:
+    """The checkpoint as it would be once packed, for plans: entries of a file that is not there."""
+    path = checkpoint.folder / "packed.safetensors"
+    tensors: dict[str, TensorEntry | PackedEntry] = {}
+    end = 0
+
+    def placed(name: str, dtype: str, shape: tuple[int, ...], num_bytes: int) -> TensorEntry:
+        nonlocal end
+        end += num_bytes
+        return TensorEntry(name, path, dtype, shape, end - num_bytes, num_bytes)
+
+    for group in groups:
+        for entry in group.tensors:
+            if entry.name not in group.formats:
+                there = placed(entry.name, entry.dtype, entry.shape, entry.num_bytes)
+                tensors[entry.name] = there
+                continue
+            format = group.formats[entry.name]
+            parts = tuple(
+                placed(f"{entry.name}.{part.suffix}", part.dtype, part.shape, part_bytes(part))
+                for part in format.parts(entry.shape)
+            )
+            tensors[entry.name] = PackedEntry(
+                entry.name, path, entry.dtype, entry.shape, format, parts
+            )
+    return dataclasses.replace(checkpoint, tensors=tensors)

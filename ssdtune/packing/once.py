@@ -1,0 +1,84 @@
+"""`quantization: 4`: a packed model is read at so many bits, another one packed once, beside the runs, and used from
+then on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssdtune.cache import cache_folder
+from ssdtune.packing.convert import key_of
+from ssdtune.packing.layout import PackError, groups_of, imagined
+from ssdtune.packing.progress import pack_aloud
+from ssdtune.packing.wanted import Wanted
+from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.storage import Storage
+from ssdtune.visit.build import MetaModel, build_meta
+
+NONE = "none"
+
+
+def build_planned(
+    name: str | os.PathLike[str], *, quantization: str = NONE, **build: Any
+) -> MetaModel:
+    """`build_meta`; a model that is not packed has the entries that it would have once packed, for plans alone."""
+    meta = _build(name, quantization, **build)
+    if quantization == NONE or _is_packed(meta):
+        return meta
+    groups = groups_of(meta, Wanted.of(quantization).chosen())
+    return dataclasses.replace(meta, checkpoint=imagined(meta.checkpoint, groups))
+
+
+def build_packed(
+    name: str | os.PathLike[str],
+    *,
+    quantization: str,
+    beside: Path | None,
+    choose_storage: Callable[[Sequence[Path]], Storage],
+    **build: Any,
+) -> MetaModel:
+    """`build_meta` of a model's packed twin, which is made now if it is not there.
+
+    beside: a folder on a fast drive for it; None: the cache. choose_storage: what reads a model's files. Raises SSDTuneError as packing does.
+    """
+    meta = _build(name, quantization, **build)
+    if quantization == NONE or _is_packed(meta):
+        return meta
+    wanted = Wanted.of(quantization)
+    key = key_of(meta.checkpoint, groups_of(meta, wanted.chosen()))[:12]
+    name = re.sub(r"[^\w.-]+", "-", Path(meta.model.name_or_path or meta.folder).name)[-60:]
+    folder = (beside or cache_folder()) / "packed" / f"{name}-{quantization}-{key}"
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        pack_aloud(meta, folder, wanted, choose_storage(meta.checkpoint.files))
+    build.pop("revision", None)
+    packed = build_meta(folder, **build)
+    packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path
+    return packed
+
+
+def _build(name: str | os.PathLike[str], quantization: str, **build: Any) -> MetaModel:
+    bits = int(quantization) if quantization.isdigit() else None
+    meta = build_meta(name, bits=bits, **build)
+    if quantization != NONE and bits is None:
+        _check_agrees(meta, quantization)
+    return meta
+
+
+def _is_packed(meta: MetaModel) -> bool:
+    return any(isinstance(entry, PackedEntry) for entry in meta.checkpoint.tensors.values())
+
+
+def _check_agrees(meta: MetaModel, quantization: str) -> None:
+    """Raises PackError where a packed model is asked for in another format than it has."""
+    wanted = Wanted.of(quantization).chosen()
+    for entry in meta.checkpoint.tensors.values():
+        if isinstance(entry, PackedEntry) and type(entry.format) is not type(wanted):
+            raise PackError(
+                f"quantization: {quantization}, but {meta.folder} is packed already ({entry.format.label}).\n"
+                "Delete the key, or give the model that it was made from."
+            )

@@ -1,0 +1,53 @@
+"""What a packing is asked for, in words: `--format nf4`, `quantization: 4`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ssdtune.errors import SSDTuneError
+from ssdtune.kernels.affine import GROUPS, ORDERS, SLICE_WIDTHS, Affine
+from ssdtune.kernels.formats import Format
+from ssdtune.kernels.lossless import Lossless
+from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles
+
+AFFINE = "affine"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wanted:
+    """bits: of affine codes; order: of their slices, None: the usual one for these bits; group: elements that share a
+    scale, of affine codes and nf4."""
+
+    format: str = AFFINE
+    bits: int = 4
+    order: tuple[int, ...] | None = None
+    group: int = 64
+
+    @staticmethod
+    def of(quantization: str) -> Wanted:
+        """What the key `quantization` stands for: "4" or "nf4"."""
+        if quantization.isdigit():
+            return Wanted(bits=int(quantization))
+        return Wanted(format=quantization)
+
+    def chosen(self) -> Format:
+        """The format. Raises SSDTuneError that names the flag."""
+        if self.format == "nf4":
+            return Nibbles(NF4, self.group, is_high_first=False, scale="BF16")
+        if self.format == "mxfp4":
+            return Nibbles(E2M1, 32, is_high_first=False, scale="E8M0")
+        if self.format == "nvfp4":
+            return Nibbles(E2M1, 16, is_high_first=False, scale="F8_E4M3")
+        if self.format == "lossless":
+            return Lossless(bits=4, num_escapes=0)  # how many there are is known once it is packed
+        if self.bits not in ORDERS:
+            raise SSDTuneError(f"--bits {self.bits}: 1 to 8 are possible.")
+        if self.group not in GROUPS:
+            raise SSDTuneError(f"--group {self.group}: {', '.join(map(str, GROUPS))} are possible.")
+        order = self.order or ORDERS[self.bits]
+        if not set(order) <= set(SLICE_WIDTHS) or sum(order) != self.bits:
+            raise SSDTuneError(
+                f"--order {','.join(map(str, order))}: slices of 1, 2, 4 or 8 bits that add up to --bits {self.bits}.\n"
+                "Write for instance --bits 8 --order 4,1,1,2: read at 4, 5, 6 or 8 bits."
+            )
+        return Affine(self.bits, order, self.group)

@@ -1,0 +1,143 @@
+"""What the headers of a folder that `ssdtune pack` wrote say of its tensors.
+
+docs/format.md is the specification. A shard says in its own header, under METADATA_KEY, what its tensors stand for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ssdtune.kernels import nibbles
+from ssdtune.kernels.affine import GROUPS, SLICE_WIDTHS, Affine, widths
+from ssdtune.kernels.formats import Format
+from ssdtune.kernels.lossless import Lossless
+from ssdtune.kernels.nibbles import Nibbles
+from ssdtune.swap.header import FileState, TensorEntry, quoted, refuse
+from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.source import Checkpoint
+
+METHOD: Final = "ssdtune"  # quantization_config's quant_method in config.json
+METADATA_KEY: Final = "ssdtune.packed"
+VERSION: Final = 1
+TABLES: Final = {"nf4": nibbles.NF4, "fp4": nibbles.E2M1}
+
+
+def written_format(format: Format) -> dict[str, Any]:
+    """A format as a shard's header has it."""
+    if isinstance(format, Affine):
+        return {"kind": "affine", "order": list(format.order), "group": format.group}
+    if isinstance(format, Nibbles):
+        kind = next(name for name, table in TABLES.items() if table == format.table)
+        return {"kind": kind, "block": format.block, "scale": format.scale}
+    if isinstance(format, Lossless):
+        return {"kind": "lossless", "bits": format.bits, "escapes": format.num_escapes}
+    raise TypeError(format)
+
+
+def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
+    """The format that a header describes. bits: to be read of nested codes; None: all that are there.
+
+    Raises ValueError that says what is wrong.
+    """
+    kind = written.get("kind")
+    if kind == "affine":
+        order, group = tuple(written["order"]), written["group"]
+        if (
+            not order
+            or not set(order) <= set(SLICE_WIDTHS)
+            or sum(order) > 8
+            or group not in GROUPS
+        ):
+            raise ValueError(f"affine codes of order {order} in groups of {group}")
+        return Affine(_readable(order, bits), order, group)
+    if kind in TABLES:
+        block, scale = written["block"], written["scale"]
+        if type(block) is not int or block < 1 or scale not in nibbles.SCALE_DTYPES:
+            raise ValueError(f"{kind} in blocks of {block} with scales {scale}")
+        return Nibbles(TABLES[kind], block, is_high_first=False, scale=scale)
+    if kind == "lossless":
+        width, num_escapes = written["bits"], written["escapes"]
+        if width not in (3, 4) or type(num_escapes) is not int or not 0 <= num_escapes < 2**31:
+            raise ValueError(f"lossless codes of {width} bits with {num_escapes} escapes")
+        return Lossless(width, num_escapes)
+    raise ValueError(f"unknown kind {quoted(kind)}")
+
+
+def _readable(order: tuple[int, ...], bits: int | None) -> int:
+    """The widest reading of at most so many bits; the narrowest there is where all are wider."""
+    possible = widths(order)
+    if bits is None:
+        return possible[-1]
+    return max((width for width in possible if width <= bits), default=possible[0])
+
+
+def unpacked(checkpoint: Checkpoint, *, bits: int | None = None) -> Checkpoint:
+    """The tensors that a packed folder stands for. bits: to be read of nested codes, at most; None: all.
+
+    Raises CheckpointError for a newer version, and where header and parts contradict each other.
+    """
+    tensors: dict[str, TensorEntry | PackedEntry] = dict(checkpoint.tensors)
+    for state in checkpoint.states:
+        described = _described(state)
+        for name, written in described["tensors"].items():
+            entry = _entry(name, written, described["formats"], checkpoint.tensors, state, bits)
+            tensors[name] = entry
+            for suffix in written["checksums"]:
+                tensors.pop(f"{name}.{suffix}", None)
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _described(state: FileState) -> Mapping[str, Any]:
+    """What a shard's header says of its packed tensors."""
+    text = state.metadata.get(METADATA_KEY)
+    if text is None:
+        return {"tensors": {}, "formats": []}
+    try:
+        described = json.loads(text)
+        version = described["version"]
+        is_sound = isinstance(described["tensors"], dict) and isinstance(described["formats"], list)
+    except (ValueError, KeyError, TypeError) as error:
+        refuse(state.path, f"its {METADATA_KEY} says nothing that can be read: {error!r}.")
+    if version != VERSION:
+        refuse(
+            state.path,
+            f"it is packed in version {quoted(version)} of the format; this ssdtune reads version {VERSION}.",
+            way_out="Install a newer ssdtune, or pack the model again.",
+        )
+    if not is_sound:
+        refuse(state.path, f"its {METADATA_KEY} does not name tensors and formats.")
+    return described
+
+
+def _entry(
+    name: str,
+    written: Mapping[str, Any],
+    formats: list[Any],
+    tensors: Mapping[str, TensorEntry | PackedEntry],
+    state: FileState,
+    bits: int | None,
+) -> PackedEntry:
+    try:
+        format = read_format(formats[written["format"]], bits)
+        shape, dtype = tuple(written["shape"]), str(written["dtype"])
+        wanted = format.parts(shape)
+        checksums = tuple(int(written["checksums"][part.suffix], 16) for part in wanted)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        refuse(state.path, f"its packing makes no sense: {error!r}.", tensor=name)
+    parts: list[TensorEntry] = []
+    for part in wanted:
+        found = tensors.get(f"{name}.{part.suffix}")
+        if not isinstance(found, TensorEntry):
+            refuse(state.path, f"its part {part.suffix} is missing.", tensor=name)
+        if (found.dtype, found.shape) != (part.dtype, part.shape):
+            refuse(
+                state.path,
+                f"its part {part.suffix} is {found.dtype} {list(found.shape)}; "
+                f"{format.label} of shape {list(shape)} needs {part.dtype} {list(part.shape)}.",
+                tensor=name,
+            )
+        parts.append(found)
+    return PackedEntry(name, parts[0].path, dtype, shape, format, tuple(parts), checksums)

@@ -1,0 +1,368 @@
+"""A packed model trains as its decoded twin does in memory, and a damaged one says what is wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+from support import LORA_TARGETS, Pair, assert_same_training, digests, num_misses, with_lora
+
+from ssdtune.cli import main
+from ssdtune.kernels.affine import Affine
+from ssdtune.packing.convert import pack
+from ssdtune.packing.layout import PackError, groups_of, imagined
+from ssdtune.packing.wanted import Wanted
+from ssdtune.swap.header import CheckpointError
+from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.recipe import TensorView
+from ssdtune.swap.source import Checkpoint
+from ssdtune.swap.storage import choose_storage
+from ssdtune.visit.build import build_meta
+
+Stream = Callable[..., Any]
+FORMATS = {
+    "4": Wanted(bits=4),
+    "3": Wanted(bits=3),
+    "8": Wanted(bits=8, order=(4, 1, 1, 2)),
+    "nf4": Wanted("nf4"),
+    "mxfp4": Wanted("mxfp4"),
+    "nvfp4": Wanted("nvfp4"),
+    "lossless": Wanted("lossless"),
+}
+
+
+def packed(folder: Path, out: Path, wanted: Wanted) -> Path:
+    """The model of `folder`, packed."""
+    meta = build_meta(folder)
+    pack(meta, groups_of(meta, wanted.chosen()), out, storage=choose_storage(folder).storage)
+    return out
+
+
+def decoded(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What the files stand for, read and decoded without anything of the engine."""
+    files = {path: load_file(path) for path in checkpoint.files}
+    values: dict[str, torch.Tensor] = {}
+    for name, entry in checkpoint.tensors.items():
+        if isinstance(entry, PackedEntry):
+            values[name] = torch.empty(entry.shape, dtype=dtype)
+            parts = [files[part.path][part.name] for part in entry.parts]
+            entry.format.by_torch(parts, values[name])
+        else:
+            values[name] = files[entry.path][entry.name].to(dtype)
+    return values
+
+
+def unpacked_twin(folder: Path, out: Path, dtype: torch.dtype, bits: int | None = None) -> Path:
+    """The same weights, plain, in a folder that from_pretrained reads."""
+    out.mkdir()
+    checkpoint = build_meta(folder, bits=bits).checkpoint
+    save_file(decoded(checkpoint, dtype), out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def make_pair(
+    name: str,
+    folder: Path,
+    stream: Stream,
+    wanted: Wanted,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+) -> Pair:
+    """A packed model streamed, and its decoded twin in memory."""
+    base = tiny_models.build(name, dtype=dtype)
+    tiny_models.save(base, folder / "source")
+    there = packed(folder / "source", folder / "packed", wanted)
+    twin = unpacked_twin(there, folder / "twin", dtype, bits)
+    adapt = partial(with_lora, targets=LORA_TARGETS.get(name, tiny_models.lora_targets(base)))
+    plain = adapt(type(base).from_pretrained(twin, dtype=dtype))
+    streamed = stream(there, model_class=type(base), micro_batch_size=2, bits=bits)
+    return Pair(name, there, plain, adapt(streamed))
+
+
+def batches(name: str, num_steps: int = 5) -> list[dict[str, Any]]:
+    return [tiny_models.batch(name, 4, 17 - s % 2, seed=s) for s in range(num_steps)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gemma3", "phi3", "mixtral"])
+def test_five_steps_equal_training_on_the_decoded_weights(
+    name: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
+) -> None:
+    pair = make_pair(name, tmp_path, stream, FORMATS["4"], dtype=dtype)
+    before = digests(tmp_path)
+    assert_same_training(pair, batches(name), num_micro=2)
+    assert num_misses(pair.engine) == 0
+    assert digests(tmp_path) == before
+    assert any(shape.is_packed for shape in pair.engine.plan.blocks)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_trains_to_the_bit(kind: str, tmp_path: Path, stream: Stream) -> None:
+    pair = make_pair("llama", tmp_path, stream, FORMATS[kind], dtype=torch.bfloat16)
+    assert_same_training(pair, batches("llama", 2), num_micro=2)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_nested_codes_are_read_at_fewer_bits(bits: int, tmp_path: Path, stream: Stream) -> None:
+    pair = make_pair("llama", tmp_path, stream, FORMATS["8"], bits=bits)
+    assert_same_training(pair, batches("llama", 2), num_micro=2)
+    read = {b.name: b.file_bytes for b in pair.engine.plan.blocks}
+    whole = {b.name: b.file_bytes for b in stream(pair.folder).ssdtune.engine.plan.blocks}
+    assert sum(read.values()) < sum(whole.values())
+
+
+# ------------------------------------------------------------------ what is written
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_models.save(
+        tiny_models.build("llama", dtype=torch.bfloat16), tmp_path / "source", "100KB"
+    )
+
+
+def test_what_is_not_worth_packing_is_kept_to_the_bit(source: Path, tmp_path: Path) -> None:
+    there = packed(source, tmp_path / "packed", FORMATS["4"])
+    before, after = (build_meta(folder).checkpoint for folder in (source, there))
+    assert before.tensors.keys() == after.tensors.keys()
+    plain = {n for n, e in after.tensors.items() if not isinstance(e, PackedEntry)}
+    small = ("norm.weight", "k_proj.weight", "v_proj.weight")  # 32 x 64
+    assert plain == {n for n in before.tensors if n.endswith(small)}
+    values = [decoded(checkpoint, torch.bfloat16) for checkpoint in (before, after)]
+    assert all(torch.equal(values[0][name], values[1][name]) for name in plain)
+    for name in before.tensors.keys() - plain:
+        error = (values[1][name].float() - values[0][name].float()).norm()
+        assert 0 < error < 0.15 * values[0][name].float().norm(), name
+
+
+def test_packing_twice_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    once, twice = (packed(source, tmp_path / name, FORMATS["3"]) for name in ("once", "twice"))
+    assert digests(once) == digests(twice)
+
+
+def test_a_plan_knows_the_bytes_before_anything_is_packed(source: Path, tmp_path: Path) -> None:
+    meta = build_meta(source)
+    ahead = imagined(meta.checkpoint, groups_of(meta, FORMATS["4"].chosen()))
+    there = build_meta(packed(source, tmp_path / "packed", FORMATS["4"])).checkpoint
+    assert {n: e.num_bytes for n, e in ahead.tensors.items()} == {
+        n: e.num_bytes for n, e in there.tensors.items()
+    }
+
+
+def test_a_block_is_one_read_at_any_width(source: Path, tmp_path: Path) -> None:
+    """What k bits need lies before what they do not."""
+    there = packed(source, tmp_path / "packed", FORMATS["8"])
+    for bits in (4, 5, 6, 8):
+        tensors = build_meta(there, bits=bits).checkpoint.tensors
+        layer = [e for n, e in tensors.items() if ".layers.1." in n and isinstance(e, PackedEntry)]
+        spans = [(p.start, p.stop) for e in layer for p in e.parts if p.name.endswith("codes.0")]
+        beyond = [p.start for e in layer for p in e.parts if p.name.endswith("codes.1")]
+        assert not beyond or max(stop for _, stop in spans) <= min(beyond)
+        assert len(beyond) == (len(layer) if bits > 4 else 0)
+
+
+def test_interrupted_packing_goes_on_where_it_was(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = packed(source, tmp_path / "whole", FORMATS["4"])
+    monkeypatch.setattr("ssdtune.packing.layout.SHARD_BYTES", 30_000)
+    meta = build_meta(source)
+    groups = groups_of(meta, FORMATS["4"].chosen())
+    storage, out = choose_storage(source).storage, tmp_path / "packed"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(num_bytes: int) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Stopped
+
+    left = 4
+    with pytest.raises(Stopped):
+        pack(meta, groups, out, storage=storage, on_progress=stop)
+    assert not (out / "config.json").exists()
+    shards = {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    assert shards, "the test stops before the first shard is whole"
+    assert not list(out.glob("*.partial"))
+    with pytest.raises(Exception, match=r"config\.json"):
+        build_meta(out)
+    pack(meta, groups, out, storage=storage)
+    assert all(p.stat().st_mtime_ns == at for p, at in shards.items())
+    values = [decoded(build_meta(f).checkpoint, torch.float32) for f in (whole, out)]
+    assert all(torch.equal(values[0][n], values[1][n]) for n in values[0])
+    assert not (out / ".packing.json").exists()
+
+
+def test_another_packing_is_not_continued(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(PackError, match="holds other files"):
+        packed(source, out, FORMATS["4"])
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    (out / ".packing.json").write_text('{"key": "of something else"}')
+    with pytest.raises(PackError, match="an unfinished packing of another kind"):
+        packed(source, out, FORMATS["4"])
+
+
+def test_a_full_disk_is_said_before_the_first_byte(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digests(source)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(PackError, match=r"are missing\. Nothing was written"):
+        packed(source, tmp_path / "packed", FORMATS["4"])
+    assert not (tmp_path / "packed").exists()
+    assert digests(source) == before
+
+
+def test_a_packed_model_is_not_packed_again(source: Path, tmp_path: Path) -> None:
+    there = packed(source, tmp_path / "packed", FORMATS["4"])
+    with pytest.raises(PackError, match="packed or quantized already"):
+        packed(there, tmp_path / "again", FORMATS["3"])
+
+
+def test_weights_that_are_no_numbers_are_named(source: Path, tmp_path: Path) -> None:
+    path = sorted(source.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    name = next(n for n, t in tensors.items() if t.dim() == 2)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(PackError, match=rf"{name} can't be packed"):
+        packed(source, tmp_path / "packed", FORMATS["4"])
+    assert not list((tmp_path / "packed").glob("*.safetensors*"))
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def shard_of(folder: Path) -> Path:
+    return next(folder.glob("model-*.safetensors"))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The first shard's header changed."""
+    path = shard_of(folder)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def described(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Changes what the header says of packed tensors."""
+
+    def apply(header: dict[str, Any]) -> None:
+        metadata = header["__metadata__"]
+        told = json.loads(metadata["ssdtune.packed"])
+        change(told)
+        metadata["ssdtune.packed"] = json.dumps(told)
+
+    return apply
+
+
+def first(told: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(told["tensors"].values()))
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "newer": (described(lambda t: t.update(version=2)), "newer ssdtune"),
+    "no version": (described(lambda t: t.pop("version")), "nothing that can be read"),
+    "shape": (described(lambda t: first(t).update(shape=[640, 640])), "needs U8"),
+    "no format": (described(lambda t: first(t).update(format=7)), "makes no sense"),
+    "order": (described(lambda t: t["formats"][0].update(order=[3, 3])), "makes no sense"),
+    "group": (described(lambda t: t["formats"][0].update(group=0)), "makes no sense"),
+    "kind": (described(lambda t: t["formats"][0].update(kind="magic")), "unknown kind"),
+    "group of others": (described(lambda t: t["formats"][0].update(group=128)), "needs BF16"),
+    "checksums": (described(lambda t: first(t).pop("checksums")), "makes no sense"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused(lie: str, source: Path, tmp_path: Path) -> None:
+    there = packed(source, tmp_path / "packed", FORMATS["4"])
+    change, message = LIES[lie]
+    rewritten(there, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        build_meta(there)
+    assert shard_of(there).name in str(caught.value)
+
+
+def test_a_shard_that_is_cut_short_is_refused(source: Path, tmp_path: Path) -> None:
+    there = packed(source, tmp_path / "packed", FORMATS["4"])
+    path = shard_of(there)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="cut short"):
+        build_meta(there)
+
+
+def test_a_flipped_bit_is_found_where_it_is(source: Path, tmp_path: Path, stream: Stream) -> None:
+    there = packed(source, tmp_path / "packed", FORMATS["4"])
+    name = "model.layers.2.mlp.up_proj.weight"
+    entry = build_meta(there).checkpoint.tensors[name]
+    assert isinstance(entry, PackedEntry)
+    part = entry.parts[0]
+    raw = bytearray(part.path.read_bytes())
+    raw[part.start + 100] ^= 4
+    part.path.write_bytes(raw)
+    model = stream(there)
+    with pytest.raises(Exception, match="is damaged") as caught:
+        model(**tiny_models.batch("llama"))
+    assert part.name in str(caught.value)
+    assert part.path.name in str(caught.value)
+    assert "model.layers.2" in str(caught.value)
+
+
+# ------------------------------------------------------------------ the command, the key
+
+
+def test_the_command_packs(source: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "packed"
+    assert main(["pack", str(source), "--out", str(out), "--bits", "8", "--order", "4,1,1,2"]) == 0
+    assert "bits a weight over the whole model" in capsys.readouterr().out
+    formats = {e.format for e in build_meta(out).checkpoint.tensors.values() if isinstance(e, PackedEntry)}  # fmt: skip
+    assert formats == {Affine(8, (4, 1, 1, 2))}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bits", "9"], "1 to 8"),
+        (["--group", "48"], "32, 64, 128"),
+        (["--bits", "8", "--order", "3,5"], "slices of 1, 2, 4 or 8"),
+        (["--order", "a"], "whole numbers"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: list[str], message: str, source: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(["pack", str(source), "--out", str(tmp_path / "packed"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
+# ------------------------------------------------------------------ tensors that lie unaligned
+
+
+def test_a_tensor_behind_an_odd_header_is_read_right() -> None:
+    values = torch.randn(5, 3)
+    memory = torch.zeros(100, dtype=torch.uint8)
+    memory[13:73] = values.view(torch.uint8).reshape(-1)
+    view = TensorView(name="t", dtype=torch.float32, shape=(5, 3), offset=13)
+    assert torch.equal(view.values(memory), values)

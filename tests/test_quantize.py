@@ -1,0 +1,321 @@
+"""Encoders: what the file must hold, nearest codes, errors no larger than plain rounding's, awkward values."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from ssdtune.kernels import quantize
+from ssdtune.kernels.affine import GROUPS, ORDERS, TILE, Affine, join_slices, widths, zero_of
+from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles, scale_of
+from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
+
+NESTED = [ORDERS[bits] for bits in (3, 5, 6, 7, 8)] + [(2, 1, 1, 2, 2)]
+SINGLE = [(1,), (2,), (4,), (8,)]
+TABLES = [
+    Nibbles(NF4, 64, True, "F32"),
+    Nibbles(NF4, 64, False, "BF16"),
+    Nibbles(E2M1, 32, False, "E8M0"),
+    Nibbles(E2M1, 16, False, "F8_E4M3"),
+]
+TORCH = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+
+
+def weights(num_groups: int = 256, group: int = 64, seed: int = 0) -> torch.Tensor:
+    """[num_groups, group]: normal, heavy-tailed, uniform on one side of 0, mostly 0; of many magnitudes."""
+    make = torch.Generator().manual_seed(seed)
+    normal = torch.randn(num_groups, group, generator=make)
+    spread = torch.rand(num_groups, group, generator=make)
+    tailed = normal / (spread + 0.1)
+    kinds = [normal, tailed, spread + 0.25, normal * (spread > 0.9)]
+    mixed = torch.stack([kinds[i % 4][i] for i in range(num_groups)])
+    return mixed * 10.0 ** torch.linspace(-6, 2, num_groups).unsqueeze(1)
+
+
+def decoded(format: Affine | Nibbles, made: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:  # fmt: skip
+    out = torch.empty(shape)
+    parts = format.parts(tuple(shape))
+    for part in parts:
+        assert made[part.suffix].dtype == TORCH[part.dtype]
+        assert made[part.suffix].shape == part.shape
+    format.by_torch([made[part.suffix] for part in parts], out)
+    return out
+
+
+def affine(values: torch.Tensor, order: tuple[int, ...], bits: int, group: int = 64) -> torch.Tensor:  # fmt: skip
+    return decoded(Affine(bits, order, group), quantize_affine(values, order, group), values.shape)
+
+
+def nibbles(values: torch.Tensor, format: Nibbles, *, is_searched: bool = True) -> torch.Tensor:
+    made = quantize_nibbles(
+        values,
+        format.table,
+        format.block,
+        format.scale,
+        is_high_first=format.is_high_first,
+        is_searched=is_searched,
+    )
+    return decoded(format, made, values.shape)
+
+
+def squares(x: torch.Tensor) -> torch.Tensor:
+    return x.double().square().sum(-1)
+
+
+def to_nearest(values: torch.Tensor, bits: int, *, is_stored: bool) -> torch.Tensor:
+    """Rounding to nearest from least to largest value with 0; scale and zero as they can be stored, or exact."""
+    low, high = values.amin(1, True).clamp(max=0), values.amax(1, True).clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    if is_stored:
+        scale = scale.bfloat16().float()
+    zero = -low / scale
+    if is_stored:
+        zero = zero_of((((zero + 0.5) * 2.0 ** (8 - bits)) - 0.5).round().clamp(0, 255), bits)
+    return ((values / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
+
+
+@pytest.mark.parametrize("order", [*SINGLE, *NESTED])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_file_holds_the_parts_of_every_width_and_no_others(
+    order: tuple[int, ...], group: int
+) -> None:
+    values = weights(24, group).view(12, -1)
+    made = quantize_affine(values, order, group)
+    formats = [Affine(width, order, group) for width in widths(order)]
+    assert made.keys() == {part.suffix for f in formats for part in f.parts((12, 2 * group))}
+    lost = [squares(decoded(f, made, values.shape).sub(values).view(-1)) for f in formats]
+    assert all(more > less for more, less in itertools.pairwise(lost))
+
+
+@pytest.mark.parametrize("order", SINGLE)
+def test_no_group_is_worse_than_by_rounding_to_nearest(order: tuple[int, ...]) -> None:
+    values = weights(1000)
+    ours = squares(affine(values, order, *order) - values)
+    assert (ours <= squares(to_nearest(values, *order, is_stored=True) - values) * 1.0001).all()
+
+
+@pytest.mark.parametrize("order", [*SINGLE, *NESTED])
+def test_every_width_is_better_than_rounding_to_nearest_with_exact_scales(
+    order: tuple[int, ...],
+) -> None:
+    values = torch.randn(2000, 64, generator=torch.Generator().manual_seed(1))
+    for bits in widths(order):
+        ours = squares(affine(values, order, bits).sub(values).view(-1))
+        plain = squares(to_nearest(values, bits, is_stored=False).sub(values).view(-1))
+        assert ours < plain * (0.97 if bits < 6 else 1.06)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_hardly_a_scale_and_zero_are_better_than_those_found(bits: int) -> None:
+    """Against the least error over a fine net of scales and all zeros; but for groups of mostly 0."""
+    values = weights(40)[[i for i in range(40) if i % 4 != 3]]
+    ours = squares(affine(values, (bits,), bits) - values)
+    zeros = zero_of(torch.arange(256), bits)
+    ratios = []
+    for x, found in zip(values, ours, strict=True):
+        spread = (x.amax().clamp(min=0) - x.amin().clamp(max=0)) / (2**bits - 1)
+        scales = (spread * torch.linspace(0.4, 1.1, 101)).bfloat16().float().view(-1, 1, 1)
+        steps = x / scales + zeros.view(-1, 1)
+        best = squares((steps - steps.round().clamp(0, 2**bits - 1)) * scales).min()
+        ratios.append(float(found / best))
+    assert max(ratios) < 1.3
+    assert sum(ratios) / len(ratios) < 1.02
+
+
+@pytest.mark.parametrize("order", [*SINGLE, *NESTED])
+def test_codes_are_the_nearest_ones_for_what_is_stored(order: tuple[int, ...]) -> None:
+    values, bits = weights(), sum(order)
+    made = quantize_affine(values, order)
+    codes = join_slices([made[f"codes.{i}"] for i in range(len(order))], order).view(256, 64)
+    scale = made[f"scales.{bits}"].float().unsqueeze(1)
+    zero = zero_of(made[f"zeros.{bits}"], bits).unsqueeze(1)
+    assert (scale > 0).all()
+    lost = [
+        ((codes.int() + more).clamp(0, 2**bits - 1).sub(zero).mul(scale) - values).abs()
+        for more in (-1, 0, 1)
+    ]
+    assert (lost[1] <= torch.minimum(lost[0], lost[2]) + scale * 1e-4).all()
+
+
+@pytest.mark.parametrize("order", NESTED)
+def test_narrower_readings_are_fitted_to_the_codes_that_are_left(order: tuple[int, ...]) -> None:
+    """Better than the widest reading's scale and zero, corrected by the middle of what was cut."""
+    values, bits = weights(1000), sum(order)
+    made = quantize_affine(values, order)
+    for width in widths(order)[:-1]:
+        fitted = squares(decoded(Affine(width, order), made, values.shape) - values)
+        middle = dict(made)
+        middle[f"scales.{width}"] = made[f"scales.{bits}"] * 2 ** (bits - width)
+        middle[f"zeros.{width}"] = made[f"zeros.{bits}"]
+        centred = squares(decoded(Affine(width, order), middle, values.shape) - values)
+        assert (fitted <= centred * 1.001).float().mean() > 0.95
+        assert (fitted / centred).mean() < 0.95
+
+
+@pytest.mark.parametrize("order", [(4,), (4, 1, 1, 2)])
+def test_parts_of_a_tensor_make_the_whole(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = weights(40).view(-1)[: 2 * TILE + 77]
+    affine_whole, nibble_whole = quantize_affine(values, order), nibbles(values, TABLES[0])
+    monkeypatch.setattr(quantize, "CHUNK", TILE)
+    again = quantize_affine(values, order)
+    assert again.keys() == affine_whole.keys()
+    assert all(torch.equal(again[suffix], affine_whole[suffix]) for suffix in again)
+    assert torch.equal(nibbles(values, TABLES[0]), nibble_whole)
+
+
+@pytest.mark.parametrize("size", [1, 63, 65, TILE - 1, TILE + 1])
+@pytest.mark.parametrize("order", [(4,), (4, 1, 1, 2)])
+def test_a_last_group_that_is_not_whole_is_like_any_other(
+    order: tuple[int, ...], size: int
+) -> None:
+    values = weights(20).view(-1)[:size]
+    made = quantize_affine(values, order)
+    rest = size % 64
+    alone = quantize_affine(values[-rest:].clone(), order)
+    for width in widths(order):
+        assert torch.equal(made[f"scales.{width}"][-1:], alone[f"scales.{width}"])
+        assert torch.equal(made[f"zeros.{width}"][-1:], alone[f"zeros.{width}"])
+
+
+def test_nothing_makes_nothing() -> None:
+    made = quantize_affine(torch.empty(0, 64), (4, 1))
+    assert {suffix: tuple(part.shape) for suffix, part in made.items()} == dict.fromkeys(made, (0,))
+    assert not any(part.numel() for part in quantize_nibbles(torch.empty(0), NF4, 64).values())
+
+
+@pytest.mark.parametrize("order", [*SINGLE, *NESTED])
+def test_zeros_stay_zeros(order: tuple[int, ...]) -> None:
+    values = torch.cat([torch.zeros(64), torch.ones(64), torch.zeros(7)])
+    for bits in widths(order):
+        found = affine(values, order, bits)
+        assert found[:64].eq(0).all()
+        assert found[128:].eq(0).all()
+    assert all(nibbles(torch.zeros(70), format).eq(0).all() for format in TABLES)
+
+
+@pytest.mark.parametrize("value", [1.0, -3.14159, 1e-20, -1e-35, 7e4, 3e38, -3e38])
+@pytest.mark.parametrize("order", [*SINGLE, *NESTED])
+def test_a_constant_group_keeps_its_value(order: tuple[int, ...], value: float) -> None:
+    for bits in widths(order):
+        found = affine(torch.full((64,), value), order, bits)
+        assert (found / value - 1).abs().max() < 2**-7
+
+
+@pytest.mark.parametrize("exponent", [-100, -50, 50, 100])
+@pytest.mark.parametrize("order", [*SINGLE, *NESTED])
+def test_a_power_of_two_changes_no_code(order: tuple[int, ...], exponent: int) -> None:
+    values = weights(64)[-32:]
+    plain, scaled = (quantize_affine(x, order) for x in (values, values * 2.0**exponent))
+    for suffix, part in plain.items():
+        expected = part.float() * 2.0**exponent if suffix.startswith("scales") else part
+        assert torch.equal(scaled[suffix].to(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("order", [*SINGLE, *NESTED])
+def test_no_magnitude_is_too_small_or_too_large(order: tuple[int, ...]) -> None:
+    """A scale that is no normal number becomes 0, and then what it scales; nothing becomes infinite."""
+    normal = weights(4)[0] / weights(4)[0].abs().max()
+    values = torch.stack([normal, normal.sign()])
+    for magnitude in (1e-44, 1e-39, 1e-37, 1e-35, 1e30, 2e38, 3.38e38):
+        made = quantize_affine(values * magnitude, order)
+        for bits in widths(order):
+            scales = made[f"scales.{bits}"].float()
+            assert (scales.eq(0) | (scales >= 2.0**-126)).all()
+            found = decoded(Affine(bits, order), made, values.shape)
+            assert found.bfloat16().isfinite().all()
+            assert found.abs().max() < 2 * magnitude
+            if magnitude > 1e-35 and bits > 2:
+                lost = squares(found / magnitude - values)
+                assert (lost < 0.3 * squares(values)).all()
+        for format in TABLES:
+            assert nibbles(values * magnitude, format).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_counted_and_refused(bad: float) -> None:
+    values = torch.randn(1000)
+    values[[3, 500, 999]] = bad
+    with pytest.raises(ValueError, match=r"^3 of 1,000 values"):
+        quantize_affine(values, (4,))
+    with pytest.raises(ValueError, match=r"^3 of 1,000 values"):
+        quantize_nibbles(values, NF4, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_strides_and_gradients_do_not_matter(dtype: torch.dtype) -> None:
+    values = weights(64)[16:48].to(dtype).requires_grad_()
+    turned = values.t().contiguous().t()
+    assert not turned.is_contiguous()
+    expected = quantize_affine(values.detach().float(), (4, 1))
+    for given in (values, turned):
+        made = quantize_affine(given, (4, 1))
+        assert all(torch.equal(made[suffix], expected[suffix]) for suffix in expected)
+
+
+def test_the_same_values_make_the_same_file() -> None:
+    values = weights(3000)
+    first, second = (quantize_affine(values.clone(), (4, 1, 1, 2)) for _ in range(2))
+    assert all(torch.equal(first[suffix], second[suffix]) for suffix in first)
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("format", TABLES, ids=lambda format: format.label)
+def test_no_block_is_worse_than_with_the_usual_scale(format: Nibbles) -> None:
+    values = weights(1000, format.block)
+    searched = squares(nibbles(values, format) - values)
+    usual = squares(nibbles(values, format, is_searched=False) - values)
+    assert (searched <= usual * 1.0001).all()
+    # Of larger values only: e4m3 has no scales for the others.
+    searched, usual = (x[750:] / squares(values)[750:].clamp(min=1e-30) for x in (searched, usual))
+    assert searched.sum() < 0.97 * usual.sum()
+
+
+@pytest.mark.parametrize("format", TABLES, ids=lambda format: format.label)
+def test_entries_are_the_nearest_ones(format: Nibbles) -> None:
+    values = weights(100, format.block)
+    made = quantize_nibbles(values, format.table, format.block, format.scale)
+    scale = scale_of(made["scales"], format.scale).unsqueeze(1)
+    least = (torch.tensor(format.table) * scale.unsqueeze(2) - values.unsqueeze(2)).abs().amin(2)
+    low_first = dataclasses.replace(format, is_high_first=False)
+    lost = (decoded(low_first, made, values.shape) - values).abs()
+    assert (lost <= least * 1.0001 + scale * 1e-6).all()
+
+
+def test_ties_go_to_the_entry_of_even_index() -> None:
+    """All midpoints of E2M1, with the scale 1; of 0 and -0 the first."""
+    midpoints = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+    values = torch.tensor([6.0, *midpoints, *(-m for m in midpoints), -0.1])
+    packed = quantize_nibbles(values, E2M1, 16, "E8M0", is_searched=False)["codes"]
+    codes = torch.stack([packed & 15, packed >> 4], -1).view(-1).tolist()
+    assert codes == [7, 0, 2, 2, 4, 4, 6, 6, 0, 10, 10, 12, 12, 14, 14, 0]
+
+
+@pytest.mark.parametrize("largest", [1.0, 1.5, 6.0, 7.99, 8.0, 0.1, 1e-30, 1e30])
+def test_the_usual_e8m0_scale_is_that_of_the_specification(largest: float) -> None:
+    values = torch.zeros(32)
+    values[5] = -largest
+    made = quantize_nibbles(values, E2M1, 32, "E8M0", is_searched=False)
+    assert made["scales"].tolist() == [math.floor(math.log2(largest)) - 2 + 127]
+
+
+def test_the_half_of_a_byte_that_comes_first() -> None:
+    values = weights(4).view(-1)[:129]
+    low = quantize_nibbles(values, NF4, 64)
+    high = quantize_nibbles(values, NF4, 64, is_high_first=True)
+    assert torch.equal(low["codes"] >> 4 | low["codes"] << 4, high["codes"])
+    assert torch.equal(low["scales"], high["scales"])
+
+
+def test_nf4_with_the_usual_scale_is_that_of_bitsandbytes() -> None:
+    library = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    values = weights(4096)
+    codes, state = library.quantize_4bit(values, blocksize=64, quant_type="nf4")
+    made = quantize_nibbles(values, NF4, 64, "F32", is_high_first=True, is_searched=False)
+    assert torch.equal(made["scales"], state.absmax)
+    assert torch.equal(made["codes"], codes.view(-1))
