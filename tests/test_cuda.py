@@ -23,7 +23,11 @@ from support import accumulate, assert_equal, cut, gradients, num_items, trained
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
+from ssdtune.kernels.affine import Affine
+from ssdtune.kernels.formats import Format
+from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
 from ssdtune.kernels.noise import KINDS, Direction, add_directions
+from ssdtune.kernels.unpack import unpack
 from ssdtune.schedule import trace as traces
 from ssdtune.schedule.plan import Budgets, Kind, Lane, Tier
 from ssdtune.swap.engine import Engine
@@ -453,6 +457,129 @@ def test_random_directions_have_the_bits_that_the_cpu_has(dtype: torch.dtype, ki
             add_directions(found, base.to(DEVICE), directions[:num], **more)
             bits = torch.int32 if dtype == torch.float32 else torch.int16
             assert torch.equal(found.cpu().view(bits), expected.view(bits))
+
+
+PACKED = {
+    "4 bits": Affine(4, (4, 1, 1, 2)),
+    "5 bits": Affine(5, (4, 1), 128),
+    "8 bits": Affine(8, (4, 1, 1, 2), 32),
+    "nf4": Nibbles(NF4, 64, is_high_first=True),
+    "mxfp4": Nibbles(E2M1, 32, is_high_first=False, scale="E8M0"),
+    "nvfp4": Nibbles(E2M1, 16, is_high_first=False, scale="F8_E4M3"),
+    "odd": Nibbles(NF4, 7, is_high_first=False, scale="F16"),
+}
+packed = pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def stored(format: Format, num_elements: int, offset: int = 0) -> list[torch.Tensor]:
+    """Parts of a packed tensor on the device, of any codes; each begins `offset` of its elements after an allocation.
+    Scales of eight bits are below e4m3's NaN."""
+    made = []
+    for part in format.parts((num_elements,)):
+        shape = (offset + part.shape[0],)
+        if part.suffix.startswith("scales") and part.dtype not in ("U8", "F8_E4M3"):
+            found = torch.randn(shape, device=DEVICE).to(SCALE_DTYPES[part.dtype])
+        else:
+            most = 127 if part.suffix == "scales" else 256
+            found = torch.randint(0, most, shape, dtype=torch.uint8, device=DEVICE)
+            found = found.view(SCALE_DTYPES.get(part.dtype, torch.uint8))
+        made.append(found[offset:])
+    return made
+
+
+def defined(
+    format: Format, parts: list[torch.Tensor], num: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """What the format's definition makes of parts, on the CPU."""
+    expected = torch.empty(num, dtype=dtype)
+    format.by_torch([part.cpu() for part in parts], expected)
+    return expected
+
+
+def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.cpu().view(bits), b.cpu().view(bits))
+
+
+@packed
+@floats
+def test_packed_tensors_have_the_bits_of_their_definition(
+    dtype: torch.dtype, format: Format
+) -> None:
+    """Where a thread's bytes can be joined into one access, and where not; in several programs."""
+    for num in (1, 5 * 8192 + 77, 5 * 8192 + 512 + 16):
+        for offset in (0, 1):
+            parts = stored(format, num, offset)
+            found = torch.full((num + offset + 8,), 7.0, dtype=dtype, device=DEVICE)
+            unpack(format, parts, found[offset : num + offset])
+            assert equal_bits(found[offset : num + offset], defined(format, parts, num, dtype))
+            assert (found[:offset] == 7).all()
+            assert (found[num + offset :] == 7).all()
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+def test_what_is_no_number_is_one_nan_on_the_device(scale: float) -> None:
+    """Whose bits are the same on every device."""
+    pytest.importorskip("triton")
+    codes = torch.full((512,), 7, dtype=torch.uint8, device=DEVICE)
+    scales = torch.full((8,), scale, dtype=torch.bfloat16, device=DEVICE)
+    found = torch.empty(512, dtype=torch.bfloat16, device=DEVICE)
+    unpack(Affine(8, (8,)), (codes, scales, codes[:8]), found)  # (7 - 7) x scale
+    assert (found.view(torch.int16) == 0x7FC0).all()
+
+
+@pytest.mark.parametrize(
+    "format", [Affine(1, (1,)), Nibbles(NF4, 64, True)], ids=["affine", "nibbles"]
+)
+def test_packed_tensors_of_more_than_two_billion_elements(format: Format) -> None:
+    num, first = 2**31 + 8192 + 77, 2**31 - 512
+    if torch.cuda.mem_get_info(DEVICE)[0] < 9e9:
+        pytest.skip("needs 9 GB of free device memory")
+    parts = stored(format, num)
+    found = torch.empty(num, dtype=torch.bfloat16, device=DEVICE)
+    unpack(format, parts, found)
+    ends = format.parts((first,))  # whole tiles and blocks: the rest is a tensor of its own
+    rest = [part[end.shape[0] :] for part, end in zip(parts, ends, strict=True)]
+    assert equal_bits(found[first:], defined(format, rest, num - first, torch.bfloat16))
+
+
+@packed
+@floats
+def test_packed_tensors_and_directions_in_one_pass(dtype: torch.dtype, format: Format) -> None:
+    pytest.importorskip("triton")
+    from ssdtune.kernels.unpack_triton import unpack_add_triton
+
+    num = 3 * 8192 + 77
+    parts = stored(format, num)
+    for kind in KINDS:
+        directions = [Direction(2**63 + 2**31 + 1, 0.03, kind), Direction(1, -0.5, kind)]
+        for some in (directions[:1], directions):
+            found = torch.empty(num, dtype=dtype, device=DEVICE)
+            unpack_add_triton(format, parts, found, some)
+            expected = defined(format, parts, num, dtype)
+            add_directions(expected, expected, some)
+            assert equal_bits(found, expected)
+
+
+@floats
+@pytest.mark.parametrize(
+    "format", [Affine(4, (4,)), Affine(5, (4, 1), 32), Affine(8, (4, 1, 1, 2), 128)], ids=str
+)
+def test_products_with_packed_weights(format: Affine, dtype: torch.dtype) -> None:
+    """Within the error that its sums may have; the same bits each time."""
+    pytest.importorskip("triton")
+    from ssdtune.kernels.matmul_triton import matmul_triton
+
+    for rows, columns, tokens in ((1000, 2048, 1), (33, 1088, 5), (4096, 192, 16)):
+        parts = stored(format, rows * columns)
+        x = torch.randn(tokens, columns, device=DEVICE).to(dtype)
+        found = matmul_triton(format, parts, x, rows)
+        weights = defined(format, parts, rows * columns, dtype).view(rows, columns).double()
+        exact = x.cpu().double() @ weights.t()
+        allowed = columns * 2**-23 * (x.cpu().double().abs() @ weights.abs().t())
+        assert ((found.cpu() - exact).abs() <= allowed).all()
+        assert equal_bits(found, matmul_triton(format, parts, x, rows))
 
 
 def test_a_block_comes_back_from_the_device_as_it_was_changed(tmp_path: Path) -> None:

@@ -348,6 +348,18 @@ def test_weights_of_several_schemes_find_their_own(tmp_path: Path) -> None:
     agrees(only(tmp_path, config, tensors), exact)
 
 
+def test_of_schemes_that_differ_in_zeros_only_the_one_with_zeros_has_them(tmp_path: Path) -> None:
+    config = compressed_config()
+    weights = config["config_groups"]["group_0"]["weights"]
+    config["config_groups"]["group_1"] = {"weights": weights | {"symmetric": False}}
+    for symmetric in (True, False):
+        tensors, exact = pack_quantized(4, 32, symmetric=symmetric)
+        agrees(only(tmp_path, config, tensors), exact)
+    tensors, exact = pack_quantized(4, 32)
+    tensors[".weight_zero_point"] = torch.zeros(40, 3, dtype=torch.int8)  # says nothing
+    agrees(only(tmp_path, compressed_config(), tensors), exact)
+
+
 def compressed(layout: str, weight: torch.Tensor, parameters: Tensors, **weights: Any) -> Any:
     """What the library makes of a weight: its scheme, its tensors, and what it gives back of them."""
     library = reference("compressed_tensors.compressors")
@@ -560,7 +572,9 @@ def test_fp8_scales_of_rows_tensors_experts_and_powers_of_two(tmp_path: Path) ->
     for shape in ((3, 1), (1, 3)):
         scales = floats(*shape, dtype=torch.float32)
         wide = scales if shape[1] == 1 else scales.repeat_interleave(64, 1)
-        agrees(only(tmp_path, FP8, {".weight": codes, ".weight_scale": scales}), codes.float() * wide)
+        agrees(
+            only(tmp_path, FP8, {".weight": codes, ".weight_scale": scales}), codes.float() * wide
+        )
     codes = fp8_codes(40, 96)
     experts, scales = fp8_codes(3, 64, 128), floats(3, 2, 2, dtype=torch.float32)
     tensors = {"_experts.gate_up_proj": experts, "_experts.gate_up_proj_scale_inv": scales}

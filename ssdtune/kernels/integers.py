@@ -24,7 +24,7 @@ import torch
 
 from ssdtune.kernels.formats import Part
 
-CHUNK = 1 << 19  # elements that torch's operators take at a time: a few MB of float32
+CHUNK = 1 << 18  # elements that torch's operators take at a time: 1 MB of float32, several times
 RUN = 32  # codes after which a stream is at the beginning of a word, whatever their width
 GPTQ_BITS = (2, 3, 4, 8)
 # Where in a word of AWQ's is output 8 c + r of column c: in the bits from 4 AWQ_ORDER[r] on.

@@ -1,13 +1,14 @@
 """x W^T for a few tokens, W packed: on a GPU the weights are read packed and never written unpacked.
 
 W [rows, columns] is `Affine`, columns a multiple of 64. Each weight is rounded as `unpack` rounds it into x's dtype.
-Products and sums are float32, in an order that depends on shapes alone:
+Sums are float32, in an order that depends on shapes alone, so that a device gives the same bits each time:
 
-    a vector     64 columns (32 where groups are 32): as the device's matrix unit adds them
-    a part       16 vectors, the first to the last, added to what there is
+    a step       64 columns (32 where groups are 32): within it as the device's matrix unit adds
+    a part       16 steps, the first to the last
     the result   parts, the first to the last
 
-Against an exact sum it is off by at most columns x 2^-23 x sum |x w|. A row's weights need not begin with a tile.
+It differs from the exact sum by at most columns x 2^-23 x sum |x w|. Rows need not begin with a tile: a byte is loaded
+again for each vector that it has a field of, from the cache next to the cores. (Nothing has run on a GPU yet.)
 """
 
 # Kernels are in Triton's language, which looks like Python and has other types.
@@ -28,13 +29,13 @@ from ssdtune.kernels.unpack_triton import _dequantized, _scale_and_zero
 
 MOST_TOKENS = 16  # the narrowest matrix that matrix units take
 ROWS = 32  # of one program
-STEPS = 16  # vectors of a part
+STEPS = 16  # of a part
 SUMS = 1024  # that a program adds parts for
 
 
 @triton.jit
 def _codes(slices, element, lane, is_there, WIDTHS: tl.constexpr):
-    """q of the elements of one vector in each row, uint32 [rows, lanes]. element: of each row's vector any, int64."""
+    """q of elements of one vector in each row, uint32 [rows, lanes]. element: the number of any of them, int64."""
     code = tl.full((1, 1), 0, tl.uint32)
     for i in tl.static_range(len(WIDTHS)):
         code = (code << WIDTHS[i]) | _field(slices[i], element, lane, is_there, WIDTHS[i])

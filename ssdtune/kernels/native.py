@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ssdtune.cache import cache_folder
@@ -76,12 +77,12 @@ def _build(compiler: str, folder: Path, variants: dict[str, tuple[str, ...]], pa
     """Writes the library beside its place and moves it there: another process may do the same at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects: list[str] = []
+        commands: dict[str, list[str]] = {}
         for suffix, flags in variants.items():
             for name in SOURCES:
                 made = str(Path(scratch) / f"{name}{suffix}.o")
                 language = ("-x", "c") if compiler == "g++" else ()
-                command = [
+                commands[made] = [
                     compiler,
                     *language,
                     *FLAGS,
@@ -92,16 +93,15 @@ def _build(compiler: str, folder: Path, variants: dict[str, tuple[str, ...]], pa
                     "-o",
                     made,
                 ]
-                subprocess.run(command, check=True, capture_output=True, timeout=BUILD_S)
-                objects.append(made)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(_run, commands.values()))
         built = Path(scratch) / path.name
-        subprocess.run(
-            [compiler, "-shared", "-o", str(built), *objects],
-            check=True,
-            capture_output=True,
-            timeout=BUILD_S,
-        )
+        _run([compiler, "-shared", "-o", str(built), *commands])
         os.replace(built, path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=BUILD_S)
 
 
 def _processor_flags() -> set[str]:

@@ -2,9 +2,9 @@
  *
  * Compiled once for each instruction set, with the names' ending in SUFFIX; nothing fused, nothing reordered, as noise.c.
  *
- * bfloat16 by looking up: the few values that a group's codes stand for are made once, then found by code, many at an
- * instruction (`vpermw`, or `pshufb` for the values' low and for their high bytes). Two groups are done side by side,
- * which is what AVX2's halves are for. Where a code has too many bits for that, and for float32, values are computed.
+ * bfloat16 by looking up: the 16 values that a group's codes can stand for are made once, two groups at a time, then
+ * found by code, many at an instruction (`vpermw`, or `pshufb` for the values' low and for their high bytes). Where a
+ * code has more than four bits, and for float32, every element is computed.
  */
 #include <stdint.h>
 #include <string.h>
@@ -16,11 +16,10 @@
 #define NAME(a, b) JOIN(a, b)
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE = 512, LANES = 64 }; /* elements of a slice's tile; bytes of its vectors */
-enum { STEP = 32, HALF_STEP = 16 }; /* elements that the functions below take at a time */
-#ifndef AHEAD
-#define AHEAD 2048
-#endif
+enum { TILE = 512, LANES = 64 };    /* elements of a slice's tile; bytes of its vectors */
+enum { STRETCH = 8 * TILE };        /* elements that are prepared at a time */
+enum { STEP = 32, HALF_STEP = 16 }; /* elements, a multiple of which the functions below take */
+enum { AHEAD = 2048 };              /* bytes from what is used to what is fetched meanwhile */
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 INLINE float float_of(uint32_t bits)
@@ -49,22 +48,22 @@ INLINE uint16_t nearest(float value, uint16_t nan)
 /* What each instruction set has:
  *
  *     bytes            BYTES of them; bits shifted over a byte's edge are for `with` to cut off
- *     entries          16 values, or 32
- *     lookup           two groups' values of these, (value - zero) * scale, rounded, ready to be found
- *     kept             one group's, in memory
- *     LOOKUP_BITS      codes with more bits are computed
- *     look_up          STEP codes of each of two groups, `distance` elements apart, a byte each
- *     look_up_nibbles  STEP or HALF_STEP codes of each, two in a byte
- *     compute          STEP codes of one group, a byte each: (code - zero) * scale
- *     look_up_floats   HALF_STEP codes of one group, two in a byte
+ *     entries          16 numbers that codes stand for, before zero and scale
+ *     lookup           16 bfloat16, ready to be found by code
+ *     make_two         two groups' lookups, of (entry - zero) * scale; scales are finite
+ *     look_up          STEP codes in the low halves of bytes, of one group, and as many in the high halves, of another
+ *     look_up_nibbles  STEP or HALF_STEP codes of one group, one after the other
+ *     compute_words    (code - zero) * scale for STEP codes, a byte each; the scale is finite
+ *     compute_floats   the same, to float32
+ *     look_up_floats   HALF_STEP codes, one after the other, in a table of 16
+ *     LOOKUP_BITS      codes with more bits are not looked up
  *
- * Scales are finite where bfloat16 is made. Streamed stores go past the caches to memory; they are aligned. */
+ * Streamed stores go past the caches to memory; they are aligned. */
 #if defined(__AVX512F__)
 enum { BYTES = 64, LOOKUP_BITS = 4 };
 typedef __m512i bytes;
-typedef struct { __m512 even, odd; } entries;
-typedef struct { __m512i first, second; } lookup;
-typedef __m256i kept;
+typedef struct { __m512 even, odd; } entries; /* eight of each, twice */
+typedef __m512i lookup;                       /* twice */
 typedef __m512 floats16;
 
 INLINE bytes get(const uint8_t *from) { return _mm512_loadu_si512(from); }
@@ -85,7 +84,6 @@ INLINE void put(void *to, __m512i a, int is_streamed)
         _mm512_storeu_si512(to, a);
 }
 
-/* The odd ones are in the upper half, so that words come out in order, twice. */
 INLINE entries spread(const float *values)
 {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
@@ -100,7 +98,7 @@ INLINE __m512i rounded(__m512 even, __m512 odd)
     const __m512i a = _mm512_castps_si512(even), b = _mm512_castps_si512(odd);
     const __m512i upper = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(a, 16), b);
     const __m512i lower = _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16));
-    /* Up where lower > 0x8000, or = 0x8000 and upper is odd. */
+    /* Up where lower > 0x8000, or = 0x8000 and upper is odd: where lower - is_even has its uppermost bit set. */
     const __m512i is_even = _mm512_andnot_si512(upper, _mm512_set1_epi16(1));
     return _mm512_add_epi16(upper, _mm512_srli_epi16(_mm512_subs_epu16(lower, is_even), 15));
 }
@@ -111,57 +109,43 @@ INLINE __m512i scaled(__m512 even, __m512 odd, float zero, float scale)
     return rounded(_mm512_mul_ps(_mm512_sub_ps(even, z), s), _mm512_mul_ps(_mm512_sub_ps(odd, z), s));
 }
 
-INLINE lookup made(entries of, float zero, float scale, float next_zero, float next_scale)
+INLINE void make_two(lookup to[2], entries of, float zero, float scale, float next_zero, float next_scale)
 {
-    return (lookup){scaled(of.even, of.odd, zero, scale), scaled(of.even, of.odd, next_zero, next_scale)};
+    to[0] = scaled(of.even, of.odd, zero, scale);
+    to[1] = scaled(of.even, of.odd, next_zero, next_scale);
 }
 
-INLINE kept kept_of(const uint16_t words[16]) { return _mm256_loadu_si256((const __m256i *)words); }
-
-INLINE lookup both(const kept *first, const kept *second)
+INLINE lookup of_words(const uint16_t *words)
 {
-    return (lookup){_mm512_broadcast_i64x4(*first), _mm512_broadcast_i64x4(*second)};
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)words));
 }
 
-/* Only the last five bits of an index count, and of these the uppermost makes no difference to a table twice. */
-INLINE void look_up(uint16_t *to, const uint8_t *codes, lookup in, int is_streamed)
+/* Only the last five bits of an index count, and the uppermost of these makes no difference to a table twice. */
+INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
 {
     const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
-    put(to, _mm512_permutexvar_epi16(byte, in.first), is_streamed);
-    put(to + LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), in.second), is_streamed);
+    put(to, _mm512_permutexvar_epi16(byte, in[0]), is_streamed);
+    put(to + LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), in[1]), is_streamed);
 }
 
-INLINE void look_up_one_nibbles(uint16_t *to, const uint8_t *codes, __m512i in, int is_high_first, int is_streamed)
-{
-    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
-    const __m512i found = is_high_first
-        ? _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16))
-        : _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
-    put(to, _mm512_permutexvar_epi16(found, in), is_streamed);
-}
-
-INLINE void look_up_half(uint16_t *to, const uint8_t *codes, __m512i in, int is_high_first, int is_streamed)
-{
-    const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
-    const __m256i found = is_high_first
-        ? _mm256_or_si256(_mm256_srli_epi32(byte, 4), _mm256_slli_epi32(byte, 16))
-        : _mm256_or_si256(byte, _mm256_slli_epi32(byte, 12));
-    const __m256i values = _mm256_permutexvar_epi16(found, _mm512_castsi512_si256(in));
-    if (is_streamed)
-        _mm256_stream_si256((__m256i *)to, values);
-    else
-        _mm256_storeu_si256((__m256i *)to, values);
-}
-
-INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, int64_t distance, lookup in, int step,
-                            int is_high_first, int is_streamed)
+INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
 {
     if (step == STEP) {
-        look_up_one_nibbles(to, codes, in.first, is_high_first, is_streamed);
-        look_up_one_nibbles(to + distance, codes + distance / 2, in.second, is_high_first, is_streamed);
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+        const __m512i found = is_high_first
+            ? _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16))
+            : _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
+        put(to, _mm512_permutexvar_epi16(found, in), is_streamed);
     } else {
-        look_up_half(to, codes, in.first, is_high_first, is_streamed);
-        look_up_half(to + distance, codes + distance / 2, in.second, is_high_first, is_streamed);
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+        const __m256i found = is_high_first
+            ? _mm256_or_si256(_mm256_srli_epi32(byte, 4), _mm256_slli_epi32(byte, 16))
+            : _mm256_or_si256(byte, _mm256_slli_epi32(byte, 12));
+        const __m256i values = _mm256_permutexvar_epi16(found, _mm512_castsi512_si256(in));
+        if (is_streamed)
+            _mm256_stream_si256((__m256i *)to, values);
+        else
+            _mm256_storeu_si256((__m256i *)to, values);
     }
 }
 
@@ -189,8 +173,7 @@ INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_
 {
     int32_t eight[2];
     memcpy(eight, codes, 8);
-    const __m512i all =
-        _mm512_inserti64x4(_mm512_set1_epi32(eight[0]), _mm256_set1_epi32(eight[1]), 1);
+    const __m512i all = _mm512_inserti64x4(_mm512_set1_epi32(eight[0]), _mm256_set1_epi32(eight[1]), 1);
     const __m512i low_first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     const __m512i shifts = _mm512_xor_si512(low_first, _mm512_set1_epi32(is_high_first ? 4 : 0));
     put(to, _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_srlv_epi32(all, shifts), in)), is_streamed);
@@ -199,8 +182,7 @@ INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_
 enum { BYTES = 32, LOOKUP_BITS = 4 };
 typedef __m256i bytes;
 typedef struct { __m256 every4th[4]; } entries; /* 0, 4, 8, 12; then 1, 5, 9, 13; ...: in both halves */
-typedef struct { __m256i low, high; } lookup;   /* a group's 16 low bytes in each half; its high bytes */
-typedef struct { __m128i low, high; } kept;
+typedef struct { __m128i low, high; } lookup;   /* bytes. Half as wide as could be: nothing crosses the halves */
 typedef struct { __m256 first, second; } floats16;
 
 INLINE bytes get(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
@@ -229,18 +211,13 @@ INLINE void put_half(void *to, __m128i a, int is_streamed)
         _mm_storeu_si128(to, a);
 }
 
-INLINE __m256i halves(__m128i first, __m128i second)
+INLINE entries spread(const float *of)
 {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
-}
-
-INLINE entries spread(const float *values)
-{
-    entries of;
+    entries to;
     for (int i = 0; i < 4; i++)
-        of.every4th[i] = _mm256_setr_ps(values[i], values[i + 4], values[i + 8], values[i + 12], values[i],
-                                        values[i + 4], values[i + 8], values[i + 12]);
-    return of;
+        to.every4th[i] = _mm256_setr_ps(
+            of[i], of[i + 4], of[i + 8], of[i + 12], of[i], of[i + 4], of[i + 8], of[i + 12]);
+    return to;
 }
 
 /* Finite numbers to bfloat16, the even ones and the odd ones joined. */
@@ -249,9 +226,10 @@ INLINE __m256i rounded(__m256 even, __m256 odd)
     const __m256i a = _mm256_castps_si256(even), b = _mm256_castps_si256(odd);
     const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA);
     const __m256i lower = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA);
-    /* Up where lower > 0x8000, or = 0x8000 and upper is odd. */
+    /* Up where lower > 0x8000, or = 0x8000 and upper is odd: where lower - is_even has its uppermost bit set. */
     const __m256i is_even = _mm256_andnot_si256(upper, _mm256_set1_epi16(1));
-    return _mm256_add_epi16(upper, _mm256_srli_epi16(_mm256_subs_epu16(lower, is_even), 15));
+    const __m256i up = _mm256_cmpgt_epi16(_mm256_setzero_si256(), _mm256_subs_epu16(lower, is_even));
+    return _mm256_sub_epi16(upper, up);
 }
 
 INLINE __m256i scaled(__m256 even, __m256 odd, __m256 zero, __m256 scale)
@@ -261,72 +239,62 @@ INLINE __m256i scaled(__m256 even, __m256 odd, __m256 zero, __m256 scale)
     return rounded(even, odd);
 }
 
-INLINE __m256 each_half(float first, float second)
+INLINE __m256 halves(float first, float second)
 {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(first)), _mm_set1_ps(second), 1);
 }
 
-INLINE lookup made(entries of, float zero, float scale, float next_zero, float next_scale)
+INLINE void make_two(lookup to[2], entries of, float zero, float scale, float next_zero, float next_scale)
 {
-    const __m256 z = each_half(zero, next_zero), s = each_half(scale, next_scale);
-    const __m256i a = scaled(of.every4th[0], of.every4th[2], z, s); /* words of values 0, 2, 4, ... */
+    const __m256 z = halves(zero, next_zero), s = halves(scale, next_scale);
+    const __m256i a = scaled(of.every4th[0], of.every4th[2], z, s); /* words of entries 0, 2, 4, ... */
     const __m256i b = scaled(of.every4th[1], of.every4th[3], z, s);
     const __m256i upper = _mm256_set1_epi16((short)0xFF00);
-    return (lookup){_mm256_blendv_epi8(a, _mm256_slli_epi16(b, 8), upper),
-                    _mm256_blendv_epi8(_mm256_srli_epi16(a, 8), b, upper)};
+    const __m256i low = _mm256_blendv_epi8(a, _mm256_slli_epi16(b, 8), upper);
+    const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi16(a, 8), b, upper);
+    to[0] = (lookup){_mm256_castsi256_si128(low), _mm256_castsi256_si128(high)};
+    to[1] = (lookup){_mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
 }
 
-INLINE kept kept_of(const uint16_t words[16])
+INLINE lookup of_words(const uint16_t *words)
 {
     const __m128i a = _mm_loadu_si128((const __m128i *)words), b = _mm_loadu_si128((const __m128i *)(words + 8));
     const __m128i low = _mm_set1_epi16(255);
-    return (kept){_mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)),
-                  _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
+    return (lookup){_mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)),
+                    _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
 }
 
-INLINE lookup both(const kept *first, const kept *second)
+INLINE void look_up_16(uint16_t *to, __m128i codes, lookup in, int is_streamed)
 {
-    return (lookup){halves(first->low, second->low), halves(first->high, second->high)};
+    const __m128i low = _mm_shuffle_epi8(in.low, codes), high = _mm_shuffle_epi8(in.high, codes);
+    put_half(to, _mm_unpacklo_epi8(low, high), is_streamed);
+    put_half(to + 8, _mm_unpackhi_epi8(low, high), is_streamed);
 }
 
-/* codes: 16 in each half. */
-INLINE void look_up_16(uint16_t *to, __m256i codes, int64_t distance, lookup in, int is_streamed)
+INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
 {
-    const __m256i low = _mm256_shuffle_epi8(in.low, codes), high = _mm256_shuffle_epi8(in.high, codes);
-    const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
-    put_half(to, _mm256_castsi256_si128(a), is_streamed);
-    put_half(to + 8, _mm256_castsi256_si128(b), is_streamed);
-    put_half(to + distance, _mm256_extracti128_si256(a, 1), is_streamed);
-    put_half(to + distance + 8, _mm256_extracti128_si256(b, 1), is_streamed);
-}
-
-INLINE void look_up(uint16_t *to, const uint8_t *codes, lookup in, int is_streamed)
-{
+    const __m128i mask = _mm_set1_epi8(15);
     for (int i = 0; i < STEP; i += 16) {
         const __m128i byte = _mm_loadu_si128((const __m128i *)(codes + i));
-        const __m256i code = _mm256_and_si256(halves(byte, _mm_srli_epi16(byte, 4)), _mm256_set1_epi8(15));
-        look_up_16(to + i, code, LANES, in, is_streamed);
+        look_up_16(to + i, _mm_and_si128(byte, mask), in[0], is_streamed);
+        look_up_16(to + LANES + i, _mm_and_si128(_mm_srli_epi16(byte, 4), mask), in[1], is_streamed);
     }
 }
 
-INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, int64_t distance, lookup in, int step,
-                            int is_high_first, int is_streamed)
+INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
 {
-    const __m128i *first = (const __m128i *)codes, *second = (const __m128i *)(codes + distance / 2);
-    const __m256i found = step == STEP ? halves(_mm_loadu_si128(first), _mm_loadu_si128(second))
-                                       : halves(_mm_loadl_epi64(first), _mm_loadl_epi64(second));
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i below = _mm256_and_si256(found, mask);
-    const __m256i above = _mm256_and_si256(_mm256_srli_epi16(found, 4), mask);
-    const __m256i even = is_high_first ? above : below, odd = is_high_first ? below : above;
-    look_up_16(to, _mm256_unpacklo_epi8(even, odd), distance, in, is_streamed);
+    const __m128i *from = (const __m128i *)codes, mask = _mm_set1_epi8(15);
+    const __m128i byte = step == STEP ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
+    const __m128i below = _mm_and_si128(byte, mask), above = _mm_and_si128(_mm_srli_epi16(byte, 4), mask);
+    const __m128i even = is_high_first ? above : below, odd = is_high_first ? below : above;
+    look_up_16(to, _mm_unpacklo_epi8(even, odd), in, is_streamed);
     if (step == STEP)
-        look_up_16(to + 16, _mm256_unpackhi_epi8(even, odd), distance, in, is_streamed);
+        look_up_16(to + 16, _mm_unpackhi_epi8(even, odd), in, is_streamed);
 }
 
 INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float scale, int is_streamed)
 {
-    /* A byte as the second lowest of 0x4700..00 is the float 2^15 + it: from there the zero is taken away, exactly. */
+    /* A byte as the second lowest of 0x47000000 is the float 2^15 + it; the zero, 2^15 more, is taken away exactly. */
     const __m256i base = _mm256_set1_epi32(0x47000000), next = _mm256_set1_epi32(0x0100);
     const __m256i evens = _mm256_setr_epi8(
         -1, 0, -1, -1, -1, 2, -1, -1, -1, 4, -1, -1, -1, 6, -1, -1, -1, 8, -1, -1, -1, 10, -1, -1, -1, 12, -1,
@@ -369,7 +337,7 @@ INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_
     for (int i = 0; i < HALF_STEP; i += 8) {
         int32_t eight;
         memcpy(&eight, codes + i / 2, 4);
-        const __m256i found = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts); /* three bits count */
+        const __m256i found = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts);  /* three bits count */
         const __m256 is_second = _mm256_castsi256_ps(_mm256_slli_epi32(found, 28)); /* and here the fourth */
         const __m256 value = _mm256_blendv_ps(
             _mm256_permutevar8x32_ps(in.first, found), _mm256_permutevar8x32_ps(in.second, found), is_second);
@@ -380,8 +348,7 @@ INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_
 enum { BYTES = 8, LOOKUP_BITS = 0 };
 typedef uint64_t bytes;
 typedef struct { float values[16]; } entries;
-typedef struct { uint16_t values[16]; } kept;
-typedef struct { kept first, second; } lookup;
+typedef struct { uint16_t values[16]; } lookup;
 typedef entries floats16;
 
 INLINE bytes get(const uint8_t *from)
@@ -403,60 +370,45 @@ INLINE entries spread(const float *values)
     return of;
 }
 
-INLINE lookup made(entries of, float zero, float scale, float next_zero, float next_scale)
+INLINE void make_two(lookup to[2], entries of, float zero, float scale, float next_zero, float next_scale)
 {
-    lookup in;
     for (int i = 0; i < 16; i++) {
-        in.first.values[i] = nearest((of.values[i] - zero) * scale, 0);
-        in.second.values[i] = nearest((of.values[i] - next_zero) * next_scale, 0);
+        to[0].values[i] = nearest((of.values[i] - zero) * scale, 0);
+        to[1].values[i] = nearest((of.values[i] - next_zero) * next_scale, 0);
     }
-    return in;
 }
 
-INLINE kept kept_of(const uint16_t words[16])
+INLINE lookup of_words(const uint16_t *words)
 {
-    kept in;
+    lookup in;
     memcpy(&in, words, sizeof in);
     return in;
 }
 
-INLINE lookup both(const kept *first, const kept *second) { return (lookup){*first, *second}; }
-
-INLINE void look_up(uint16_t *to, const uint8_t *codes, lookup in, int is_streamed)
+INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
 {
-    (void)is_streamed;
     for (int i = 0; i < STEP; i++) {
-        to[i] = in.first.values[codes[i] & 15];
-        to[i + LANES] = in.second.values[codes[i] >> 4];
+        to[i] = in[0].values[codes[i] & 15];
+        to[LANES + i] = in[1].values[codes[i] >> 4];
     }
 }
 
-INLINE void look_up_one_nibbles(uint16_t *to, const uint8_t *codes, const kept *in, int step, int is_high_first)
+INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
 {
     for (int i = 0; i < step; i += 2) {
-        to[i + is_high_first] = in->values[codes[i / 2] & 15];
-        to[i + !is_high_first] = in->values[codes[i / 2] >> 4];
+        to[i + is_high_first] = in.values[codes[i / 2] & 15];
+        to[i + !is_high_first] = in.values[codes[i / 2] >> 4];
     }
-}
-
-INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, int64_t distance, lookup in, int step,
-                            int is_high_first, int is_streamed)
-{
-    (void)is_streamed;
-    look_up_one_nibbles(to, codes, &in.first, step, is_high_first);
-    look_up_one_nibbles(to + distance, codes + distance / 2, &in.second, step, is_high_first);
 }
 
 INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float scale, int is_streamed)
 {
-    (void)is_streamed;
     for (int i = 0; i < STEP; i++)
         to[i] = nearest(((float)codes[i] - zero) * scale, 0);
 }
 
 INLINE void compute_floats(float *to, const uint8_t *codes, float zero, float scale, int is_streamed)
 {
-    (void)is_streamed;
     for (int i = 0; i < STEP; i++)
         to[i] = ((float)codes[i] - zero) * scale;
 }
@@ -472,7 +424,6 @@ INLINE floats16 times(floats16 a, float scale)
 
 INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_high_first, int is_streamed)
 {
-    (void)is_streamed;
     for (int i = 0; i < HALF_STEP; i += 2) {
         to[i + is_high_first] = in.values[codes[i / 2] & 15];
         to[i + !is_high_first] = in.values[codes[i / 2] >> 4];
@@ -487,10 +438,9 @@ INLINE void finish(int is_streamed)
     if (is_streamed)
         _mm_sfence();
 #endif
-    (void)is_streamed;
 }
 
-/* What is read in a moment. Processors do so by themselves, but stop at each page. */
+/* Processors fetch what follows by themselves, but stop at the end of each page. */
 INLINE void fetch(const uint8_t *from, int64_t num_bytes)
 {
     for (int64_t i = 0; i < num_bytes; i += 64)
@@ -507,7 +457,7 @@ INLINE float bfloat16_at(const uint8_t *from, int64_t i)
 
 /* ------------------------------------------------------------------------------------------------------- affine.py */
 
-enum { MAX_SLICES = 8, STRETCH = 8 * TILE, MAX_GROUPS = STRETCH / 32 };
+enum { MAX_SLICES = 8, MAX_GROUPS = STRETCH / 32 };
 static const float COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* A tensor, taken part by part by whoever calls: all threads get the same job. */
@@ -521,16 +471,34 @@ struct affine {
     int64_t part, next; /* part: elements, a multiple of STRETCH; next: that nobody has taken yet */
 };
 
-/* Scales and zeros of some tiles as numbers; 0 where the tensor has no more. */
+/* Scales and zeros of a stretch as numbers; 0 where the tensor has no more. */
 struct groups {
     float zero[MAX_GROUPS], scale[MAX_GROUPS];
     int is_finite;
 };
 
+/* num: groups of whole tiles, whether or not the tensor goes on so far. first: its number. */
+static void get_groups(struct groups *to, const struct affine *job, int64_t first, int64_t num)
+{
+    const int64_t all = (job->n + job->group - 1) / job->group, here = all - first < num ? all - first : num;
+    const uint8_t *zeros = job->zeros + first, *scales = job->scales + 2 * first;
+    const float step = float_of((uint32_t)(127 + job->bits - 8) << 23); /* 2^(bits - 8) */
+    int not_finite = 0;
+    for (int64_t g = 0; g < here; g++)
+        to->zero[g] = ((float)zeros[g] + 0.5f) * step - 0.5f;
+    for (int64_t g = 0; g < here; g++) {
+        to->scale[g] = bfloat16_at(scales, g);
+        not_finite |= !is_finite(to->scale[g]);
+    }
+    for (int64_t g = here; g < num; g++)
+        to->zero[g] = to->scale[g] = 0;
+    to->is_finite = !not_finite;
+}
+
 /* Codes of tiles, a byte each, or, where is_halves, as a slice of width 4 has them. packed: the tiles' part of each
- * slice. What describes the slices is constant where it shall be fast. */
-INLINE void join(uint8_t *codes, const uint8_t *packed[], int64_t num_tiles, int bits, int num_slices, uint64_t widths,
-                 int is_halves)
+ * slice. What says how wide slices are is constant where it shall be fast. */
+INLINE void join(uint8_t *codes, const uint8_t *packed[], int64_t num_tiles, int is_halves, int bits, int num_slices,
+                 uint64_t widths)
 {
     for (int64_t tile = 0; tile < num_tiles; tile++) {
 #pragma GCC unroll 8
@@ -568,36 +536,22 @@ INLINE const uint8_t *codes_of(const struct affine *job, int64_t tile, int64_t n
     if (job->widths == (is_halves ? 0x4 : 0x8))
         return packed[0];
     if (is_halves && job->widths == 0x2)
-        join(space, packed, num_tiles, 2, 1, 0x2, 1);
+        join(space, packed, num_tiles, 1, 2, 1, 0x2);
     else if (is_halves && job->widths == 0x12)
-        join(space, packed, num_tiles, 3, 2, 0x12, 1);
+        join(space, packed, num_tiles, 1, 3, 2, 0x12);
+    else if (is_halves && job->widths == 0x112)
+        join(space, packed, num_tiles, 1, 4, 3, 0x112);
     else if (!is_halves && job->widths == 0x14)
-        join(space, packed, num_tiles, 5, 2, 0x14, 0);
+        join(space, packed, num_tiles, 0, 5, 2, 0x14);
     else if (!is_halves && job->widths == 0x114)
-        join(space, packed, num_tiles, 6, 3, 0x114, 0);
+        join(space, packed, num_tiles, 0, 6, 3, 0x114);
+    else if (!is_halves && job->widths == 0x214)
+        join(space, packed, num_tiles, 0, 7, 3, 0x214);
     else if (!is_halves && job->widths == 0x2114)
-        join(space, packed, num_tiles, 8, 4, 0x2114, 0);
+        join(space, packed, num_tiles, 0, 8, 4, 0x2114);
     else
-        join(space, packed, num_tiles, (int)job->bits, (int)job->num_slices, (uint64_t)job->widths, is_halves);
+        join(space, packed, num_tiles, is_halves, (int)job->bits, (int)job->num_slices, (uint64_t)job->widths);
     return space;
-}
-
-/* num: all of them, whether or not the tensor has them. first: its number. */
-static void get_groups(struct groups *of, const struct affine *job, int64_t first, int64_t num)
-{
-    const int64_t all = (job->n + job->group - 1) / job->group, here = all - first < num ? all - first : num;
-    const uint8_t *zeros = job->zeros + first, *scales = job->scales + 2 * first;
-    const float step = float_of((uint32_t)(127 + job->bits - 8) << 23); /* 2^(bits - 8) */
-    int not_finite = 0;
-    for (int64_t g = 0; g < here; g++)
-        of->zero[g] = ((float)zeros[g] + 0.5f) * step - 0.5f;
-    for (int64_t g = 0; g < here; g++) {
-        of->scale[g] = bfloat16_at(scales, g);
-        not_finite |= !is_finite(of->scale[g]);
-    }
-    for (int64_t g = here; g < num; g++)
-        of->zero[g] = of->scale[g] = 0;
-    of->is_finite = !not_finite;
 }
 
 /* n: elements, a multiple of TILE. group: elements of one. */
@@ -626,7 +580,8 @@ INLINE void affine_looked_up(uint16_t *to, const uint8_t *codes, const struct gr
     for (int64_t at = 0; at < n; at += 2 * LANES, codes += LANES)
         for (int64_t i = 0; i < LANES; i += count) {
             const int64_t g = (at + i) / group, next = (at + i + LANES) / group;
-            const lookup in = made(values, of->zero[g], of->scale[g], of->zero[next], of->scale[next]);
+            lookup in[2];
+            make_two(in, values, of->zero[g], of->scale[g], of->zero[next], of->scale[next]);
             for (int64_t j = i; j < i + count; j += STEP)
                 look_up(to + at + j, codes + j, in, is_streamed);
         }
@@ -658,11 +613,7 @@ INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int6
     if (job->dtype == FLOAT32)
         affine_floats(to, codes, &of, n, job->group, is_streamed);
     else if (of.is_finite)
-        switch (job->group) {
-        case 32: affine_computed(to, codes, &of, n, 32, is_streamed); break;
-        case 64: affine_computed(to, codes, &of, n, 64, is_streamed); break;
-        default: affine_computed(to, codes, &of, n, 128, is_streamed);
-        }
+        affine_computed(to, codes, &of, n, job->group, is_streamed);
     else
         affine_slowly(to, codes, &of, n, job->group, (uint16_t)job->nan);
 }
@@ -719,7 +670,7 @@ static float half(uint16_t bits)
     return float_of(sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13);
 }
 
-/* Of a block, where scales are no bytes. */
+/* Of a block; 1 where scales are bytes, whose products are in tables. */
 INLINE float scale_at(const uint8_t *scales, int64_t kind, int64_t block)
 {
     float value;
@@ -727,7 +678,8 @@ INLINE float scale_at(const uint8_t *scales, int64_t kind, int64_t block)
     switch (kind) {
     case SCALE_FLOAT32: memcpy(&value, scales + 4 * block, 4); return value;
     case SCALE_BFLOAT16: return bfloat16_at(scales, block);
-    default: memcpy(&word, scales + 2 * block, 2); return half(word);
+    case SCALE_FLOAT16: memcpy(&word, scales + 2 * block, 2); return half(word);
+    default: return 1;
     }
 }
 
@@ -738,8 +690,7 @@ static void nibbles_slowly(const struct nibbles *job, int64_t first, int64_t sto
     for (int64_t i = first; i < stop; i++) {
         const int64_t block = i / job->block, row = is_byte ? 16 * job->scales[block] : 0;
         const int64_t code = job->codes[i / 2] >> (((i & 1) != job->is_high_first) * 4) & 15;
-        const float scale = is_byte ? 0 : scale_at(job->scales, job->scale_kind, block);
-        const float value = job->table[code] * scale;
+        const float value = job->table[code] * scale_at(job->scales, job->scale_kind, block);
         if (is_float)
             ((float *)job->to)[i] = is_byte ? ((const float *)job->by_scale)[row + code] : value;
         else
@@ -748,79 +699,104 @@ static void nibbles_slowly(const struct nibbles *job, int64_t first, int64_t sto
     }
 }
 
-/* `count` elements of block a and of block b, which may be the same. tables: by a scale of a byte. */
-INLINE void two_blocks(const struct nibbles *job, int64_t a, int64_t b, int64_t count, entries table,
-                       const kept *tables, int step, int is_streamed)
+/* Whole steps of one block, from element `first` on. */
+INLINE void nibbles_block(const struct nibbles *job, int64_t first, int64_t count, lookup in, int step, int is_streamed)
 {
-    const int64_t block = job->block, kind = job->scale_kind, distance = (b - a) * block;
+    uint16_t *to = (uint16_t *)job->to + first;
+    const uint8_t *codes = job->codes + first / 2;
     const int is_high_first = job->is_high_first != 0;
-    const uint8_t *codes = job->codes + a * block / 2;
-    uint16_t *to = (uint16_t *)job->to + a * block;
-    lookup in;
-    if (kind == SCALE_BYTE) {
-        in = both(&tables[job->scales[a]], &tables[job->scales[b]]);
-    } else {
-        const float scale = scale_at(job->scales, kind, a), next = scale_at(job->scales, kind, b);
-        if (__builtin_expect(!is_finite(scale) || !is_finite(next), 0)) {
-            nibbles_slowly(job, a * block, a * block + count);
-            nibbles_slowly(job, b * block, b * block + count);
-            return;
-        }
-        in = made(table, 0, scale, 0, next);
-    }
     for (int64_t i = 0; i < count; i += step)
-        look_up_nibbles(to + i, codes + i / 2, distance, in, step, is_high_first, is_streamed);
+        look_up_nibbles(to + i, codes + i / 2, in, step, is_high_first, is_streamed);
 }
 
-/* Elements first ... stop - 1, first the start of a block; steps that are whole. Returns where they end. */
-INLINE int64_t nibbles_words(const struct nibbles *job, int64_t first, int64_t stop, const kept *tables, int step,
-                             int is_streamed)
+/* Pairs of whole blocks, from element `first` on; returns where they end. tables: by a scale of a byte. */
+INLINE int64_t nibbles_words(const struct nibbles *job, int64_t first, int64_t stop, const lookup *tables, int step,
+                             int is_byte, int is_streamed)
 {
-    const entries table = spread(job->table);
-    const int64_t block = job->block, last = stop / block;
-    int64_t b = first / block;
-    for (; b + 1 < last; b += 2)
-        two_blocks(job, b, b + 1, block, table, tables, step, is_streamed);
-    for (; b < last; b++)
-        two_blocks(job, b, b, block, table, tables, step, is_streamed);
-    const int64_t left = (stop - b * block) / step * step;
-    if (left)
-        two_blocks(job, b, b, left, table, tables, step, is_streamed);
-    return b * block + left;
+    const int64_t block = job->block, kind = job->scale_kind, every = STRETCH / (2 * block) + 1;
+    const entries values = spread(job->table);
+    const uint8_t *scales = job->scales;
+    for (int64_t b = first / block, pair = 0; first + 2 * block <= stop; b += 2, pair++, first += 2 * block) {
+        lookup in[2];
+        if (pair % every == 0)
+            fetch(job->codes + first / 2, every * block);
+        if (is_byte) {
+            in[0] = tables[scales[b]];
+            in[1] = tables[scales[b + 1]];
+        } else {
+            const float scale = scale_at(scales, kind, b), next = scale_at(scales, kind, b + 1);
+            if (__builtin_expect(!is_finite(scale) || !is_finite(next), 0)) {
+                nibbles_slowly(job, first, first + 2 * block);
+                continue;
+            }
+            make_two(in, values, 0, scale, 0, next);
+        }
+        nibbles_block(job, first, block, in[0], step, is_streamed);
+        nibbles_block(job, first + block, block, in[1], step, is_streamed);
+    }
+    return first;
+}
+
+/* The same for what is left of a part, less than two blocks, down to less than half a step. */
+static int64_t nibbles_words_left(const struct nibbles *job, int64_t first, int64_t stop, const lookup *tables)
+{
+    while (first + HALF_STEP <= stop) {
+        const int64_t b = first / job->block, here = stop - first < job->block ? stop - first : job->block;
+        const int64_t count = here / HALF_STEP * HALF_STEP;
+        const float scale = scale_at(job->scales, job->scale_kind, b);
+        lookup in[2];
+        if (job->scale_kind == SCALE_BYTE)
+            in[0] = tables[job->scales[b]];
+        else
+            make_two(in, spread(job->table), 0, scale, 0, scale);
+        if (is_finite(scale))
+            nibbles_block(job, first, count, in[0], HALF_STEP, 0);
+        else
+            nibbles_slowly(job, first, first + count);
+        first += count;
+    }
+    return first;
 }
 
 INLINE int64_t nibbles_floats(const struct nibbles *job, int64_t first, int64_t stop, int is_streamed)
 {
     const int64_t block = job->block, kind = job->scale_kind;
-    const floats16 table = get_floats(job->table);
-    int64_t at = first;
-    for (int64_t b = first / block; at + HALF_STEP <= stop; b++) {
+    const int is_high_first = job->is_high_first != 0;
+    const floats16 values = get_floats(job->table);
+    while (first + HALF_STEP <= stop) {
+        const int64_t b = first / block, here = stop - first < block ? stop - first : block;
         const floats16 in = kind == SCALE_BYTE ? get_floats((const float *)job->by_scale + 16 * job->scales[b])
-                                               : times(table, scale_at(job->scales, kind, b));
-        for (int64_t i = 0; i < block && at + HALF_STEP <= stop; i += HALF_STEP, at += HALF_STEP)
-            look_up_floats((float *)job->to + at, job->codes + at / 2, in, job->is_high_first != 0, is_streamed);
+                                               : times(values, scale_at(job->scales, kind, b));
+        for (int64_t i = 0; i + HALF_STEP <= here; i += HALF_STEP, first += HALF_STEP)
+            look_up_floats((float *)job->to + first, job->codes + first / 2, in, is_high_first, is_streamed);
     }
-    return at;
+    return first;
 }
 
-/* Returns where it ended: what is left is no whole step. */
-INLINE int64_t nibbles_fast(const struct nibbles *job, int64_t first, int64_t stop, const kept *tables, int is_streamed)
+/* Returns where it ended: less than half a step before `stop`, or at once where blocks are odd. */
+INLINE int64_t nibbles_fast(const struct nibbles *job, int64_t first, int64_t stop, const lookup *tables,
+                            int is_streamed)
 {
+    const int is_byte = job->scale_kind == SCALE_BYTE;
     if (job->block % HALF_STEP)
         return first;
     if (job->dtype == FLOAT32)
         return nibbles_floats(job, first, stop, is_streamed);
     if (job->block % STEP)
-        return nibbles_words(job, first, stop, tables, HALF_STEP, is_streamed);
-    return nibbles_words(job, first, stop, tables, STEP, is_streamed);
+        first = is_byte ? nibbles_words(job, first, stop, tables, HALF_STEP, 1, is_streamed)
+                        : nibbles_words(job, first, stop, tables, HALF_STEP, 0, is_streamed);
+    else
+        first = is_byte ? nibbles_words(job, first, stop, tables, STEP, 1, is_streamed)
+                        : nibbles_words(job, first, stop, tables, STEP, 0, is_streamed);
+    return nibbles_words_left(job, first, stop, tables);
 }
 
 void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
 {
-    _Alignas(64) kept tables[256];
+    _Alignas(64) lookup tables[256];
     if (job->scale_kind == SCALE_BYTE && job->dtype == BFLOAT16)
         for (int i = 0; i < 256; i++)
-            tables[i] = kept_of((const uint16_t *)job->by_scale + 16 * i);
+            tables[i] = of_words((const uint16_t *)job->by_scale + 16 * i);
     for (;;) {
         const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
         if (first >= job->n)

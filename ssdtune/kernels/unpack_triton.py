@@ -3,11 +3,14 @@
 A program takes tiles of 512 elements, eight vectors of 64; its *rows* are stretches of at most 64 lanes that share a
 scale, so that scales are loaded once a row. What a tile needs is loaded before anything is stored. A slice's byte is
 loaded once for all its fields, a byte of two nibbles by the one thread that stores both elements, which are neighbours.
-128 threads store 16 bytes at a time each, in the order in which they lie (64 bytes of 8 on AMD's wide waves).
+Each of 128 threads stores 16 bytes at a time, neighbours side by side (8 bytes where a warp has 64 threads).
 
 Any part may begin at any multiple of its dtype's size, codes at any byte, and is read right. Where slices and output
 begin on 16 bytes and the number of elements is a multiple of 16, the compiler knows it from the arguments and joins a
 thread's neighbours into one access; elsewhere they are taken one by one.
+
+Compiled for sm_90 that is 15 instructions for an affine weight of 4 bits, 24 for one of 8, 16 for a nibble, rounded to
+bfloat16; no shared memory, no barrier. (Triton 3.9. Nothing has run on a GPU yet.)
 
 No sum, product or rounding is left to a compiler (launched with enable_fp_fusion=False), and no conversion in which
 bits are lost. What is no number is 0x7FC0 in bfloat16, and some NaN in float32.
@@ -271,7 +274,9 @@ def _launch(
     is_bf16 = out.dtype == torch.bfloat16
     assert is_bf16 or out.dtype == torch.float32, out.dtype
     flat = out.view(-1)
-    bits = FIELD_BITS[directions[0].kind] if directions else philox.LANES * 128 // TILE
+    # Without directions: fields so wide that philox.py's tile is one of ours.
+    widest = philox.LANES * philox.COUNTER_BITS // TILE
+    bits = FIELD_BITS[directions[0].kind] if directions else widest
     tiles, depth = TILES[out.dtype], philox.tile_size(bits) // TILE
     grid = (-(-flat.numel() // (tiles * depth * TILE)), -(-depth // MOST))
     kernel[grid](

@@ -57,14 +57,10 @@ class Scheme:
 
     def has_packed(self, width: int, num_packed: int, num_scales: int) -> bool:
         """Whether rows of so many columns, in so many words with so many scales, can be of this scheme."""
-        is_by_row = self.is_integer and self.strategy in ("group", "channel")
-        return is_by_row and (
-            num_words(width, self.bits),
-            num_groups(width, self.blocks(1, width)[1]),
-        ) == (
-            num_packed,
-            num_scales,
-        )
+        if not self.is_integer or self.strategy not in ("group", "channel"):
+            return False
+        group = self.blocks(1, width)[1]
+        return num_words(width, self.bits) == num_packed and num_groups(width, group) == num_scales
 
 
 def read(config: Mapping[str, Any], pile: Pile) -> None:
@@ -97,8 +93,9 @@ def _put_integers(
     rows, width = _shape(pile, base, packed)
     scale = pile.take(base + ".weight_scale", of=base, rank=2, dtypes=FLOAT_DTYPES)
     num_packed, num_scales = packed.shape[1], scale.shape[1]
-    scheme = next((s for s in schemes if s.has_packed(width, num_packed, num_scales)), None)
-    if scheme is None:
+    zeros, g_idx = pile.find(base + ".weight_zero_point"), pile.find(base + ".weight_g_idx")
+    fitting = [s for s in schemes if s.has_packed(width, num_packed, num_scales)]
+    if not fitting:
         refuse(
             packed.path,
             f"{num_packed} words and {num_scales} scales for {width} columns are none of the config's schemes "
@@ -106,8 +103,9 @@ def _put_integers(
             tensor=base,
             way_out=OTHER_MODEL,
         )
+    # Zeros may be there that a symmetric scheme does not use.
+    scheme = next((s for s in fitting if s.is_symmetric == (zeros is None)), fitting[0])
     group = scheme.blocks(rows, width)[1]
-    zeros, g_idx = pile.find(base + ".weight_zero_point"), pile.find(base + ".weight_g_idx")
     parts = [packed, scale]
     if not scheme.is_symmetric:
         parts.append(zeros or pile.take(base + ".weight_zero_point", of=base))
