@@ -74,7 +74,7 @@ class Nibbles:
         codes, scales = (part.reshape(-1) for part in parts)
         flat = out.view(-1)
         table = torch.tensor(self.table, dtype=torch.float32, device=out.device)
-        chunk = CHUNK // self.block * self.block
+        chunk = CHUNK // (2 * self.block) * 2 * self.block  # whole blocks and whole bytes
         for first in range(0, flat.numel(), chunk):
             count = min(chunk, flat.numel() - first)
             found = codes[first // 2 : -(-(first + count) // 2)]

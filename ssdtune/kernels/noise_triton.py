@@ -21,6 +21,7 @@ from ssdtune.kernels import philox
 from ssdtune.kernels.noise import FIELD_BITS, Direction, table_on
 
 TILES = 8  # of one program
+KEYS = ("k0", "k1")  # new in every step: no kernel is compiled anew for their values
 CHUNK = 1 << 24  # elements whose float32 sums are held at once, where there are several launches
 
 
@@ -65,7 +66,7 @@ def _nearest(value):
     return _upper(value, bits + 0x7FFF + ((bits >> 16) & 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEYS)
 def _add(
     to, base, table, num_elements, first, k0, k1, decay,
     BITS: tl.constexpr, TILES: tl.constexpr, HAS_DECAY: tl.constexpr,
@@ -95,7 +96,7 @@ def _add(
                 tl.store(to + element, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEYS)
 def _round_at_random(to, sums, num_elements, first, k0, k1, TILES: tl.constexpr):
     """bfloat16 bits of float32 sums: up with the probability of what is cut."""
     at = tl.program_id(0).to(tl.int64) * TILES * 64 + tl.arange(0, TILES * 64)
@@ -167,5 +168,7 @@ def _launch_add(
     )
 
 
-def _halves(key: int) -> tuple[int, int]:
-    return key & philox.MASK, key >> 32 & philox.MASK
+def _halves(key: int) -> list[int]:
+    """Lower and upper 32 bits, as signed numbers: always of the same type."""
+    halves = (key & philox.MASK, key >> 32 & philox.MASK)
+    return [half - (half >> 31 << 32) for half in halves]

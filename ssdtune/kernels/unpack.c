@@ -19,7 +19,7 @@
 enum { TILE = 512, LANES = 64 };    /* elements of a slice's tile; bytes of its vectors */
 enum { STRETCH = 8 * TILE };        /* elements that are prepared at a time */
 enum { STEP = 32, HALF_STEP = 16 }; /* elements, a multiple of which the functions below take */
-enum { AHEAD = 2048 };              /* bytes from what is used to what is fetched meanwhile */
+enum { PAGE = 4096 };               /* bytes */
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 INLINE float float_of(uint32_t bits)
@@ -52,15 +52,15 @@ INLINE uint16_t nearest(float value, uint16_t nan)
  *     lookup           16 bfloat16, ready to be found by code
  *     make_two         two groups' lookups, of (entry - zero) * scale; scales are finite
  *     look_up          STEP codes in the low halves of bytes, of one group, and as many in the high halves, of another
+ *     look_up_32       STEP codes of one group, a byte each of five bits: of the first lookup, then of the second
  *     look_up_nibbles  STEP or HALF_STEP codes of one group, one after the other
  *     compute_words    (code - zero) * scale for STEP codes, a byte each; the scale is finite
  *     compute_floats   the same, to float32
  *     look_up_floats   HALF_STEP codes, one after the other, in a table of 16
  *     LOOKUP_BITS      codes with more bits are not looked up
- *
- * Streamed stores go past the caches to memory; they are aligned. */
+ *     CAN_STREAM       whether stores can go past the caches to memory; such ones are aligned */
 #if defined(__AVX512F__)
-enum { BYTES = 64, LOOKUP_BITS = 4 };
+enum { BYTES = 64, LOOKUP_BITS = 5, CAN_STREAM = 1 };
 typedef __m512i bytes;
 typedef struct { __m512 even, odd; } entries; /* eight of each, twice */
 typedef __m512i lookup;                       /* twice */
@@ -128,6 +128,12 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
     put(to + LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), in[1]), is_streamed);
 }
 
+INLINE void look_up_32(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
+{
+    const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    put(to, _mm512_permutexvar_epi16(byte, _mm512_mask_blend_epi64(0xF0, in[0], in[1])), is_streamed);
+}
+
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
 {
     if (step == STEP) {
@@ -179,7 +185,7 @@ INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_
     put(to, _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_srlv_epi32(all, shifts), in)), is_streamed);
 }
 #elif defined(__AVX2__)
-enum { BYTES = 32, LOOKUP_BITS = 4 };
+enum { BYTES = 32, LOOKUP_BITS = 5, CAN_STREAM = 1 };
 typedef __m256i bytes;
 typedef struct { __m256 every4th[4]; } entries; /* 0, 4, 8, 12; then 1, 5, 9, 13; ...: in both halves */
 typedef struct { __m128i low, high; } lookup;   /* bytes. Half as wide as could be: nothing crosses the halves */
@@ -264,11 +270,15 @@ INLINE lookup of_words(const uint16_t *words)
                     _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
 }
 
-INLINE void look_up_16(uint16_t *to, __m128i codes, lookup in, int is_streamed)
+INLINE void put_joined(uint16_t *to, __m128i low, __m128i high, int is_streamed)
 {
-    const __m128i low = _mm_shuffle_epi8(in.low, codes), high = _mm_shuffle_epi8(in.high, codes);
     put_half(to, _mm_unpacklo_epi8(low, high), is_streamed);
     put_half(to + 8, _mm_unpackhi_epi8(low, high), is_streamed);
+}
+
+INLINE void look_up_16(uint16_t *to, __m128i codes, lookup in, int is_streamed)
+{
+    put_joined(to, _mm_shuffle_epi8(in.low, codes), _mm_shuffle_epi8(in.high, codes), is_streamed);
 }
 
 INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
@@ -278,6 +288,19 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
         const __m128i byte = _mm_loadu_si128((const __m128i *)(codes + i));
         look_up_16(to + i, _mm_and_si128(byte, mask), in[0], is_streamed);
         look_up_16(to + LANES + i, _mm_and_si128(_mm_srli_epi16(byte, 4), mask), in[1], is_streamed);
+    }
+}
+
+INLINE void look_up_32(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
+{
+    for (int i = 0; i < STEP; i += 16) {
+        const __m128i code = _mm_loadu_si128((const __m128i *)(codes + i));
+        const __m128i fifth = _mm_slli_epi16(code, 3); /* as the uppermost of each byte, which chooses */
+        const __m128i low = _mm_blendv_epi8(
+            _mm_shuffle_epi8(in[0].low, code), _mm_shuffle_epi8(in[1].low, code), fifth);
+        const __m128i high = _mm_blendv_epi8(
+            _mm_shuffle_epi8(in[0].high, code), _mm_shuffle_epi8(in[1].high, code), fifth);
+        put_joined(to + i, low, high, is_streamed);
     }
 }
 
@@ -345,7 +368,7 @@ INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_
     }
 }
 #else
-enum { BYTES = 8, LOOKUP_BITS = 0 };
+enum { BYTES = 8, LOOKUP_BITS = 0, CAN_STREAM = 0 };
 typedef uint64_t bytes;
 typedef struct { float values[16]; } entries;
 typedef struct { uint16_t values[16]; } lookup;
@@ -391,6 +414,12 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
         to[i] = in[0].values[codes[i] & 15];
         to[LANES + i] = in[1].values[codes[i] >> 4];
     }
+}
+
+INLINE void look_up_32(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
+{
+    for (int i = 0; i < STEP; i++)
+        to[i] = in[codes[i] >> 4].values[codes[i] & 15];
 }
 
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
@@ -440,11 +469,12 @@ INLINE void finish(int is_streamed)
 #endif
 }
 
-/* Processors fetch what follows by themselves, but stop at the end of each page. */
-INLINE void fetch(const uint8_t *from, int64_t num_bytes)
+/* Asks for one line of each page that is written after the next `num_bytes`: by then its address is known. Stores wait
+ * for that in order, and everything behind them. What is read needs no such help, and is slower with it. */
+INLINE void find_pages(const void *to, int64_t num_bytes)
 {
-    for (int64_t i = 0; i < num_bytes; i += 64)
-        __builtin_prefetch(from + AHEAD + i);
+    for (int64_t at = 0; at < num_bytes; at += PAGE)
+        __builtin_prefetch((const char *)to + num_bytes + at);
 }
 
 /* The i-th of bfloat16 numbers at any address. */
@@ -524,33 +554,50 @@ INLINE void join(uint8_t *codes, const uint8_t *packed[], int64_t num_tiles, int
     }
 }
 
-/* Codes of tiles as `join` has them: in `space`, or where they are if one slice has them so. */
-INLINE const uint8_t *codes_of(const struct affine *job, int64_t tile, int64_t num_tiles, uint8_t *space, int is_halves)
+INLINE void find_slices(const uint8_t *packed[], const struct affine *job, int64_t tile)
 {
-    const uint8_t *packed[MAX_SLICES] = {0};
-    for (int s = 0; s < job->num_slices; s++) {
-        const int64_t tile_bytes = (job->widths >> (4 * s) & 15) * LANES;
-        packed[s] = job->slices[s] + tile * tile_bytes;
-        fetch(packed[s], num_tiles * tile_bytes);
-    }
-    if (job->widths == (is_halves ? 0x4 : 0x8))
+    for (int s = 0; s < job->num_slices; s++)
+        packed[s] = job->slices[s] + tile * (job->widths >> (4 * s) & 15) * LANES;
+}
+
+/* The two below: codes of tiles, in `space` or where they are if a slice has them so. Common orders are fast; where
+ * BYTES is small they are not worth their code. */
+
+/* Of at most four bits, as a slice of width 4 has them. */
+static const uint8_t *halves_of(const struct affine *job, int64_t tile, int64_t num_tiles, uint8_t *space)
+{
+    const uint8_t *packed[MAX_SLICES];
+    find_slices(packed, job, tile);
+    if (job->widths == 0x4)
         return packed[0];
-    if (is_halves && job->widths == 0x2)
-        join(space, packed, num_tiles, 1, 2, 1, 0x2);
-    else if (is_halves && job->widths == 0x12)
-        join(space, packed, num_tiles, 1, 3, 2, 0x12);
-    else if (is_halves && job->widths == 0x112)
-        join(space, packed, num_tiles, 1, 4, 3, 0x112);
-    else if (!is_halves && job->widths == 0x14)
-        join(space, packed, num_tiles, 0, 5, 2, 0x14);
-    else if (!is_halves && job->widths == 0x114)
-        join(space, packed, num_tiles, 0, 6, 3, 0x114);
-    else if (!is_halves && job->widths == 0x214)
-        join(space, packed, num_tiles, 0, 7, 3, 0x214);
-    else if (!is_halves && job->widths == 0x2114)
-        join(space, packed, num_tiles, 0, 8, 4, 0x2114);
-    else
-        join(space, packed, num_tiles, is_halves, (int)job->bits, (int)job->num_slices, (uint64_t)job->widths);
+    switch (BYTES > 8 ? job->widths : 0) {
+    case 0x1: join(space, packed, num_tiles, 1, 1, 1, 0x1); break;
+    case 0x2: join(space, packed, num_tiles, 1, 2, 1, 0x2); break;
+    case 0x12: join(space, packed, num_tiles, 1, 3, 2, 0x12); break;
+    case 0x112: join(space, packed, num_tiles, 1, 4, 3, 0x112); break;
+    default: join(space, packed, num_tiles, 1, (int)job->bits, (int)job->num_slices, (uint64_t)job->widths);
+    }
+    return space;
+}
+
+/* A byte each. */
+static const uint8_t *bytes_of(const struct affine *job, int64_t tile, int64_t num_tiles, uint8_t *space)
+{
+    const uint8_t *packed[MAX_SLICES];
+    find_slices(packed, job, tile);
+    if (job->widths == 0x8)
+        return packed[0];
+    switch (BYTES > 8 ? job->widths : 0) {
+    case 0x1: join(space, packed, num_tiles, 0, 1, 1, 0x1); break;
+    case 0x2: join(space, packed, num_tiles, 0, 2, 1, 0x2); break;
+    case 0x12: join(space, packed, num_tiles, 0, 3, 2, 0x12); break;
+    case 0x4: join(space, packed, num_tiles, 0, 4, 1, 0x4); break;
+    case 0x14: join(space, packed, num_tiles, 0, 5, 2, 0x14); break;
+    case 0x114: join(space, packed, num_tiles, 0, 6, 3, 0x114); break;
+    case 0x214: join(space, packed, num_tiles, 0, 7, 3, 0x214); break;
+    case 0x2114: join(space, packed, num_tiles, 0, 8, 4, 0x2114); break;
+    default: join(space, packed, num_tiles, 0, (int)job->bits, (int)job->num_slices, (uint64_t)job->widths);
+    }
     return space;
 }
 
@@ -587,6 +634,19 @@ INLINE void affine_looked_up(uint16_t *to, const uint8_t *codes, const struct gr
         }
 }
 
+/* codes: of five bits, a byte each. */
+INLINE void affine_looked_up_32(uint16_t *to, const uint8_t *codes, const struct groups *of, int64_t n, int64_t group,
+                                int is_streamed)
+{
+    const entries values = spread(COUNT);
+    for (int64_t at = 0, g = 0; at < n; at += group, g++) {
+        lookup in[2];
+        make_two(in, values, of->zero[g], of->scale[g], of->zero[g] - 16, of->scale[g]);
+        for (int64_t i = at; i < at + group; i += STEP)
+            look_up_32(to + i, codes + i, in, is_streamed);
+    }
+}
+
 static void affine_slowly(uint16_t *to, const uint8_t *codes, const struct groups *of, int64_t n, int64_t group,
                           uint16_t nan)
 {
@@ -600,8 +660,9 @@ INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int6
     _Alignas(64) uint8_t space[STRETCH];
     struct groups of;
     get_groups(&of, job, first / job->group, n / job->group);
-    if (job->dtype == BFLOAT16 && job->bits <= LOOKUP_BITS && of.is_finite) {
-        const uint8_t *codes = codes_of(job, first / TILE, n / TILE, space, 1);
+    const int is_looked_up = job->dtype == BFLOAT16 && job->bits <= LOOKUP_BITS && of.is_finite;
+    if (is_looked_up && job->bits <= 4) {
+        const uint8_t *codes = halves_of(job, first / TILE, n / TILE, space);
         switch (job->group) {
         case 32: affine_looked_up(to, codes, &of, n, 32, is_streamed); break;
         case 64: affine_looked_up(to, codes, &of, n, 64, is_streamed); break;
@@ -609,8 +670,10 @@ INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int6
         }
         return;
     }
-    const uint8_t *codes = codes_of(job, first / TILE, n / TILE, space, 0);
-    if (job->dtype == FLOAT32)
+    const uint8_t *codes = bytes_of(job, first / TILE, n / TILE, space);
+    if (is_looked_up)
+        affine_looked_up_32(to, codes, &of, n, job->group, is_streamed);
+    else if (job->dtype == FLOAT32)
         affine_floats(to, codes, &of, n, job->group, is_streamed);
     else if (of.is_finite)
         affine_computed(to, codes, &of, n, job->group, is_streamed);
@@ -626,7 +689,8 @@ static void affine_stretch(const struct affine *job, int64_t first, int64_t n)
         _Alignas(64) float made[STRETCH];
         affine_tiles(job, made, first, whole, 0);
         memcpy(to, made, (size_t)(n * size));
-    } else if (job->is_streamed) {
+    } else if (CAN_STREAM && job->is_streamed) {
+        find_pages(to, n * size);
         affine_tiles(job, to, first, n, 1);
     } else {
         affine_tiles(job, to, first, n, 0);
@@ -713,13 +777,15 @@ INLINE void nibbles_block(const struct nibbles *job, int64_t first, int64_t coun
 INLINE int64_t nibbles_words(const struct nibbles *job, int64_t first, int64_t stop, const lookup *tables, int step,
                              int is_byte, int is_streamed)
 {
-    const int64_t block = job->block, kind = job->scale_kind, every = STRETCH / (2 * block) + 1;
+    const int64_t block = job->block, kind = job->scale_kind, stretch = STRETCH / (2 * block) + 1;
     const entries values = spread(job->table);
     const uint8_t *scales = job->scales;
-    for (int64_t b = first / block, pair = 0; first + 2 * block <= stop; b += 2, pair++, first += 2 * block) {
+    for (int64_t b = first / block, left = 0; first + 2 * block <= stop; b += 2, left--, first += 2 * block) {
         lookup in[2];
-        if (pair % every == 0)
-            fetch(job->codes + first / 2, every * block);
+        if (is_streamed && left == 0) {
+            find_pages((uint16_t *)job->to + first, 4 * stretch * block);
+            left = stretch;
+        }
         if (is_byte) {
             in[0] = tables[scales[b]];
             in[1] = tables[scales[b + 1]];
@@ -802,8 +868,8 @@ void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
         if (first >= job->n)
             break;
         const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
-        const int64_t done = job->is_streamed ? nibbles_fast(job, first, stop, tables, 1)
-                                              : nibbles_fast(job, first, stop, tables, 0);
+        const int64_t done = CAN_STREAM && job->is_streamed ? nibbles_fast(job, first, stop, tables, 1)
+                                                            : nibbles_fast(job, first, stop, tables, 0);
         nibbles_slowly(job, done, stop);
     }
     finish(job->is_streamed != 0);

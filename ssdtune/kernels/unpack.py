@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from ssdtune.kernels.formats import Format
+from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.native import library
 
 TRITON = "_triton"
@@ -43,12 +44,8 @@ def _decoder(format: Format, out: torch.Tensor, suffix: str | None) -> Decoder:
     if suffix == "":
         return lambda format, parts, out: format.by_torch(parts, out)
     if suffix == TRITON:
-        from ssdtune.kernels import unpack_triton
-
-        return unpack_triton.DECODERS[type(format)]
-    from ssdtune.kernels import unpack_native
-
-    decoder = unpack_native.DECODERS[type(format)]
+        return _kernels()[type(format)]
+    decoder = _natives()[type(format)]
     return lambda format, parts, out: decoder(format, parts, out, suffix)
 
 
@@ -58,16 +55,26 @@ def _best(format: Format, out: torch.Tensor) -> str:
         return ""
     if out.device.type == "cpu":
         native = library()
-        if native is None:
-            return ""
-        from ssdtune.kernels import unpack_native
+        return native.suffixes[0] if native is not None and type(format) in _natives() else ""
+    is_known = out.device.type == "cuda" and _has_triton() and type(format) in _kernels()
+    return TRITON if is_known else ""
 
-        return native.suffixes[0] if type(format) in unpack_native.DECODERS else ""
-    if out.device.type == "cuda" and _has_triton():
-        from ssdtune.kernels import unpack_triton
 
-        return TRITON if type(format) in unpack_triton.DECODERS else ""
-    return ""
+@cache
+def _natives() -> dict[type, Callable[..., None]]:
+    """What native code decodes: (format, parts, out, suffix)."""
+    from ssdtune.kernels import integers_native, unpack_native
+    from ssdtune.kernels.lossless_native import decode_lossless
+
+    return {**unpack_native.DECODERS, **integers_native.DECODERS, Lossless: decode_lossless}
+
+
+@cache
+def _kernels() -> dict[type, Decoder]:
+    """What Triton's kernels decode."""
+    from ssdtune.kernels import lossless_triton, unpack_triton
+
+    return {**unpack_triton.DECODERS, Lossless: lossless_triton.decode_lossless}
 
 
 @cache

@@ -163,6 +163,7 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
     (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     for path in sorted(source.iterdir()):
         is_small = path.suffix in COPIED and not path.name.endswith(".index.json")
+        is_small = is_small and not path.name.startswith(".")
         if path.is_file() and is_small and path.name != "config.json":
             shutil.copyfile(path, out / path.name)
     for left in out.glob(f"*{PARTIAL}"):
