@@ -158,10 +158,10 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
     import torch
 
     from ssdtune.api import build_arguments
+    from ssdtune.packing.once import build_planned
     from ssdtune.peft import attach, lora_config
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
     from ssdtune.trainer.run import trains_all
-    from ssdtune.packing.once import build_planned
     from ssdtune.visit.draft import draft
     from ssdtune.visit.rehearsal import rehearse_draft
 

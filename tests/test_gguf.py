@@ -225,7 +225,7 @@ def test_every_type_of_the_container_has_the_packages_size() -> None:
         assert known[number] == kind
     for kind in KINDS:
         sizes = constants.GGML_QUANT_SIZES[constants.GGMLQuantizationType[kind]]
-        assert sizes == KINDS[kind][:2]
+        assert sizes == (KINDS[kind].block, KINDS[kind].num_bytes)
 
 
 # --------------------------------------------------------------------------- the container

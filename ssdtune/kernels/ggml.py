@@ -28,8 +28,9 @@ DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 class Kind(NamedTuple):
-    """decode: uint8 [blocks, num_bytes] to float32 [blocks, block]."""
+    """number: ggml's of the type. decode: uint8 [blocks, num_bytes] to float32 [blocks, block]."""
 
+    number: int
     block: int  # elements
     num_bytes: int
     decode: Callable[[torch.Tensor], torch.Tensor]
@@ -56,7 +57,7 @@ class Ggml:
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""
-        block, num_bytes, decode = KINDS[self.kind]
+        _, block, num_bytes, decode = KINDS[self.kind]
         blocks, values = parts[0].view(-1, num_bytes), out.view(-1, block)
         step = CHUNK // block
         for first in range(0, len(blocks), step):
@@ -216,20 +217,20 @@ def _plain(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 KINDS: dict[str, Kind] = {
-    "F32": Kind(1, 4, _plain(torch.float32)),
-    "F16": Kind(1, 2, _plain(torch.float16)),
-    "BF16": Kind(1, 2, _plain(torch.bfloat16)),
-    "Q4_0": Kind(32, 18, _q4_0),
-    "Q4_1": Kind(32, 20, _q4_1),
-    "Q5_0": Kind(32, 22, _q5_0),
-    "Q5_1": Kind(32, 24, _q5_1),
-    "Q8_0": Kind(32, 34, _q8_0),
-    "Q2_K": Kind(256, 84, _q2_k),
-    "Q3_K": Kind(256, 110, _q3_k),
-    "Q4_K": Kind(256, 144, _q4_k),
-    "Q5_K": Kind(256, 176, _q5_k),
-    "Q6_K": Kind(256, 210, _q6_k),
-    "IQ4_NL": Kind(32, 18, _iq4_nl),
-    "IQ4_XS": Kind(256, 136, _iq4_xs),
-    "MXFP4": Kind(32, 17, _mxfp4),
+    "F32": Kind(0, 1, 4, _plain(torch.float32)),
+    "F16": Kind(1, 1, 2, _plain(torch.float16)),
+    "BF16": Kind(30, 1, 2, _plain(torch.bfloat16)),
+    "Q4_0": Kind(2, 32, 18, _q4_0),
+    "Q4_1": Kind(3, 32, 20, _q4_1),
+    "Q5_0": Kind(6, 32, 22, _q5_0),
+    "Q5_1": Kind(7, 32, 24, _q5_1),
+    "Q8_0": Kind(8, 32, 34, _q8_0),
+    "Q2_K": Kind(10, 256, 84, _q2_k),
+    "Q3_K": Kind(11, 256, 110, _q3_k),
+    "Q4_K": Kind(12, 256, 144, _q4_k),
+    "Q5_K": Kind(13, 256, 176, _q5_k),
+    "Q6_K": Kind(14, 256, 210, _q6_k),
+    "IQ4_NL": Kind(20, 32, 18, _iq4_nl),
+    "IQ4_XS": Kind(23, 256, 136, _iq4_xs),
+    "MXFP4": Kind(39, 32, 17, _mxfp4),
 }

@@ -12,6 +12,7 @@ import torch
 
 from ssdtune.errors import SSDTuneError, reason_of
 
+CACHE_LINE = 64
 PARTIAL = ".partial"  # ending of a file that is not whole
 
 
@@ -22,14 +23,14 @@ class ShardError(SSDTuneError):
 class ShardWriter:
     """A file that gets its name when it is whole.
 
-    header_bytes: what the header may take; the rest of it is filled up with spaces. Use as a context: left without
+    header_bytes: what the header may take; it is filled up with spaces, to where data lie on cache lines. Use as a context: left without
     `finish`, nothing stays.
     """
 
     def __init__(self, path: Path, header_bytes: int) -> None:
         self.path = path
         self._partial = path.with_name(path.name + PARTIAL)
-        self._header_bytes = header_bytes + -header_bytes % 64
+        self._header_bytes = header_bytes + -(8 + header_bytes) % CACHE_LINE
         self._tensors: dict[str, dict[str, object]] = {}
         self._end = 0
         self._file = self._partial.open("wb")

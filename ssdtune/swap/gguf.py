@@ -54,13 +54,9 @@ WINDOW_BYTES: Final = 1 << 20  # read at a time
 # Types of values: struct's letter for those of one size.
 NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
 BOOL, TEXT, ARRAY = 7, 8, 9
-# Types of tensors.
+# Types of tensors, by ggml's numbers.
 PLAIN: Final = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}  # fmt: skip
-PACKED: Final = {
-    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
-    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
-    20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4",
-}  # fmt: skip
+PACKED: Final = {kind.number: name for name, kind in KINDS.items() if kind.block > 1}
 UNREAD: Final = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",

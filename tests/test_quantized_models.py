@@ -1,0 +1,125 @@
+"""Models that other libraries quantized train, in place, as their decoded twins do in memory."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from support import Pair, assert_same_training, digests, with_lora
+from test_packing import unpacked_twin, write_aligned
+
+from ssdtune.kernels.nibbles import E2M1, NF4
+from ssdtune.kernels.quantize import quantize_nibbles
+from ssdtune.packing.layout import PackError, groups_of
+from ssdtune.packing.wanted import Wanted
+from ssdtune.visit.build import build_meta
+
+Stream = Callable[..., Any]
+Tensors = dict[str, torch.Tensor]
+FP8_BLOCK = 32
+
+
+def as_bitsandbytes(name: str, weight: torch.Tensor) -> Tensors:
+    """NF4 in blocks of 64, as `save_pretrained` of a model loaded in 4 bits writes it."""
+    parts = quantize_nibbles(weight, NF4, 64, "F32", is_high_first=True)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    written = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {
+        name: parts["codes"].view(-1, 1),
+        f"{name}.absmax": parts["scales"],
+        f"{name}.quant_map": torch.tensor(NF4),
+        f"{name}.quant_state.bitsandbytes__nf4": written,
+    }
+
+
+def as_fp8(name: str, weight: torch.Tensor) -> Tensors:
+    """DeepSeek's: e4m3 with a scale for each square."""
+    rows, width = (n // FP8_BLOCK for n in weight.shape)
+    squares = weight.float().view(rows, FP8_BLOCK, width, FP8_BLOCK)
+    scale = squares.abs().amax(dim=(1, 3), keepdim=True) / 448
+    codes = (squares / scale).to(torch.float8_e4m3fn).view(weight.shape)
+    return {name: codes, f"{name}_scale_inv": scale.view(rows, width)}
+
+
+def as_mxfp4(name: str, weight: torch.Tensor) -> Tensors:
+    """gpt-oss's experts: [experts, in, out] in memory, rows of blocks of 32 in the file."""
+    turned = weight.transpose(1, 2).contiguous()
+    parts = quantize_nibbles(turned, E2M1, 32, "E8M0")
+    experts, rows, width = turned.shape
+    return {
+        f"{name}_blocks": parts["codes"].view(experts, rows, width // 32, 16),
+        f"{name}_scales": parts["scales"].view(experts, rows, width // 32),
+    }
+
+
+def is_linear(name: str, weight: torch.Tensor) -> bool:
+    return name.endswith("proj.weight") and weight.dim() == 2
+
+
+def is_of_experts(name: str, weight: torch.Tensor) -> bool:
+    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
+KINDS: dict[str, tuple[str, dict[str, Any], Any, Any]] = {
+    "bitsandbytes": (
+        "llama",
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        as_bitsandbytes,
+        is_linear,
+    ),
+    "fp8": (
+        "qwen3",
+        {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]},
+        as_fp8,
+        is_linear,
+    ),
+    "mxfp4": ("gpt_oss", {"quant_method": "mxfp4"}, as_mxfp4, is_of_experts),
+}
+
+
+def quantized(kind: str, folder: Path) -> tuple[str, Path, Any]:
+    """A tiny model in the form that another library writes: its name, folder and class."""
+    name, config, convert, is_wanted = KINDS[kind]
+    base = tiny_models.build(name, dtype=torch.bfloat16)
+    tiny_models.save(base, folder)
+    count, tensors = 0, Tensors()
+    for path in sorted(folder.glob("model*.safetensors*")):
+        for key, weight in load_file(path).items() if path.suffix == ".safetensors" else ():
+            count += is_wanted(key, weight)
+            tensors |= convert(key, weight) if is_wanted(key, weight) else {key: weight}
+        path.unlink()
+    assert count >= 8
+    write_aligned(tensors, folder / "model.safetensors")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": config}))
+    return name, folder, type(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_as_its_decoded_twin(
+    kind: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
+) -> None:
+    name, folder, model_class = quantized(kind, tmp_path / "quantized")
+    before = digests(folder)
+    twin = unpacked_twin(folder, tmp_path / "twin", dtype)
+    adapt = partial(with_lora, targets=["q_proj", "o_proj"])
+    plain = adapt(model_class.from_pretrained(twin, dtype=dtype))
+    streamed = adapt(stream(folder, model_class=model_class, dtype=str(dtype).removeprefix("torch.")))  # fmt: skip
+    pair = Pair(name, folder, plain, streamed)
+    assert_same_training(
+        pair, [tiny_models.batch(name, 4, 17 - s, seed=s) for s in range(2)], num_micro=2
+    )
+    assert any(block.is_packed for block in pair.engine.plan.blocks)
+    assert digests(folder) == before
+
+
+def test_a_quantized_model_is_not_packed(tmp_path: Path) -> None:
+    _, folder, _ = quantized("fp8", tmp_path / "quantized")
+    with pytest.raises(PackError, match="quantized already"):
+        groups_of(build_meta(folder), Wanted().chosen())
