@@ -29,6 +29,7 @@ PROBE_BYTES = 256 * 2**20  # the drive's own cache holds less of it than is read
 CHUNK_BYTES = 16 * 2**20
 LARGE_ENOUGH = 64 * 2**20  # a smaller file tells little of a drive
 MATMUL_S = 0.2  # for each dtype
+DECODED, DECODE_S = 1 << 22, 0.2  # weights at a time, for how long
 READ_S = 0.5  # for each way of reading
 CPU_WIDTH, DEVICE_WIDTH = 384, 4096
 MUCH_SLOWER = 2.0
@@ -49,7 +50,7 @@ def print_doctor(path: Path | None = None) -> int:
         raise DoctorError(f"there is no {place}.\nGive a model's folder, or any folder of a drive.")
     problems = list(_packages())
     if not problems:
-        for line in [*_device(), *_matmul(), *_ram()]:
+        for line in [*_device(), *_matmul(), *_kernels(), *_ram()]:
             say(line)
     for line in _drive(place):
         say(line)
@@ -130,6 +131,44 @@ def _matmul() -> Iterator[str]:
     if bf16 * MUCH_SLOWER < fp32:
         yield _row("", f"bfloat16 is {fp32 / bf16:.0f} times slower than float32 here: set")
         yield _row("", "dtype: float32 (weights in memory take twice the bytes, files stay as is)")
+
+
+def _kernels() -> Iterator[str]:
+    """Who decodes packed weights and draws random directions, and how fast the former is."""
+    import torch
+
+    from ssdtune.kernels.affine import Affine
+    from ssdtune.kernels.formats import num_elements
+    from ssdtune.kernels.native import library
+    from ssdtune.kernels.unpack import unpack
+
+    native = library()
+    format, out = Affine(4, (4,)), torch.empty(DECODED, dtype=torch.bfloat16)
+    parts = [
+        torch.zeros(
+            num_elements(p.shape), dtype=torch.bfloat16 if p.dtype == "BF16" else torch.uint8
+        )
+        for p in format.parts(tuple(out.shape))
+    ]
+    best, until = float("inf"), perf_counter() + DECODE_S
+    while perf_counter() < until:
+        start = perf_counter()
+        unpack(format, parts, out)
+        best = min(best, perf_counter() - start)
+    who = "torch: no C compiler was found, install gcc for several times the speed"
+    if native is not None:
+        who = f"compiled for {native.suffixes[0].removeprefix('_')}"
+    yield _row(
+        "kernels", f"{who} · 4-bit weights at {out.nbytes / best / 1e9:.1f} GB/s of bfloat16"
+    )
+    if torch.cuda.is_available():
+        has_triton = version_of("triton") is not None
+        yield _row(
+            "",
+            "on the device by Triton"
+            if has_triton
+            else "on the device by torch: pip install triton",
+        )
 
 
 def matmul_rate(dtype: Any, *, width: int, device: str, seconds: float) -> float:

@@ -52,7 +52,7 @@ class Source:
     @staticmethod
     def of(config: TrainConfig, model: str | None, *, on_device: bool) -> Source:
         """With the configuration's data where they are here, and a tokenizer with the model."""
-        is_config = model is not None and Path(model).expanduser().is_file()
+        is_config = model is not None and model.endswith(".json")
         missing = any(not path.exists() for path in map(Path, _local(config)))
         return Source(
             config=config,
@@ -145,7 +145,7 @@ def _made(source: Source) -> Job:
     hush_libraries()
     base_bytes = resident_set_bytes()  # libraries are there, nothing else: what a run begins with
     path = Path(source.name).expanduser()
-    if not path.is_file():
+    if not path.is_file() or path.suffix == ".gguf":
         return _job(source, source.name, base_bytes)
     from ssdtune.visit.outline import write_outline
 

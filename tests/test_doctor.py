@@ -35,6 +35,7 @@ def test_one_page_about_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "deepspeed" in text
     assert "kvikio" in text
     assert "TFLOP/s" in row(text, "matmul")
+    assert "GB/s of bfloat16" in row(text, "kernels")
     assert "free" in row(text, "RAM")
     assert "free of" in row(text, "drive")
     assert "GB/s" in row(text, "reading")

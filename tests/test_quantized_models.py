@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_gguf
 import tiny_models
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from ssdtune.kernels.nibbles import E2M1, NF4
 from ssdtune.kernels.quantize import quantize_nibbles
 from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.packing.wanted import Wanted
+from ssdtune.swap.gguf import open_gguf
 from ssdtune.visit.build import build_meta
 
 Stream = Callable[..., Any]
@@ -123,3 +125,21 @@ def test_a_quantized_model_is_not_packed(tmp_path: Path) -> None:
     _, folder, _ = quantized("fp8", tmp_path / "quantized")
     with pytest.raises(PackError, match="quantized already"):
         groups_of(build_meta(folder), Wanted().chosen())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_gguf_file_trains_as_its_decoded_twin(name: str, tmp_path: Path, stream: Stream) -> None:
+    path, model = test_gguf.saved(tmp_path, name)
+    meta = build_meta(path)
+    twin = tmp_path / "twin"
+    model.config.save_pretrained(twin)
+    values = test_gguf.placed(open_gguf(path), meta.config, type(model))
+    write_aligned({n: v.float() for n, v in values.items()}, twin / "model.safetensors")
+    adapt = partial(with_lora, targets=["q_proj", "o_proj"])
+    plain = adapt(type(model).from_pretrained(twin, dtype=torch.float32))
+    streamed = adapt(stream(path, model_class=type(model), dtype="float32"))
+    pair = Pair(name, path, plain, streamed)
+    assert_same_training(
+        pair, [tiny_models.batch(name, 4, 17 - s, seed=s) for s in range(2)], num_micro=2
+    )
+    assert any(block.is_packed for block in pair.engine.plan.blocks)

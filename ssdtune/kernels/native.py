@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ssdtune.cache import cache_folder
 
-SOURCES = ("checksum.c", "integers.c", "lossless.c", "noise.c", "unpack.c")
+SOURCES = ("checksum.c", "ggml.c", "integers.c", "lossless.c", "noise.c", "unpack.c")
 # No value may depend on who compiled it: nothing fused, nothing reordered.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall")
 # ending of the functions' names -> flags; the best first. The last one runs everywhere.

@@ -16,7 +16,10 @@ from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.native import library
 
 TRITON = "_triton"
-NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of outputs that native code and kernels know
+NATIVE_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+}  # of outputs that native code and kernels know
 Decoder = Callable[[Format, Sequence[torch.Tensor], torch.Tensor], None]
 
 
@@ -63,10 +66,15 @@ def _best(format: Format, out: torch.Tensor) -> str:
 @cache
 def _natives() -> dict[type, Callable[..., None]]:
     """What native code decodes: (format, parts, out, suffix)."""
-    from ssdtune.kernels import integers_native, unpack_native
+    from ssdtune.kernels import ggml_native, integers_native, unpack_native
     from ssdtune.kernels.lossless_native import decode_lossless
 
-    return {**unpack_native.DECODERS, **integers_native.DECODERS, Lossless: decode_lossless}
+    return {
+        **unpack_native.DECODERS,
+        **integers_native.DECODERS,
+        **ggml_native.DECODERS,
+        Lossless: decode_lossless,
+    }
 
 
 @cache

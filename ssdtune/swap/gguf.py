@@ -1,8 +1,8 @@
 """What lies in a GGUF file, checked whole before any tensor in it is named to anyone.
 
 The format: ggml's docs/gguf.md. A file holds a header (keys with values, then a description of each tensor) and the
-tensors' bytes, each beginning at a multiple of `general.alignment`. Only the header is read, in pieces: vocabularies are
-passed over. Models that llama.cpp's gguf-split cut (`x-00001-of-00003.gguf`) are read as one.
+tensors' bytes, each beginning at a multiple of `general.alignment`. Only the header is read, in pieces: vocabularies
+are passed over. Models that llama.cpp's gguf-split cut (`x-00001-of-00003.gguf`) are read as one.
 
     gguf = open_gguf(Path("Llama-3.1-8B.Q4_K_M.gguf"))      # CheckpointError for what does not hold together
     gguf.tensors["blk.0.attn_q.weight"]                     # PackedEntry, shape in torch's order: outputs first
@@ -52,7 +52,9 @@ MAX_LENGTH: Final = 1 << 22  # of an array; the largest vocabularies have some 6
 WINDOW_BYTES: Final = 1 << 20  # read at a time
 
 # Types of values: struct's letter for those of one size.
-NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
+NUMBERS: Final = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 BOOL, TEXT, ARRAY = 7, 8, 9
 # Types of tensors, by ggml's numbers.
 PLAIN: Final = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}  # fmt: skip

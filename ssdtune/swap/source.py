@@ -247,8 +247,7 @@ def _refuse_other_formats(folder: Path, names: Sequence[str]) -> NoReturn:
     if ".gguf" in by_suffix:
         raise CheckpointError(
             f"{where} has only GGUF weights ({printable(by_suffix['.gguf'])}).\n"
-            "Convert them once: AutoModelForCausalLM.from_pretrained(folder, gguf_file=...)\n"
-            ".save_pretrained(new_folder)."
+            "Give the path of the file itself: it is read in place."
         )
     if "adapter_config.json" in names:
         raise CheckpointError(

@@ -173,6 +173,10 @@ def load_tokenizer(config: TrainConfig, folder: Path | None = None) -> Any:
 
     name = str(folder or config.model_name_or_path)
     keywords = {} if folder else {"revision": config.model_revision}
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        has_own = (path.parent / "tokenizer.json").is_file()
+        name, keywords = str(path.parent), {} if has_own else {"gguf_file": path.name}
     try:
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=config.trust_remote_code, **keywords
@@ -181,7 +185,7 @@ def load_tokenizer(config: TrainConfig, folder: Path | None = None) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise RunError(
             f"model_name_or_path: {name} has no tokenizer that could be loaded: {reason}\n"
-            "Put tokenizer.json and tokenizer_config.json beside the model's config.json."
+            "Put tokenizer.json and tokenizer_config.json beside the model's weights."
         ) from error
 
 

@@ -28,9 +28,11 @@ import torch
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.swap import foreign, pack_header
+from ssdtune.swap.gguf import open_gguf
 from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint, open_checkpoint
+from ssdtune.visit.gguf_names import gguf_config, hf_checkpoint
 from ssdtune.visit.placement import CASTABLE, FILE_DTYPES, plain_targets
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ REFUSED = {
     "quantization_config": "weights are not quantized while loading; run `ssdtune pack` once",
     "load_in_4bit": "weights are not quantized while loading; run `ssdtune pack --bits 4` once",
     "load_in_8bit": "weights are not quantized while loading; run `ssdtune pack --bits 8` once",
-    "gguf_file": "GGUF files are not supported yet; convert the model to safetensors",
+    "gguf_file": "give the path of the .gguf file itself as the model",
     "device_map": "ssdtune places the weights itself; give `offload` budgets instead",
     "max_memory": "ssdtune places the weights itself; give `offload` budgets instead",
     "offload_folder": "weights are read in place from the model's own files",
@@ -95,6 +97,9 @@ def build_meta(
     _refuse(kwargs)
     hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
     for_model = {key: kwargs.pop(key) for key in MODEL_KEYS if key in kwargs}
+    name = os.fspath(model_name_or_path)
+    if name.endswith(".gguf"):
+        return _of_gguf(Path(name).expanduser(), model_class, kwargs, dtype=dtype, **for_model)
     folder = find_folder(model_name_or_path, with_code=trust_remote_code, **hub)
     config = _load_config(folder, kwargs, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -102,10 +107,33 @@ def build_meta(
     checkpoint = _unpacked(config, open_checkpoint(folder), bits)
     _check_layer_counts(config, len(checkpoint.tensors))
     chosen = _choose_class(config, model_class, folder, trust_remote_code=trust_remote_code)
-    model = _build(
-        chosen, folder, checkpoint, config=_own_config(chosen, config), dtype=dtype, **for_model
-    )
-    name = os.fspath(model_name_or_path)
+    config = _own_config(chosen, config)
+    model = _build(chosen, folder, checkpoint, config=config, dtype=dtype, **for_model)
+    return _meta(model, name, folder, checkpoint)
+
+
+def _of_gguf(
+    path: Path,
+    model_class: type | None,
+    kwargs: dict[str, Any],
+    **for_model: Any,
+) -> MetaModel:
+    """The model of a GGUF file, its config made from what the file says unless one is given. kwargs: `config`, and
+    values of the config to override."""
+    found = open_gguf(path)
+    config = kwargs.pop("config", None) or gguf_config(found)
+    unknown = sorted(key for key in kwargs if not hasattr(config, key))
+    if unknown:
+        raise BuildError(f"unknown argument {unknown[0]}: not a value of {type(config).__name__}.")
+    config.update(kwargs)
+    chosen = _choose_class(config, model_class, path.parent, trust_remote_code=False)
+    config = _own_config(chosen, config)
+    checkpoint = hf_checkpoint(found, config, chosen)
+    model = _build(chosen, None, checkpoint, config=config, **for_model)
+    return _meta(model, str(path), path.parent, checkpoint)
+
+
+def _meta(model: PreTrainedModel, name: str, folder: Path, checkpoint: Checkpoint) -> MetaModel:
     model.name_or_path = model.config.name_or_path = name  # what an adapter's config will say
     generation = model.generation_config if model.can_generate() else None
     return MetaModel(model, folder, model.config, generation, checkpoint)
@@ -123,7 +151,9 @@ def find_folder(
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise BuildError(f"{name} is a file; give the folder that holds config.json.")
+        raise BuildError(
+            f"{name} is a file; give the folder that holds config.json, or a .gguf file."
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise BuildError(f"no such folder: {name}")
     from huggingface_hub import is_offline_mode, snapshot_download
@@ -314,9 +344,10 @@ def _own_config(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
 
 
 def _build(
-    model_class: type[PreTrainedModel], folder: Path, checkpoint: Checkpoint, **kwargs: Any
+    model_class: type[PreTrainedModel], folder: Path | None, checkpoint: Checkpoint, **kwargs: Any
 ) -> PreTrainedModel:
-    """`from_pretrained` without loading. The two steps replaced exist from transformers 5.17 on."""
+    """`from_pretrained` without loading. The two steps replaced exist from transformers 5.17 on. folder: None where the
+    weights are in no folder of safetensors."""
     for step in ("_load_pretrained_model", "_finalize_model_loading"):
         if not callable(getattr(model_class, step, None)):
             raise BuildError(f"this transformers release has no {model_class.__name__}.{step}.")
@@ -335,11 +366,15 @@ def _build(
     bare: Any = type(model_class.__name__, (model_class,), steps)
     _refuse_deepspeed()
     try:
-        model = bare.from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        if folder is None:
+            model = bare.from_pretrained(None, state_dict={}, **kwargs)
+        else:
+            model = bare.from_pretrained(str(folder), use_safetensors=True, **kwargs)
     except (OSError, ImportError, ValueError, TypeError) as error:
         if isinstance(error, SSDTuneError):
             raise
-        raise BuildError(f"{model_class.__name__} of {folder} cannot be built: {error}") from error
+        where = checkpoint.folder if folder is None else folder
+        raise BuildError(f"{model_class.__name__} of {where} cannot be built: {error}") from error
     model.__class__ = model_class
     return model
 

@@ -5,8 +5,8 @@
     checkpoint = hf_checkpoint(gguf, config, model_class)   # what `open_checkpoint` gives of a folder of safetensors
 
 Names are by the table of the package `gguf`, which llama.cpp's converter goes by. What the converter does to values is
-undone where it only moves them: query and key rows of llama (`PairedRows`), experts stacked to one tensor, dimensions of
-one left out. An architecture whose values it changes is refused by name.
+undone where it only moves them: query and key rows of llama (`PairedRows`), experts stacked to one tensor, dimensions
+of one left out. An architecture whose values it changes is refused by name.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Entry = TensorEntry | PackedEntry
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Architecture:
-    """What llama.cpp calls one. model_types: of configs whose models it is; the first, of the config that is made of the
-    file's keys. is_paired: whether query and key rows were moved. experts: their module in a layer, in the names of files
-    that have each for itself. keys: beside KEYS, more that the config needs. fixed: values that no key has."""
+    """What llama.cpp calls one. model_types: of configs whose models it is; the first, of the config that is made of
+    the file's keys. is_paired: whether query and key rows were moved. experts: their module in a layer, in the names of
+    files that have each for itself. keys: beside KEYS, more that the config needs. fixed: values that no key has."""
 
     model_types: tuple[str, ...]
     is_paired: bool = False
