@@ -1,31 +1,71 @@
-/* The fast twin of checksum.py, which defines every bit of it. */
+/* The fast twin of checksum.py, which defines it: all but the end, where lanes become one number.
+ *
+ * Compiled once for each instruction set, with the names' ending in SUFFIX. */
 #include <stdint.h>
 #include <string.h>
 
 #define JOIN(a, b) a##b
 #define NAME(a, b) JOIN(a, b)
 
-enum { LANES = 64, TOGETHER = 4 };
+enum { LANES = 64, ROW = 4 * LANES, BLOCK = 64 * ROW }; /* words; bytes; bytes */
+#if defined(__AVX512F__)
+enum { WIDE = 16 };
+#elif defined(__AVX2__)
+enum { WIDE = 8 };
+#else
+enum { WIDE = 4 };
+#endif
+typedef uint32_t wide __attribute__((vector_size(4 * WIDE)));
+enum { PER_ROW = LANES / WIDE };
 
-/* sums: LANES words, updated with `rows` rows of LANES words each. factors: the multiplier to the powers 1 ... TOGETHER.
- *
- * TOGETHER rows at a time: their products do not wait for each other. */
-void NAME(ssdtune_checksum, SUFFIX)(
-    uint32_t *sums, const uint8_t *memory, int64_t rows, const uint32_t *factors)
+struct checksum {
+    const uint8_t *from; /* at any address */
+    int64_t num_bytes;
+    uint32_t total[LANES];
+};
+
+static inline wide mix(wide lane, wide word)
 {
-    uint32_t kept[LANES], words[TOGETHER][LANES];
-    memcpy(kept, sums, sizeof kept);
-    int64_t row = 0;
-    for (; row + TOGETHER <= rows; row += TOGETHER) {
-        memcpy(words, memory + row * (int64_t)sizeof kept, sizeof words);
-        for (int l = 0; l < LANES; l++)
-            kept[l] = kept[l] * factors[3] + words[0][l] * factors[2] + words[1][l] * factors[1]
-                + words[2][l] * factors[0] + words[3][l];
+    const wide product = (lane ^ word) * 0x9E3779B1u;
+    return product ^ (product >> 15);
+}
+
+static void start(wide lanes[PER_ROW])
+{
+    uint32_t numbers[LANES];
+    for (uint32_t l = 0; l < LANES; l++)
+        numbers[l] = l + 1;
+    memcpy(lanes, numbers, sizeof numbers);
+}
+
+static void add_rows(wide to[PER_ROW], const uint8_t *from, int64_t num_rows)
+{
+    wide lanes[PER_ROW];
+    memcpy(lanes, to, sizeof lanes);
+    for (int64_t row = 0; row < num_rows; row++, from += ROW)
+#pragma GCC unroll 16
+        for (int i = 0; i < PER_ROW; i++) {
+            wide words;
+            memcpy(&words, from + i * (int)sizeof words, sizeof words);
+            lanes[i] = mix(lanes[i], words);
+        }
+    memcpy(to, lanes, sizeof lanes);
+}
+
+void NAME(ssdtune_checksum, SUFFIX)(struct checksum *job)
+{
+    wide total[PER_ROW], lanes[PER_ROW];
+    start(total);
+    for (int64_t at = 0; at < job->num_bytes; at += BLOCK) {
+        const int64_t here = job->num_bytes - at < BLOCK ? job->num_bytes - at : BLOCK;
+        start(lanes);
+        add_rows(lanes, job->from + at, here / ROW);
+        if (here % ROW) {
+            uint8_t last[ROW] = {0};
+            memcpy(last, job->from + at + here / ROW * ROW, (size_t)(here % ROW));
+            add_rows(lanes, last, 1);
+        }
+        add_rows(total, (const uint8_t *)lanes, 1);
     }
-    for (; row < rows; row++) {
-        memcpy(words[0], memory + row * (int64_t)sizeof kept, sizeof words[0]);
-        for (int l = 0; l < LANES; l++)
-            kept[l] = kept[l] * factors[0] + words[0][l];
-    }
-    memcpy(sums, kept, sizeof kept);
+    memcpy(job->total, total, sizeof total);
 }

@@ -1,18 +1,20 @@
-"""A checksum that is as fast as memory: is a packed part what was written?
+"""A checksum of memory, 64 bits, that reads about as fast as memory is read. Not against anyone who means harm.
 
-The bytes, filled up with zeros to whole rows of 256, are rows of 64 words of 32 bits, the lower byte first. Modulo 2^32:
+    mix(h, w, P, s) = m xor (m >> s)        m = (h xor w) P, modulo 2^32 or 2^64
 
-    sum of a lane    h = h * 0x9E3779B1 + word, row by row, from 0
-    half of the sum  s = s * m + h, lane by lane, from 0; then s = s * m + number of bytes (its lower 32 bits)
+Memory is cut into blocks of 16 KiB, these into rows of 64 words of 32 bits, little-endian; the last row is filled up
+with zeros. Each of a row's 64 places is a lane. A lane starts a block as its number, from 1 on, and takes word after word:
+h = mix(h, word, 0x9E3779B1, 15). What lanes are at the end of a block, a row like any other, is taken by 64 lanes of the
+whole memory in the same way. At last s, the number of bytes, takes these 64: s = mix(s, lane, 0x9E3779B97F4A7C15, 32).
 
-with m = 0x9E3779B1 for the lower and 0x85EBCA77 for the upper half of 64 bits. The multipliers are odd, so that a change
-of one word changes every product after it: it is always found, whatever the change. It is no protection against
-somebody who wants two contents to agree.
+P is odd, so that mix can be undone for either of its arguments: where a single word differs, so does every value from
+there to the end, with certainty. Anything else goes unnoticed once in 2^32 times or less.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -20,64 +22,79 @@ from ssdtune.kernels.native import library
 
 LANES = 64
 ROW = 4 * LANES  # bytes
-MULTIPLIER, UPPER_MULTIPLIER = 0x9E3779B1, 0x85EBCA77
-MASK = 0xFFFFFFFF
-TOGETHER = 4  # rows, of checksum.c
-CHUNK_ROWS = 4096  # that torch's operators take at a time
+BLOCK = 64 * ROW  # bytes
+FACTOR, SHIFT = 0x9E3779B1, 15
+LAST_FACTOR, LAST_SHIFT = 0x9E3779B97F4A7C15, 32
+CHUNK = 256  # blocks that torch's operators take at a time
 
 
 def checksum(memory: torch.Tensor, *, suffix: str | None = None) -> int:
-    """64 bits. memory: uint8, contiguous, on the CPU. suffix: of the native function; None: the best; "": torch."""
+    """Of all bytes: an unsigned number of 64 bits.
+
+    memory: uint8, one dimension, contiguous, on the CPU, at any address. suffix: of the native function; None: the best
+    there is; "" for torch.
+    """
     assert memory.dtype == torch.uint8, memory.dtype
     assert memory.is_contiguous()
-    flat = memory.view(-1)
-    num_bytes = flat.numel()
-    num_rows, left = divmod(num_bytes, ROW)
-    native = library()
-    if suffix is None:
-        suffix = "" if native is None else native.suffixes[0]
-    sums = torch.zeros(LANES, dtype=torch.int32)
-    for part, rows in (
-        (flat[: num_rows * ROW], num_rows),
-        (torch.nn.functional.pad(flat[num_rows * ROW :], (0, ROW - left)), 1 if left else 0),
-    ):
-        if not rows:
-            continue
-        if suffix:
-            assert native is not None
-            factors = (ctypes.c_uint32 * TOGETHER)(*_powers(TOGETHER))
-            native.function("ssdtune_checksum", suffix)(
-                ctypes.c_void_p(sums.data_ptr()),
-                ctypes.c_void_p(part.data_ptr()),
-                ctypes.c_int64(rows),
-                factors,
-            )
-        else:
-            sums = _by_torch(sums, part)
-    lanes = [lane & MASK for lane in sums.tolist()]
-    return _half(lanes, num_bytes, UPPER_MULTIPLIER) << 32 | _half(lanes, num_bytes, MULTIPLIER)
+    assert memory.device.type == "cpu"
+    native = library() if suffix != "" else None
+    if native is None:
+        lanes = _by_torch(memory.reshape(-1))
+    else:
+        job = _Job(memory.data_ptr(), memory.numel())
+        native.function("ssdtune_checksum", suffix)(ctypes.c_void_p(ctypes.addressof(job)))
+        lanes = list(job.total)
+    return _joined(lanes, memory.numel())
 
 
-def _half(lanes: list[int], num_bytes: int, multiplier: int) -> int:
-    found = 0
-    for value in (*lanes, num_bytes):
-        found = (found * multiplier + value) & MASK
-    return found
+def _joined(lanes: list[int], num_bytes: int) -> int:
+    """The number of bytes and the lanes of the whole, as one."""
+    result = num_bytes
+    for lane in lanes:
+        product = (result ^ lane) * LAST_FACTOR % 2**64
+        result = product ^ product >> LAST_SHIFT
+    return result
 
 
-def _powers(count: int) -> list[int]:
-    """The multiplier to the powers 1 … count."""
-    return [pow(MULTIPLIER, k, 1 << 32) for k in range(1, count + 1)]
+class _Job(ctypes.Structure):
+    """struct checksum of checksum.c."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("num_bytes", ctypes.c_int64),
+        ("total", ctypes.c_uint32 * LANES),
+    )
 
 
-def _by_torch(sums: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Sums of the lanes after some whole rows, int32. In int64, whose products wrap around modulo 2^64 and so are right
-    modulo 2^32."""
-    words = part.clone().view(torch.int32).view(-1, LANES)  # a copy: it may lie unaligned
-    total = sums.long()
-    for first in range(0, len(words), CHUNK_ROWS):
-        rows = words[first : first + CHUNK_ROWS].long()
-        powers = torch.tensor([1, *_powers(len(rows))], dtype=torch.int64).flip(0)
-        total = total * powers[0] + (rows * powers[1:].unsqueeze(1)).sum(0)
-        total = total & MASK
-    return torch.where(total >= 1 << 31, total - (1 << 32), total).int()
+def _by_torch(memory: torch.Tensor) -> list[int]:
+    """Lanes of the whole. Blocks side by side: the rows of one have to wait for each other."""
+    total = _start()
+    for first in range(0, memory.numel(), CHUNK * BLOCK):
+        part = memory[first : first + CHUNK * BLOCK]
+        whole = part.numel() // BLOCK * BLOCK
+        for some in (part[:whole].view(-1, BLOCK), part[whole:].view(1, -1)):
+            if some.numel():
+                for lanes in _of_blocks(some):
+                    total = _taken(total, lanes)
+    return [lane % 2**32 for lane in total.tolist()]
+
+
+def _of_blocks(blocks: torch.Tensor) -> torch.Tensor:
+    """Lanes at the end of each block. blocks: uint8 [blocks, bytes of one]. Returns int32 [blocks, LANES]."""
+    padded = torch.nn.functional.pad(blocks, (0, -blocks.shape[1] % ROW))
+    rows = padded.clone().view(torch.int32).view(len(blocks), -1, LANES)  # a copy is aligned
+    lanes = _start().expand(len(blocks), LANES)
+    for row in rows.unbind(1):
+        lanes = _taken(lanes, row)
+    return lanes
+
+
+def _taken(lanes: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """mix, for int32 that stand for unsigned numbers: products wrap, what is shifted in at the top is cut off."""
+    product = (lanes ^ words) * (FACTOR - 2**32)
+    return product ^ ((product >> SHIFT) & (2 ** (32 - SHIFT) - 1))
+
+
+@functools.cache
+def _start() -> torch.Tensor:
+    return torch.arange(1, LANES + 1, dtype=torch.int32)
