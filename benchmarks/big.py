@@ -86,7 +86,9 @@ def write_model(folder: Path, num_layers: int) -> None:
     fill_norms(meta.checkpoint)
     groups = groups_of(build_meta(outline), Affine(4, (4,)))
     num_weights = sum(p.numel() for p in meta.model.parameters())
-    print(f"{num_weights / 1e9:.1f} B weights, writing {sum(g.num_bytes for g in groups) / 1e9:.1f} GB")
+    print(
+        f"{num_weights / 1e9:.1f} B weights, writing {sum(g.num_bytes for g in groups) / 1e9:.1f} GB"
+    )
     storage = choose_storage(outline).storage
     done = pack(build_meta(outline), groups, folder, storage=storage, encode=random_codes)
     print(f"written: {done.num_bytes / 1e9:.1f} GB, {done.bits_per_weight:.3f} bits a weight")
@@ -126,7 +128,7 @@ def train(options: argparse.Namespace, method: str) -> None:
     shutil.rmtree(run, ignore_errors=True)
     words = f"""
         --model_name_or_path {options.folder} --dataset {data} --output_dir {run} --method {method}
-        --dtype float32 --max_length {options.tokens} --overlong cut --per_device_train_batch_size 1
+        --dtype float32 --max_length {options.tokens} --overlong truncate --train_on all --per_device_train_batch_size 1
         --gradient_accumulation_steps 1 --max_steps 2 --save_strategy no --lora_r 8
         --lora_target_modules q_proj,v_proj --logging_steps 1 --offload.ram {options.ram}
         --offload.activations none --learning_rate 1e-4

@@ -100,12 +100,12 @@ def contestants(values: Any) -> Iterator[tuple[str, Callable[[], object], float]
     """Name, one turn, and the share of `values` that it makes."""
     import torch
 
-    from ssdtune.kernels import unpack_native
+    from ssdtune.kernels import decoding
     from ssdtune.kernels.lossless import pack
     from ssdtune.kernels.lossless_native import decode_lossless
     from ssdtune.kernels.native import library
 
-    unpack_native.set_threads(1)
+    decoding.set_threads(1)
     out = torch.zeros_like(values)
     yield "memcpy", partial(ctypes.memmove, out.data_ptr(), values.data_ptr(), values.nbytes), 1.0
     native = library()

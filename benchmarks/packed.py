@@ -131,7 +131,9 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def report(started: dict[str, Entrant]) -> dict[str, Any]:
     """Prints what is compared."""
     seconds = {name: statistics.median(e.seconds()) for name, e in started.items()}
-    read = {n: e.steps[-1]["planned_bytes"] for n, e in started.items() if n != "in memory, decoded"}
+    read = {
+        n: e.steps[-1]["planned_bytes"] for n, e in started.items() if n != "in memory, decoded"
+    }
     bytes_ratio = read["plain files"] / read["packed"]
     gain = seconds["plain files"] / seconds["packed"]
     count = min(len(e.losses) for e in (started["packed"], started["in memory, decoded"]))

@@ -89,10 +89,10 @@ def random_parts(format: Any, num_elements: int) -> list[Any]:
 
 def ours(out: Any) -> Iterator[Turn]:
     """Every format by the best native code, and two by torch's operators."""
-    from ssdtune.kernels import unpack_native
+    from ssdtune.kernels import decoding, unpack_native
     from ssdtune.kernels.native import library
 
-    unpack_native.set_threads(1)
+    decoding.set_threads(1)
     native = library()
     for name, format, is_small in formats():
         if native is not None:

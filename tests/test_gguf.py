@@ -17,7 +17,7 @@ import tiny_models
 import torch
 import transformers as tf
 
-from ssdtune.kernels import ggml, ggml_native, unpack_native
+from ssdtune.kernels import decoding, ggml, ggml_native
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.ggml import KINDS, Ggml, PairedRows
 from ssdtune.kernels.native import library
@@ -211,7 +211,7 @@ def test_native_code_has_the_bits_of_its_definition(
         blocks = make(kind, count, seed=count)
         expected = decoded(Ggml(kind), blocks, torch.empty(count * block, dtype=dtype))
         for bound, offset in ((0, 0), (1 << 40, 0), (0, 4)):
-            monkeypatch.setattr(unpack_native, "STREAM_BYTES", bound)
+            monkeypatch.setattr(decoding, "STREAM_BYTES", bound)
             room = torch.full((count * block + 8,), math.nan, dtype=dtype)
             found = room[offset : offset + count * block]
             decoded(Ggml(kind), blocks, found, suffix)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssdtune.kernels import lossless, lossless_native, unpack_native
+from ssdtune.kernels import decoding, lossless, lossless_native
 from ssdtune.kernels.affine import TILE
 from ssdtune.kernels.lossless import CHUNK, DamagedError, Lossless, encode, pack
 from ssdtune.kernels.lossless_native import decode_lossless
@@ -177,7 +177,7 @@ def test_pieces_that_threads_take_in_turn_make_the_whole(
     whole = pack(values, 3)
     monkeypatch.setattr(lossless, "PIECE", 2 * CHUNK)
     monkeypatch.setattr(lossless_native, "NATIVE_PART", 2)
-    monkeypatch.setattr(unpack_native, "_threads", unpack_native.Threads(3))
+    monkeypatch.setattr(decoding, "_threads", decoding.Threads(3))
     format, parts = pack(values, 3)
     assert format == whole[0]
     assert all(torch.equal(a, b) for a, b in zip(parts, whole[1], strict=True))
@@ -361,7 +361,7 @@ def decode_between_guards(seed: int, num_trials: int) -> None:
         ]
         dtype = dice.choice([torch.bfloat16, torch.float32])
         out = guards[-1].place(torch.zeros(size, dtype=dtype), at_end=at_end)
-        unpack_native.STREAM_BYTES = dice.choice([0, 1 << 20])
+        decoding.STREAM_BYTES = dice.choice([0, 1 << 20])
         for suffix in native_suffixes():
             try:
                 decode_lossless(format, placed, out, suffix)
@@ -434,7 +434,7 @@ def test_the_kernel_has_every_bit_and_keeps_to_its_parts(monkeypatch: pytest.Mon
 def test_the_benchmark_measures_and_tells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpack_native, "_threads", unpack_native.Threads(1))
+    monkeypatch.setattr(decoding, "_threads", decoding.Threads(1))
     (tmp_path / "model").mkdir()
     save_file(
         {"of_interest": trained(1 << 17).float(), "small": torch.ones(8)},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_zeroth_order
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from ssdtune.cli import main
 from ssdtune.kernels.affine import Affine
 from ssdtune.packing.convert import pack
 from ssdtune.packing.layout import PackError, groups_of, imagined
+from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.shards import ShardWriter
 from ssdtune.packing.wanted import Wanted
 from ssdtune.swap.header import CheckpointError
@@ -26,6 +28,7 @@ from ssdtune.swap.source import Checkpoint
 from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
 from ssdtune.visit.placement import FILE_DTYPES
+from ssdtune.zeroth_order import Fold, MeZO, ZerothOrder
 
 Stream = Callable[..., Any]
 FORMATS = {
@@ -90,13 +93,15 @@ def make_pair(
     *,
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
+    adapt: Callable[[Any], Any] | None = None,
 ) -> Pair:
     """A packed model streamed, and its decoded twin in memory."""
     base = tiny_models.build(name, dtype=dtype)
     tiny_models.save(base, folder / "source")
     there = packed(folder / "source", folder / "packed", wanted)
     twin = unpacked_twin(there, folder / "twin", dtype, bits)
-    adapt = partial(with_lora, targets=LORA_TARGETS.get(name, tiny_models.lora_targets(base)))
+    targets = LORA_TARGETS.get(name, tiny_models.lora_targets(base))
+    adapt = adapt or partial(with_lora, targets=targets)
     plain = adapt(type(base).from_pretrained(twin, dtype=dtype))
     streamed = stream(there, model_class=type(base), micro_batch_size=2, bits=bits)
     return Pair(name, there, plain, adapt(streamed))
@@ -368,6 +373,61 @@ def test_flags_that_make_no_sense(
     assert main(["pack", str(source), "--out", str(tmp_path / "packed"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
+
+
+def test_the_key_packs_once_and_reads_what_it_packed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As `ssdtune.stream(quantization=...)` and the key of a configuration do it."""
+
+    def opened(quantization: str, model: Path = source) -> Any:
+        return build_packed(
+            model,
+            quantization=quantization,
+            beside=tmp_path / "offload",
+            choose_storage=lambda files: choose_storage(files[0]).storage,
+        )
+
+    first = opened("3")
+    assert "packing" in capsys.readouterr().out
+    assert first.folder.parent == tmp_path / "offload" / "packed"
+    assert first.model.config.name_or_path == str(source), "what an adapter's config will say"
+    assert opened("3").folder == first.folder
+    assert capsys.readouterr().out == ""
+    assert opened("4").folder != first.folder
+    assert opened("none").folder == source
+    assert opened("none", first.folder).checkpoint.tensors == first.checkpoint.tensors
+    assert opened("2", first.folder).folder == first.folder, "packed is packed"
+    with pytest.raises(PackError, match="packed already"):
+        opened("nf4", first.folder)
+
+
+def test_a_plan_for_the_key_needs_no_packing(source: Path, tmp_path: Path) -> None:
+    planned = build_planned(source, quantization="4")
+    there = build_meta(packed(source, tmp_path / "packed", FORMATS["4"]))
+    assert {n: e.num_bytes for n, e in planned.checkpoint.tensors.items()} == {
+        n: e.num_bytes for n, e in there.checkpoint.tensors.items()
+    }
+    assert not list(tmp_path.glob("**/.packing.json"))
+
+
+@pytest.mark.parametrize("writes_back", [False, True])
+def test_zeroth_order_moves_the_decoded_weights(
+    writes_back: bool, tmp_path: Path, stream: Stream
+) -> None:
+    """All weights: moved in the slots, and written back to a working copy that is not packed."""
+    pair = make_pair("llama", tmp_path, stream, FORMATS["4"], adapt=lambda model: model)
+    before = digests(tmp_path)
+    fold = Fold(tmp_path / "scratch", 1) if writes_back else None
+    method = ZerothOrder(pair.streamed, MeZO(), seed=test_zeroth_order.SEED, fold=fold)
+    trained = test_zeroth_order.all_weights(pair.plain)
+    reference = test_zeroth_order.InMemory(pair.plain, MeZO(), trained)
+    for expected, found in test_zeroth_order.train_both(pair, method, reference, 4):
+        assert found == expected
+    for key, value in trained.items():
+        assert torch.equal(pair.streamed.get_parameter(key).clone(), value), key
+    method.close()
+    assert digests(tmp_path) == before, "the user's files"
 
 
 # ------------------------------------------------------------------ tensors that lie unaligned

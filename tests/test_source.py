@@ -441,7 +441,7 @@ def test_an_index_that_is_none_is_refused(tmp_path, text):
     [
         ("pytorch_model.bin", "save_pretrained"),
         ("consolidated.00.pth", "save_pretrained"),
-        ("model-Q4.gguf", "gguf_file"),
+        ("model-Q4.gguf", "path of the file itself"),
         ("adapter_config.json", "base_model_name_or_path"),
         ("README.md", "download it again"),
     ],

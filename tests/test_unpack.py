@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from ssdtune.kernels import unpack_native
+from ssdtune.kernels import decoding, unpack_native
 from ssdtune.kernels.affine import GROUPS, ORDERS, SLICE_WIDTHS, TILE, Affine, widths
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import library
@@ -323,7 +323,7 @@ def test_stores_past_the_caches(
     shift: int, suffix: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Aligned ones; an output that is not aligned is stored as others are."""
-    monkeypatch.setattr(unpack_native, "STREAM_BYTES", 0)
+    monkeypatch.setattr(decoding, "STREAM_BYTES", 0)
     for format in MIXED:
         for size in (TILE, 3 * STRETCH + 77):
             assert not differing(format, size, dtype, suffix, shift=shift), (format, size)
@@ -349,16 +349,16 @@ def test_parts_may_lie_anywhere(suffix: str) -> None:
 def test_parts_that_threads_take_make_the_whole(
     num_threads: int, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpack_native, "_threads", unpack_native.Threads(num_threads))
+    monkeypatch.setattr(decoding, "_threads", decoding.Threads(num_threads))
     monkeypatch.setattr(unpack_native, "PART", STRETCH)
     for format in MIXED:
         assert not differing(format, 9 * STRETCH + 77, torch.bfloat16, suffix), format
 
 
 def test_threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpack_native, "_threads", unpack_native.Threads(1))
-    unpack_native.set_threads(2)
-    assert unpack_native._threads.num_threads == 2
+    monkeypatch.setattr(decoding, "_threads", decoding.Threads(1))
+    decoding.set_threads(2)
+    assert decoding._threads.num_threads == 2
     assert not differing(Affine(4, (4,)), 2 * unpack_native.PART, torch.bfloat16, SUFFIXES[0])
 
 

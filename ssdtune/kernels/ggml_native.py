@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ssdtune.kernels import unpack_native
+from ssdtune.kernels.decoding import DTYPES, check, is_streamed, nan_bits, run
 from ssdtune.kernels.ggml import KINDS, Ggml
 
 PART = 1 << 18  # elements that a thread takes at a time
@@ -40,7 +40,7 @@ def decode_ggml(
     if kind.block == 1:  # values, which torch converts
         format.by_torch(parts, out)
         return
-    unpack_native._check(format, parts, out)
+    check(format, parts, out)
     job = _Job(
         to=out.data_ptr(),
         blocks=parts[0].data_ptr(),
@@ -48,14 +48,13 @@ def decode_ggml(
         kind=kind.number,
         block=kind.block,
         num_bytes=kind.num_bytes,
-        dtype=unpack_native.DTYPES[out.dtype],
-        nan=unpack_native._nan_bits(),
-        is_streamed=unpack_native._is_streamed(out),
+        dtype=DTYPES[out.dtype],
+        nan=nan_bits(),
+        is_streamed=is_streamed(out),
         part=PART,
         next=0,
     )
-    function = unpack_native._function("ssdtune_unpack_ggml", suffix)
-    unpack_native._threads.run(function, job, -(-out.numel() // PART))
+    run("ssdtune_unpack_ggml", suffix, job, -(-out.numel() // PART))
 
 
 DECODERS: dict[type, Callable[[Any, Sequence[torch.Tensor], torch.Tensor, str], None]] = {

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
+from ssdtune.kernels.decoding import DTYPES, check, is_streamed, nan_bits, run
 from ssdtune.kernels.float8 import ScaledBytes
-from ssdtune.kernels.formats import Format
 from ssdtune.kernels.integers import Awq, Gptq, PackQuantized, num_groups
 
 BLOCK = 32  # rows
 PART = 1 << 18  # elements, about, that a thread takes at a time
-NUM_SCALES = (
-    1 << 19
-)  # that are brought to float32 before rows are decoded by them: 2 MB, and as much of zeros
+# Scales that are brought to float32 before rows are decoded by them: 2 MB, and as much of zeros.
+NUM_SCALES = 1 << 19
 ALONG, ACROSS, AWQ = 0, 1, 2
 LAYOUTS: dict[type, int] = {PackQuantized: ALONG, Gptq: ACROSS, Awq: AWQ}
 BYTES = {"I8": 3, "F8_E4M3": 4}
@@ -53,7 +52,7 @@ def decode_words(
     suffix: str,
 ) -> None:
     """As `by_torch` of the formats."""
-    _check(format, parts, out)
+    check(format, parts, out)
     words, order = parts[0], parts[-1] if format.is_ordered else None
     groups = num_groups(out.shape[1], format.group)
     if order is not None and not 0 <= int(order.min()) <= int(order.max()) < groups:
@@ -76,7 +75,7 @@ def decode_bytes(
     format: ScaledBytes, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str
 ) -> None:
     """As `ScaledBytes.by_torch`."""
-    _check(format, parts, out)
+    check(format, parts, out)
     fields = {
         "group": format.block[1],
         "layout": BYTES[format.codes],
@@ -104,8 +103,6 @@ def _run(
     **fields: int | None,
 ) -> None:
     """Decodes a few rows. codes: begins with what the first of them is made of. fields: of the job."""
-    from ssdtune.kernels import unpack_native  # which lists these functions
-
     zeros, scales = (x.to(torch.float32).contiguous() for x in scaling)
     rows, width = out.shape
     part = max(1, PART // (BLOCK * width)) * BLOCK
@@ -117,24 +114,17 @@ def _run(
         rows=rows,
         width=width,
         groups=scales.shape[1],
-        dtype=unpack_native.DTYPES[out.dtype],
-        nan=unpack_native._nan_bits(),
-        is_streamed=unpack_native._is_streamed(out),
+        dtype=DTYPES[out.dtype],
+        nan=nan_bits(),
+        is_streamed=is_streamed(out),
         part=part,
         next=0,
         **fields,
     )
-    function = unpack_native._function("ssdtune_unpack_integers", suffix)
-    unpack_native._threads.run(function, job, -(-rows // part))
+    run("ssdtune_unpack_integers", suffix, job, -(-rows // part))
 
 
 def _row_slices(out: torch.Tensor, groups: int) -> Iterator[slice]:
     """Rows of [rows, columns] at a time, beginning at multiples of BLOCK."""
     step = max(1, NUM_SCALES // (BLOCK * groups)) * BLOCK
     return (slice(at, min(at + step, len(out))) for at in range(0, len(out), step))
-
-
-def _check(format: Format, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    from ssdtune.kernels import unpack_native
-
-    unpack_native._check(format, parts, out)

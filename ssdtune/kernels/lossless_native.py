@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ssdtune.kernels.decoding import DTYPES, check, is_streamed, run
 from ssdtune.kernels.lossless import CHUNK, Lossless, damaged
 
 NATIVE_PART = 64  # chunks that a thread takes at a time
@@ -37,14 +38,12 @@ def decode_lossless(
     format: Lossless, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str
 ) -> None:
     """As `Lossless.by_torch`. out: on the CPU, float32 or bfloat16. suffix: of the native function."""
-    from ssdtune.kernels import unpack_native  # which lists this function
-
-    unpack_native._check(format, parts, out)
+    check(format, parts, out)
     lower, *slices, dictionary, escapes, offsets = parts
     job = _Job(
         to=out.data_ptr(),
         n=out.numel(),
-        dtype=unpack_native.DTYPES[out.dtype],
+        dtype=DTYPES[out.dtype],
         bits=format.bits,
         lower=lower.data_ptr(),
         codes=(ctypes.c_void_p * 2)(*(packed.data_ptr() for packed in slices)),
@@ -54,11 +53,10 @@ def decode_lossless(
         num_escapes=format.num_escapes,
         part=NATIVE_PART,
         next=0,
-        is_streamed=unpack_native._is_streamed(out),
+        is_streamed=is_streamed(out),
         is_damaged=0,
     )
-    function = unpack_native._function("ssdtune_decode_lossless", suffix)
     num_parts = -(-out.numel() // (CHUNK * NATIVE_PART))
-    unpack_native._threads.run(function, job, num_parts)
+    run("ssdtune_decode_lossless", suffix, job, num_parts)
     if job.is_damaged:
         raise damaged(format)

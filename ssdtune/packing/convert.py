@@ -68,8 +68,8 @@ def pack(
     """Writes the packed model to `out`, a new folder or one that the same packing left unfinished.
 
     on_progress: told how many bytes of the source are done. encode: makes the parts; the quantizers here by default.
-    Memory: two groups, and one as it is written. Raises
-    SSDTuneError, before a byte is written where the disk has no room for all.
+    Memory: two groups, and one as it is written. Raises SSDTuneError, before a byte is written where the disk has no
+    room for all.
     """
     files = list(shards(groups))
     key = key_of(meta.checkpoint, groups)
@@ -116,6 +116,7 @@ def _begin(out: Path, key: str, files: list[list[Group]], checkpoint: Checkpoint
     present = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if present and _marked(out) != key:
         what = "an unfinished packing of another kind" if MARKER in present else "other files"
+        what = "a model already" if "config.json" in present else what
         raise PackError(f"{out} holds {what}.\nGive a folder that is not there yet, or remove it.")
     done = {
         name for name in present if name.endswith(".safetensors") and _is_whole(out / name, key)

@@ -4,9 +4,11 @@ then on."""
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,24 @@ def build_packed(
     key = key_of(meta.checkpoint, groups_of(meta, wanted.chosen()))[:12]
     name = re.sub(r"[^\w.-]+", "-", Path(meta.model.name_or_path or meta.folder).name)[-60:]
     folder = (beside or cache_folder()) / "packed" / f"{name}-{quantization}-{key}"
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        pack_aloud(meta, folder, wanted, choose_storage(meta.checkpoint.files))
+    with _alone(folder):
+        if not (folder / "config.json").is_file():
+            pack_aloud(meta, folder, wanted, choose_storage(meta.checkpoint.files))
     build.pop("revision", None)
     packed = build_meta(folder, **build)
     packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path
     return packed
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of several processes that want the folder one packs, the others wait for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # the kernel lets go of it when the process ends, however it ends
+        yield
 
 
 def _build(name: str | os.PathLike[str], quantization: str, **build: Any) -> MetaModel:
