@@ -80,7 +80,7 @@ def write_model(folder: Path, num_layers: int) -> None:
     }
     (outline / "wanted.json").write_text(json.dumps(config))
     write_outline(outline / "wanted.json", outline)
-    for path in tokenizer.glob("*token*"):
+    for path in [*tokenizer.glob("*token*"), *tokenizer.glob("*.jinja")]:
         shutil.copyfile(path, outline / path.name)
     meta = build_meta(outline)
     fill_norms(meta.checkpoint)

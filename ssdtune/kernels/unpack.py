@@ -78,8 +78,8 @@ def _natives() -> dict[type, Callable[..., None]]:
 
 
 @cache
-def _kernels() -> dict[type, Decoder]:
-    """What Triton's kernels decode."""
+def _kernels() -> dict[type, Callable[..., None]]:
+    """What Triton's kernels decode: (format, parts, out)."""
     from ssdtune.kernels import lossless_triton, unpack_triton
 
     return {**unpack_triton.DECODERS, Lossless: lossless_triton.decode_lossless}
