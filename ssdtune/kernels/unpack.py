@@ -77,7 +77,6 @@ def _natives() -> dict[type, Callable[..., None]]:
     }
 
 
-@cache
 def _kernels() -> dict[type, Callable[..., None]]:
     """What Triton's kernels decode: (format, parts, out)."""
     from ssdtune.kernels import lossless_triton, unpack_triton
