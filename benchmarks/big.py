@@ -47,13 +47,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=184)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--ram", default="5.4GB", help="budget of slots and buffers")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["lora", "zo"])
     parser.add_argument("--folder", type=Path, default=cache_folder() / "big-packed")
     parser.add_argument("--keep", action="store_true", help="leave the model there")
     options = parser.parse_args()
     try:
         if not (options.folder / "config.json").is_file():
             write_model(options.folder, options.layers)
-        for method in ("lora", "zo"):
+        for method in options.methods:
             train(options, method)
     finally:
         if not options.keep:
@@ -122,14 +124,14 @@ def random_codes(name: str, values: torch.Tensor, format: Any) -> Encoded:
 
 
 def train(options: argparse.Namespace, method: str) -> None:
-    """One run of two steps in a process of its own; prints what it says and its peak."""
+    """One run in a process of its own; prints what it says and the peak so far."""
     data, _ = prepare_text(cache_folder())
     run = options.folder.with_name(f"big-run-{method}")
     shutil.rmtree(run, ignore_errors=True)
     words = f"""
         --model_name_or_path {options.folder} --dataset {data} --output_dir {run} --method {method}
         --dtype float32 --max_length {options.tokens} --overlong truncate --train_on all --per_device_train_batch_size 1
-        --gradient_accumulation_steps 1 --max_steps 2 --save_strategy no --lora_r 8
+        --gradient_accumulation_steps 1 --max_steps {options.steps} --save_strategy no --lora_r 8
         --lora_target_modules q_proj,v_proj --logging_steps 1 --offload.ram {options.ram}
         --offload.activations none --learning_rate 1e-4
     """.split()
