@@ -53,7 +53,7 @@ class ScaledBytes:
         """As `Format.by_torch` says: the definition."""
         codes, scales, matrices = self.matrices(parts, out)
         for matrix, found, of_blocks in zip(matrices, codes, scales, strict=True):
-            for some in row_slices(matrix):
+            for some in row_slices(*matrix.shape):
                 put_rows(matrix[some], found[some], *self.scaling(of_blocks, some), self.block[1])
 
     def matrices(

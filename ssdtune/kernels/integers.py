@@ -65,7 +65,7 @@ class Gptq:
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""
         order = parts[3] if self.is_ordered else None
-        for some in row_slices(out):
+        for some in row_slices(*out.shape):
             codes = stream(parts[0][:, some].t(), self.bits)
             put_rows(out[some], codes, *self.scaling(parts, some), self.group, order)
 
@@ -118,7 +118,7 @@ class Awq:
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""
-        for some in row_slices(out):
+        for some in row_slices(*out.shape):
             codes = _awq_codes(parts[0][:, some.start // 8 : some.stop // 8])
             put_rows(out[some], codes, *self.scaling(parts, some), self.group)
 
@@ -166,7 +166,7 @@ class PackQuantized:
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""
         order = parts[-1] if self.is_ordered else None
-        for some in row_slices(out):
+        for some in row_slices(*out.shape):
             codes = stream(parts[0][some], self.bits)
             put_rows(out[some], codes, *self.scaling(parts, some), self.group, order)
 
@@ -193,11 +193,10 @@ def num_groups(width: int, group: int) -> int:
     return -(-width // group)
 
 
-def row_slices(out: torch.Tensor) -> Iterator[slice]:
-    """A few rows of [rows, columns] at a time, beginning at multiples of RUN."""
-    rows, width = out.shape
-    step = max(1, CHUNK // (RUN * width)) * RUN
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+def row_slices(num_rows: int, per_row: int, most: int = CHUNK) -> Iterator[slice]:
+    """A few rows at a time, beginning at multiples of RUN. per_row: numbers of which at most so many are wanted."""
+    step = max(1, most // (RUN * per_row)) * RUN
+    return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))
 
 
 def stream(words: torch.Tensor, bits: int) -> torch.Tensor:

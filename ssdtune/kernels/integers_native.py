@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ssdtune.kernels.decoding import DTYPES, check, is_streamed, nan_bits, run
 from ssdtune.kernels.float8 import ScaledBytes
-from ssdtune.kernels.integers import Awq, Gptq, PackQuantized, num_groups
+from ssdtune.kernels.integers import RUN, Awq, Gptq, PackQuantized, num_groups, row_slices
 
-BLOCK = 32  # rows
 PART = 1 << 18  # elements, about, that a thread takes at a time
 # Scales that are brought to float32 before rows are decoded by them: 2 MB, and as much of zeros.
 NUM_SCALES = 1 << 19
@@ -65,7 +64,7 @@ def decode_words(
         "bits": format.bits,
         "order": None if order is None else order.data_ptr(),
     }
-    for some in _row_slices(out, groups):
+    for some in row_slices(len(out), groups, NUM_SCALES):
         per_word = 8 if layout == AWQ else 1  # rows
         codes = words[some.start :] if layout == ALONG else words[:, some.start // per_word :]
         _run(out[some], codes, format.scaling(parts, some), suffix, **fields)
@@ -83,7 +82,7 @@ def decode_bytes(
         "bits": 8,
     }
     for codes, scales, matrix in zip(*format.matrices(parts, out), strict=True):
-        for some in _row_slices(matrix, scales.shape[1]):
+        for some in row_slices(len(matrix), scales.shape[1], NUM_SCALES):
             _run(matrix[some], codes[some], format.scaling(scales, some), suffix, **fields)
 
 
@@ -105,7 +104,7 @@ def _run(
     """Decodes a few rows. codes: begins with what the first of them is made of. fields: of the job."""
     zeros, scales = (x.to(torch.float32).contiguous() for x in scaling)
     rows, width = out.shape
-    part = max(1, PART // (BLOCK * width)) * BLOCK
+    part = max(1, PART // (RUN * width)) * RUN
     job = _Job(
         to=out.data_ptr(),
         codes=codes.data_ptr(),
@@ -122,9 +121,3 @@ def _run(
         **fields,
     )
     run("ssdtune_unpack_integers", suffix, job, -(-rows // part))
-
-
-def _row_slices(out: torch.Tensor, groups: int) -> Iterator[slice]:
-    """Rows of [rows, columns] at a time, beginning at multiples of BLOCK."""
-    step = max(1, NUM_SCALES // (BLOCK * groups)) * BLOCK
-    return (slice(at, min(at + step, len(out))) for at in range(0, len(out), step))

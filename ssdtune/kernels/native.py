@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -51,6 +52,12 @@ class Library:
     def function(self, name: str, suffix: str | None = None) -> Callable[..., None]:
         """The function for the best instruction set, or for this one."""
         return getattr(self._loaded, name + (suffix or self.suffixes[0]))
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels for a GPU can be compiled."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

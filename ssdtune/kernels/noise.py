@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 
 import torch
 
 from ssdtune.kernels import philox
-from ssdtune.kernels.native import library
+from ssdtune.kernels.native import has_triton, library
 from ssdtune.kernels.team import run_by_all
 
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
@@ -125,12 +124,7 @@ def _best(device: torch.device) -> str:
     if device.type == "cpu":
         native = library()
         return "" if native is None else native.suffixes[0]
-    return TRITON if device.type == "cuda" and _has_triton() else ""
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return TRITON if device.type == "cuda" and has_triton() else ""
 
 
 def values(direction: Direction, num_elements: int, device: torch.device) -> torch.Tensor:

@@ -5,21 +5,17 @@ All of them give the bits of the format's own `by_torch`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 
+from ssdtune.kernels.decoding import DTYPES
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
-from ssdtune.kernels.native import library
+from ssdtune.kernels.native import has_triton, library
 
 TRITON = "_triton"
-NATIVE_DTYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-}  # of outputs that native code and kernels know
 Decoder = Callable[[Format, Sequence[torch.Tensor], torch.Tensor], None]
 
 
@@ -54,12 +50,12 @@ def _decoder(format: Format, out: torch.Tensor, suffix: str | None) -> Decoder:
 
 def _best(format: Format, out: torch.Tensor) -> str:
     """What is fastest for this format and output."""
-    if out.dtype not in NATIVE_DTYPES:
+    if out.dtype not in DTYPES:
         return ""
     if out.device.type == "cpu":
         native = library()
         return native.suffixes[0] if native is not None and type(format) in _natives() else ""
-    is_known = out.device.type == "cuda" and _has_triton() and type(format) in _kernels()
+    is_known = out.device.type == "cuda" and has_triton() and type(format) in _kernels()
     return TRITON if is_known else ""
 
 
@@ -82,8 +78,3 @@ def _kernels() -> dict[type, Callable[..., None]]:
     from ssdtune.kernels import lossless_triton, unpack_triton
 
     return {**unpack_triton.DECODERS, Lossless: lossless_triton.decode_lossless}
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -26,11 +26,10 @@ from ssdtune.sizes import format_size
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
 from ssdtune.swap.pack_header import METADATA_KEY, METHOD, VERSION, written_format
 from ssdtune.swap.readers import ReaderPool, Ticket
-from ssdtune.swap.recipe import TensorView
 from ssdtune.swap.source import INDEX_FILE, Checkpoint, ExtentMap, merge_extents
 from ssdtune.swap.storage import Storage, aligned_bytes
 from ssdtune.visit.build import MetaModel
-from ssdtune.visit.placement import FILE_DTYPES
+from ssdtune.visit.recipes import file_view
 
 MARKER = ".packing.json"  # in a folder that is not finished
 KEY = "ssdtune.source"  # in a shard's header: of what it was made
@@ -305,19 +304,10 @@ class _Reader:
             ticket.wait(READ_TIMEOUT_S)
             if number + 1 < len(groups):
                 begun.append(self._begin(groups[number + 1]))
-            yield group, {t.name: _view(t, where).values(memory) for t in group.tensors}
+            yield group, {t.name: file_view(t, where).values(memory) for t in group.tensors}
             del memory
 
     def _begin(self, group: Group) -> tuple[torch.Tensor, ExtentMap, Ticket]:
         where = merge_extents(group.tensors, alignment=self._alignment)
         memory = aligned_bytes(max(where.num_bytes, 1))
         return memory, where, self._pool.submit(where.extents, memory, label=group.label)
-
-
-def _view(entry: TensorEntry, where: ExtentMap) -> TensorView:
-    return TensorView(
-        name=entry.name,
-        dtype=FILE_DTYPES[entry.dtype],
-        shape=entry.shape,
-        offset=where.offsets[entry.name],
-    )

@@ -113,11 +113,14 @@ def part_bytes(part: Part) -> int:
 def shards(groups: Sequence[Group]) -> Iterator[list[Group]]:
     """Groups that share a file, in order; one larger than SHARD_BYTES has one of its own."""
     shard: list[Group] = []
+    size = 0
     for group in groups:
-        if shard and sum(g.num_bytes for g in [*shard, group]) > SHARD_BYTES:
+        num_bytes = group.num_bytes
+        if shard and size + num_bytes > SHARD_BYTES:
             yield shard
-            shard = []
+            shard, size = [], 0
         shard.append(group)
+        size += num_bytes
     if shard:
         yield shard
 

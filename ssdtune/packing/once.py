@@ -45,18 +45,20 @@ def build_packed(
 ) -> MetaModel:
     """`build_meta` of a model's packed twin, which is made now if it is not there.
 
-    beside: a folder on a fast drive for it; None: the cache. choose_storage: what reads a model's files. Raises SSDTuneError as packing does.
+    beside: a folder on a fast drive for it; None: the cache. choose_storage: what reads a model's files. Raises
+    SSDTuneError as packing does.
     """
     meta = _build(name, quantization, **build)
     if quantization == NONE or _is_packed(meta):
         return meta
-    wanted = Wanted.of(quantization)
-    key = key_of(meta.checkpoint, groups_of(meta, wanted.chosen()))[:12]
+    format = Wanted.of(quantization).chosen()
+    groups = groups_of(meta, format)
+    key = key_of(meta.checkpoint, groups)[:12]
     name = re.sub(r"[^\w.-]+", "-", Path(meta.model.name_or_path or meta.folder).name)[-60:]
     folder = (beside or cache_folder()) / "packed" / f"{name}-{quantization}-{key}"
     with _alone(folder):
         if not (folder / "config.json").is_file():
-            pack_aloud(meta, folder, wanted, choose_storage(meta.checkpoint.files))
+            pack_aloud(meta, groups, folder, format, choose_storage(meta.checkpoint.files))
     build.pop("revision", None)
     packed = build_meta(folder, **build)
     packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path
@@ -68,9 +70,8 @@ def _alone(folder: Path) -> Iterator[None]:
     """Of several processes that want the folder one packs, the others wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # the kernel lets go of it when the process ends, however it ends
+        # The kernel lets go of it when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

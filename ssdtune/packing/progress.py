@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
 from tqdm import tqdm
 
+from ssdtune.kernels.formats import Format
 from ssdtune.packing.convert import Packed, pack
-from ssdtune.packing.layout import groups_of
-from ssdtune.packing.wanted import Wanted
+from ssdtune.packing.layout import Group
 from ssdtune.report import duration, say
 from ssdtune.sizes import format_size
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel
 
 
-def pack_aloud(meta: MetaModel, out: Path, wanted: Wanted, storage: Storage) -> Packed:
-    """Packs the model of `meta` with a progress bar and a line before and after. Raises SSDTuneError."""
-    format = wanted.chosen()
-    groups = groups_of(meta, format)
+def pack_aloud(
+    meta: MetaModel, groups: Sequence[Group], out: Path, format: Format, storage: Storage
+) -> Packed:
+    """Packs the model of `meta` with a progress bar and a line before and after. groups: as `groups_of` makes them for
+    the format. Raises SSDTuneError."""
     total = sum(t.num_bytes for g in groups for t in g.tensors)
     expected = sum(g.num_bytes for g in groups)
     say(

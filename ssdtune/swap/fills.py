@@ -124,6 +124,7 @@ class Lanes:
     ) -> None:
         assert slots.buffers_on_device == (pools.device is not None)
         self.slots, self.pools, self.timeout_s = slots, pools, timeout_s
+        self._shapes = [recipe.shape for recipe in slots.recipes]
         self._record_op, self._on_issued = record, on_issued
         # slot -> stream -> last read on it: last readers of the slot -> its refill
         self.last_reads: dict[int, dict[torch.cuda.Stream, torch.cuda.Event]] = {}
@@ -238,13 +239,13 @@ class Lanes:
                 self._record_op(op)
             else:
                 start, end = self._queue_copy(item, self._uploads, self.clock)
-                num_bytes = recipe.shape.uploaded_bytes
+                num_bytes = self._shapes[fill.block].uploaded_bytes
                 self.clock.add(self._op(fill, what, (0.0, 0.0), num_bytes), start, end)
 
     def _copy_of(self, item: _Item) -> tuple[Kind, Lane]:
         """What the copy into the slot is, and on which lane."""
         return copy_of(
-            self.slots.recipes[item.fill.block].shape,
+            self._shapes[item.fill.block],
             on_device=self.clock is not None,
             from_device=item.buffer is not None and self.slots.buffers_on_device,
         )

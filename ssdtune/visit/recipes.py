@@ -109,7 +109,7 @@ def _copy(index: int, piece: Piece, entry: TensorEntry | PackedEntry, where: Ext
     return Copy(
         source=_packed_view(entry, where)
         if isinstance(entry, PackedEntry)
-        else _file_view(entry, where),
+        else file_view(entry, where),
         target=index,
         source_slices=piece.source_slices,
         view=piece.view,
@@ -118,7 +118,8 @@ def _copy(index: int, piece: Piece, entry: TensorEntry | PackedEntry, where: Ext
     )
 
 
-def _file_view(entry: TensorEntry, where: ExtentMap) -> TensorView:
+def file_view(entry: TensorEntry, where: ExtentMap) -> TensorView:
+    """A file tensor in the buffer that it is read into."""
     return TensorView(
         name=entry.name,
         dtype=FILE_DTYPES[entry.dtype],
@@ -133,6 +134,6 @@ def _packed_view(entry: PackedEntry, where: ExtentMap) -> PackedView:
         file=entry.path.name,
         shape=tuple(entry.shape),
         format=entry.format,
-        parts=tuple(_file_view(part, where) for part in entry.parts),
+        parts=tuple(file_view(part, where) for part in entry.parts),
         checksums=entry.checksums,
     )
