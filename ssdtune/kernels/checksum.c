@@ -1,11 +1,7 @@
 /* The fast twin of checksum.py, which defines it: all but the end, where lanes become one number.
  *
  * Compiled once for each instruction set, with the names' ending in SUFFIX. */
-#include <stdint.h>
-#include <string.h>
-
-#define JOIN(a, b) a##b
-#define NAME(a, b) JOIN(a, b)
+#include "native.h"
 
 enum { LANES = 64, ROW = 4 * LANES, BLOCK = 64 * ROW }; /* words; bytes; bytes */
 #if defined(__AVX512F__)

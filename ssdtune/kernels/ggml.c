@@ -6,17 +6,12 @@
  * codes of the same scale can stand for are computed once.
  */
 #include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-
-#define JOIN(a, b) a##b
-#define NAME(a, b) JOIN(a, b)
-#define INLINE static inline __attribute__((always_inline))
 
 enum { TILE = 256, RUN = 16, RUNS = TILE / RUN, SMALL = 32 }; /* elements; SMALL: of a block of the older kinds */
 /* What comes out. FINITE: bfloat16 where nothing can be no number. NUMBERED: the same, of codes that are numbers of
@@ -53,20 +48,6 @@ struct tile {
     const int8_t *meanings;
     int is_wild;
 };
-
-INLINE float float_of(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE uint32_t bits_of(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
 
 /* To bfloat16, ties to even, of what is a number. */
 INLINE uint16_t nearest_finite(float value)

@@ -5,17 +5,12 @@
  * Loops are such that compilers vectorize them; intrinsics are for what they don't find. Rows are taken BLOCK at a time and
  * TILE columns of them, so that words which lie across rows are brought together in the nearest cache.
  */
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-
-#define JOIN(a, b) a##b
-#define NAME(a, b) JOIN(a, b)
-#define INLINE static inline __attribute__((always_inline))
 
 enum { BLOCK = 32, TILE = 1024 }; /* rows; columns: whole words of a stream, whatever its codes' width */
 enum { ALONG = 0, ACROSS = 1, AWQ = 2, INT8 = 3, FP8 = 4 };
@@ -43,20 +38,6 @@ struct space {
     _Alignas(64) uint32_t words[BLOCK][TILE / 4 + 2]; /* 8 bits a code; and what is read too much */
     _Alignas(64) float made[TILE];
 };
-
-static inline float float_of(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static inline uint32_t bits_of(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
 
 static inline int is_finite(float value) { return (bits_of(value) & 0x7F800000u) != 0x7F800000u; }
 

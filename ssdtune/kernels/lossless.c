@@ -4,15 +4,10 @@
  * them is read and nothing outside the output written: a code has an entry in the table whatever it is, and a group's
  * escapes are counted before any of them is taken.
  */
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-
-#define JOIN(a, b) a##b
-#define NAME(a, b) JOIN(a, b)
-#define INLINE static inline __attribute__((always_inline))
 
 enum { LANES = 64, TILE = 512, GROUPS = TILE / LANES, CHUNK = 4096 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };

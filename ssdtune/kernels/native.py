@@ -22,6 +22,7 @@ from pathlib import Path
 from ssdtune.cache import cache_folder
 
 SOURCES = ("checksum.c", "ggml.c", "integers.c", "lossless.c", "noise.c", "unpack.c")
+HEADERS = ("native.h",)
 # No value may depend on who compiled it: nothing fused, nothing reordered.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall")
 # ending of the functions' names -> flags; the best first. The last one runs everywhere.
@@ -66,7 +67,7 @@ def library() -> Library | None:
     folder = Path(__file__).parent
     compiler = next((c for c in ("gcc", "cc", "g++", "clang") if shutil.which(c)), None)
     variants = VARIANTS.get(platform.machine(), {"_plain": ()})
-    sources = [(folder / name).read_bytes() for name in SOURCES]
+    sources = [(folder / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     key = hashlib.sha256(repr((FLAGS, variants, compiler, sources)).encode()).hexdigest()[:16]
     path = cache_folder() / f"kernels-{key}.so"
     if not path.exists():

@@ -3,14 +3,10 @@
  * Compiled once for each instruction set, with the names' ending in SUFFIX. No operation may be fused or reordered
  * (-ffp-contract=off, no -ffast-math): all of them, and torch, give the same bits.
  */
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-
-#define JOIN(a, b) a##b
-#define NAME(a, b) JOIN(a, b)
 
 enum { LANES = 64, TILE = 8192 }; /* TILE: of one-bit fields; a multiple of the other tiles */
 enum { FLOAT32 = 0, BFLOAT16 = 1 };

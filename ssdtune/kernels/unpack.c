@@ -6,35 +6,16 @@
  * found by code, many at an instruction (`vpermw`, or `pshufb` for the values' low and for their high bytes). Where a
  * code has more than four bits, and for float32, every element is computed.
  */
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-
-#define JOIN(a, b) a##b
-#define NAME(a, b) JOIN(a, b)
-#define INLINE static inline __attribute__((always_inline))
 
 enum { TILE = 512, LANES = 64 };    /* elements of a slice's tile; bytes of its vectors */
 enum { STRETCH = 8 * TILE };        /* elements that are prepared at a time */
 enum { STEP = 32, HALF_STEP = 16 }; /* elements, a multiple of which the functions below take */
 enum { PAGE = 4096 };               /* bytes */
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
-
-INLINE float float_of(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE uint32_t bits_of(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
 
 INLINE int is_finite(float value) { return (bits_of(value) & 0x7F800000u) != 0x7F800000u; }
 
