@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -59,6 +58,7 @@ def write_decoded(packed: Path, plain: Path) -> None:
     from safetensors.torch import save_file
 
     from ssdtune.kernels.unpack import unpack
+    from ssdtune.swap.beside import copy_beside
     from ssdtune.swap.packed import PackedEntry
     from ssdtune.visit.build import build_meta
 
@@ -74,11 +74,8 @@ def write_decoded(packed: Path, plain: Path) -> None:
         else:
             values[name] = found[0].float()
     save_file(values, plain / "model.safetensors", metadata={"format": "pt"})
-    for path in packed.glob("*.json"):
-        if not path.name.endswith(".index.json"):
-            shutil.copyfile(path, plain / path.name)
+    copy_beside(packed, plain)
     config = json.loads((plain / "config.json").read_text())
-    del config["quantization_config"]
     (plain / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
 
 

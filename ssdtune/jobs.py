@@ -105,7 +105,7 @@ def _key(source: Source) -> str | None:
     if not files:
         return None
     values = write_record(source.config)
-    states = [*_states(f for f in files if f.suffix in (".safetensors", ".json", ".py"))]
+    states = [*_states(f for f in files if f.suffix in (".safetensors", ".gguf", ".json", ".py"))]
     if source.has_data:
         paths = [Path(entry.path).expanduser() for entry in source.config.dataset]
         if not all(path.is_file() for path in paths):

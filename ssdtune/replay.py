@@ -7,7 +7,6 @@ time, whatever the model's size. The folder is one that `from_pretrained` reads.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ssdtune.generate import config_of
 from ssdtune.report import say
 from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
+from ssdtune.swap.beside import CONFIG, copy_beside
 from ssdtune.trainer.checkpoint import base_of, newest
 from ssdtune.trainer.run import open_model
 from ssdtune.zeroth_order.log import ALL, Log, read_log
@@ -110,7 +110,7 @@ def write_weights(model: Any, out: Path) -> int:
             total += sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
-        _copy_the_rest(model, folder)
+        _write_the_rest(model, folder)
         commit_folder(folder, out)
     finally:
         remove_folder_we_made(folder)
@@ -143,13 +143,9 @@ def _in_files_form(model: Any, names: list[str]) -> dict[str, Any]:
     return {name: t.contiguous() for name, t in revert_weight_conversion(model, values).items()}
 
 
-def _copy_the_rest(model: Any, folder: Path) -> None:
-    """Config, generation config, tokenizer: whatever lies beside the base's weights and is no weight. What is written
-    is not packed, whatever the base is."""
-    for path in sorted(model.ssdtune.checkpoint.folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja", ".py"):
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.pop("quantization_config", None) is not None:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _write_the_rest(model: Any, folder: Path) -> None:
+    """Config, generation config, tokenizer: whatever lies beside the base's weights. A GGUF file has its config in
+    itself, which the model has by now."""
+    copy_beside(model.ssdtune.checkpoint.folder, folder)
+    if not (folder / CONFIG).is_file():
+        model.config.save_pretrained(folder)

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from support import LORA_TARGETS, Pair, assert_same_training, digests, num_misses, with_lora
 
 from ssdtune.cli import main
+from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import Affine
 from ssdtune.packing.convert import pack
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.shards import ShardWriter
 from ssdtune.packing.wanted import Wanted
+from ssdtune.swap.beside import copy_beside
 from ssdtune.swap.header import CheckpointError
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.recipe import TensorView
@@ -161,6 +163,27 @@ def test_what_is_not_worth_packing_is_kept_to_the_bit(source: Path, tmp_path: Pa
     for name in before.tensors.keys() - plain:
         error = (values[1][name].float() - values[0][name].float()).norm()
         assert 0 < error < 0.15 * values[0][name].float().norm(), name
+
+
+def test_what_lies_beside_weights_is_copied_with_a_config_that_is_true(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+        ".mine.json",
+    ):
+        (source / name).write_text("{}")
+    copy_beside(source, out)
+    assert sorted(p.name for p in out.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
+    (source / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}, "a": 1}')
+    copy_beside(source, out)
+    assert json.loads((out / "config.json").read_text()) == {"a": 1}
+    copy_beside(source, out, quantization={"quant_method": "ssdtune"})
+    told = json.loads((out / "config.json").read_text())
+    assert told == {"a": 1, "quantization_config": {"quant_method": "ssdtune"}}
 
 
 def test_packing_twice_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -400,6 +423,8 @@ def test_the_key_packs_once_and_reads_what_it_packed(
     assert opened("2", first.folder).folder == first.folder, "packed is packed"
     with pytest.raises(PackError, match="packed already"):
         opened("nf4", first.folder)
+    with pytest.raises(SSDTuneError, match="'nf5' is not known"):
+        opened("nf5")
 
 
 def test_a_plan_for_the_key_needs_no_packing(source: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.shards import PARTIAL, ShardWriter
 from ssdtune.sizes import format_size
+from ssdtune.swap.beside import copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
 from ssdtune.swap.pack_header import METADATA_KEY, METHOD, VERSION, written_format
 from ssdtune.swap.readers import ReaderPool, Ticket
@@ -35,7 +36,6 @@ MARKER = ".packing.json"  # in a folder that is not finished
 KEY = "ssdtune.source"  # in a shard's header: of what it was made
 READ_TIMEOUT_S = 600.0
 MAX_OFFSET = 10**15
-COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 Encoded = tuple[Format, Mapping[str, torch.Tensor]]
 Encoder = Callable[[str, torch.Tensor, Format], Encoded | None]  # name, values, the format wanted
 
@@ -152,7 +152,7 @@ def _is_whole(path: Path, key: str) -> bool:
 
 
 def _finish(out: Path, names: Sequence[str], source: Path) -> None:
-    """Writes what is small; config.json, without which the folder is no model, last."""
+    """Writes what lies beside the shards; config.json, without which the folder is no model, last."""
     places: dict[str, str] = {}
     total = 0
     for name in names:
@@ -161,16 +161,9 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
         total += sum(entry.num_bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
-    for path in sorted(source.iterdir()):
-        is_small = path.suffix in COPIED and not path.name.endswith(".index.json")
-        is_small = is_small and not path.name.startswith(".")
-        if path.is_file() and is_small and path.name != "config.json":
-            shutil.copyfile(path, out / path.name)
     for left in out.glob(f"*{PARTIAL}"):
         left.unlink()
-    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_beside(source, out, quantization={"quant_method": METHOD, "version": VERSION})
     (out / MARKER).unlink()
 
 

@@ -11,6 +11,7 @@ from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles
 
 AFFINE = "affine"
+FORMATS = (AFFINE, "nf4", "mxfp4", "nvfp4", "lossless")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class Wanted:
 
     def chosen(self) -> Format:
         """The format. Raises SSDTuneError that names the flag."""
+        if self.format not in FORMATS:
+            raise SSDTuneError(
+                f"quantization {self.format!r} is not known.\nAllowed: 1 to 8, {', '.join(FORMATS[1:])}."
+            )
         if self.format == "nf4":
             return Nibbles(NF4, self.group, is_high_first=False, scale="BF16")
         if self.format == "mxfp4":

@@ -1,0 +1,33 @@
+"""What lies beside a model's weights: config, tokenizer, templates, code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+CONFIG: Final = "config.json"
+SUFFIXES: Final = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+
+
+def copy_beside(source: Path, out: Path, *, quantization: dict[str, Any] | None = None) -> None:
+    """Copies it to another folder, the config last: without one the folder is no model.
+
+    quantization: what the copy's config says of its weights, whatever the source's says; None: that they are plain. A
+    source without a config has none to copy.
+    """
+    for path in sorted(source.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        is_beside = path.suffix in SUFFIXES and not is_index and not path.name.startswith(".")
+        if path.is_file() and is_beside and path.name != CONFIG:
+            shutil.copyfile(path, out / path.name)
+    if not (source / CONFIG).is_file():
+        return
+    text = (source / CONFIG).read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    if config.pop("quantization_config", None) is not None or quantization is not None:
+        if quantization is not None:
+            config["quantization_config"] = quantization
+        text = json.dumps(config, indent=2) + "\n"
+    (out / CONFIG).write_text(text, encoding="utf-8")
