@@ -72,6 +72,38 @@ def _cast_folder(folder: Path, made: Path, dtype: str) -> None:
             shutil.copyfile(file, made / file.name)
 
 
+# Random Llamas in float32, heads of 64; what LlamaConfig's defaults don't say.
+RANDOM_LLAMAS = {
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
+    "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24},
+    # A head of 2 % of the weights, as models of 30 billion weights and more have; SmolLM2's is 21 %.
+    "small-head": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 20,
+        "vocab_size": 4096,
+    },
+}
+
+
+def random_llama(name: str) -> Path:
+    """The folder of one of RANDOM_LLAMAS, made once in the cache."""
+    target = cache_folder() / f"random-llama-{name}"
+    if (target / "config.json").is_file():
+        return target
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = RANDOM_LLAMAS[name]["hidden_size"] // 64
+    sizes: dict[str, Any] = {"vocab_size": 8192, **RANDOM_LLAMAS[name]}
+    config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=heads)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with built_beside(target) as made:
+        LlamaForCausalLM(config).save_pretrained(made)
+    return target
+
+
 def token_batch(folder: Path, num_rows: int, length: int) -> tuple[list[list[int]], str]:
     """`num_rows` full rows of token ids, and what they are: no padding, every token a label.
 

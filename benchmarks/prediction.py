@@ -30,12 +30,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import inputs, measures  # noqa: E402
 
-# name -> sizes of a random Llama; "smollm2" is the real one
-SHAPES = {
-    "smollm2": None,
-    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
-    "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24},
-}
+SHAPES = ("smollm2", "wide", "deep")  # the real one, and random ones of inputs.py
 TOKENS = ((1, 2, 64), (2, 1, 256))  # (micro-batches, rows, length)
 SHARES = (0.0, 0.5)  # of the layers' bytes that may stay
 KINDS = (
@@ -81,22 +76,9 @@ def cases() -> Iterator[Case]:
 
 def model_folder(shape: str, model: Path) -> Path:
     """The model's files in float32, made once in the cache."""
-    if SHAPES[shape] is None:
-        return inputs.in_dtype(model, "float32", lambda line: None)
-    folder = inputs.cache_folder() / f"random-llama-{shape}"
-    if not (folder / "config.json").exists():
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        heads = SHAPES[shape]["hidden_size"] // 64
-        config = LlamaConfig(
-            **SHAPES[shape], num_attention_heads=heads, num_key_value_heads=heads, vocab_size=8192
-        )
-        made = folder.with_name(folder.name + "-new")
-        LlamaForCausalLM(config).save_pretrained(made)
-        made.rename(folder)
-    return folder
+    if shape in inputs.RANDOM_LLAMAS:
+        return inputs.random_llama(shape)
+    return inputs.in_dtype(model, "float32", lambda line: None)
 
 
 # ------------------------------------------------------------------ the process of one run

@@ -1,6 +1,6 @@
 """One command: a training step in memory, ours from the drive, others', in one run.
 
-    python benchmarks/step.py [--model FOLDER] [--rows 2 8] [--length 512] [--rounds 7]
+    python benchmarks/step.py [--model FOLDER|small-head] [--rows 2 8] [--length 512] [--rounds 7]
                               [--peers deepspeed,airllm] [--json out.json]
 
 Contestants run in a process each and take turns, one step a turn, on the same batch. Floors are
@@ -340,7 +340,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, default=default, help="a folder with safetensors files")
+    add(
+        "--model",
+        type=Path,
+        default=default,
+        help=f"a folder with safetensors files, or one of {', '.join(inputs.RANDOM_LLAMAS)}",
+    )
     add("--rows", type=int, nargs="+", default=[2, 8], help="rows of a batch, a workload each")
     add("--length", type=int, default=512, help="tokens of a row")
     add("--micro-rows", type=int, default=2, help="rows of a micro-batch, in memory and ours")
@@ -359,6 +364,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--timeout", type=float, default=1800.0, help="longest wait for one step, seconds")
     add("--json", type=Path, default=None, help="also write the result here")
     options = parser.parse_args(argv)
+    if str(options.model) in inputs.RANDOM_LLAMAS:
+        options.model = inputs.random_llama(str(options.model))
     options.model = options.model.expanduser()
     options.peers = [name for name in options.peers.split(",") if name]
     unknown = sorted(set(options.peers) - set(PEERS))
