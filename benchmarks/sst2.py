@@ -3,8 +3,8 @@
     python benchmarks/sst2.py --data FOLDER [--method mezo|fzoo|lozo|lora] [--trains all|adapters]
                               [--forwards 600] [--learning-rate X] [--seeds 0 1 2] [--json out.json]
 
-FOLDER holds sst2_train.tsv and sst2_dev.tsv, a sentence and 0 or 1 a line. A row is "<sentence> It was", the answer
-" terrible" or " great" (templates of arXiv 2305.17333), the loss that of the answer, the guess the likelier of the two.
+FOLDER holds sst2_train.tsv and sst2_dev.tsv, a sentence and 0 or 1 a line. A row is "<sentence> It was terrible" or
+"great" (templates of arXiv 2305.17333); loss and accuracy are those of `template` and `label_words` in a configuration.
 512 rows of each class are drawn by the seed; a forward pass is one of 16 rows; accuracy is of all rows of sst2_dev.tsv.
 A step of gradients (lora) counts three: its forward, the recomputed one and a backward of about as much.
 """
@@ -16,6 +16,7 @@ import json
 import math
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -28,7 +29,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import inputs  # noqa: E402
 
 PER_CLASS, ROWS, EVALUATED_AT_ONCE = 512, 16, 32
-WORDS = (" terrible", " great")
+TEMPLATE, WORDS = "{text} It was {label}", {"0": "terrible", "1": "great"}
 RATES = {  # where nothing is said
     ("mezo", "all"): 1e-6,
     ("lozo", "all"): 1e-6,
@@ -39,62 +40,60 @@ RATES = {  # where nothing is said
     ("lora", "adapters"): 3e-4,
 }
 PASSES_OF_GRADIENTS = 3
-Row = tuple[list[int], int]  # ids of the prompt, class
+Row = dict[str, Any]  # as `data.Tokenized` has it
 
 
 class Task:
-    """Rows as ids, batches, accuracy."""
+    """Rows of both files, batches, loss, accuracy."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
-        self.pad = tokenizer.eos_token_id
         self.train, self.dev = (
-            [self._row(tokenizer, line) for line in (folder / name).read_text().splitlines()]
-            for name in ("sst2_train.tsv", "sst2_dev.tsv")
+            _tokenized(folder / name, tokenizer) for name in ("sst2_train.tsv", "sst2_dev.tsv")
         )
-
-    @staticmethod
-    def _row(tokenizer: Any, line: str) -> Row:
-        sentence, label = line.rsplit("\t", 1)
-        prompt = tokenizer(f"{sentence.strip()} It was", add_special_tokens=False)["input_ids"]
-        return prompt, int(label)
+        self.collate = self.dev.collator(tokenizer.eos_token_id)
 
     def drawn(self, seed: int) -> list[Row]:
         """PER_CLASS rows of each class."""
-        draw = random.Random(seed)
-        of_class = ([row for row in self.train if row[1] == label] for label in (0, 1))
-        return [row for rows in of_class for row in draw.sample(rows, PER_CLASS)]
-
-    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Prompts with their answers, the answers trained."""
-        import torch
-
-        length = max(len(prompt) for prompt, _ in rows) + 1
-        ids, mask, labels = [], [], []
-        for prompt, label in rows:
-            spare = length - len(prompt) - 1
-            ids.append([*prompt, self.words[label], *[self.pad] * spare])
-            mask.append([1] * (len(prompt) + 1) + [0] * spare)
-            labels.append([-100] * len(prompt) + [self.words[label]] + [-100] * spare)
-        named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {name: torch.tensor(values) for name, values in named.items()}
+        draw, labels = random.Random(seed), self.train.dataset["label"]
+        of_class = ([i for i, found in enumerate(labels) if found == k] for k in (0, 1))
+        return [self.train.dataset[i] for rows in of_class for i in draw.sample(rows, PER_CLASS)]
 
     def accuracy(self, model: Any) -> float:
         """Share of the dev rows whose word is the likelier one."""
         import torch
 
+        from ssdtune.trainer.options import option_scores
+
         model.eval()
-        ordered = sorted(self.dev, key=lambda row: len(row[0]))
+        ordered = sorted(self.dev.dataset, key=lambda row: len(row["input_ids"]))
         right = 0
         for at in range(0, len(ordered), EVALUATED_AT_ONCE):
-            rows = ordered[at : at + EVALUATED_AT_ONCE]
-            batch = self.batch(rows)
+            batch = self.collate(ordered[at : at + EVALUATED_AT_ONCE])
             with torch.no_grad():
-                made = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-                last = torch.tensor([len(prompt) - 1 for prompt, _ in rows])
-                logits = made.logits[torch.arange(len(rows)), last][:, self.words]
-            right += int((logits.argmax(-1) == torch.tensor([label for _, label in rows])).sum())
+                scores = option_scores(model, batch)
+            right += int((scores.argmax(-1) == batch["labels"]).sum())
         return right / len(self.dev)
+
+
+def _tokenized(path: Path, tokenizer: Any) -> Any:
+    """The rows of a file without a header, as the product reads them from one with a header."""
+    from ssdtune.data import load_dataset_rows, tokenize_rows
+
+    pairs = (line.rsplit("\t", 1) for line in path.read_text().splitlines())
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / f"{path.stem}.jsonl"
+        rows.write_text("".join(json.dumps({"text": t, "label": int(n)}) + "\n" for t, n in pairs))
+        spec = {"path": str(rows), "template": TEMPLATE, "label_words": WORDS}
+        return tokenize_rows(load_dataset_rows(spec), tokenizer)
+
+
+def mean_loss(model: Any, batch: Any) -> Any:
+    """Cross-entropy of the rows' options."""
+    from torch.nn import functional as F
+
+    from ssdtune.trainer.options import option_scores
+
+    return F.cross_entropy(option_scores(model, batch), batch["labels"])
 
 
 def opened(folder: Path, trains: str, seed: int) -> Any:
@@ -123,7 +122,7 @@ def stepper(model: Any, options: Any, rate: float, seed: int) -> tuple[Callable[
 
         def by_gradients(batch: Any) -> float:
             model.train()
-            loss = model(**batch).loss
+            loss = mean_loss(model, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -134,7 +133,7 @@ def stepper(model: Any, options: Any, rate: float, seed: int) -> tuple[Callable[
     method = ZerothOrder(model, estimator, seed=seed)
 
     def by_losses(batch: Any) -> float:
-        return method.step([lambda: model(**batch)], learning_rate=rate).loss
+        return method.step([lambda: mean_loss(model, batch)], learning_rate=rate).loss
 
     return by_losses, len(estimator.variants)
 
@@ -149,7 +148,7 @@ def learn(folder: Path, task: Task, options: Any, seed: int) -> Iterator[dict[st
     yield {"seed": seed, "forwards": 0, "accuracy": task.accuracy(model)}
     next_look = options.every
     while done < options.forwards:
-        losses.append(step(task.batch(draw.sample(rows, ROWS))))
+        losses.append(step(task.collate(draw.sample(rows, ROWS))))
         done += passes
         if done >= next_look or done >= options.forwards:
             next_look += options.every

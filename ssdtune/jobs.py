@@ -172,7 +172,7 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
     resident = _resident_bytes(meta, {n for group in drafted.groups for n in group.parameters})
     dtypes = [str(p.dtype).removeprefix("torch.") for p in meta.model.parameters()]
     num_parameters = sum(p.numel() for p in meta.model.parameters())
-    rows = _rows(source, meta)
+    rows, sequences = _rows(source, meta)
     base: Any = meta.model
     is_of_all = trains_all(config)
     with torch.device("meta"):  # adapters too have no memory yet
@@ -181,7 +181,7 @@ def _job(source: Source, model: str, base_bytes: int) -> Job:
     at_once = config.per_device_train_batch_size
 
     def rehearsed(length: int) -> Any:
-        batch = {"input_ids": torch.zeros(at_once, length, dtype=torch.long)}
+        batch = {"input_ids": torch.zeros(at_once * sequences, length, dtype=torch.long)}
         return rehearse_draft(adapted, drafted, on_cpu, batch)
 
     usual = rehearsed(round(rows.padded_tokens))
@@ -288,12 +288,13 @@ def _resident_bytes(meta: MetaModel, streamed: set[str]) -> int:
     return outside + sum(b.nbytes for b in meta.model.buffers())
 
 
-def _rows(source: Source, meta: MetaModel) -> Rows:
-    """Counted, or estimated from the first SAMPLE_ROWS; without data every row is as long as may be."""
+def _rows(source: Source, meta: MetaModel) -> tuple[Rows, int]:
+    """Counted, or estimated from the first SAMPLE_ROWS; without data every row is as long as may be. And the texts that
+    a row becomes in a micro-batch."""
     config = source.config
     if not source.has_data:
         length = config.max_length
-        return Rows(
+        unknown = Rows(
             num=0,
             mean_tokens=length,
             padded_tokens=length,
@@ -301,6 +302,7 @@ def _rows(source: Source, meta: MetaModel) -> Rows:
             trained_share=1.0,
             is_estimate=True,
         )
+        return unknown, 1
     from ssdtune.data import load_dataset_rows, tokenize_rows
     from ssdtune.trainer.run import load_tokenizer
 
@@ -319,7 +321,7 @@ def _rows(source: Source, meta: MetaModel) -> Rows:
     lengths, at_once = tokenized.lengths(len(tokenized)), config.per_device_train_batch_size
     padded = [max(lengths[i : i + at_once]) for i in range(0, len(lengths), at_once)]
     num_sampled = sum(len(rows) for rows in sample)
-    return Rows(
+    counted = Rows(
         num=round(num_rows * len(tokenized) / num_sampled),
         mean_tokens=statistics.mean(lengths),
         padded_tokens=statistics.mean(padded),
@@ -327,3 +329,4 @@ def _rows(source: Source, meta: MetaModel) -> Rows:
         trained_share=tokenized.stats.trained_share,
         is_estimate=num_sampled < num_rows,
     )
+    return counted, tokenized.sequences_per_row

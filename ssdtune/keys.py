@@ -22,6 +22,7 @@ from ssdtune.settings import (
     Size,
     Text,
     Whole,
+    Words,
     YesNo,
     YesNoOr,
     key,
@@ -152,9 +153,32 @@ class DatasetSource:
         default="train",
         example="train[:98%]",
     )
+    template: str | None = key(
+        Or("none", Text("a text with {label} in it", has_lines=True, pattern=r".*\{label\}.*")),
+        "for rows with a label: the text that a row becomes, its fields in braces, {label} for the label's words; what is "
+        "trained is that the right words are likelier than the others",
+        default=None,
+        example='"{text} It was {label}"',
+    )
+    label_words: tuple[tuple[str, str], ...] = key(
+        Words("a mapping of labels to words, such as {0: terrible, 1: great}"),
+        "the words of each label, with a template",
+        default=(),
+        example="{0: terrible, 1: great}",
+    )
+    label_field: str = key(
+        Text("a field's name"),
+        "the field that holds a row's label, with a template",
+        default="label",
+    )
 
     def __post_init__(self) -> None:
         read_again(self)
+        if bool(self.template) != bool(self.label_words):
+            raise ConfigError(
+                f"dataset entry {self.path}: template and label_words go together.\n"
+                'Write both, for instance template: "{text} It was {label}", label_words: {0: terrible, 1: great}.'
+            )
 
 
 _DATASETS = Records(

@@ -164,11 +164,12 @@ class OneOf(Reader):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Text(Reader):
-    """One line of text. is_path: a leading ~ becomes the home folder; is_folder: gives a Path."""
+    """Text, of one line unless has_lines. is_path: a leading ~ becomes the home folder; is_folder: gives a Path."""
 
     what: str
     is_path: bool = False
     is_folder: bool = False
+    has_lines: bool = False
     pattern: str = ""
 
     @property
@@ -181,9 +182,10 @@ class Text(Reader):
             raise Refused(f"got {shown(value)}, which is not text")
         if not value.strip():
             raise Refused("got an empty text")
-        if not value.isprintable() or len(value) > 4096:
+        line = value.replace("\n", " ") if self.has_lines else value
+        if not line.isprintable() or len(value) > 4096:
             raise Refused(f"got {shown(value)}: one line of printable text, please")
-        if self.pattern and not re.fullmatch(self.pattern, value):
+        if self.pattern and not re.fullmatch(self.pattern, value, re.DOTALL):
             raise Refused(f"got {shown(value)}")
         if (self.is_path or self.is_folder) and value.startswith("~"):
             value = os.path.expanduser(value)
@@ -266,6 +268,34 @@ class Names(Reader):
 
     def write(self, value: Any) -> Any:
         return value if isinstance(value, str) else list(value) or self.none_word or []
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Words(Reader):
+    """A mapping of names to texts; gives a tuple of pairs in their order, or none."""
+
+    what: str
+    is_structured: ClassVar[bool] = True
+
+    @property
+    def allowed(self) -> str:
+        return self.what
+
+    def read(self, node: Node, key: str) -> tuple[tuple[str, str], ...]:
+        value = node.value
+        if value is None or value in ((), []):
+            return ()
+        if isinstance(value, list) and all(isinstance(pair.value, list) for pair in value):
+            value = {pair.value[0].value: pair.value[1] for pair in value}  # was read before
+        if not isinstance(value, dict):
+            raise Refused(f"got {shown(value)}")
+        for name, text in value.items():
+            if not isinstance(text.value, str) or not text.value.strip():
+                raise Refused(f"got {shown(text.value)} for {name}, which is no text")
+        return tuple((name, text.value) for name, text in value.items())
+
+    def write(self, value: Any) -> dict[str, str]:
+        return dict(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

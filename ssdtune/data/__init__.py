@@ -1,7 +1,7 @@
 """From a file of rows to labelled token ids, with nothing lost in silence.
 
 Read in this order: `rows` opens the file and knows where every row came from; `formats` turns a
-row into a text or a chat; `template` finds what the assistant said in a rendered chat; `tokens`
+row into a text or a chat, `options` one with a label into texts; `template` finds what the assistant said in a rendered chat; `tokens`
 tokenises, labels, cuts and counts; `collate` pads one micro-batch. `faults` words the errors.
 
     rows = load_dataset_rows({"path": "chats.jsonl", "split": "train[:98%]"})
@@ -9,7 +9,7 @@ tokenises, labels, cuts and counts; `collate` pads one micro-batch. `faults` wor
     print(*tokenized.stats.lines(), preview(tokenized, tokenizer), sep="\\n")
 """
 
-from ssdtune.data.collate import CausalCollator, PadChoice, choose_pad_token
+from ssdtune.data.collate import CausalCollator, OptionsCollator, PadChoice, choose_pad_token
 from ssdtune.data.faults import DataError
 from ssdtune.data.formats import FORMATS, TRAIN_ON
 from ssdtune.data.rows import DatasetRows, load_dataset_rows
@@ -25,6 +25,7 @@ __all__ = [
     "DataError",
     "DataStats",
     "DatasetRows",
+    "OptionsCollator",
     "PadChoice",
     "Tokenized",
     "choose_pad_token",

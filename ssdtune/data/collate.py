@@ -54,6 +54,59 @@ class CausalCollator:
 
 
 @dataclass(frozen=True)
+class OptionsCollator:
+    """Rows with a label (`options`, `option_lengths`, `label`; see `tokens.Tokenized`) to one micro-batch.
+
+    A text's last token is nobody's input; texts of a row that are the same without it are one sequence, so that options
+    of one token each cost no more than one text.
+
+        labels      [num_rows]                 numbers of the right options
+        picks       [num_picks, 5]             sequence, position, token, row x num_options + option, number within it:
+                                               whose log-probabilities make an option's likelihood
+        input_ids, attention_mask  [num_sequences, length]
+        logits_to_keep  [num_positions]        where logits are wanted, ascending; `position` counts among these
+
+    sequences_per_row: at most, for whoever wants to know how large a micro-batch gets. Rows of `input_ids` and
+    `labels` alone are padded as `CausalCollator` does: what a rehearsal gives.
+    """
+
+    pad_token_id: int
+    num_options: int
+    sequences_per_row: int
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        pad = CausalCollator(self.pad_token_id)
+        if "options" not in features[0]:
+            return pad(features)
+        sequences: list[list[int]] = []
+        picks: list[tuple[int, ...]] = []
+        for number, row in enumerate(features):
+            start, places = len(sequences), dict[tuple[int, ...], int]()
+            for option, ids in enumerate(row["options"]):
+                fed = tuple(ids[:-1])
+                place = places.setdefault(fed, start + len(places))
+                if place == len(sequences):
+                    sequences.append(list(fed))
+                first = len(ids) - row["option_lengths"][option]
+                which = number * self.num_options + option
+                picks += [
+                    (place, at - 1, ids[at], which, at - first) for at in range(first, len(ids))
+                ]
+        kept = sorted({position for _, position, *_ in picks})
+        where = {position: k for k, position in enumerate(kept)}
+        padded = pad([{"input_ids": ids, "labels": ids} for ids in sequences])
+        return {
+            "labels": torch.tensor([row["label"] for row in features]),
+            "picks": torch.tensor([(s, where[p], *rest) for s, p, *rest in picks]),
+            "input_ids": padded["input_ids"],
+            "attention_mask": padded["attention_mask"],
+            "logits_to_keep": torch.tensor(kept),
+        }
+
+
+@dataclass(frozen=True)
 class PadChoice:
     """The token that fills padding. note: to be printed; None where there was nothing to choose."""
 

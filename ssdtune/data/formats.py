@@ -92,12 +92,20 @@ class ChatSample:
 
 
 def recognise(
-    format_name: str, *, columns: list[str], row: dict[str, Any], where: str
+    format_name: str,
+    *,
+    columns: list[str],
+    row: dict[str, Any],
+    where: str,
+    labelled: Format | None = None,
 ) -> tuple[Format, tuple[str, ...]]:
     """The format by name, or by the columns ("auto"), and what to tell the user about it.
 
-    row, where: the first row, for the error message. Raises DataError.
+    row, where: the first row, for the error message. labelled: of rows with a template; then there
+    is nothing to recognise. Raises DataError.
     """
+    if labelled is not None:
+        return _checked(labelled, format_name, columns, row, where)
     key = format_name.lower().replace("+", "_").replace("-", "_").replace(" ", "")
     key = _ALIASES.get(key, key)
     if key != "auto" and key not in FORMATS:
@@ -118,6 +126,20 @@ def recognise(
         if name not in columns:
             raise missing_field(where, name, row)
     return chosen, _notes(chosen, columns, fitting if key == "auto" else [])
+
+
+def _checked(
+    labelled: Format, format_name: str, columns: list[str], row: dict[str, Any], where: str
+) -> tuple[Format, tuple[str, ...]]:
+    if format_name != "auto":
+        raise DataError(
+            f"dataset.format: {format_name} and a template are both given\n"
+            "Leave the format out: the template says what a row is."
+        )
+    for name in labelled.required:
+        if name not in columns:
+            raise missing_field(where, name, row)
+    return labelled, _notes(labelled, columns, [])
 
 
 def _notes(chosen: Format, columns: list[str], fitting: list[Format]) -> tuple[str, ...]:

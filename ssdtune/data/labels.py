@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.data.faults import DataError
+from ssdtune.data.faults import DataError, RowError
 from ssdtune.data.formats import ChatSample, TextSample
 from ssdtune.data.template import ChatTemplate
 
@@ -63,6 +63,30 @@ class Encoder:
             encoded = self._encode_chat(sample)
         encoded.is_trained[:1] = False
         return encoded
+
+    def encode_ending(self, prompt: str, ending: str) -> tuple[np.ndarray, int]:
+        """(ids of prompt + ending, how many at their end hold some of the ending); no end token. Raises RowError."""
+        import numpy as np
+
+        text = prompt + ending
+        ids, is_ending, _ = self._tokenise(
+            text, [(len(prompt), len(text))], add_special_tokens=True
+        )
+        last = int(np.flatnonzero(is_ending)[-1]) + 1  # some tokenizers put an end token behind
+        first = int(is_ending.argmax())
+        if not first:
+            raise RowError(
+                "the template has nothing before {label}",
+                "Let it begin with a field of the row: a first token is predicted from nothing.",
+            )
+        return ids[:last], last - first
+
+    def num_leading_tokens(self) -> int:
+        """Tokens that the tokenizer itself puts before a text."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        places = range(len(whole) - len(plain) + 1)
+        return next((k for k in places if whole[k : k + len(plain)] == plain), 0)
 
     def _encode_text(self, sample: TextSample) -> Encoded:
         """prompt + completion + end token, with the tokens that the tokenizer adds itself."""

@@ -33,6 +33,9 @@ def encoding_notes(remarks: np.ndarray, rows: DatasetRows, encoder: Encoder) -> 
 
 
 def _decisions(rows: DatasetRows, encoder: Encoder) -> list[str]:
+    if rows.template is not None:
+        words = ", ".join(f"{label}: {word}" for label, word in rows.template.words)
+        return [f"the right one of {words} is trained to be the likeliest"]
     template, row_format = encoder.template, rows.format.name
     has_template = template.text is not None
     notes = [f"train_on {encoder.train_on}"]

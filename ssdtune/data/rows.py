@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.data.faults import DataError, missing_field
 from ssdtune.data.formats import Format, recognise
+from ssdtune.data.options import LabelTemplate
 from ssdtune.data.sources import Source, opener
 from ssdtune.data.splits import parse_split
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
     import numpy as np
 
-SPEC_KEYS = ("path", "format", "split")
+SPEC_KEYS = ("path", "format", "split", "template", "label_words", "label_field")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Origins:
 class DatasetRows:
     """Rows as they stand in the files (every column), their format, their origins.
 
-    notes: what was decided on the user's behalf, to be printed.
+    notes: what was decided on the user's behalf, to be printed. template: of rows with a label.
     """
 
     dataset: datasets.Dataset
@@ -53,6 +54,7 @@ class DatasetRows:
     format: Format
     notes: tuple[str, ...]
     origins: Origins
+    template: LabelTemplate | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -81,22 +83,42 @@ def load_dataset_rows(spec: Any, *, seed: int | None = None) -> DatasetRows:
 
     spec: a mapping or dataclass with `path` (a JSONL, JSON, CSV, TSV or Parquet file, a pattern
     such as `data/*.jsonl`, a folder, a hub id), `format` (default "auto") and `split` (default
-    "train"; slices allowed); a bare string is a path. seed: None keeps the order of the file, a
-    number shuffles the rows of the split by it. Raises DataError, naming file and line.
+    "train"; slices allowed), for rows with a label `template`, `label_words` and `label_field`
+    (default "label"); a bare string is a path. seed: None keeps the order of the file, a number
+    shuffles the rows of the split by it. Raises DataError, naming file and line.
     """
-    path, format_name, split = _read_spec(spec)
-    dataset, origins = _take_split(path, split)
+    read = _read_spec(spec)
+    path, template = str(read["path"]), _template_of(read)
+    dataset, origins = _take_split(path, read.get("split") or "train")
     row_format, notes = recognise(
-        format_name, columns=dataset.column_names, row=dataset[0], where=origins.where(0)
+        read.get("format") or "auto",
+        columns=dataset.column_names,
+        row=dataset[0],
+        where=origins.where(0),
+        labelled=None if template is None else template.format,
     )
     source_notes = tuple(source.note for source in origins.sources if source.note)
-    rows = DatasetRows(dataset, path, row_format, notes + source_notes, origins)
+    rows = DatasetRows(dataset, path, row_format, notes + source_notes, origins, template)
     _refuse_missing_fields(rows)
     return rows if seed is None else rows.shuffled(seed)
 
 
-def _read_spec(spec: Any) -> tuple[str, str, str]:
-    """(path, format, split) with defaults for what is not given."""
+def _template_of(spec: Mapping[str, Any]) -> LabelTemplate | None:
+    """How the rows' labels are put into words, where they are."""
+    template, words = spec.get("template"), spec.get("label_words")
+    if bool(template) != bool(words):
+        missing = "label_words" if template else "template"
+        raise DataError(
+            f"dataset: template and label_words go together, and {missing} is not given\n"
+            'Write both, for instance template: "{text} It was {label}", label_words: {0: terrible, 1: great}.'
+        )
+    if not template or not words:
+        return None
+    return LabelTemplate.of(template, words, spec.get("label_field") or "label")
+
+
+def _read_spec(spec: Any) -> Mapping[str, Any]:
+    """An entry as a mapping, its keys known and its path there."""
     if isinstance(spec, str):
         spec = {"path": spec}
     elif is_dataclass(spec) and not isinstance(spec, type):
@@ -108,7 +130,7 @@ def _read_spec(spec: Any) -> tuple[str, str, str]:
             near = get_close_matches(str(key), SPEC_KEYS, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise DataError(f"dataset: unknown key {key!r}; known: {', '.join(SPEC_KEYS)}.{hint}")
-    return str(spec["path"]), spec.get("format") or "auto", spec.get("split") or "train"
+    return spec
 
 
 def _take_split(path: str, split: str) -> tuple[datasets.Dataset, Origins]:

@@ -17,11 +17,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.data.collate import IGNORED_LABEL
+from ssdtune.data.collate import IGNORED_LABEL, CausalCollator, OptionsCollator
 from ssdtune.data.faults import DataError, RowError, shorten
 from ssdtune.data.formats import TRAIN_ON, Format, to_sample
 from ssdtune.data.labels import Encoder
 from ssdtune.data.notes import encoding_notes
+from ssdtune.data.options import LabelTemplate, encode_options
 from ssdtune.data.rows import DatasetRows
 from ssdtune.data.stats import DataStats, merge_stats, say_rows
 from ssdtune.data.template import ChatTemplate
@@ -45,13 +46,34 @@ class Fate(IntEnum):
 
 @dataclass(frozen=True)
 class Tokenized:
-    """dataset: `input_ids` and `labels` (lists of int32, labels -100 where not trained)."""
+    """dataset: `input_ids` and `labels` (lists of int32, labels -100 where not trained).
+
+    num_options: 0; of rows with a label, how many each has. Such rows have further columns: `options` (ids of the
+    whole text with each option), `option_lengths` (tokens of each that are the option) and `label` (the right one's
+    number); `input_ids` and `labels` are those of the right one.
+    """
 
     dataset: datasets.Dataset
     stats: DataStats
+    num_options: int = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Texts that a row becomes in a micro-batch: 1, also where all options are of one token; else its options."""
+        if not self.num_options or not any(
+            num > 1 for nums in self.dataset["option_lengths"] for num in nums
+        ):
+            return 1
+        return self.num_options
+
+    def collator(self, pad_token_id: int) -> CausalCollator | OptionsCollator:
+        """What makes micro-batches of these rows."""
+        if not self.num_options:
+            return CausalCollator(pad_token_id)
+        return OptionsCollator(pad_token_id, self.num_options, self.sequences_per_row)
 
     def lengths(self, most: int = 2000) -> list[int]:
         """Tokens of each row, of the first `most`."""
@@ -91,10 +113,16 @@ def tokenize_rows(
         parts.append(_tokenize_one(group, encoder, max_length, overlong))
     if not parts:
         raise DataError("dataset: no entry, so there is nothing to train on")
-    stats = merge_stats([part.stats for part in parts])
+    if len({part.num_options for part in parts}) > 1:
+        raise DataError(
+            "dataset: its entries have different numbers of label_words, or some have none\n"
+            "Give all of them a template and as many labels, or none."
+        )
+    stats, num_options = merge_stats([part.stats for part in parts]), parts[0].num_options
     if len(parts) == 1:
-        return Tokenized(parts[0].dataset, stats)
-    return Tokenized(datasets.concatenate_datasets([part.dataset for part in parts]), stats)
+        return Tokenized(parts[0].dataset, stats, num_options)
+    whole = datasets.concatenate_datasets([part.dataset for part in parts])
+    return Tokenized(whole, stats, num_options)
 
 
 def resolve_train_on(train_on: str | None, row_format: Format) -> str:
@@ -107,6 +135,11 @@ def resolve_train_on(train_on: str | None, row_format: Format) -> str:
         raise DataError(
             f"train_on: {train_on} has no meaning for rows of `text`, which have no answer\n"
             "Set train_on: all, or give rows of prompt + completion or messages."
+        )
+    if row_format.name == "labelled":
+        raise DataError(
+            f"train_on: {train_on} has no meaning for rows with a template: their label is trained\n"
+            "Leave train_on out."
         )
     return train_on
 
@@ -143,17 +176,26 @@ def _tokenize_one(
     wanted = {*rows.format.required, *rows.format.optional}
     columns = [name for name in rows.dataset.column_names if name in wanted]
 
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        if rows.template is not None:
+            return _encode_labelled(row, rows.template, encoder, max_length, overlong)
+        return _encode_row(row, rows.format, encoder, max_length, overlong)
+
     def encode_batch(batch: dict[str, list[Any]], row_idxs: list[int]) -> dict[str, list[Any]]:
         encoded = []
         for k, row_idx in enumerate(row_idxs):
             row = {name: batch[name][k] for name in columns}
             try:
-                encoded.append(_encode_row(row, rows.format, encoder, max_length, overlong))
+                encoded.append(encode(row))
             except RowError as error:
                 raise error.at(rows.where(row_idx)) from error
         return {name: [row[name] for row in encoded] for name in encoded[0]}
 
     int32 = datasets.Value("int32")
+    kept_columns = {"input_ids": datasets.List(int32), "labels": datasets.List(int32)}
+    if rows.template is not None:
+        lists = datasets.List(datasets.List(int32))
+        kept_columns |= {"options": lists, "option_lengths": datasets.List(int32), "label": int32}
     counts = ("num_source_tokens", "num_tokens", "num_trained", "fate", "remarks")
     mapped = rows.dataset.select_columns(columns).map(
         encode_batch,
@@ -161,18 +203,17 @@ def _tokenize_one(
         batch_size=256,
         with_indices=True,
         remove_columns=columns,
-        features=datasets.Features(
-            {"input_ids": datasets.List(int32), "labels": datasets.List(int32)}
-            | dict.fromkeys(counts, int32)
-        ),
+        features=datasets.Features(kept_columns | dict.fromkeys(counts, int32)),
         new_fingerprint=_fingerprint(rows, encoder, max_length, overlong),
         desc=f"tokenize {shorten(rows.name, 40)}",
     )
     table = {name: mapped.data.column(name).to_numpy() for name in counts}
     kept = _check_fates(table, rows, max_length, overlong)
     stats = _count(table, kept, rows=rows, encoder=encoder, max_length=max_length)
-    dataset = mapped.select_columns(["input_ids", "labels"])
-    return Tokenized(dataset if len(kept) == len(mapped) else dataset.select(kept), stats)
+    dataset = mapped.select_columns(list(kept_columns))
+    if len(kept) < len(mapped):
+        dataset = dataset.select(kept)
+    return Tokenized(dataset, stats, 0 if rows.template is None else len(rows.template.words))
 
 
 def _encode_row(
@@ -204,6 +245,32 @@ def _encode_row(
     }
 
 
+def _encode_labelled(
+    row: dict[str, Any],
+    template: LabelTemplate,
+    encoder: Encoder,
+    max_length: int | None,
+    overlong: str,
+) -> dict[str, Any]:
+    import numpy as np
+
+    found = encode_options(row, template, encoder, max_length)
+    ids, num_trained = found.options[found.label], found.lengths[found.label]
+    is_dropped = overlong == "drop" and found.is_cut
+    return {
+        "input_ids": ids,
+        "labels": np.append(np.full(len(ids) - num_trained, IGNORED_LABEL), ids[-num_trained:]),
+        "options": found.options,
+        "option_lengths": found.lengths,
+        "label": found.label,
+        "num_source_tokens": found.num_source_tokens if found.is_cut else len(ids),
+        "num_tokens": len(ids),
+        "num_trained": num_trained,
+        "fate": int(Fate.TOO_LONG if is_dropped else Fate.KEPT),
+        "remarks": 0,
+    }
+
+
 def _fingerprint(rows: DatasetRows, encoder: Encoder, max_length: int | None, overlong: str) -> str:
     """All that the result depends on: rows, tokenizer, template, rules, and this code."""
     import transformers
@@ -218,7 +285,7 @@ def _fingerprint(rows: DatasetRows, encoder: Encoder, max_length: int | None, ov
     state.update(padding=None, truncation=None)
     rules = [
         rows.dataset._fingerprint,
-        rows.format.name,
+        [rows.format.name, rows.template],
         state,
         tokenizer.special_tokens_map,
         encoder.template.text,

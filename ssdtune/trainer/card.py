@@ -79,6 +79,8 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
         first = metrics.get("eval_loss_first")
         before = "" if first is None else f"{first:.4f} → "
         found["evaluation loss"] = f"{before}{metrics['eval_loss']:.4f}"
+    if "eval_accuracy" in metrics:
+        found["evaluation accuracy"] = f"{metrics['eval_accuracy']:.1%}"
     found["optimizer steps"] = metrics.get("global_step", 0)
     found["trained parameters"] = f"{metrics.get('num_trainable', 0):,}"
     versions = [f"ssdtune {__version__}", *(f"{name} {_version(name)}" for name in PACKAGES)]

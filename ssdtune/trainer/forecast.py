@@ -45,8 +45,10 @@ class Rehearsals:
             row, shorter = (
                 {name: [0] * n for name in ("input_ids", "labels")} for n in (length, length - 1)
             )
-            rows = [row, *[shorter] * (args.per_device_train_batch_size - 1)]
-            self._known[length] = rehearse(self.trainer.model, self.trainer.data_collator(rows))
+            collator: Any = self.trainer.data_collator
+            num = args.per_device_train_batch_size * getattr(collator, "sequences_per_row", 1)
+            rows = [row, *[shorter] * (num - 1)]
+            self._known[length] = rehearse(self.trainer.model, collator(rows))
         return self._known[length]
 
 

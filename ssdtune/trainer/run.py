@@ -155,6 +155,7 @@ def _load_rows(config: TrainConfig, args: SSDConfig, say: Say) -> Rows:
         evaluated = None
         if config.eval_dataset:
             evaluated = _tokenize(config, config.eval_dataset, tokenizer)
+            _check_options(train, evaluated)
     pad = choose_pad_token(tokenizer)
     for line in train.stats.lines():
         say(line)
@@ -199,6 +200,16 @@ def _tokenize(config: TrainConfig, sources: tuple[DatasetSource, ...], tokenizer
         overlong=config.overlong,
         train_on=config.train_on,
     )
+
+
+def _check_options(train: Tokenized, evaluated: Tokenized) -> None:
+    """What is evaluated is what is trained: a choice among as many options, or a text."""
+    if train.num_options != evaluated.num_options:
+        raise RunError(
+            f"eval_dataset: its rows have {evaluated.num_options or 'no'} label_words, those of dataset have "
+            f"{train.num_options or 'none'}.\n"
+            "Write the same template and label_words in both."
+        )
 
 
 # ------------------------------------------------------------------ model
@@ -349,7 +360,6 @@ def _make_trainer(
     from transformers import PrinterCallback
 
     from ssdtune.config import to_yaml
-    from ssdtune.data import CausalCollator
     from ssdtune.trainer.telemetry import MetricsFile, Progress, Telemetry
 
     telemetry = Telemetry(model.ssdtune)
@@ -357,7 +367,7 @@ def _make_trainer(
     trainer = _trainer_of(config)(
         model,
         args,
-        CausalCollator(rows.pad_token_id),
+        rows.train.collator(rows.pad_token_id),
         train_dataset=rows.train.dataset,
         eval_dataset=None if rows.evaluated is None else rows.evaluated.dataset,
         processing_class=rows.tokenizer,

@@ -147,7 +147,8 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_loss" in logs:
             return
         if "eval_loss" in logs:
-            self._eval = f" (eval {logs['eval_loss']:.4g} @{state.global_step})"
+            right = f", {logs['eval_accuracy']:.1%} right" if "eval_accuracy" in logs else ""
+            self._eval = f" (eval {logs['eval_loss']:.4g}{right} @{state.global_step})"
         elif "loss" in logs:
             self._logs = dict(logs)
         is_evaluated = "eval_loss" in logs
@@ -276,6 +277,10 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         losses = [f"loss {metrics['loss_first']:.4g} → {metrics['loss_last']:.4g}"]
         if "eval_loss_first" in metrics:
             losses.append(f"eval {metrics['eval_loss_first']:.4g} → {metrics['eval_loss']:.4g}")
+        if "eval_accuracy" in metrics:
+            first = metrics.get("eval_accuracy_first")
+            before = "" if first is None else f"{first:.1%} → "
+            losses.append(f"accuracy {before}{metrics['eval_accuracy']:.1%}")
         predicted = metrics.get("predicted_peak_bytes")
         told = f" ({format_size(predicted)} predicted)" if predicted else ""
         losses.append(f"peak RSS {format_size(metrics['peak_rss_bytes'])}{told}")
@@ -303,15 +308,16 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def losses_of(log_history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """First and last training loss, first and last evaluation, as far as they were logged."""
+    """First and last training loss, first and last evaluation with its accuracy, as far as they were logged."""
     rows = list(log_history)
     trained = [row["loss"] for row in rows if "loss" in row]
-    evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
     found: dict[str, float] = {}
     if trained:
         found |= {"loss_first": trained[0], "loss_last": trained[-1]}
-    if evaluated:
-        found["eval_loss"] = evaluated[-1]
-    if len(evaluated) > 1:
-        found["eval_loss_first"] = evaluated[0]
+    for name in ("eval_loss", "eval_accuracy"):
+        evaluated = [row[name] for row in rows if name in row]
+        if evaluated:
+            found[name] = evaluated[-1]
+        if len(evaluated) > 1:
+            found[f"{name}_first"] = evaluated[0]
     return found

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.memory import Passes
@@ -30,6 +30,7 @@ from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity, base_of
 from ssdtune.trainer.config import SSDConfig
 from ssdtune.trainer.interrupt import Interruption
 from ssdtune.trainer.lookahead import LookAhead
+from ssdtune.trainer.options import OptionsTrainer
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -42,14 +43,15 @@ class TrainerError(SSDTuneError):
     """Arguments that don't go with a streamed model, or with one another."""
 
 
-class SSDTrainer(Trainer):
+class SSDTrainer(OptionsTrainer):
     """A Trainer for streamed models, arguments in the order of TRL's `SFTTrainer`.
 
     Args:
         model: what `ssdtune.stream` returned, with an adapter or not; any other model of
             transformers; or a name, which is streamed with `args.offload`.
         args: an SSDConfig, or TrainingArguments.
-        data_collator: rows to one micro-batch; `ssdtune.data.CausalCollator` pads ids and labels.
+        data_collator: rows to one micro-batch; `ssdtune.data.CausalCollator` pads ids and labels,
+            `OptionsCollator` lays out rows with a label for the choice among their options.
         train_dataset: rows with the collator's columns, tokenized.
         peft_config: an adapter for a model without one. `all-linear` as in `ssdtune.peft`.
         formatting_func: row -> text, for datasets that are not tokenized; needs processing_class.
