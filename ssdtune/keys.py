@@ -299,6 +299,36 @@ class TrainConfig:
     zo_window: int = key(
         Whole(1, 2**24), "steps for which one factor of lozo's directions stays", default=50
     )
+    zo_update: str = key(
+        OneOf(("sgd", "sign", "momentum", "adam")),
+        "what is done with an estimate: followed; its sign; it and zo_horizon - 1 earlier ones, weighted (ZO-SGD-MMT, "
+        "arXiv 2402.11592); their moments (AdaMeZO, arXiv 2605.00650). Earlier ones are made again from the log, so that "
+        "momentum and adam draw zo_horizon times as many random numbers for a step",
+        default="sgd",
+    )
+    zo_momentum: float | None = key(
+        Or("auto", Number(maximum=1, excludes_maximum=True)),
+        "decay of the first moment of momentum and adam; auto: 0.9 and 0.7",
+        default=None,
+        example="0.9",
+    )
+    zo_beta2: float = key(
+        Number(maximum=1, excludes_maximum=True), "decay of adam's second moment", default=0.9
+    )
+    zo_horizon: int = key(
+        Whole(1, 1000), "steps that the moments of momentum and adam reach back", default=10
+    )
+    zo_mask: str = key(
+        OneOf(("none", "random", "magnitude")),
+        "which weights move: all; the same random ones in all steps; of all weights (zo_trains: all) those of the smallest "
+        "magnitude in each parameter (Sparse-MeZO, arXiv 2402.15751)",
+        default="none",
+    )
+    zo_mask_ratio: float = key(
+        Number(is_open=True, maximum=1),
+        "share of each parameter that zo_mask lets move",
+        default=0.25,
+    )
     zo_clip: float | None = key(
         Or("none", Number(is_open=True)),
         "bound of a direction's gradient",
@@ -568,8 +598,27 @@ def _conflicts(config: TrainConfig) -> Iterator[ConfigError]:
             "Set it to 2 or more.",
             keys=("zo_num_directions",),
         )
+    if config.method == "zo":
+        yield from _zo_conflicts(config)
     if config.load_best_model_at_end:
         yield from _best_model_conflicts(config)
+
+
+def _zo_conflicts(config: TrainConfig) -> Iterator[ConfigError]:
+    for name, plain in (("zo_update", "sgd"), ("zo_mask", "none")):
+        value = getattr(config, name)
+        if config.zo_estimator == "lozo" and value != plain:
+            yield ConfigError(
+                f"{name}: {value} does not go with zo_estimator: lozo.\n"
+                f"Write {name}: {plain}, or take another estimator.",
+                keys=(name,),
+            )
+    if config.zo_mask == "magnitude" and config.zo_trains == "adapters":
+        yield ConfigError(
+            "zo_mask: magnitude is of the base model's weights; an adapter's are none of them.\n"
+            "Write zo_trains: all, or zo_mask: random.",
+            keys=("zo_mask",),
+        )
 
 
 def _best_model_conflicts(config: TrainConfig) -> Iterator[ConfigError]:

@@ -52,6 +52,12 @@ OTHER_VALUES = {
     "zo_num_directions": ("4", 4),
     "zo_rank": ("4", 4),
     "zo_window": ("20", 20),
+    "zo_update": ("adam", "adam"),
+    "zo_momentum": ("0.8", 0.8),
+    "zo_beta2": ("0.99", 0.99),
+    "zo_horizon": ("5", 5),
+    "zo_mask": ("random", "random"),
+    "zo_mask_ratio": ("0.5", 0.5),
     "zo_clip": ("10", 10.0),
     "zo_fold_steps": ("50", 50),
     "dataset": (

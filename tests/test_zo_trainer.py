@@ -25,7 +25,7 @@ from ssdtune.trainer import run as run_module
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
-from ssdtune.zeroth_order.updates import Update
+from ssdtune.zeroth_order.rules import Update
 
 YAML = """
 model_name_or_path: {model}
@@ -90,6 +90,12 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+# Steps that hang on earlier ones: what a run that goes on must have again.
+ADAM = ("--zo_update", "adam", "--zo_horizon", "3", "--zo_mask", "magnitude")
+MOMENTUM = ("--zo_update", "momentum", "--zo_horizon", "4", "--zo_mask", "random")
+FLAGS = {"all": ADAM, "adapters": MOMENTUM}
+
+
 def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None:
     """A run that is killed after its third step, one past its checkpoint."""
     made = run_module._make_trainer
@@ -102,17 +108,17 @@ def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None
     with monkeypatch.context() as patched:
         patched.setattr(run_module, "_make_trainer", with_stop)
         with pytest.raises(KeyboardInterrupt):
-            train_from_config(load("stopped", trains))
+            train_from_config(load("stopped", trains, *FLAGS[trains]))
 
 
 @pytest.mark.parametrize("trains", ["all", "adapters"])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     trains: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train_from_config(load("whole", trains))
+    whole = train_from_config(load("whole", trains, *FLAGS[trains]))
     interrupted(load, monkeypatch, trains)
     assert (tmp_path / "stopped" / "checkpoint-2").is_dir()
-    resumed = train_from_config(load("stopped", trains))
+    resumed = train_from_config(load("stopped", trains, *FLAGS[trains]))
     logs = [(tmp_path / run / LOG_NAME).read_bytes() for run in ("whole", "stopped")]
     assert logs[0] == logs[1]
     assert len(logs[0].splitlines()) == 1 + 6
@@ -127,7 +133,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
 
 def test_all_weights_are_replayed_from_the_log(load: Any, model: Path, tmp_path: Path) -> None:
     before = support.digests(model)
-    train_from_config(load("run", "all"))
+    train_from_config(load("run", "all", *ADAM))
     assert support.digests(model) == before
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 0
@@ -289,9 +295,9 @@ HEADER = Header(base="abc", seed=7, kind="gaussian", trains="all")
 
 def written(path: Path) -> bytes:
     writer = LogWriter(path, HEADER)
-    writer.append(0, 1.5, Update(0, (0.1, -1e-17), 0.999))
+    writer.append(0, 1.5, Update(0, (0.1, -1e-17), 1e-3, 0.999))
     writer.append(1, float("nan"), None)
-    writer.append(2, 1.25, Update(2, (3.0, 0.5)))
+    writer.append(2, 1.25, Update(2, (3.0, 0.5), 0.1))
     assert path.read_bytes() == writer.content()
     return writer.content()
 
@@ -299,7 +305,7 @@ def written(path: Path) -> bytes:
 def test_a_log_reads_back_every_bit(tmp_path: Path) -> None:
     log = read_log(written(tmp_path / "log"), "log")
     assert log.header == HEADER
-    assert log.updates == (Update(0, (0.1, -1e-17), 0.999), Update(2, (3.0, 0.5)))
+    assert log.updates == (Update(0, (0.1, -1e-17), 1e-3, 0.999), Update(2, (3.0, 0.5), 0.1))
     assert log.num_steps == 3
     assert not log.is_cut
 
@@ -323,3 +329,24 @@ def test_a_step_that_is_missing_is_named(tmp_path: Path) -> None:
     lines = written(tmp_path / "log").splitlines(keepends=True)
     with pytest.raises(LogError, match="step 2 where 1 was to come"):
         read_log(b"".join(lines[:2] + lines[3:]), "log")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--zo_update", "adam", "--zo_estimator", "lozo"), "zo_update: adam does not go with"),
+        (("--zo_mask", "random", "--zo_estimator", "lozo"), "zo_mask: random does not go with"),
+        (("--zo_mask", "magnitude"), "an adapter's are none of them"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_named(
+    flags: tuple[str, ...], told: str, load: Any
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load("run", "adapters", *flags)
+
+
+def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None:
+    train_from_config(load("run", "all", "--max_steps", "2", "--eval_strategy", "no"))
+    with pytest.raises(LogError, match="rule: "):
+        train_from_config(load("run", "all", "--zo_update", "sign"))

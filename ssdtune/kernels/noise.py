@@ -79,23 +79,25 @@ def table_on(device: torch.device, scale: float, kind: str) -> torch.Tensor:
     return torch.tensor(list(_table(scale, kind)), dtype=torch.float32, device=device)
 
 
-# to, base, directions, decay, rounding key: as `add_directions` has them.
-Adder = Callable[[torch.Tensor, torch.Tensor, Sequence[Direction], float, int | None], None]
+# to, base, directions, decay, rounding key, first: as `add_directions` has them.
+Adder = Callable[[torch.Tensor, torch.Tensor, Sequence[Direction], float, int | None, int], None]
 
 
-def add_directions(
+def add_directions(  # noqa: PLR0913 - the last two are for parts of a tensor, and for tests
     to: torch.Tensor,
     base: torch.Tensor,
     directions: Sequence[Direction],
     *,
     decay: float = 1.0,
     rounding_key: int | None = None,
+    first: int = 0,
     suffix: str | None = None,
 ) -> None:
     """to = round(base * decay + directions), element by element; `to` may be `base`.
 
     to, base: of one shape and dtype; elements are numbered in row-major order, whatever the strides. decay: rounded to
     float32. rounding_key: rounds bfloat16 at random by this key instead of to nearest; means nothing for others.
+    first: number of the first element, a multiple of TILE, where these are parts of a tensor.
     suffix: of the native function; None: the best there is; "" for torch; TRITON for its kernels.
     """
     assert to.shape == base.shape
@@ -103,7 +105,7 @@ def add_directions(
     is_plain = base.dtype in DTYPES and base.is_contiguous() and to.is_contiguous()
     if suffix is None:
         suffix = _best(base.device) if is_plain and directions else ""
-    _adder(suffix)(to, base, directions, decay, rounding_key)
+    _adder(suffix)(to, base, directions, decay, rounding_key, first)
 
 
 def _adder(suffix: str) -> Adder:
@@ -163,6 +165,20 @@ def add_low_rank(
     to.copy_(out.view(base.shape))
 
 
+def add_values(
+    to: torch.Tensor,
+    base: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    decay: float = 1.0,
+    rounding_key: int | None = None,
+    first: int = 0,
+) -> None:
+    """to = round(base * decay + values), as `add_directions` has it. values: float32, of the same shape."""
+    total = _decayed(base, decay) + values
+    to.copy_(_rounded(total, base.dtype, rounding_key, first))
+
+
 def _decayed(part: torch.Tensor, decay: float) -> torch.Tensor:
     """part * decay in float32, decay rounded to it."""
     if decay == 1.0:
@@ -185,23 +201,24 @@ def _by_torch(
     directions: Sequence[Direction],
     decay: float,
     rounding_key: int | None,
+    first: int,
 ) -> None:
     """The definition. In parts, since it needs several times the memory."""
     flat, out = base.reshape(-1), torch.empty(base.numel(), dtype=base.dtype, device=base.device)
-    for first in range(0, flat.numel(), PART):
-        total = _decayed(flat[first : first + PART], decay)
+    for at in range(0, flat.numel(), PART):
+        total = _decayed(flat[at : at + PART], decay)
         for direction in directions:
             bits = FIELD_BITS[direction.kind]
             found = philox.fields(
                 direction.key,
-                first,
+                first + at,
                 total.numel(),
                 bits=bits,
                 domain=philox.DIRECTION,
                 device=base.device,
             )
             total = total + table_on(base.device, direction.scale, direction.kind)[found]
-        out[first : first + PART] = _rounded(total, base.dtype, rounding_key, first)
+        out[at : at + PART] = _rounded(total, base.dtype, rounding_key, first + at)
     to.copy_(out.view(base.shape))
 
 
@@ -239,14 +256,16 @@ class _Job(ctypes.Structure):
     )
 
 
-def _natively(
+def _natively(  # noqa: PLR0913 - an Adder, and the function that it is made of
     function: Callable[..., None],
     to: torch.Tensor,
     base: torch.Tensor,
     directions: Sequence[Direction],
     decay: float,
     rounding_key: int | None,
+    first: int,
 ) -> None:
+    """Native code gets the addresses that the whole tensor's first elements would have, and begins at `first`."""
     tables = [_table(d.scale, d.kind) for d in directions]
     listed = (_Direction * len(directions))(
         *(
@@ -255,16 +274,16 @@ def _natively(
         )
     )
     job = _Job(
-        to=to.data_ptr(),
-        base=base.data_ptr(),
-        n=base.numel(),
+        to=to.data_ptr() - first * to.element_size(),
+        base=base.data_ptr() - first * base.element_size(),
+        n=first + base.numel(),
         dtype=DTYPES[base.dtype],
         directions=ctypes.addressof(listed),
         num_directions=len(directions),
         is_stochastic=rounding_key is not None,
         rounding_key=rounding_key or 0,
         part=NATIVE_PART,
-        next=0,
+        next=first,
         decay=decay,
     )
     run_by_all(function, job, -(-base.numel() // NATIVE_PART))

@@ -120,6 +120,7 @@ def by_triton(
     directions: Sequence[Direction],
     decay: float,
     rounding_key: int | None,
+    first: int,
 ) -> None:
     """`noise.add_directions` of contiguous tensors, float32 or bfloat16, and one direction or more."""
     is_bf16 = base.dtype == torch.bfloat16
@@ -129,20 +130,20 @@ def by_triton(
         flat_to, flat = flat_to.view(torch.int16), flat.view(torch.int16)
     needs_sums = is_bf16 and (at_random or len(directions) > 1)
     chunk = CHUNK if needs_sums else max(flat.numel(), 1)
-    for first in range(0, flat.numel(), chunk):
-        part, out = flat[first : first + chunk], flat_to[first : first + chunk]
+    for at in range(0, flat.numel(), chunk):
+        part, out = flat[at : at + chunk], flat_to[at : at + chunk]
         sums = torch.empty_like(part, dtype=torch.float32) if needs_sums else out
         source, factor = part, decay
         for i, direction in enumerate(directions):
             is_last = i == len(directions) - 1
             target = out if is_last and not at_random else sums
-            _launch_add(target, source, direction, first, factor)
+            _launch_add(target, source, direction, first + at, factor)
             source, factor = target, 1.0
         if at_random:
             assert rounding_key is not None
             grid = (-(-part.numel() // (512 * TILES)),)
             _round_at_random[grid](
-                out, sums, part.numel(), first, *_halves(rounding_key), TILES=TILES
+                out, sums, part.numel(), first + at, *_halves(rounding_key), TILES=TILES
             )
 
 

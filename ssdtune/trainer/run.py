@@ -386,10 +386,14 @@ def _trainer_of(config: TrainConfig) -> Callable[..., SSDTrainer]:
 
     if config.method != "zo":
         return SSDTrainer
-    from ssdtune.trainer.zeroth_order import ZOTrainer, estimator_of, fold_of
+    from ssdtune.trainer.zeroth_order import ZOTrainer, estimator_of, fold_of, rule_of
 
     return partial(
-        ZOTrainer, estimator=estimator_of(config), clip=config.zo_clip, fold=fold_of(config)
+        ZOTrainer,
+        estimator=estimator_of(config),
+        rule=rule_of(config),
+        clip=config.zo_clip,
+        fold=fold_of(config),
     )
 
 

@@ -27,8 +27,10 @@ from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.rehearsal import base_of as model_of
-from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, MeZO, Step, ZerothOrder
+from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
 from ssdtune.zeroth_order.log import ADAPTERS, ALL, Header, LogError, LogWriter, read_log
+from ssdtune.zeroth_order.masks import NONE
+from ssdtune.zeroth_order.rules import ADAM, MOMENTUM
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
@@ -46,9 +48,22 @@ def estimator_of(config: TrainConfig) -> Estimator:
     given: dict[str, Any] = {"eps": config.zo_eps}
     if config.zo_num_directions is not None:
         given["num_directions"] = config.zo_num_directions
+    if config.zo_mask != NONE:
+        given["mask"] = Mask(config.zo_mask, config.zo_mask_ratio)
     if config.zo_estimator == "lozo":
         return LOZO(**given, rank=config.zo_rank, window=config.zo_window)
     return {"mezo": MeZO, "fzoo": FZOO}[config.zo_estimator](**given)
+
+
+def rule_of(config: TrainConfig) -> Rule:
+    """As zo_update and its keys say."""
+    kind, beta1 = config.zo_update, config.zo_momentum
+    if kind not in (MOMENTUM, ADAM):
+        return Rule(kind=kind)
+    if beta1 is None:
+        beta1 = 0.9 if kind == MOMENTUM else 0.7
+    beta2 = config.zo_beta2 if kind == ADAM else 0.0
+    return Rule(kind=kind, beta1=beta1, beta2=beta2, horizon=config.zo_horizon)
 
 
 class ZOTrainer(SSDTrainer):
@@ -56,6 +71,7 @@ class ZOTrainer(SSDTrainer):
 
     Args:
         estimator: MeZO(...) by default, FZOO(...) or LOZO(...).
+        rule: what steps make of estimates; None: they follow them.
         clip: bounds each projected gradient; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
         objective: (the model's output, a micro-batch) -> a value of each row, the more the better, [rows]: accuracy, a
@@ -70,6 +86,7 @@ class ZOTrainer(SSDTrainer):
         self,
         *args: Any,
         estimator: Estimator | None = None,
+        rule: Rule | None = None,
         clip: float | None = None,
         fold: Fold | None = None,
         objective: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -85,6 +102,7 @@ class ZOTrainer(SSDTrainer):
         self.method = ZerothOrder(
             self.model,
             estimator or MeZO(),
+            rule=rule,
             seed=self.args.seed,
             clip=clip,
             fold=fold,
@@ -92,10 +110,12 @@ class ZOTrainer(SSDTrainer):
         )
         if self.args.world_size > 1:  # there is no gradient that DistributedDataParallel could sum
             self.accelerator.prepare_model = lambda model, **_: model  # type: ignore[method-assign]
+        family = self.method.estimator.family
         header = Header(
             base=base_of(model_of(self.model)),
             seed=self.args.seed,
-            **dataclasses.asdict(self.method.estimator.family),
+            **{f.name: getattr(family, f.name) for f in dataclasses.fields(family)},
+            rule=self.method.rule,
             trains=ALL if self.method.trains_blocks else ADAPTERS,
         )
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)

@@ -1,7 +1,8 @@
 """Gradient estimates from losses alone. Each estimator says at which points losses are wanted, and what they mean.
 
 A *variant* of the weights is the weights themselves, or weights shifted along one random direction z_j by a scale:
-theta + scale z_j. An estimate is one number g_j for each direction; the step is theta -= lr sum_j g_j z_j.
+theta + scale z_j, z_j 0 where a mask says so. An estimate is one number g_j for each direction; what is made of
+sum_j g_j z_j is the rule's (`rules.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.noise import GAUSSIAN, RADEMACHER
+from ssdtune.zeroth_order.masks import ALL_MOVE, NONE, Mask
 from ssdtune.zeroth_order.updates import Family
 
 
@@ -57,6 +59,7 @@ class MeZO:
 
     eps: float = 1e-3
     num_directions: int = 1
+    mask: Mask = ALL_MOVE
 
     def __post_init__(self) -> None:
         _check(self.eps, self.num_directions, 1)
@@ -64,7 +67,7 @@ class MeZO:
     @property
     def family(self) -> Family:
         """A normal number for each element."""
-        return Family(GAUSSIAN)
+        return Family(GAUSSIAN, mask=self.mask)
 
     @property
     def variants(self) -> Sequence[Shift | None]:
@@ -88,6 +91,7 @@ class FZOO:
 
     eps: float = 1e-3
     num_directions: int = 8
+    mask: Mask = ALL_MOVE
 
     def __post_init__(self) -> None:
         _check(self.eps, self.num_directions, 2)
@@ -95,7 +99,7 @@ class FZOO:
     @property
     def family(self) -> Family:
         """A sign for each element."""
-        return Family(RADEMACHER)
+        return Family(RADEMACHER, mask=self.mask)
 
     @property
     def variants(self) -> Sequence[Shift | None]:
@@ -126,6 +130,8 @@ class LOZO(MeZO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mask.kind != NONE:
+            raise EstimatorError("LOZO's directions have no mask: leave it out, or take MeZO.")
         if self.rank < 1 or self.window < 1:
             raise EstimatorError(
                 f"rank is {self.rank} and window is {self.window}; both must be 1 or more."

@@ -1,8 +1,8 @@
 """The log of a zeroth-order run: a line for each step, and from them and the base any step's weights again.
 
-    {"format": ..., "generator": ..., "base": ..., "seed": ..., "kind": ..., "rank": ..., "window": ...,
-     "trains": ..., "crc": ...}
-    {"step": 0, "loss": ..., "coefficients": [...], "decay": ..., "crc": ...}
+    {"format": ..., "generator": ..., "base": ..., "seed": ..., "kind": ..., "rank": ..., "window": ..., "mask": {...},
+     "rule": {...}, "trains": ..., "crc": ...}
+    {"step": 0, "loss": ..., "gradients": [...], "rate": ..., "decay": ..., "crc": ...}
     {"step": 1, "loss": ..., "skipped": true, "crc": ...}
 
 JSON, numbers as Python writes them (which reads back every bit), a CRC of the rest on each line. A step's line is on
@@ -21,9 +21,11 @@ from typing import Any
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.noise import KINDS
-from ssdtune.zeroth_order.updates import Family, Update
+from ssdtune.zeroth_order.masks import ALL_MOVE, Mask
+from ssdtune.zeroth_order.rules import FOLLOW, Rule, Update
+from ssdtune.zeroth_order.updates import Family
 
-FORMAT = "ssdtune zeroth-order log 1"
+FORMAT = "ssdtune zeroth-order log 2"
 # What z and rounding are made from: another would make other weights from the same log.
 GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles, BLAKE2b keys"
 ALL, ADAPTERS = "all", "adapters"  # what trains
@@ -36,19 +38,22 @@ class LogError(SSDTuneError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
     """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
-    kind, rank, window: of the directions' family. trains: "all" weights, or "adapters"."""
+    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: "all" weights, or
+    "adapters"."""
 
     base: str | None
     seed: int
     kind: str
     rank: int = 0
     window: int = 0
+    mask: Mask = ALL_MOVE
+    rule: Rule = FOLLOW
     trains: str
 
     @property
     def family(self) -> Family:
         """What the directions look like."""
-        return Family(self.kind, self.rank, self.window)
+        return Family(self.kind, self.rank, self.window, self.mask)
 
     def differences(self, other: Header) -> list[str]:
         """What is not as in another, in words."""
@@ -56,7 +61,7 @@ class Header:
         return [
             f"{names.get(name, name)}: {theirs!r} in the log, {mine!r} here"
             for name, mine in dataclasses.asdict(self).items()
-            if mine != (theirs := getattr(other, name))
+            if mine != (theirs := dataclasses.asdict(other)[name])
         ]
 
 
@@ -86,7 +91,7 @@ class LogWriter:
         if update is None:
             told["skipped"] = True
         else:
-            told |= {"coefficients": list(update.coefficients), "decay": update.decay}
+            told |= {"gradients": update.gradients, "rate": update.rate, "decay": update.decay}
         self._lines.append(_line(told))
         mode = "ab" if self._is_open else "wb"
         with self.path.open(mode) as file:
@@ -143,6 +148,7 @@ def _header(record: dict[str, Any], where: str) -> Header:
             "Replay it with the version of ssdtune that wrote it."
         )
     told: dict[str, Any] = {f.name: record.get(f.name) for f in dataclasses.fields(Header)}
+    told |= {"mask": Mask(**record["mask"]), "rule": Rule(**record["rule"])}
     header = Header(**told)
     if header.kind not in KINDS or header.trains not in (ALL, ADAPTERS):
         raise LogError(
@@ -158,7 +164,8 @@ def _step(record: dict[str, Any], number: int, where: str) -> Update | None:
         )
     if record.get("skipped"):
         return None
-    return Update(number, tuple(map(float, record["coefficients"])), float(record["decay"]))
+    gradients = tuple(map(float, record["gradients"]))
+    return Update(number, gradients, float(record["rate"]), float(record["decay"]))
 
 
 def _line(record: dict[str, Any]) -> bytes:

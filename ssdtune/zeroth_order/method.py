@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 
 from ssdtune.visit.rehearsal import base_of
 from ssdtune.visit.streamer import Streamer
-from ssdtune.zeroth_order.estimators import Estimator
+from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
 from ssdtune.zeroth_order.log import Log
-from ssdtune.zeroth_order.updates import Directions, Update
+from ssdtune.zeroth_order.rules import SGD, Rule, Update
+from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.weights import MovingWeights
 from ssdtune.zeroth_order.working_copy import WorkingCopy
 
@@ -49,6 +51,7 @@ class ZerothOrder:
     Args:
         model: what `ssdtune.stream` returned, with a peft adapter or not.
         estimator: MeZO(...), FZOO(...) or LOZO(...).
+        rule: what steps make of estimates; None: they follow them, as SGD does.
         seed: 64 bits; with it and the updates, the weights of any step can be made again.
         clip: bounds each g_j to -clip ... clip; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
@@ -56,17 +59,22 @@ class ZerothOrder:
             process. All that they exchange: with the same seed each makes the same update. None: there is one process.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each has its default, and stands alone
         self,
         model: Any,
         estimator: Estimator,
         *,
+        rule: Rule | None = None,
         seed: int = 0,
         clip: float | None = None,
         fold: Fold | None = None,
         exchange: Callable[[list[float]], list[list[float]]] | None = None,
     ) -> None:
         self._exchange = exchange or (lambda shares: [shares])
+        self.rule = rule or Rule()
+        if estimator.family.rank and self.rule.kind != SGD:
+            raise EstimatorError(f"LOZO goes with the rule {SGD}, not with {self.rule.kind}.")
+        self._recent: deque[Update] = deque(maxlen=self.rule.num_earlier)
         self.model, self.estimator, self.seed, self.clip = model, estimator, seed, clip
         self.streamer: Streamer = base_of(model).ssdtune
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -76,7 +84,7 @@ class ZerothOrder:
         self.weights = MovingWeights(
             self.streamer,
             trained,
-            Directions(seed, estimator.family),
+            Directions(seed, estimator.family, self.rule),
             trains_blocks=trains_blocks,
         )
         self.trains_blocks = trains_blocks
@@ -97,8 +105,9 @@ class ZerothOrder:
     def resume(self, updates: Sequence[Update], num_steps: int) -> None:
         """Goes on after so many steps whose updates are these; adapters are loaded by whoever saved them."""
         self.num_steps = num_steps
+        self._recent.extend(updates)
         if self.trains_blocks:
-            self.weights.replay(updates)
+            self.weights.replay(self.rule.linked(updates))
 
     def close(self) -> None:
         """Removes the working copy, where there is one; the model can't be read afterwards."""
@@ -152,23 +161,22 @@ class ZerothOrder:
         gradients = self.estimator.gradients(losses)
         if self.clip is not None:
             gradients = [max(-self.clip, min(self.clip, g)) for g in gradients]
-        update = Update(
-            number,
-            tuple(learning_rate * g for g in gradients),
-            1.0 - learning_rate * weight_decay,
-        )
-        self.weights.take(update)
+        decay = 1.0 - learning_rate * weight_decay
+        update = Update(number, tuple(gradients), learning_rate, decay)
+        self.weights.take(self.rule.after(update, list(self._recent)))
+        self._recent.append(update)
         return Step(loss, tuple(losses), tuple(gradients), update)
 
 
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     """From now on the streamed model has the weights after so many steps of a log of all weights; None: all."""
-    updates = [u for u in log.updates if num_steps is None or u.step < num_steps]
+    linked, header = log.header.rule.linked(log.updates), log.header
+    updates = [u for u in linked if num_steps is None or u.step < num_steps]
     streamer: Streamer = model.ssdtune
     weights = MovingWeights(
         streamer,
         outside_of_blocks(model, streamer),
-        Directions(log.header.seed, log.header.family),
+        Directions(header.seed, header.family, header.rule),
         trains_blocks=True,
     )
     weights.replay(updates)

@@ -1,33 +1,29 @@
 """What a step does to the weights, as a few numbers: the rest is made again from the seed.
 
-    theta_{t+1} = round(theta_t * decay + sum_j (-coefficient_j) z_j)    z_j from (seed, t, j, parameter's name)
+    theta_{t+1} = round(theta_t * decay + what the rule makes of the estimates)    z_j from (seed, t, j, parameter's name)
 
 in float32, from left to right (`kernels/noise.py`), rounded once. bfloat16 weights are rounded at random: an update is
-far smaller than the distance between two of them, and rounding to nearest would lose it. A direction whose coefficient
-is 0 is left out.
+far smaller than the distance between two of them, and rounding to nearest would lose it. A direction whose gradient is
+0 is left out. Where a mask lets an element be, it stays as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from ssdtune.kernels.noise import Direction, add_directions, add_low_rank, values
+from ssdtune.kernels.noise import PART, Direction, add_directions, add_low_rank, add_values, values
 from ssdtune.kernels.philox import key_of, number_of
+from ssdtune.zeroth_order.masks import ALL_MOVE, NONE, Mask, Masks
+from ssdtune.zeroth_order.rules import FOLLOW, Rule, Term, Update, estimate_terms
 
 WINDOW = " of the window"  # makes another number of a parameter's name, for V
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Update:
-    """One step. step: its number, which its directions hang on. coefficients: learning rate times g_j, for each
-    direction. decay: what parameters of two and more dimensions are multiplied by, 1 - lr x weight decay."""
-
-    step: int
-    coefficients: tuple[float, ...]
-    decay: float = 1.0
+# (to, base, number of their first element): moves a part of a parameter.
+Move = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,61 +32,108 @@ class Family:
 
     kind: of their numbers, as in `kernels.noise`. rank: 0 for a number of its own for each element; else parameters of
     two and more dimensions, as matrices [first dimension, all others], move along U V^T with so many columns. window:
-    for how many steps V stays the same.
+    for how many steps V stays the same. mask: where they are 0.
     """
 
     kind: str
     rank: int = 0
     window: int = 0
+    mask: Mask = ALL_MOVE
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Directions:
-    """All random directions of a run."""
+    """All random directions of a run, and what steps make of them."""
 
     seed: int
     family: Family
+    rule: Rule = FOLLOW
+
+    @functools.cached_property
+    def masks(self) -> Masks:
+        """Which elements move."""
+        return Masks(self.seed, self.family.mask)
 
     def shift(
         self, to: torch.Tensor, base: torch.Tensor, name: str, *, step: int, j: int, scale: float
     ) -> None:
         """to = round(base + scale z_j), to nearest."""
-        self._add(to, base, name, Update(step, (0.0,) * j + (-scale,)), rounding_key=None)
+        self._add(to, base, name, [Term(step, j, scale)])
 
     def apply(self, parameter: torch.Tensor, name: str, updates: Sequence[Update]) -> None:
         """Takes these steps with a parameter, in place, each rounded by itself."""
         for update in updates:
             key = key_of(self.seed, update.step, number_of(name))
-            self._add(parameter, parameter, name, update, rounding_key=key)
+            decay = update.decay if parameter.dim() > 1 else 1.0
+            if self.rule.is_linear:
+                terms = self.rule.terms(update)
+                self._add(parameter, parameter, name, terms, decay=decay, rounding_key=key)
+            else:
+                self._change(parameter, name, update, decay=decay, rounding_key=key)
 
     def _add(
         self,
         to: torch.Tensor,
         base: torch.Tensor,
         name: str,
-        update: Update,
-        *,
-        rounding_key: int | None,
+        terms: Sequence[Term],
+        **how: Any,
     ) -> None:
-        decay = update.decay if base.dim() > 1 else 1.0
-        scales = [(j, -c) for j, c in enumerate(update.coefficients) if c]
+        """to = round(base * decay + terms). how: decay and rounding_key as `add_directions` has them."""
         if self.family.rank and base.dim() > 1:
-            factors = [self._factors(base, name, update.step, j, scale) for j, scale in scales]
-            add_low_rank(to, base, factors, decay=decay, rounding_key=rounding_key)
+            add_low_rank(to, base, [self._factors(base, name, term) for term in terms], **how)
             return
-        directions = [
-            Direction(key_of(self.seed, update.step, j, number_of(name)), scale, self.family.kind)
-            for j, scale in scales
-        ]
-        add_directions(to, base, directions, decay=decay, rounding_key=rounding_key)
+        directions = self._directions(name, terms)
+        if self.family.mask.kind == NONE:
+            add_directions(to, base, directions, **how)
+            return
+        self._in_parts(
+            to,
+            base,
+            name,
+            lambda to, base, at: add_directions(to, base, directions, **how, first=at),
+        )
+
+    def _change(self, parameter: torch.Tensor, name: str, update: Update, **how: Any) -> None:
+        """A step that is no sum of directions."""
+
+        def move(to: torch.Tensor, base: torch.Tensor, first: int) -> None:
+            def estimate(of: Update) -> torch.Tensor:
+                found = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
+                listed = self._directions(name, estimate_terms(of))
+                add_directions(found, found, listed, first=first)
+                return found
+
+            add_values(to, base, self.rule.change(update, estimate), **how, first=first)
+
+        self._in_parts(parameter, parameter, name, move)
+
+    def _in_parts(self, to: torch.Tensor, base: torch.Tensor, name: str, move: Move) -> None:
+        """Moves what the mask lets move; a part at a time, since it takes memory."""
+        self.masks.see(name, base)
+        source, target = base.reshape(-1), to.contiguous().view(-1)
+        for first in range(0, source.numel(), PART):
+            part, out = source[first : first + PART], target[first : first + PART]
+            if self.family.mask.kind == NONE:
+                move(out, part, first)
+                continue
+            moved, moves = torch.empty_like(part), self.masks.of(name, part, first)
+            move(moved, part, first)
+            torch.where(moves, moved, part, out=out)
+        if not to.is_contiguous():
+            to.copy_(target.view(to.shape))
+
+    def _directions(self, name: str, terms: Sequence[Term]) -> list[Direction]:
+        number, kind = number_of(name), self.family.kind
+        return [Direction(key_of(self.seed, t.step, t.j, number), t.scale, kind) for t in terms]
 
     def _factors(
-        self, base: torch.Tensor, name: str, step: int, j: int, scale: float
+        self, base: torch.Tensor, name: str, term: Term
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """scale x U [rank, rows] of this step and V [rank, columns] of its window."""
+        """scale x U [rank, rows] of a step and V [rank, columns] of its window."""
         rows = base.shape[0]
-        left = Direction(key_of(self.seed, step, j, number_of(name)), scale, self.family.kind)
-        window = key_of(self.seed, step // self.family.window, number_of(name + WINDOW))
+        (left,) = self._directions(name, [term])
+        window = key_of(self.seed, term.step // self.family.window, number_of(name + WINDOW))
         right = Direction(window, 1.0, self.family.kind)
         return (
             values(left, self.family.rank * rows, base.device).view(-1, rows),

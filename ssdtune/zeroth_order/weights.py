@@ -19,7 +19,8 @@ import torch
 from ssdtune.swap.storage import aligned_bytes
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.estimators import Shift
-from ssdtune.zeroth_order.updates import Directions, Update
+from ssdtune.zeroth_order.rules import Update
+from ssdtune.zeroth_order.updates import Directions
 
 
 class MovingWeights:
