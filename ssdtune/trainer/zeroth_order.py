@@ -22,9 +22,11 @@ import torch
 from accelerate.utils import find_batch_size, gather_object
 from torch import nn
 
+from ssdtune.data import choose_pad_token
 from ssdtune.run_files import LOG_NAME
 from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import base_of
+from ssdtune.trainer.generations import Generation, answers
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.rehearsal import base_of as model_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
@@ -75,7 +77,9 @@ class ZOTrainer(SSDTrainer):
         clip: bounds each projected gradient; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
         objective: (the model's output, a micro-batch) -> a value of each row, the more the better, [rows]: accuracy, a
-            reward; it needs no gradient. None: the model's own loss.
+            reward; it needs no gradient. With `generation` it gets the answers to the micro-batch's prompts instead of an
+            output: a list of texts, of lists of ids where there is no processing_class. None: the model's own loss.
+        generation: how answers are made for the objective.
 
     The rest is as in SSDTrainer. `args.optim` and `args.max_grad_norm` mean nothing here.
     """
@@ -89,11 +93,14 @@ class ZOTrainer(SSDTrainer):
         rule: Rule | None = None,
         clip: float | None = None,
         fold: Fold | None = None,
-        objective: Callable[[Any, Any], torch.Tensor] | None = None,
+        objective: Callable[[Any, Any], Any] | None = None,
+        generation: Generation | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.objective = objective
+        self.objective, self.generation = objective, generation
+        if generation is not None and objective is None:
+            raise TrainerError("generation without an objective.\nPass objective=f(texts, batch).")
         if self.streamer is None:
             raise TrainerError(
                 "ZOTrainer trains streamed models.\nOpen the model with ssdtune.stream(name)."
@@ -183,10 +190,24 @@ class ZOTrainer(SSDTrainer):
 
     def _share(self, model: nn.Module, inputs: Any, num_items: Any, scale: float) -> torch.Tensor:
         if self.objective is not None:
-            value = self.objective(model(**inputs), inputs)
+            judged = self._answers(model, inputs) if self.generation else model(**inputs)
+            value = torch.as_tensor(self.objective(judged, inputs))
             return -value.detach().double().sum() * scale
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss * scale if scale != 1.0 else loss
+
+    def _answers(self, model: nn.Module, inputs: Any) -> list[Any]:
+        """Texts, or ids, of a variant's answers, padding left out."""
+        assert self.generation is not None
+        tokenizer: Any = self.processing_class
+        pad = 0 if tokenizer is None else choose_pad_token(tokenizer).token_id
+        step = self.method.num_steps
+        ids = answers(
+            model, inputs, self.generation, seed=self.args.seed, step=step, pad_token_id=pad
+        )
+        if tokenizer is None:
+            return ids.tolist()
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own, with the last step's projected gradient (its largest) and how many steps were skipped."""

@@ -1,0 +1,123 @@
+"""Objectives of generated text: each variant's answers are those of the same weights in memory, drawn ones too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from support import streamed
+from torch.utils.data import SequentialSampler
+from transformers import LlamaConfig
+
+from ssdtune.data import CausalCollator
+from ssdtune.trainer import SSDConfig, ZOTrainer
+from ssdtune.trainer.generations import Drawn, Generation, GenerationError, answers, prompts
+from ssdtune.zeroth_order import MeZO
+
+NEW = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    config = tiny_models.small(LlamaConfig, vocab_size=60)
+    tiny_models.save(tiny_models.auto_class("llama").from_config(config), folder)
+    return folder
+
+
+def rows() -> list[dict[str, list[int]]]:
+    """Prompts of three to six tokens, each with a trained one behind, which nobody may see."""
+    made = []
+    for k in range(8):
+        prompt = [5 + (k + j) % 50 for j in range(3 + k % 4)]
+        made.append({"input_ids": [*prompt, 9], "labels": [*[-100] * len(prompt), 9]})
+    return made
+
+
+def made_trainer(model: Path, folder: Path, generation: Generation, objective: Any) -> Any:
+    arguments = SSDConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        seed=3,
+    )
+    trainer = ZOTrainer(
+        streamed(model, micro_batch_size=None),
+        arguments,
+        CausalCollator(0),
+        train_dataset=rows(),
+        estimator=MeZO(eps=5e-2),
+        objective=objective,
+        generation=generation,
+    )
+    trainer._get_train_sampler = lambda rows=None: SequentialSampler(rows or trainer.train_dataset)  # type: ignore[method-assign]
+    return trainer
+
+
+def test_prompts_stand_before_the_labels_and_end_together() -> None:
+    batch = CausalCollator(0)(rows()[:2])
+    ids, mask = prompts(batch, 7)
+    assert ids.tolist() == [[7, 5, 6, 7], [6, 7, 8, 9]]
+    assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    alone = {"input_ids": torch.tensor([[5, 9], [6, 9]])}
+    assert prompts(alone, 7)[0].tolist() == [[5, 9], [6, 9]]
+    with pytest.raises(GenerationError, match="no prompt"):
+        prompts({**batch, "labels": batch["input_ids"]}, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_variants_answer_as_in_memory(temperature: float, model: Path, tmp_path: Path) -> None:
+    how = Generation(max_new_tokens=NEW, temperature=temperature)
+    seen: list[list[list[int]]] = []
+
+    def objective(found: list[list[int]], batch: Any) -> list[float]:
+        seen.append(found)
+        return [float(sum(ids)) for ids in found]
+
+    trainer = made_trainer(model, tmp_path, how, objective)
+    trainer.train()
+    trainer.model.ssdtune.close()
+    plain: Any = tiny_models.auto_class("llama").from_pretrained(model).eval()
+    directions, parameters = trainer.method.weights.directions, dict(plain.named_parameters())
+    collate = CausalCollator(0)
+    expected = []
+    for step, update in enumerate(trainer.method.weights.updates):
+        pristine = {n: p.clone() for n, p in parameters.items()}
+        groups = [collate(rows()[4 * step + 2 * k : 4 * step + 2 * k + 2]) for k in range(2)]
+        for scale in (5e-2, -5e-2):
+            for name, p in parameters.items():
+                directions.shift(p.data, pristine[name], name, step=step, j=0, scale=scale)
+            for batch in groups:
+                made = answers(plain, batch, how, seed=3, step=step, pad_token_id=0)
+                expected.append(made.tolist())
+        for name, p in parameters.items():
+            p.data.copy_(pristine[name])
+            directions.apply(p.data, name, [update])
+    assert len(seen) == 2 * 2 * 2
+    assert sorted(seen) == sorted(expected)
+    assert trainer.method.num_steps == 2
+
+
+def test_what_is_drawn_is_drawn_again_and_follows_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(4000, 3)
+    ids = torch.zeros(4000, 5, dtype=torch.long)
+    first, again, other = (Drawn(key, 0.5)(ids, logits).argmax(-1) for key in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    shares = torch.bincount(first, minlength=3) / 4000
+    assert torch.allclose(shares, (logits[0] / 0.5).softmax(-1), atol=0.03)
+
+
+def test_what_makes_no_answer_is_refused() -> None:
+    with pytest.raises(GenerationError, match="max_new_tokens is 0"):
+        Generation(max_new_tokens=0)
+    with pytest.raises(GenerationError, match="temperature -1"):
+        Generation(temperature=-1.0)
