@@ -58,7 +58,7 @@ def made_trainer(model: Path, folder: Path, generation: Generation, objective: A
         objective=objective,
         generation=generation,
     )
-    trainer._get_train_sampler = lambda rows=None: SequentialSampler(rows or trainer.train_dataset)  # type: ignore[method-assign]
+    trainer._get_train_sampler = lambda rows=None: SequentialSampler(trainer.train_dataset)  # type: ignore
     return trainer
 
 
