@@ -72,6 +72,7 @@ def stream(
     from ssdtune.visit.check import ensure_checked
 
     chosen = Offload.of(offload)
+    micro_batch_size = _rows_at_once(chosen, micro_batch_size)
     meta = build_packed(
         model_name_or_path,
         quantization=str(quantization),
@@ -129,9 +130,21 @@ def plan(
     meta = build_planned(
         model_name_or_path, quantization=str(quantization), dtype=dtype, **from_pretrained_kwargs
     )
-    options = _options(meta, Offload.of(offload), micro_batch_size)
+    chosen = Offload.of(offload)
+    options = _options(meta, chosen, _rows_at_once(chosen, micro_batch_size))
     drafted = draft(meta, options)
     return Planned(meta, options, drafted, drafted.replanner.plan())
+
+
+def _rows_at_once(offload: Offload, micro_batch_size: int | None) -> int | None:
+    """Raises OffloadError for what only a run with rows and a machine to predict for can decide."""
+    wanted = offload.micro_batch_size
+    if wanted == "auto" and micro_batch_size is None:
+        raise OffloadError(
+            "offload.micro_batch_size: auto needs to know a step's rows, which `ssdtune train` does.\n"
+            "Write a number, or leave it out: batches are then not cut."
+        )
+    return wanted if isinstance(wanted, int) and micro_batch_size is None else micro_batch_size
 
 
 def stream_arguments(config: TrainConfig) -> dict[str, Any]:

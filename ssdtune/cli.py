@@ -36,7 +36,7 @@ required keys are flags. `ssdtune plan` takes the same arguments and trains noth
 """
 PLAN_USAGE = """\
 ssdtune plan CONFIG.yaml [--key value …] [--hardware SPEC] [--model FOLDER|config.json]
-             [--compare] [--timeline FILE] [--json]
+             [--compare] [--timeline FILE] [--json] [--price_per_hour $] [--price_per_kwh $]
 
 Will it fit, how fast, what limits it, what does it write to the drive. Reads the model's headers and
 some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as for `ssdtune train`.
@@ -45,7 +45,11 @@ some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as
                                parts); again for another beside it: --hardware rtx4090+2x990pro+128GB
   --model FOLDER|config.json   instead of the configuration's; a config.json alone is enough
   --compare                    other methods beside it, also those that can't be run yet (≈: by plain rates)
-  --timeline FILE.png|.json    the lanes of one step, drawn, or as trace events for Perfetto
+  --timeline FILE.png|.json    the lanes of one step and what each memory holds meanwhile, drawn, or as
+                               trace events for Perfetto
+  --price_per_hour 0.40        dollars for the machine, instead of a published price (`ssdtune hardware`);
+                               a profile's file may have it too
+  --price_per_kwh 0.30         prices the energy, where the machine's watts are known
   --json                       the answer as one JSON object
 """
 LATER = ("data", "eval", "merge")
@@ -104,6 +108,10 @@ def _train(words: list[str]) -> object:
     loaded = _load(words)
     if loaded is None:
         return 0
+    if loaded.config.offload.micro_batch_size == "auto":
+        from ssdtune.planning.settle import with_rows_at_once
+
+        loaded = with_rows_at_once(loaded)
     from ssdtune.trainer import train_from_config
 
     result = train_from_config(loaded)
@@ -119,20 +127,41 @@ def _plan(words: list[str]) -> object:
     parser.add_argument("--timeline", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--compare", action="store_true")
+    for name in ("price_per_hour", "price_per_kwh"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     arguments, rest = parser.parse_known_args(words)
     loaded = _load(rest, PLAN_USAGE, says_notes=not arguments.json)
     if loaded is None:
         return 0
-    from ssdtune.planning import print_plan
+    from ssdtune.planning import Wanted, print_plan
+    from ssdtune.planning.prices import Prices
 
-    return print_plan(
-        loaded,
+    wanted = Wanted(
         hardware=arguments.hardware,
         model=arguments.model,
         timeline=arguments.timeline,
         as_json=arguments.json,
         compares=arguments.compare,
+        prices=Prices(
+            per_hour=_dollars("price_per_hour", arguments.price_per_hour),
+            per_kwh=_dollars("price_per_kwh", arguments.price_per_kwh),
+        ),
     )
+    return print_plan(loaded, wanted)
+
+
+def _dollars(name: str, text: str | None) -> float | None:
+    """The value of a flag."""
+    try:
+        price = None if text is None else float(text)
+    except ValueError:
+        price = 0.0
+    if price is not None and not 0 < price < float("inf"):
+        raise SSDTuneError(
+            f"command line: {name}: got {ascii(text)[:40]}.\n"
+            f"Allowed: dollars, above 0. Write for instance `--{name} 0.40`."
+        )
+    return price
 
 
 def _load(words: list[str], usage: str = TRAIN_USAGE, *, says_notes: bool = True):

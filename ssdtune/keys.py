@@ -22,6 +22,7 @@ from ssdtune.settings import (
     Size,
     Text,
     Whole,
+    WordOr,
     Words,
     YesNo,
     YesNoOr,
@@ -68,8 +69,17 @@ class Offload:
     )
     block_inputs: str = key(
         OneOf(("auto", "device", "ram", "nvme")),
-        "where the inputs of blocks wait for backward; auto: the fastest that holds them",
+        "where the inputs of blocks wait for backward; auto: what fits and is predicted to be the fastest, said before "
+        "the first step",
         default="auto",
+    )
+    micro_batch_size: str | int | None = key(
+        Or("none", WordOr("auto", Whole(1, 2**24))),
+        "rows that pass a block at once, where that is to be another cut of the same step than "
+        "per_device_train_batch_size; auto: what fits and is predicted to be the fastest of all that divide the step's "
+        "rows",
+        default=None,
+        example="auto",
     )
     activations: int | None = key(
         Size(none_word="none"),
@@ -557,6 +567,11 @@ class TrainConfig:
     }
     not_supported: ClassVar[Mapping[str, str]] = NOT_SUPPORTED
 
+    @property
+    def step_rows(self) -> int:
+        """Of one process's optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def __post_init__(self) -> None:
         read_again(self)
         for name, value in _resolved(self).items():
@@ -574,6 +589,10 @@ def _resolved(config: TrainConfig) -> dict[str, Any]:
         resolved["method"] = "lora"
         if config.quantization == "none":
             resolved["quantization"] = "nf4"
+    at_once, rows = config.offload.micro_batch_size, config.step_rows
+    if isinstance(at_once, int) and rows % at_once == 0:
+        resolved["per_device_train_batch_size"] = at_once
+        resolved["gradient_accumulation_steps"] = rows // at_once
     if config.eval_steps is None:
         resolved["eval_steps"] = config.save_steps
     if config.per_device_eval_batch_size is None:
@@ -591,6 +610,15 @@ def _conflicts(config: TrainConfig) -> Iterator[ConfigError]:
             'Add one, for instance a split "train[98%:]" of the training file, or write '
             "eval_strategy: no.",
             keys=("eval_strategy",),
+        )
+    at_once, rows = config.offload.micro_batch_size, config.step_rows
+    if isinstance(at_once, int) and rows % at_once:
+        sizes = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        yield ConfigError(
+            f"offload.micro_batch_size: {at_once} does not divide the {rows} rows of a step "
+            "(per_device_train_batch_size × gradient_accumulation_steps).\n"
+            f"Set it to one of {sizes}, or to auto.",
+            keys=("offload.micro_batch_size",),
         )
     if config.zo_estimator == "fzoo" and config.zo_num_directions == 1:
         yield ConfigError(

@@ -38,14 +38,16 @@ def own_machine(folder: Path) -> Machine:
     folder = folder.expanduser().resolve()
     while not folder.exists():
         folder = folder.parent
-    device = _own_device()
+    device, profile = _own_device(), own_profile()
     cores = os.cpu_count() or 1
     return Machine(
         name=f"this machine, {cores} cores",
         ram_bytes=free_ram(),
         drive=Drive(name=str(folder), free_bytes=shutil.disk_usage(folder).free),
         device=device,
-        profile=own_profile(),
+        profile=profile,
+        price_per_hour=None if profile is None else profile.price_per_hour,
+        price_source="its profile",
     )
 
 
@@ -103,6 +105,8 @@ def _measured(path: Path) -> Machine:
         ram_bytes=free_ram(),
         drive=Drive(name="its drive"),
         profile=profile,
+        price_per_hour=profile.price_per_hour,
+        price_source="its profile",
     )
 
 
@@ -148,6 +152,8 @@ def devices_known() -> Mapping[str, Device]:
             flops=float(entry["tflops"]) * 1e12,
             pcie=float(entry["pcie"]),
             watts=float(entry["watts"]),
+            price_per_hour=entry.get("price"),
+            price_source=entry.get("price_source", ""),
             assumed=tuple(entry["assumed"]),
         )
         for key, entry in entries("devices").items()
@@ -227,13 +233,15 @@ def hardware_lines() -> Iterator[str]:
             f"{float(entry['bandwidth']) / 1e9:,.0f} GB/s",
             marked(entry, "pcie", f"{float(entry['pcie']) / 1e9:g} GB/s"),
             f"{entry['watts']} W",
+            f"${entry['price']:.2f}/h" if "price" in entry else "",
             entry["source"],
         ]
         for key, entry in entries("devices").items()
     ]
     yield format_table(
-        rows, header=("device", "", "memory", "bf16", "bandwidth", "PCIe", "", "source")
+        rows, header=("device", "", "memory", "bf16", "bandwidth", "PCIe", "", "rented", "source")
     )
+    yield from _price_sources()
     yield ""
     rows = [
         [
@@ -253,3 +261,11 @@ def hardware_lines() -> Iterator[str]:
     )
     yield ""
     yield "* assumed, not published. Write `--hardware rtx4090+2x990pro+128GB`."
+
+
+def _price_sources() -> Iterator[str]:
+    """Yields who asks the prices, and when."""
+    priced = [entry for entry in entries("devices").values() if "price" in entry]
+    for source in dict.fromkeys(entry["price_source"] for entry in priced):
+        names = ", ".join(e["name"] for e in priced if e["price_source"] == source)
+        yield f"rented: {names}: {source}"

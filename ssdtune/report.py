@@ -29,6 +29,7 @@ LANE_LABELS = {
     "compute": "compute",
 }
 FORWARD, BACKWARD = "#3b7dd8", "#e08a2c"
+STRIP_INCHES = 1.5
 WAIT, IDLE, MISS, INK, FAINT = "#c9c9c9", "#f3f3f1", "#c02b2b", "#22252a", "#8a8f98"
 
 
@@ -254,7 +255,7 @@ def draw_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_axisbelow(True)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_timeline(trace: Sequence[OpRecord], path: Path, *, step: int | None = None) -> None:
@@ -262,19 +263,25 @@ def draw_timeline(trace: Sequence[OpRecord], path: Path, *, step: int | None = N
 
     step: its number in the trace; the middle one of the run if None. Raises ReportError.
     """
-    _save(timeline_figure(trace, step=step), path)
+    save_figure(timeline_figure(trace, step=step), path)
 
 
-def timeline_figure(trace: Sequence[OpRecord], *, step: int | None = None) -> Any:
-    """The matplotlib figure of `draw_timeline`, laid out."""
+def timeline_figure(
+    trace: Sequence[OpRecord], *, step: int | None = None, num_below: int = 0
+) -> Any:
+    """The matplotlib figure of `draw_timeline`, laid out. num_below: axes below the lanes, on the same seconds, for the
+    caller to draw on: `figure.axes[1:]`."""
     windows = {window.step: window for window in training_steps(trace)}
     if not windows or (step is not None and step not in windows):
         raise ReportError(f"the trace holds no training step{'' if step is None else f' {step}'}")
     window = windows[step if step is not None else sorted(windows)[len(windows) // 2]]
     shown = [op for op in trace if op.end_s > window.start_s and op.start_s < window.end_s]
     lanes = [lane for lane in LANES if any(op.lane == lane for op in shown)]
-    figure = _figure(13.0, 1.75 + 0.72 * len(lanes))
-    canvas = _drawn(figure.add_subplot(), window, lanes, shown)
+    own = 0.72 * len(lanes)
+    figure = _figure(13.0, 1.75 + own + STRIP_INCHES * num_below)
+    ratios = [own, *[STRIP_INCHES] * num_below]
+    axes, *_ = figure.subplots(1 + num_below, 1, squeeze=False, height_ratios=ratios)[:, 0]
+    canvas = _drawn(axes, window, lanes, shown)
     figure.legend(
         handles=_legend_handles(shown, window), loc="outside lower center", ncols=5, frameon=False
     )
@@ -302,7 +309,7 @@ def draw_comparison(
         axes[i].set_xlim(0, longest * canvas.scale)
     handles = _legend_handles(shown[1], windows[1])
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _window_of(trace: Sequence[OpRecord], step: int) -> StepWindow:
@@ -472,7 +479,8 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """As a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png")

@@ -319,6 +319,24 @@ class Or(Reader):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class WordOr(Reader):
+    """A word that stays as it is, or what the inner reader reads."""
+
+    word: str
+    inner: Reader
+
+    @property
+    def allowed(self) -> str:
+        return f"{self.word}, {self.inner.allowed}"
+
+    def read(self, node: Node, key: str) -> Any:
+        return self.word if node.value == self.word else self.inner.read(node, key)
+
+    def write(self, value: Any) -> Any:
+        return value if value == self.word else self.inner.write(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class YesNoOr(Reader):
     """true, false, or what the inner reader reads."""
 

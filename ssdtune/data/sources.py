@@ -293,12 +293,15 @@ def _open_by_name(path: str, split_name: str) -> tuple[datasets.Dataset, list[So
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Its own error lines would stand before ours and say less."""
+    """Its own error lines would stand before ours and say less; and a file of the user's is nobody's download to be
+    counted, which it would ask a server to do, waiting for it where there is no way out."""
     import datasets
 
-    level = datasets.logging.get_verbosity()
+    level, counts = datasets.logging.get_verbosity(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         datasets.logging.set_verbosity(level)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import datasets
     import numpy as np
 
+UNSET = '"truncation":null,"padding":null,'  # as a tokenizer without these writes itself
 OVERLONG = ("truncate", "drop", "error")
 
 
@@ -279,14 +280,10 @@ def _fingerprint(rows: DatasetRows, encoder: Encoder, max_length: int | None, ov
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    # Padding and truncation are settings of the last call, not of the vocabulary.
-    state.update(padding=None, truncation=None)
     rules = [
         rows.dataset._fingerprint,
         [rows.format.name, rows.template],
-        state,
+        _vocabulary(tokenizer),
         tokenizer.special_tokens_map,
         encoder.template.text,
         encoder.train_on,
@@ -295,6 +292,18 @@ def _fingerprint(rows: DatasetRows, encoder: Encoder, max_length: int | None, ov
     ]
     digest.update(json.dumps(rules, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    """All that it makes ids from; not the padding and truncation of its last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    text: str = backend.to_str()
+    if UNSET in text[:100]:  # a tokenizer that was just loaded: a vocabulary need not be parsed
+        return text
+    unset = {**json.loads(text), "truncation": None, "padding": None}
+    return json.dumps(unset, separators=(",", ":"), ensure_ascii=False)  # as it writes itself
 
 
 def _check_fates(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.planning.prices import cost_of
+from ssdtune.planning.strips import counters, draw_strip
 from ssdtune.planning.ways import Way, knows_steps
 from ssdtune.report import LANE_LABELS
+from ssdtune.schedule.holding import Level
 from ssdtune.schedule.methods import Foreseen
-from ssdtune.schedule.outcome import Outcome, Refusal
+from ssdtune.schedule.outcome import Refusal, held
+from ssdtune.schedule.plan import Kind, Tier
 from ssdtune.schedule.trace import TraceOp
 
 if TYPE_CHECKING:
-    from ssdtune.schedule.job import Job
-    from ssdtune.schedule.machine import Machine
+    from ssdtune.planning.text import Answer
     from ssdtune.schedule.simulate import Simulation
 
 
@@ -25,10 +28,9 @@ class PlanningError(SSDTuneError):
     """Nothing that could be planned; the message names the argument."""
 
 
-def as_mapping(
-    job: Job, machine: Machine, ways: Sequence[Way], others: Sequence[Foreseen]
-) -> dict[str, Any]:
-    """The answer as plain values; bytes and seconds."""
+def as_mapping(answer: Answer) -> dict[str, Any]:
+    """The answer as plain values; bytes, seconds and dollars."""
+    job, machine = answer.job, answer.machine
     return {
         "machine": {
             "name": machine.name,
@@ -36,18 +38,21 @@ def as_mapping(
             "device": None if machine.device is None else machine.device.name,
             "device_bytes": machine.device_bytes,
             "profile": None if machine.profile is None else machine.profile.name,
+            "price_source": machine.price_source if machine.price_per_hour is not None else None,
         },
         "model": job.model,
         "num_parameters": job.num_parameters,
         "num_trained": job.num_trained,
         "data": dataclasses.asdict(job.data),
-        "ways": [_way(job, way) for way in ways],
-        "others": [_other(each) for each in others],
+        "rows_at_once": job.rows_at_once,
+        "decisions": list(answer.decisions),
+        "ways": [_way(answer, way) for way in answer.ways],
+        "others": [_other(each) for each in answer.others],
     }
 
 
-def _way(job: Job, way: Way) -> dict[str, Any]:
-    found = way.found
+def _way(answer: Answer, way: Way) -> dict[str, Any]:
+    found, job = way.found, answer.job
     told: dict[str, Any] = {"words": way.words, "flags": way.flags}
     if isinstance(found, Refusal):
         return {**told, "fits": False, "why": found.why}
@@ -55,6 +60,8 @@ def _way(job: Job, way: Way) -> dict[str, Any]:
     told |= {
         "fits": True,
         "tokens_per_step": found.tokens,
+        "micro_batches": found.choices.micro_batches,
+        "block_inputs": str(found.choices.block_inputs),
         "num_steps": found.num_steps if knows_steps(job) else None,
         "ram_bytes": found.peak.ram_bytes,
         "device_bytes": found.peak.device_bytes,
@@ -70,6 +77,7 @@ def _way(job: Job, way: Way) -> dict[str, Any]:
             "stall_s": {str(kind): s for kind, s in step.stall_s.items()},
             "one_pass_s": step.one_pass_s,
             "two_pass_s": step.two_pass_s,
+            "dollars": dataclasses.asdict(cost_of(job, answer.machine, found, answer.prices)),
         }
     return told
 
@@ -88,25 +96,50 @@ def _other(each: Foreseen) -> dict[str, Any]:
     }
 
 
-def draw(ways: Sequence[Way], path: Path, say: Any) -> None:
-    """The lanes of the first way's step as a picture, or as trace events for Perfetto. Raises PlanningError."""
-    found = next((way.found for way in ways if isinstance(way.found, Outcome)), None)
-    if found is None or found.simulation is None:
+def draw(answer: Answer, path: Path, say: Any) -> None:
+    """The lanes of the proposed way's step, and what each tier holds meanwhile, as a picture, or as trace events for
+    Perfetto. Raises PlanningError."""
+    best = answer.best
+    step = None if best is None else best[1].simulation
+    if best is None or step is None:
         raise PlanningError(
             "--timeline: there is no step to draw: nothing fits, or no times are known."
         )
+    levels = held(answer.job, best[1])
     if path.suffix == ".json":
         from ssdtune.durable import write_file_atomically
 
-        write_file_atomically(path, json.dumps({"traceEvents": events(found.simulation)}).encode())
+        told = [*events(step), *counters(_shifted(levels, step))]
+        write_file_atomically(path, json.dumps({"traceEvents": told}).encode())
     elif path.suffix == ".png":
-        from ssdtune.report import draw_timeline
-
-        draw_timeline(traced(found.simulation), path, step=1)
+        _draw_picture(step, levels, path)
     else:
         raise PlanningError(f"--timeline {path}: give a name that ends with .png or .json.")
     if say is not None:
         say(f"lanes     {path}")
+
+
+def _draw_picture(step: Simulation, levels: Mapping[Tier, Sequence[Level]], path: Path) -> None:
+    from ssdtune.report import save_figure, timeline_figure
+
+    figure = timeline_figure(traced(step), step=1, num_below=len(levels))
+    _, *below = figure.axes
+    first = min(each.start_s for each in step.ops if each.op.kind is Kind.COMPUTE)
+    for axes, (tier, each) in zip(below, levels.items(), strict=True):
+        last = max(op.end_s for op in step.ops if op.op.kind is Kind.COMPUTE)
+        draw_strip(axes, tier, _from(each, first), last - first)
+    save_figure(figure, path)
+
+
+def _from(levels: Sequence[Level], second: float) -> list[Level]:
+    """On a clock that begins at that second."""
+    return [Level(max(level.start_s - second, 0.0), level.parts) for level in levels]
+
+
+def _shifted(levels: Mapping[Tier, Sequence[Level]], step: Simulation) -> dict[Tier, list[Level]]:
+    """On the clock of `events`, which begins with the first op."""
+    first = min(each.start_s for each in step.ops)
+    return {tier: _from(each, first) for tier, each in levels.items()}
 
 
 def traced(step: Simulation) -> list[TraceOp]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssdtune.planning.prices import Prices, cost_line, cost_of
 from ssdtune.planning.ways import Way, knows_steps
 from ssdtune.report import LANE_LABELS, duration, format_table
 from ssdtune.schedule.methods import Foreseen
@@ -23,28 +25,56 @@ BAR_CELLS = 10  # of the longest lane
 COLUMNS = ("", "", "VRAM", "RAM", "drive", "writes", "s/step", "tok/s", "total", "")
 
 
-def lines_of(
-    job: Job,
-    machine: Machine,
-    ways: Sequence[Way],
-    others: Sequence[Foreseen],
-    loaded: Loaded,
-) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What comes of a job on a machine.
+
+    decisions: what was `auto`, in words. ways: the configured one first. others: methods that are foreseen coarsely.
+    """
+
+    job: Job
+    machine: Machine
+    decisions: Sequence[str] = ()
+    ways: Sequence[Way]
+    others: Sequence[Foreseen] = ()
+    prices: Prices = Prices()  # noqa: RUF009 - frozen
+
+    @property
+    def best(self) -> tuple[int, Outcome] | None:
+        """The first way that fits, and its place."""
+        return next(
+            ((i, w.found) for i, w in enumerate(self.ways) if isinstance(w.found, Outcome)), None
+        )
+
+
+def lines_of(answer: Answer, loaded: Loaded) -> Iterator[str]:
     """Yields the whole answer as a person reads it."""
+    job, machine, ways = answer.job, answer.machine, answer.ways
     yield f"machine   {machine_line(machine)}"
     yield f"model     {model_line(job)}"
     yield f"job       {job_line(job)}"
     yield f"data      {data_line(job)}"
+    for line in answer.decisions:
+        yield f"decided   {line}"
     rows = [row(job, way, LETTERS[i]) for i, way in enumerate(ways)]
-    rows += [other_row(job, machine, each) for each in others]
+    rows += [other_row(job, machine, each) for each in answer.others]
     yield format_table(rows, header=COLUMNS)
-    best = next(((i, w.found) for i, w in enumerate(ways) if isinstance(w.found, Outcome)), None)
-    if best is None:
+    if answer.best is None:
         refused = ways[0].found
         assert isinstance(refused, Refusal)
         yield f"does not fit: {refused.why}"
         return
-    letter, found = LETTERS[best[0]], best[1]
+    place, found = answer.best
+    yield from _of_one(answer, LETTERS[place], found)
+    if machine.assumed:
+        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
+    path = "" if loaded.path is None else f" {loaded.path}"
+    yield f"next: ssdtune train{path} {ways[place].flags}".rstrip()
+
+
+def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
+    """Yields what is told of the way that is proposed."""
+    job, machine = answer.job, answer.machine
     if found.simulation is not None:
         yield f"{letter} a step: {lanes_line(found.simulation)}"
         yield f"{letter}         {limit_line(found)}"
@@ -57,10 +87,15 @@ def lines_of(
             yield f"{letter} {where}: {parts_line(found, parts)}"
     if found.total_s is not None and knows_steps(job):
         yield f"{letter} the run: {wear_line(machine, found)}"
-    if machine.assumed:
-        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
-    path = "" if loaded.path is None else f" {loaded.path}"
-    yield f"next: ssdtune train{path} {ways[best[0]].flags}".rstrip()
+    cost = cost_line(cost_of(job, machine, found, answer.prices), _price_source(answer))
+    if cost:
+        yield f"{letter} costs: {cost}"
+    if answer.prices.per_kwh is not None and machine.watts is None:
+        yield "what it takes in watts is not known: its energy is not priced"
+
+
+def _price_source(answer: Answer) -> str:
+    return "" if answer.prices.per_hour is not None else answer.machine.price_source
 
 
 def machine_line(machine: Machine) -> str:

@@ -1,16 +1,25 @@
-"""Ways to run a job on a machine: as configured, and what may be better."""
+"""Ways to run a job on a machine: as configured, with what is `auto` decided by prediction, and what may be better."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ssdtune.schedule.grid import (
+    Point,
+    best_point,
+    divisors,
+    grid,
+    tiers_for,
+    words_of,
+)
 from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
 from ssdtune.schedule.plan import Tier
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
+    from ssdtune.jobs import Jobs
     from ssdtune.schedule.job import Job
     from ssdtune.schedule.machine import Machine
 
@@ -24,10 +33,71 @@ class Way:
     found: Outcome | Refusal
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """What was `auto`, settled. job: with its rows at once. points: what was compared for it, the chosen one first.
+    lines: each decision in words."""
+
+    job: Job
+    points: Sequence[Point]
+    lines: tuple[str, ...]
+
+
+def decide(jobs: Jobs, machine: Machine, config: TrainConfig) -> Decided:
+    """Rows at once and the tier of block inputs, where the configuration leaves them open; else as it says."""
+    offload = config.offload
+    is_open = offload.micro_batch_size == "auto"
+    as_configured = jobs()
+    cuts = [as_configured]
+    if is_open:
+        own = as_configured.rows_at_once
+        cuts += [jobs(n) for n in divisors(config.step_rows) if n != own]
+    tiers = tiers_for(machine) if offload.block_inputs == "auto" else (_tier(config, machine),)
+    points = list(grid(cuts, machine, _configured(as_configured, machine, config), tiers))
+    best = best_point(points) or points[0]
+    own_points = [best, *(p for p in points if p.job is best.job and p is not best)]
+    lines: list[str] = []
+    if is_open:
+        lines.append(_rows_line(best, points))
+    if len(tiers) > 1 and best.job.kind == "train" and isinstance(best.found, Outcome):
+        lines.append(_tier_line(best, sorted(own_points, key=points.index)))
+    return Decided(job=best.job, points=own_points, lines=tuple(lines))
+
+
+def _rows_line(best: Point, points: Sequence[Point]) -> str:
+    line = f"offload.micro_batch_size: auto is {best.job.rows_at_once}"
+    if best.step_s is None:
+        return f"{line}, as configured: times are not known, or nothing fits"
+    fastest: dict[str, float | None] = {}
+    for point in sorted(points, key=lambda p: p.job.rows_at_once):
+        name, step_s = str(point.job.rows_at_once), point.step_s
+        known = fastest.get(name)
+        fastest[name] = step_s if known is None or (step_s or known) < known else known
+    return f"{line} rows at once ({words_of(fastest)})"
+
+
+def _tier_line(best: Point, points: Sequence[Point]) -> str:
+    line = f"offload.block_inputs: auto is {best.tier}"
+    if best.step_s is None:
+        return f"{line}, the nearest that holds them"
+    return f"{line} ({words_of({str(p.tier): p.step_s for p in points})})"
+
+
 def ways_of(job: Job, machine: Machine, config: TrainConfig) -> Iterator[Way]:
-    """Yields the job as configured, then what may be better: fewer or more tokens a step, inputs elsewhere."""
-    base = _configured(job, machine, config)
-    first = outcome(job, machine, base)
+    """The ways of a job whose rows at once are as configured."""
+    tiers = (_tier(config, machine),)
+    if config.offload.block_inputs == "auto":
+        tiers = tiers_for(machine)
+    points = list(grid([job], machine, _configured(job, machine, config), tiers))
+    best = best_point(points) or points[0]
+    yield from alternatives(job, machine, [best, *(p for p in points if p is not best)])
+
+
+def alternatives(job: Job, machine: Machine, points: Sequence[Point]) -> Iterator[Way]:
+    """Yields the first point as the way that is configured, then what may be better: fewer or more tokens a step,
+    inputs elsewhere. points: of this job, those after the first were compared with it already."""
+    first = points[0].found
+    base = first.choices
     yield Way("as configured", "", first)
     if isinstance(first, Refusal):
         change = smallest_change(job, machine, base)
@@ -42,18 +112,23 @@ def ways_of(job: Job, machine: Machine, config: TrainConfig) -> Iterator[Way]:
         yield Way(words, _flags(words), outcome(job, machine, changed))
     if base.block_inputs is not Tier.NVME and job.kind == "train":
         words = "offload.block_inputs: nvme"
+        known = next((p.found for p in points if p.tier is Tier.NVME), None)
         changed = dataclasses.replace(base, block_inputs=Tier.NVME)
-        yield Way(words, _flags(words), outcome(job, machine, changed))
+        yield Way(words, _flags(words), known or outcome(job, machine, changed))
+
+
+def _tier(config: TrainConfig, machine: Machine) -> Tier:
+    wanted = config.offload.block_inputs
+    tier = Tier.DEVICE if wanted == "auto" else Tier(wanted)
+    # Without a device they are the same memory.
+    return Tier.DEVICE if tier is Tier.RAM and machine.device is None else tier
 
 
 def _configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
     offload = config.offload
-    tier = Tier.DEVICE if offload.block_inputs == "auto" else Tier(offload.block_inputs)
-    if tier is Tier.RAM and machine.device is None:
-        tier = Tier.DEVICE  # the same memory
     return Choices(
         micro_batches=job.micro_batches,
-        block_inputs=tier,
+        block_inputs=_tier(config, machine),
         ram_bytes=offload.ram,
         device_bytes=offload.vram,
         activation_bytes=offload.activations,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan
+from ssdtune.schedule.plan import BLOCK_KINDS, Direction, Kind, Lane, Op, Plan
 from ssdtune.schedule.simulate import Simulation
 from ssdtune.schedule.trace import TraceOp, covered_s
 from ssdtune.sizes import format_size
@@ -39,9 +39,10 @@ class Prediction:
 
     @staticmethod
     def of(plan: Plan, simulation: Simulation, kind: str = "train") -> Prediction:
-        """What a simulation of the plan says."""
+        """What a simulation of the plan says. Ops that move block inputs are not the plan's, and are left out."""
         first = min(each.start_s for each in simulation.ops if each.op.kind is Kind.COMPUTE)
-        spans = tuple(Span(each.start_s - first, each.end_s - first) for each in simulation.ops)
+        own = [each for each in simulation.ops if each.op.kind in BLOCK_KINDS]
+        spans = tuple(Span(each.start_s - first, each.end_s - first) for each in own)
         return Prediction(plan=plan, spans=spans, step_s=simulation.step_s, kind=kind)
 
     @property

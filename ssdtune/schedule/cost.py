@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Tier
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan
 from ssdtune.schedule.profile import FRESH, InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_inputs
@@ -17,6 +17,8 @@ TRANSFER_OF = {
     Kind.UNPACK: "unpack",
     Kind.DECODE: "decode",
     Kind.UPLOAD: "h2d",
+    Kind.DOWNLOAD_INPUT: "d2h",
+    Kind.UPLOAD_INPUT: "h2d",
 }
 
 
@@ -97,7 +99,7 @@ class Pricing:
         profile: the machine's.
         kind: of step.
         num_micro_batches: that pass a block in one visit.
-        stored_bytes: block inputs of one step, where NVMe holds them (`stored.py`).
+        stored_bytes: block inputs of one step, which are moved where they do not stay (`stored.py`).
         factors: lane -> what its ops take beyond the profile's curves, as measured since; 1 where it is missing.
 
     Raises ProfileError for a curve that is missing.
@@ -132,8 +134,12 @@ class Pricing:
 
     def steps(self, plan: Plan) -> StepPlan:
         """The step of the plan with all that goes over its lanes."""
-        stored = self.stored_bytes if plan.block_inputs is Tier.NVME else 0
-        return with_stored_inputs(plan.sequences[self.kind], stored)
+        return with_stored_inputs(
+            plan.sequences[self.kind],
+            self.stored_bytes,
+            tier=plan.block_inputs,
+            on_device=plan.on_device,
+        )
 
     def op_seconds(self, steps: StepPlan) -> list[float]:
         """Seconds of each op, by id."""

@@ -33,6 +33,12 @@ class Rows:
     is_estimate: bool
 
 
+def mean_padded(lengths: Sequence[int], rows_at_once: int) -> float:
+    """Tokens of a row as its micro-batch pads it, on average over micro-batches. lengths: tokens, of one row or more."""
+    padded = [max(lengths[i : i + rows_at_once]) for i in range(0, len(lengths), rows_at_once)]
+    return sum(padded) / len(padded)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What is trained on what.

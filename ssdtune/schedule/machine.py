@@ -29,6 +29,7 @@ class Device:
         memory_bytes: free for us.
         bandwidth: bytes/s of its memory. flops: FLOP/s of large bf16 products. pcie: bytes/s each way. watts: of the
             board at full load. All None for this machine's own, which is measured instead.
+        price_per_hour: dollars for a rented machine with one; None: none was found. price_source: who asks it, and when.
         assumed: names of those that nobody has published.
     """
 
@@ -38,6 +39,8 @@ class Device:
     flops: float | None = None
     pcie: float | None = None
     watts: float | None = None
+    price_per_hour: float | None = None
+    price_source: str = ""
     assumed: tuple[str, ...] = ()
 
 
@@ -96,6 +99,8 @@ class Machine:
     ram_bytes: free for us.
     profile: None where nothing was measured: plans then tell no times.
     watts: of all of it at full load; None: not known.
+    price_per_hour: dollars, as somebody has published it for a machine with its device, or as its profile has it; None:
+        not known. price_source: who, and when.
     assumed: what its figures assume, in words.
     """
 
@@ -105,6 +110,8 @@ class Machine:
     device: Device | None = None
     profile: Profile | None = None
     watts: float | None = None
+    price_per_hour: float | None = None
+    price_source: str = ""
     assumed: tuple[str, ...] = ()
 
     @property
@@ -124,6 +131,8 @@ def put_together(device: Device, drive: Drive, host: Host) -> Machine:
         device=device,
         profile=profile_of(device, drive, host),
         watts=None if device.watts is None else device.watts + host.watts,
+        price_per_hour=device.price_per_hour,
+        price_source=device.price_source,
         assumed=assumed,
     )
 

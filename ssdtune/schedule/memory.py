@@ -22,6 +22,9 @@ HOLES_SHARE = 0.07
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
 NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 MOST_STATES = 2  # of all others
+STAGING_BYTES = (
+    32 * 2**20
+)  # of RAM, through which block inputs go to NVMe and back (swap/inputs.py)
 SMALL_SHARE = 0.02  # of a total: smaller parts are not told
 
 
@@ -127,12 +130,14 @@ class Peak:
                 yield f"          {where}: {' · '.join(large)}"
 
 
-ADAPTERS, STATES = "adapters and gradients", "optimizer states"
+ADAPTERS, GRADIENTS, STATES = "adapters", "gradients", "optimizer states"
 INPUTS, HELD = "block inputs kept for backward", "masks, tables and what lies between blocks"
+# The gradient that each micro-batch hands from block to block, or its hidden state on the way forward.
+IN_FLIGHT = "hidden states and gradients in flight"
 HOLES = "holes in the heap, at most"
 ACTIVATIONS = "activations that stay until backward"
 WORKSPACE = "workspace of one block or loss chunk"
-NATURAL = frozenset({ADAPTERS, STATES, INPUTS, HELD, ACTIVATIONS})
+NATURAL = frozenset({ADAPTERS, GRADIENTS, STATES, INPUTS, HELD, ACTIVATIONS})
 
 
 def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Passes) -> Peak:
@@ -158,11 +163,11 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
     """
     compute = {
         "weights outside blocks": fixed.resident_bytes,
-        ADAPTERS: fixed.trained_bytes + fixed.gradient_bytes,
+        ADAPTERS: fixed.trained_bytes,
+        GRADIENTS: fixed.gradient_bytes,
         STATES: fixed.optimizer_bytes,
         HELD: num_micro_batches * footprint.held_bytes,
-        # The gradient that each micro-batch hands from block to block, or its hidden state on the way forward.
-        "hidden states and gradients in flight": num_micro_batches * footprint.hidden_bytes,
+        IN_FLIGHT: num_micro_batches * footprint.hidden_bytes,
         WORKSPACE: max(footprint.workspace_bytes, footprint.loss_bytes),
         **fixed.more,
     }

@@ -6,19 +6,21 @@ import dataclasses
 import math
 
 from ssdtune.schedule.cost import Pricing
+from ssdtune.schedule.holding import Level, levels_of
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import Machine
 from ssdtune.schedule.memory import (
     HOLES_SHARE,
     INPUTS,
+    STAGING_BYTES,
     Passes,
     Peak,
     predict_peak_of,
 )
 from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
-from ssdtune.schedule.search import Effort, search
-from ssdtune.schedule.shares import search_shares
+from ssdtune.schedule.search import Effort
+from ssdtune.schedule.shares import search_within
 from ssdtune.schedule.simulate import Simulation
 from ssdtune.sizes import format_size
 
@@ -117,15 +119,18 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         if pricing is None:
             plan, simulation = make_plan(request), None
         else:
-            shared = choices.shares(on_device=on_device)
-            find = search_shares if shared else search
-            found = find(request, pricing, Effort.of(choices.prefetch))
+            found = search_within(
+                request,
+                pricing,
+                Effort.of(choices.prefetch),
+                shares=choices.shares(on_device=on_device),
+            )
             plan, simulation = found.plan, found.simulation
     except PlanError as error:
         return Refusal(choices=choices, why=" ".join(str(error).split()))
     peak = _peak(job, plan, choices.micro_batches)
-    if peak.ram_bytes > machine.ram_bytes or peak.device_bytes > machine.device_bytes:
-        return Refusal(choices=choices, why=_over(peak, machine))
+    if over := _over(peak, machine):
+        return Refusal(choices=choices, why=over)
     num_steps = job.steps(choices.micro_batches)
     return Outcome(
         choices=choices,
@@ -182,8 +187,22 @@ def smallest_change(job: Job, machine: Machine, choices: Choices) -> tuple[str, 
 
 
 def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
-    passes = Passes(kind=job.kind, num=job.passes(micro_batches), more=job.fixed.more)
-    return predict_peak_of(plan, job.footprint, job.fixed, passes)
+    fixed = job.fixed
+    if plan.block_inputs is Tier.NVME:
+        fixed = dataclasses.replace(fixed, staging_bytes=STAGING_BYTES)
+    return predict_peak_of(plan, job.footprint, fixed, _passes(job, micro_batches))
+
+
+def _passes(job: Job, micro_batches: int) -> Passes:
+    return Passes(kind=job.kind, num=job.passes(micro_batches), more=job.fixed.more)
+
+
+def held(job: Job, found: Outcome) -> dict[Tier, tuple[Level, ...]]:
+    """What each tier holds in the course of the step; nothing where its times are not known."""
+    if found.simulation is None:
+        return {}
+    passes = _passes(job, found.choices.micro_batches)
+    return levels_of(found.plan, found.simulation, found.peak, job.footprint, passes)
 
 
 def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
@@ -216,12 +235,14 @@ def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:
 
 
 def _over(peak: Peak, machine: Machine) -> str:
+    """What is short; empty where nothing is."""
     told: list[str] = []
     for name, needed, has in (
         ("RAM", peak.ram_bytes, machine.ram_bytes),
         ("VRAM", peak.device_bytes, machine.device_bytes),
+        ("the drive", sum(peak.nvme.values()), machine.drive.free_bytes),
     ):
-        if needed > has:
+        if has is not None and needed > has:
             told.append(
                 f"{format_size(round(needed))} of {name} needed, {format_size(round(has))} free"
             )

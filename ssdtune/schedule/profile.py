@@ -58,7 +58,7 @@ OPERATORS = (
 FRESH = "fresh"  # bytes of memory that the kernel has just given: what its pages take beyond being written
 TRANSFERS = ("nvme_read", "nvme_write", "unpack", "decode", "h2d", "d2h", "d2d")
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
-STAND_INS = {"decode": "unpack"}
+STAND_INS = {"decode": "unpack", "d2h": "h2d"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,7 @@ class Profile:
         transfers: lane's work -> curve over bytes. Those of a device are missing where there is none.
         in_model: dtype -> what is to be added inside a model; nothing where it was not measured.
         reading_takes: seconds that compute loses for each byte that is read meanwhile: cores and memory are shared.
+        price_per_hour: dollars that the machine costs; nothing measures it, its owner may write it into the file.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Profile:
     transfers: Mapping[str, Curve]
     in_model: Mapping[str, InModel] = dataclasses.field(default_factory=dict[str, InModel])
     reading_takes: float = 0.0
+    price_per_hour: float | None = None
 
     def operator(self, dtype: str, kind: str) -> Curve:
         """Raises ProfileError where it was not measured."""
@@ -127,6 +129,7 @@ class Profile:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for YAML, times to four digits; `profile_from` reads them."""
+        priced = {} if self.price_per_hour is None else {"price_per_hour": self.price_per_hour}
         return {
             "name": self.name,
             "operators": {
@@ -136,6 +139,7 @@ class Profile:
             "transfers": {name: _listed(curve) for name, curve in self.transfers.items()},
             "in_model": {dtype: dataclasses.asdict(each) for dtype, each in self.in_model.items()},
             "reading_takes": self.reading_takes,
+            **priced,
         }
 
 
@@ -159,7 +163,11 @@ def profile_from(content: Any, where: str) -> Profile:
         raise ProfileError(
             f"{where}: reading_takes is {takes!r}; it is in seconds a byte, 0 or more."
         )
+    price: Any = entries.get("price_per_hour")
+    if price is not None and not _is_positive(price):
+        raise ProfileError(f"{where}: price_per_hour is {price!r}; it is in dollars, above 0.")
     return Profile(
+        price_per_hour=None if price is None else float(price),
         name=str(entries.get("name", where)),
         operators=operators,
         transfers=_curves(entries.get("transfers"), f"{where}: transfers"),

@@ -17,6 +17,13 @@ SHARES = (0.25, 0.5, 0.75)  # of the budget, for activations
 WORTH = 0.01  # of a step's time: less does not pay for memory that fills and empties in every step
 
 
+def search_within(
+    request: Request, pricing: Priced, effort: Effort | None = None, *, shares: bool
+) -> Found:
+    """`search`, or `search_shares` where weights and activations share a budget. Raises PlanError as they do."""
+    return (search_shares if shares else search)(request, pricing, effort)
+
+
 def search_shares(request: Request, pricing: Priced, effort: Effort | None = None) -> Found:
     """The fastest plan whose weights and activations together stay within the memory where compute is.
 

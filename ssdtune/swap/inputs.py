@@ -25,6 +25,7 @@ from time import perf_counter
 
 import torch
 
+from ssdtune.schedule.memory import STAGING_BYTES
 from ssdtune.schedule.plan import Direction, Kind, Lane, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.kept import (
@@ -51,12 +52,12 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 4 * MIB  # one request; the size at which drives reach their rate
-NUM_CHUNKS = 8
+NUM_CHUNKS = STAGING_BYTES // CHUNK_BYTES
 
 
 def staging_bytes(tier: Tier) -> int:
     """Bytes of RAM that a store of this tier takes beside the inputs themselves, for the plan."""
-    return CHUNK_BYTES * NUM_CHUNKS if tier is Tier.NVME else 0
+    return STAGING_BYTES if tier is Tier.NVME else 0
 
 
 def make_input_store(

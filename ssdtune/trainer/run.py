@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ssdtune.config import DatasetSource, Loaded, TrainConfig
     from ssdtune.data import Tokenized
     from ssdtune.schedule.memory import Peak
+    from ssdtune.schedule.plan import Tier
     from ssdtune.schedule.trace import TraceOp
     from ssdtune.trainer.config import SSDConfig
     from ssdtune.trainer.scheduling import Schedule, Watch
@@ -99,6 +100,11 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
     from ssdtune.visit.memory import resident_set_bytes
 
     config = loaded.config
+    if config.offload.micro_batch_size == "auto":
+        raise RunError(
+            "offload.micro_batch_size: auto is for `ssdtune train`, which puts a number in its place.\n"
+            "From Python, write a number; `ssdtune plan` says which is the fastest."
+        )
     args = training_arguments(config, disable_tqdm=True)
     say = report.say if args.process_index == 0 else _silent
     with warnings.catch_warnings(), _own_folder(args, config.output_dir):
@@ -248,7 +254,16 @@ def open_model(config: TrainConfig) -> Any:
     """`ssdtune.stream` with a configuration's keys; no adapter. Raises SSDTuneError."""
     from ssdtune.api import stream, stream_arguments
 
-    return stream(config.model_name_or_path, **stream_arguments(config))
+    return stream(config.model_name_or_path, **stream_arguments(_with_folder(config)))
+
+
+def _with_folder(config: TrainConfig) -> TrainConfig:
+    """Block inputs on NVMe lie in output_dir where no folder was given."""
+    offload = config.offload
+    if offload.block_inputs != "nvme" or offload.path is not None:
+        return config
+    offload = dataclasses.replace(offload, path=config.output_dir)
+    return dataclasses.replace(config, offload=offload)
 
 
 def _check_sizes(config: TrainConfig, model: Any, rows: Rows, say: Say) -> None:
@@ -324,24 +339,37 @@ def _settled(
     say: Say,
 ) -> tuple[Peak, Watch | None]:
     """The plan, the peak and the time of the steps to come, settled and said. No watch without predictions."""
-    from ssdtune.trainer.forecast import Auto, Rehearsals, forecast, schedule_of, settle
+    from ssdtune.trainer.forecast import (
+        Auto,
+        Rehearsals,
+        forecast,
+        schedule_of,
+        settle,
+        settle_inputs,
+    )
     from ssdtune.trainer.scheduling import Watch
 
     rehearsals, offload = Rehearsals(trainer), config.offload
     longest = rows.train.stats.longest_row
+    assert trainer.streamer is not None
     schedule = schedule_of(rehearsals, rows.train.lengths(), depth=offload.prefetch)
-    if settle(
+    auto = Auto(
+        ram=offload.ram is None,
+        vram=offload.vram is None,
+        activations=offload.activations is None,
+        tiers=_tiers_for(config, trainer.streamer.engine.plan.on_device),
+    )
+    inputs = settle_inputs(
         rehearsals,
         schedule,
         longest_row=longest,
         base_bytes=base_bytes,
-        auto=Auto(
-            ram=offload.ram is None,
-            vram=offload.vram is None,
-            activations=offload.activations is None,
-        ),
-    ):
-        assert trainer.streamer is not None
+        auto=auto,
+        folder=config.offload.path or config.output_dir,
+    )
+    if inputs is not None:
+        say(inputs.line())
+    if settle(rehearsals, schedule, longest_row=longest, base_bytes=base_bytes, auto=auto):
         for line in trainer.streamer.engine.plan.lines():
             say(line)
     peak = forecast(rehearsals, longest_row=longest, base_bytes=base_bytes, say=say)
@@ -352,6 +380,22 @@ def _settled(
     watch = Watch(schedule, telemetry, say)
     trainer.add_callback(watch)
     return peak, watch
+
+
+def _tiers_for(config: TrainConfig, on_device: bool) -> tuple[Tier, ...]:
+    """Where block inputs may wait, the nearest first; empty where the configuration says it, or nothing is kept."""
+    from ssdtune.schedule.grid import NEAREST_FIRST
+    from ssdtune.schedule.plan import Tier
+    from ssdtune.swap.scratch import lies_in_ram
+
+    if config.offload.block_inputs != "auto" or config.method == "zo":
+        return ()
+    leaves = not lies_in_ram(config.offload.path or config.output_dir)
+    return tuple(
+        tier
+        for tier in NEAREST_FIRST
+        if (tier is not Tier.RAM or on_device) and (tier is not Tier.NVME or leaves)
+    )
 
 
 def _make_trainer(

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from ssdtune.report import LANE_LABELS
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.plan import Lane
-from ssdtune.schedule.search import Effort, search
-from ssdtune.schedule.shares import search_shares
+from ssdtune.schedule.search import Effort
+from ssdtune.schedule.shares import search_within
 from ssdtune.sizes import format_size
 from ssdtune.trainer.telemetry import steady
 
@@ -97,12 +97,16 @@ class Schedule:
         gains, since the plan that is carried out is not for this request.
         """
         now_s = self.predicted().step_s
-        found = (search_shares if shares else search)(request, self.pricing, self._effort)
+        found = self.best(request, shares=shares)
         if not must and found.simulation.step_s > (1 - MIN_GAIN) * now_s:
             return None
         request = dataclasses.replace(request, budgets=found.plan.budgets)
         self.streamer.replanner.adopt(self.streamer, request, found.layout)
         return found
+
+    def best(self, request: Request, *, shares: bool = False) -> Found:
+        """The best plan for the request; nothing is carried out. Raises PlanError."""
+        return search_within(request, self.pricing, self._effort, shares=shares)
 
     def lines(self) -> Iterator[str]:
         """Yields what a step will take."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +39,13 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     plan = drafted.replanner.plan()
     streamer = Streamer([g.label for g in groups])
     streamer.micro_batch_size = options.micro_batch_size
-    streamer.input_store = make_input_store(
-        options.block_inputs,
+    streamer.make_input_store = partial(
+        make_input_store,
         device=options.device,
-        folder=options.scratch,
         trace=lambda op: streamer.engine.trace.append(op),
         timeout_s=options.timeout_s,
     )
+    streamer.keep_inputs_in(options.block_inputs, options.scratch)
     with ReaderPool(options.storage, num_threads=options.reader_threads) as pool:
         _load_resident(model, drafted.placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)

@@ -25,6 +25,7 @@ from ssdtune.schedule.memory import (
     Peak,
     predict_peak_of,
 )
+from ssdtune.schedule.plan import Plan
 from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit.rehearsal import base_of
 from ssdtune.visit.streamer import Streamer
@@ -39,6 +40,7 @@ def predict(
     *,
     base_bytes: int,
     num_states: int = 2,
+    plan: Plan | None = None,
 ) -> Peak:
     """The peak of a run's steps.
 
@@ -48,8 +50,10 @@ def predict(
         passes: of each block.
         base_bytes: what the process held before the model was opened (`resident_set_bytes`).
         num_states: the optimizer's states per parameter, in its dtype; 2 for Adam.
+        plan: another than the one that is carried out now.
     """
     streamer: Streamer = base_of(model).ssdtune
+    plan = streamer.engine.plan if plan is None else plan
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     fixed = Fixed(
         base_bytes=base_bytes,
@@ -57,9 +61,9 @@ def predict(
         trained_bytes=trained,
         gradient_bytes=trained,
         optimizer_bytes=num_states * trained,
-        staging_bytes=staging_bytes(streamer.engine.plan.block_inputs),
+        staging_bytes=staging_bytes(plan.block_inputs),
     )
-    return predict_peak_of(streamer.engine.plan, footprint, fixed, passes)
+    return predict_peak_of(plan, footprint, fixed, passes)
 
 
 def resident_set_bytes() -> int:

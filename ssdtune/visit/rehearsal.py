@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from ssdtune.visit.function import random_state, random_state_of
 from ssdtune.visit.loss import chunk_bytes
 from ssdtune.visit.streamer import Streamer
 
+CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # see transformers.utils.torch_compilable_check
 ADAMW_OPERATORS = (
     16  # pointwise ones of a parameter and step, clipping included, each over three tensors
 )
@@ -191,10 +193,13 @@ def _rehearse(cast: _Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
             rehearsal.on_stage(),
             _unpacked(),
             _ungrouped(),
+            _unchecked(),
             rehearsal.live,
             torch.enable_grad(),
         ):
             output = cast.front(**fakes)
+            if cast.head is not None:
+                output = _without_logits(output)
             held = rehearsal.live.now
             del output
             losses = _loss_works(cast, shape, rehearsal) if cast.head is not None else None
@@ -278,24 +283,28 @@ class _Rehearsal:
         self._saved_by: dict[Any, tuple[int, Work]] = {}  # kind of block -> those two of one visit
         self.forward_bytes = 0  # the most that a forward without a graph holds beyond its input
         self._alive: list[torch.Tensor] = []
+        self._before: dict[nn.Module, dict[str, Any]] = {}  # what it was that has been furnished
         self._outputs: dict[Any, Any] = {}  # kind of block and its arguments -> what it makes
 
     @contextlib.contextmanager
     def on_stage(self) -> Iterator[None]:
-        """Blocks are ours and all parameters without memory, for a `with` block."""
-        before: list[tuple[nn.Module, dict[str, Any]]] = []
+        """Blocks are ours and parameters without memory, for a `with` block: at once those that a forward may come
+        across outside of blocks, and the first block's of each kind; the others' when they are computed."""
         forwards: list[tuple[nn.Module, Any]] = []
         stages: list[tuple[nn.Module, Callable[..., Any]]] = [
             (point.module, _Stage(self, point)) for point in self.cast.points
         ]
         if self.cast.head is not None:
-            stages.append((self.cast.head.module, _no_logits))
+            stages.append((self.cast.head.module, _NoLogits(self.cast.head.module)))
+        seen: set[Any] = set()
+        later: set[nn.Module] = set()
+        for point in self.cast.points:
+            kind = _kind_of(point.module)
+            if kind in seen:
+                later.update(point.module.modules())
+            seen.add(kind)
         try:
-            for module in self.cast.base.modules():
-                before.append((module, dict(module._parameters)))
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        module._parameters[name] = _without_memory(parameter, self.cast.device)
+            self._furnish(module for module in self.cast.base.modules() if module not in later)
             for module, stage in stages:
                 forwards.append((module, module.__dict__.get("forward")))
                 module.forward = stage  # type: ignore[method-assign]
@@ -306,14 +315,25 @@ class _Rehearsal:
                     del module.forward
                 else:
                     module.forward = forward
-            for module, parameters in before:
+            for module, parameters in self._before.items():
                 module._parameters.update(parameters)
+            self._before.clear()
             self._alive.clear()
+
+    def _furnish(self, modules: Iterable[nn.Module]) -> None:
+        """Gives each its parameters without memory, once."""
+        for module in modules:
+            if module in self._before:
+                continue
+            self._before[module] = dict(module._parameters)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = _without_memory(parameter, self.cast.device)
 
     def play(self, point: _Point, args: Any, kwargs: Any) -> Any:
         """One block's forward."""
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        kind = (type(point.module), *(tuple(p.shape) for p in point.module.parameters()))
+        kind = _kind_of(point.module)
         is_new = kind not in self.workspaces
         if is_new:
             self.workspaces[kind] = self._workspace(kind, point, args, kwargs)
@@ -338,6 +358,7 @@ class _Rehearsal:
         if call is not None and (kind, call) in self._outputs:
             made = self._outputs[kind, call]
             return pytree.tree_map_only(_Like, lambda like: like.tensor(), made)
+        self._furnish(point.module.modules())
         is_new = (kind, Direction.FORWARD) not in self.works
         counter = WorkCounter()
         with (
@@ -409,6 +430,11 @@ class _Like:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
+def _kind_of(module: nn.Module) -> Any:
+    """Equal for blocks that compute alike: of one class, with parameters of the same shapes."""
+    return (type(module), *(tuple(p.shape) for p in module.parameters()))
+
+
 PLAIN = (int, float, str, bool, type(None), torch.dtype)
 
 
@@ -439,9 +465,25 @@ class _Stage:
         return self.rehearsal.play(self.point, args, kwargs)
 
 
-def _no_logits(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The forward of a head whose logits are counted chunk by chunk."""
-    return hidden[..., :0]
+class _NoLogits:
+    """The forward of a head whose logits are counted chunk by chunk: as wide as they are, for a bias that is added to
+    them, and without their memory."""
+
+    def __init__(self, head: nn.Module) -> None:
+        weight = getattr(head, "weight", None)
+        self._width = None if weight is None else weight.shape[0]
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See above."""
+        if self._width is None:
+            return hidden[..., :0]
+        return hidden[..., :1].expand(*hidden.shape[:-1], self._width)
+
+
+def _without_logits(output: Any) -> list[Any]:
+    """What else a model gives back: where logits are not made, what is made of them is not there either."""
+    named = output.items() if isinstance(output, Mapping) else enumerate(output)
+    return [value for name, value in named if name not in ("logits", 0)]
 
 
 @contextlib.contextmanager
@@ -456,6 +498,21 @@ def _unpacked() -> Iterator[None]:
     finally:
         if finder is not None:
             masking_utils.find_packed_sequence_indices = finder
+
+
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """transformers compares values that are not there, image tokens with the images' features above all; it has a
+    variable that turns such checks off."""
+    before = os.environ.get(CHECKS_OFF)
+    os.environ[CHECKS_OFF] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CHECKS_OFF]
+        else:
+            os.environ[CHECKS_OFF] = before
 
 
 @contextlib.contextmanager

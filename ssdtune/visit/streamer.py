@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.schedule.plan import Direction, Plan
+from ssdtune.schedule.plan import Direction, Plan, Tier
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.inputs import InputStore, Kept
 from ssdtune.swap.recipe import BlockRecipe
@@ -141,6 +142,7 @@ class Streamer:
         self.open_engine: OpenEngine
         self.checkpoint: Checkpoint  # the user's files
         self.replanner: Replanner
+        self.make_input_store: Callable[..., InputStore | None]  # tier, folder=…
         self.blocks = list(blocks)
         self.step = 0
         self.micro_batch_size: int | None = (
@@ -349,6 +351,17 @@ class Streamer:
         return self._variants[block]
 
     # ---- block inputs (see visit/function.py) --------------------------------------------------------------------
+
+    def keep_inputs_in(self, tier: Tier, folder: Path | None) -> None:
+        """From now on block inputs wait there for backward; between steps. folder: for the scratch file on NVMe.
+
+        Raises ScratchError, InputsError, all as it was.
+        """
+        assert self._hub is None, "a forward is under way"
+        store = self.make_input_store(tier, folder=folder)
+        if self.input_store is not None:
+            self.input_store.close()
+        self.input_store = store
 
     @property
     def inputs_leave(self) -> bool:

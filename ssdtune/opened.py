@@ -1,0 +1,304 @@
+"""A model opened for planning, without its weights: from a source to what `Job`s are made of.
+
+Everything here needs torch and transformers; `jobs.py` imports it only where its cache has not what is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssdtune.schedule.job import Job, Rows, mean_padded
+
+if TYPE_CHECKING:
+    from ssdtune.config import TrainConfig
+    from ssdtune.jobs import Source
+    from ssdtune.schedule.cost import StepWork
+    from ssdtune.schedule.planner import Order
+    from ssdtune.visit.build import MetaModel
+    from ssdtune.visit.draft import Draft
+
+SAMPLE_ROWS = 2000  # of a data set that are tokenized to estimate the rest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A source's model, adapters on it, and its data, whatever the micro-batch.
+
+    Attributes:
+        base_bytes: of the process before.
+        meta, options, drafted, adapted: the model, how its blocks are drafted, the draft, the model with adapters.
+        resident_bytes: of what lies outside of blocks.
+        num_parameters, dtype: of the model without adapters; the type is that of most of them.
+        rows: as if each stood alone in its micro-batch.
+        lengths: tokens of the rows that were looked at; empty: there are no data.
+        sequences: texts that a row becomes in a micro-batch.
+    """
+
+    base_bytes: int
+    meta: MetaModel
+    options: Any
+    drafted: Draft
+    adapted: Any
+    resident_bytes: int
+    num_parameters: int
+    dtype: str
+    rows: Rows
+    lengths: Sequence[int]
+    sequences: int
+
+
+def open_source(source: Source) -> Opened:
+    """Raises SSDTuneError as training would before it starts."""
+    with _uncollected():
+        import peft  # noqa: F401 (as a run does before it looks at what it holds)
+        from transformers.utils import logging
+
+        from ssdtune.report import hush_libraries
+        from ssdtune.visit.memory import resident_set_bytes
+
+        logging.set_verbosity_error()
+        hush_libraries()
+        base_bytes = (
+            resident_set_bytes()
+        )  # libraries are there, nothing else: what a run begins with
+        path = Path(source.name).expanduser()
+        if not path.is_file() or path.suffix == ".gguf":
+            return _open(source, source.name, base_bytes)
+        from ssdtune.visit.outline import write_outline
+
+        with tempfile.TemporaryDirectory(prefix="ssdtune-outline-") as scratch:
+            write_outline(path, Path(scratch), source.config.dtype)
+            return _open(source, scratch, base_bytes)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is looked for, for a `with` block: imports make much that stays and little that goes, and the looking
+    is a seventh of their time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _open(source: Source, model: str, base_bytes: int) -> Opened:
+    import torch
+
+    from ssdtune.api import build_arguments
+    from ssdtune.packing.once import build_planned
+    from ssdtune.peft import attach, lora_config
+    from ssdtune.trainer.run import trains_all
+    from ssdtune.visit.draft import draft
+
+    meta = build_planned(model, **build_arguments(source.config))
+    options = _options(source, meta)
+    drafted = draft(meta, options)
+    base: Any = meta.model
+    parameters = list(base.parameters())
+    resident = _resident_bytes(meta, {n for group in drafted.groups for n in group.parameters})
+    rows, lengths, sequences = _rows(source, meta)
+    with torch.device("meta"):  # adapters too have no memory yet
+        is_of_all = trains_all(source.config)
+        adapted = base if is_of_all else attach(base, lora_config(source.config, base))
+    return Opened(
+        base_bytes=base_bytes,
+        meta=meta,
+        options=options,
+        drafted=drafted,
+        adapted=adapted,
+        resident_bytes=resident,
+        num_parameters=sum(p.numel() for p in parameters),
+        dtype=statistics.mode(str(p.dtype).removeprefix("torch.") for p in parameters),
+        rows=rows,
+        lengths=lengths,
+        sequences=sequences,
+    )
+
+
+def job_from_opened(source: Source, opened: Opened) -> Job:
+    """The job of the source's configuration, micro-batch and all."""
+    import torch
+
+    from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
+    from ssdtune.trainer.run import trains_all
+    from ssdtune.visit.rehearsal import rehearse_draft
+
+    config, drafted, adapted = source.config, opened.drafted, opened.adapted
+    base: Any = opened.meta.model
+    is_of_all = trains_all(config)
+    at_once = config.per_device_train_batch_size
+    on_cpu = dataclasses.replace(opened.options, device=torch.device("cpu"))
+    rows = opened.rows
+    if opened.lengths:
+        rows = dataclasses.replace(rows, padded_tokens=mean_padded(opened.lengths, at_once))
+
+    def rehearsed(length: int) -> Any:
+        batch = {"input_ids": torch.zeros(at_once * opened.sequences, length, dtype=torch.long)}
+        return rehearse_draft(adapted, drafted, on_cpu, batch)
+
+    usual = rehearsed(round(rows.padded_tokens))
+    longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
+    trained = [p for p in adapted.parameters() if p.requires_grad] if not is_of_all else []
+    trained_bytes = sum(p.nbytes for p in trained)
+    steps = _steps(config, drafted, trained, opened.resident_bytes if is_of_all else 0)
+    request = drafted.replanner.request
+    return Job(
+        model=Path(source.name).name if source.model is None else source.name,
+        architecture=type(base).__name__,
+        dtype=opened.dtype,
+        num_parameters=opened.num_parameters,
+        num_trained=opened.num_parameters if is_of_all else sum(p.numel() for p in trained),
+        blocks=request.blocks,
+        orders=_orders(request.orders, usual.work),
+        work=usual.work,
+        footprint=longest.footprint,
+        fixed=Fixed(
+            base_bytes=opened.base_bytes,
+            resident_bytes=opened.resident_bytes,
+            trained_bytes=trained_bytes,
+            gradient_bytes=trained_bytes,
+            optimizer_bytes=NUM_STATES.get(str(config.optim), MOST_STATES) * trained_bytes,
+            more=steps.more,
+        ),
+        rows_at_once=at_once,
+        micro_batches=config.gradient_accumulation_steps,
+        num_steps=config.max_steps if config.max_steps > 0 else None,
+        num_epochs=config.num_train_epochs,
+        chunk_tokens=opened.options.chunk_tokens,
+        method=steps.words,
+        data=rows,
+        kind=steps.kind,
+        variants=steps.variants,
+        fold_steps=steps.fold_steps,
+    )
+
+
+def _orders(likely: Mapping[str, Order], work: StepWork | None) -> Mapping[str, Order]:
+    """Without the blocks that these rows do not visit: a vision tower's, where there are no images."""
+    if work is None:
+        return likely
+    visited = {block for passes in work.passes.values() for block, _ in passes}
+    return {
+        kind: [(block, direction) for block, direction in order if block in visited]
+        for kind, order in likely.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """What the method makes of a step."""
+
+    words: str
+    kind: str = "train"
+    variants: int = 1
+    fold_steps: int = 0
+    more: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_bytes: int) -> _Steps:
+    """adapter: its parameters, all inside blocks. outside_bytes: of what else is moved and lies in memory."""
+    words = f"{'DoRA' if config.use_dora else 'LoRA'} r{config.lora_r}"
+    if config.method != "zo":
+        return _Steps(words)
+    from ssdtune.trainer.run import trains_all
+    from ssdtune.trainer.zeroth_order import estimator_of
+    from ssdtune.zeroth_order.weights import extra_bytes, inside_bytes
+
+    shifts = estimator_of(config).variants
+    is_of_all = trains_all(config)
+    blocks = [block.slot_bytes for block in drafted.replanner.request.blocks]
+    held = {id(p) for p in adapter}
+    inside = [
+        inside_bytes(
+            p for point in group.points for p in point.module.parameters() if id(p) in held
+        )
+        for group in drafted.groups
+    ]
+    return _Steps(
+        words=f"{config.zo_estimator.upper()} over {'all weights' if is_of_all else words}",
+        kind="forward",
+        variants=len(shifts),
+        fold_steps=(config.zo_fold_steps or 0) if is_of_all else 0,
+        more=extra_bytes(
+            shifts, block=max(blocks) if is_of_all else max(inside), outside=outside_bytes
+        ),
+    )
+
+
+def _options(source: Source, meta: MetaModel) -> Any:
+    """What blocks are drafted with: nothing of this machine but, without a device, how its drive is read."""
+    import torch
+
+    from ssdtune.api import DEFAULT_CHUNK_TOKENS, choose
+    from ssdtune.schedule.plan import Budgets
+    from ssdtune.swap.storage import BufferedStorage
+    from ssdtune.visit.draft import Options
+
+    offload = source.config.offload
+    is_here = source.model is None and not source.on_device
+    return Options(
+        device=torch.device("cuda" if source.on_device else "cpu"),
+        budgets=Budgets(ram_bytes=0),
+        storage=choose(offload.storage, meta.checkpoint.files) if is_here else BufferedStorage(),
+        chunk_tokens=offload.loss_chunk_tokens or DEFAULT_CHUNK_TOKENS,
+    )
+
+
+def _resident_bytes(meta: MetaModel, streamed: set[str]) -> int:
+    """Parameters and buffers outside of blocks."""
+    parameters = meta.model.named_parameters()
+    outside = sum(p.nbytes for name, p in parameters if name not in streamed)
+    return outside + sum(b.nbytes for b in meta.model.buffers())
+
+
+def _rows(source: Source, meta: MetaModel) -> tuple[Rows, list[int], int]:
+    """Counted, or estimated from the first SAMPLE_ROWS, their lengths, and the texts that one becomes in a micro-batch;
+    without data every row is as long as may be."""
+    config = source.config
+    if not source.has_data:
+        length = config.max_length
+        rows = Rows(
+            num=0,
+            mean_tokens=length,
+            padded_tokens=length,
+            longest=length,
+            trained_share=1.0,
+            is_estimate=True,
+        )
+        return rows, [], 1
+    from ssdtune.data import load_dataset_rows, tokenize_rows
+    from ssdtune.trainer.run import load_tokenizer
+
+    opened = [load_dataset_rows(entry) for entry in config.dataset]
+    num_rows = sum(len(rows) for rows in opened)
+    sample = [rows.first(SAMPLE_ROWS) for rows in opened]
+    tokenizer = load_tokenizer(config, meta.folder)
+    tokenized = tokenize_rows(
+        sample,
+        tokenizer,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        train_on=config.train_on,
+        chat_template=config.chat_template,
+    )
+    lengths = tokenized.lengths(len(tokenized))
+    num_sampled = sum(len(rows) for rows in sample)
+    rows = Rows(
+        num=round(num_rows * len(tokenized) / num_sampled),
+        mean_tokens=statistics.mean(lengths),
+        padded_tokens=statistics.mean(lengths),
+        longest=tokenized.stats.longest_row,
+        trained_share=tokenized.stats.trained_share,
+        is_estimate=num_sampled < num_rows,
+    )
+    return rows, lengths, tokenized.sequences_per_row
