@@ -130,6 +130,8 @@ def _plan(words: list[str]) -> object:
     for name in ("price_per_hour", "price_per_kwh"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     arguments, rest = parser.parse_known_args(words)
+    per_hour = _dollars("price_per_hour", arguments.price_per_hour)
+    per_kwh = _dollars("price_per_kwh", arguments.price_per_kwh)
     loaded = _load(rest, PLAN_USAGE, says_notes=not arguments.json)
     if loaded is None:
         return 0
@@ -142,10 +144,7 @@ def _plan(words: list[str]) -> object:
         timeline=arguments.timeline,
         as_json=arguments.json,
         compares=arguments.compare,
-        prices=Prices(
-            per_hour=_dollars("price_per_hour", arguments.price_per_hour),
-            per_kwh=_dollars("price_per_kwh", arguments.price_per_kwh),
-        ),
+        prices=Prices(per_hour, per_kwh),
     )
     return print_plan(loaded, wanted)
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from ssdtune import cli
+from ssdtune import cli, planning
 from ssdtune.config import Loaded, TrainConfig
 from ssdtune.errors import SSDTuneError
 from ssdtune.settings import walk_settings
@@ -27,21 +27,23 @@ def config_path(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What each verb handed over: the modules behind the verbs are replaced by recorders."""
+    """What each verb handed over: the functions behind the verbs are replaced by recorders, mostly with their modules."""
     received: dict[str, tuple] = {}
 
-    def stand_in(module_name: str, function_name: str) -> None:
-        module = ModuleType(module_name)
-
+    def recorder(function_name: str):
         def record(*args, **kwargs):
             received[function_name] = (args, kwargs)
             return received.get("result")
 
-        setattr(module, function_name, record)
+        return record
+
+    def stand_in(module_name: str, function_name: str) -> None:
+        module = ModuleType(module_name)
+        setattr(module, function_name, recorder(function_name))
         monkeypatch.setitem(sys.modules, module_name, module)
 
     stand_in("ssdtune.trainer", "train_from_config")
-    stand_in("ssdtune.planning", "print_plan")
+    monkeypatch.setattr(planning, "print_plan", recorder("print_plan"))
     stand_in("ssdtune.doctor", "print_doctor")
     stand_in("ssdtune.generate", "generate_from_run")
     return received
@@ -106,7 +108,7 @@ def test_help_names_every_verb(capsys):
 )
 def test_file_and_flags_reach_the_verb(calls, config_path, verb, function):
     assert cli.main([verb, str(config_path), "--lora_r", "32", "--offload.ram", "300MB"]) == 0
-    ((loaded,), _) = calls[function]
+    ((loaded, *_), _) = calls[function]
     assert isinstance(loaded, Loaded)
     assert loaded.path == config_path
     assert (loaded.config.lora_r, loaded.config.offload.ram) == (32, 300 * 10**6)
@@ -116,6 +118,15 @@ def test_train_works_from_flags_alone(calls):
     flags = ["--model_name_or_path", "m", "--dataset", "d.jsonl", "--output_dir", "o"]
     assert cli.main(["train", *flags]) == 0
     assert calls["train_from_config"][0][0].path is None
+
+
+def test_what_a_plan_is_asked_for_besides_is_handed_over(calls, config_path):
+    words = ["--hardware", "rtx4090", "--hardware=h100", "--json", "--price-per-hour", "0.4"]
+    assert cli.main(["plan", str(config_path), *words, "--price_per_kwh=0.3"]) == 0
+    (_, wanted), _ = calls["print_plan"]
+    assert wanted.hardware == ["rtx4090", "h100"]
+    assert wanted.as_json
+    assert (wanted.prices.per_hour, wanted.prices.per_kwh) == (0.4, 0.3)
 
 
 def test_the_verbs_exit_code_is_the_commands(calls, config_path):

@@ -104,6 +104,7 @@ OTHER_VALUES = {
     "offload.ram": ("300MB", 300 * 10**6),
     "offload.prefetch": ("0", 0),
     "offload.block_inputs": ("nvme", "nvme"),
+    "offload.micro_batch_size": ("auto", "auto"),
     "offload.activations": ("2GB", 2 * 10**9),
     "offload.storage": ("buffered", "buffered"),
     "offload.reader_threads": ("4", 4),
@@ -672,3 +673,23 @@ def test_a_small_size_with_its_unit_may_be_read_again():
     assert Offload.of({"ram": "200KB"}).ram == 200_000
     with pytest.raises(SSDTuneError, match="has no unit"):
         Offload(ram=200_000)
+
+
+# ------------------------------------------------------------------ the same rows, cut otherwise
+
+
+def test_a_micro_batch_size_cuts_the_same_rows_otherwise(tmp_path):
+    batch = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 6\n"
+    path = write(tmp_path, f"{batch}offload: {{micro_batch_size: 4}}\n")
+    config = load_config(path).config
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 3)
+    path.write_text(to_yaml(config))
+    assert load_config(path).config == config, "read again, it is what it was"
+
+
+def test_a_micro_batch_size_that_does_not_divide_the_rows_is_told_which_do(tmp_path):
+    batch = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\n"
+    message = error_of(tmp_path, f"{batch}offload:\n  micro_batch_size: 4\n")
+    assert "4 does not divide the 6 rows" in message
+    assert "1, 2, 3, 6" in message
+    assert "train.yaml:" in message

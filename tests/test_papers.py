@@ -62,5 +62,13 @@ def test_the_document_has_the_table_of_today(points: list[papers.Point]) -> None
     text = (ROOT / "docs" / "papers.md").read_text()
     missing = [line for line in papers.table_lines(points) if line not in text]
     missing += [line for line in papers.wear_lines() if line not in text]
+    missing += [line for line in papers.footer_lines() if line not in text]
     assert not missing, "run benchmarks/papers.py and copy its tables"
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_megatrains_figures_fit_no_one_set_of_rates() -> None:
+    """Why they are no row of the table: four GPUs take less for four times the tokens, and one takes far longer than
+    its compute and an optimizer by itself."""
+    assert papers.megatrain_published_s(4) < papers.megatrain_published_s(1)
+    assert papers.megatrain_s() < 0.7 * papers.megatrain_published_s(1)

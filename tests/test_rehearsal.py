@@ -1,5 +1,6 @@
 """What a rehearsal counts: operators of a visit, for a streamed model and for one that has no weights yet."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def test_a_counter_knows_products_attention_and_passes_over_values() -> None:
     assert counter.counts[("pointwise", 2.0 * 2 * 4 * 4, 0.0)] == 1, "a lookup reads no whole table"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3", "mixtral", "qwen3_moe"])
+MODELS = "llama qwen3 gpt2 gemma3 mixtral qwen3_moe t5 bart gemma3_vlm".split()
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_products_of_a_step_are_those_that_torch_counts(
     name: str, tmp_path: Path, stream: Callable[..., Any]
 ) -> None:
@@ -118,3 +122,41 @@ def test_forward_alone_has_no_gradient_of_the_loss(llama: Path, stream: Callable
     head = next(k for k in train if train[k] != alone[k])
     assert head[1] is Direction.FORWARD
     assert train[head][-1].flop == 2 * alone[head][-1].flop
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "gemma3_vlm"])
+def test_towers_and_both_halves_of_an_encoder_decoder_have_times_and_bytes(
+    name: str, tmp_path: Path
+) -> None:
+    """Each block's visits are counted as often as the plan's likely order has it, and none by formula."""
+    base = tiny_models.build(name, dtype=torch.float32)
+    tiny_models.save(base, tmp_path)
+    meta = build_meta(tmp_path)
+    options = support.cpu_options(choose_storage(tmp_path).storage, Budgets(ram_bytes=10**8))
+    drafted = draft(meta, options)
+    with torch.device("meta"):
+        adapted = with_lora(meta.model, tiny_models.lora_targets(base))
+    found = rehearse_draft(adapted, drafted, options, tiny_models.batch(name, 2, 16))
+    assert found.footprint.how.startswith("rehearsed")
+    assert found.work is not None
+    likely = drafted.replanner.request.orders["forward"]
+    visits = {key: len(works) for key, works in found.work.passes["forward"].items()}
+    wanted = Counter(pair for pair in likely)
+    assert {k: n for k, n in visits.items() if k[1] is Direction.FORWARD} == wanted
+    size = meta.config.get_text_config().hidden_size * 2 * 8 * 4  # two rows, eight tokens
+    assert found.footprint.kept_bytes >= 4 * size
+    assert all(found.work.behind[block] for block in range(1, len(drafted.groups)))
+
+
+def test_images_are_not_asked_for_where_rows_are_text(tmp_path: Path) -> None:
+    base = tiny_models.build("gemma3_vlm", dtype=torch.float32)
+    tiny_models.save(base, tmp_path)
+    meta = build_meta(tmp_path)
+    options = support.cpu_options(choose_storage(tmp_path).storage, Budgets(ram_bytes=10**8))
+    drafted = draft(meta, options)
+    batch = {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
+    work = rehearse_draft(meta.model, drafted, options, batch).work
+    assert work is not None
+    names = [group.label for group in drafted.groups]
+    visited = {names[block] for block, _ in work.passes["train"]}
+    assert not any("vision" in name for name in visited)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan
+from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.schedule.simulate import simulate
 from ssdtune.schedule.stored import with_stored_inputs
@@ -76,3 +76,41 @@ def test_stores_that_are_slow_delay_the_fetches() -> None:
     assert found.step_s >= 4.0 * (NUM - 1), (
         "the last block's inputs are the last to be stored and the first needed"
     )
+
+
+# ------------------------------------------------------------------ beside a device
+
+
+def on_device(tier: Tier):
+    steps = a_plan().sequences["train"]
+    return with_stored_inputs(steps, 700, tier=tier, on_device=True)
+
+
+def test_inputs_that_stay_where_compute_is_are_not_moved() -> None:
+    plain = a_plan().sequences["train"]
+    assert on_device(Tier.DEVICE) == plain
+    assert with_stored_inputs(plain, 700, tier=Tier.RAM) is plain, "one memory"
+
+
+def test_to_ram_and_back_they_go_over_the_link_each_way() -> None:
+    ops = on_device(Tier.RAM).ops
+    down = [op for op in ops if op.kind is Kind.DOWNLOAD_INPUT]
+    up = [op for op in ops if op.kind is Kind.UPLOAD_INPUT]
+    assert len(down) == len(up) == NUM - 1
+    assert {op.lane for op in down} == {Lane.D2H}
+    assert {op.lane for op in up} == {Lane.H2D}
+    assert not any(op.lane is Lane.NVME_WRITE for op in ops)
+
+
+def test_to_the_drive_they_pass_ram_in_order() -> None:
+    """download -> store -> fetch -> upload -> backward's visit, for each block."""
+    steps = on_device(Tier.NVME)
+    before = {
+        Kind.STORE: Kind.DOWNLOAD_INPUT,
+        Kind.FETCH: Kind.STORE,
+        Kind.UPLOAD_INPUT: Kind.FETCH,
+    }
+    for op in steps.ops:
+        if op.kind in before:
+            sources = [steps.ops[a] for a in op.after if steps.ops[a].kind is before[op.kind]]
+            assert [source.block for source in sources] == [op.block]

@@ -14,6 +14,7 @@ from ssdtune.schedule.compare import Prediction, Span, compare
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.schedule.simulate import simulate
+from ssdtune.schedule.stored import with_stored_inputs
 from ssdtune.schedule.trace import TraceOp, covered_s, json_lines, trace_from
 from ssdtune.tracing import lines_of
 
@@ -39,6 +40,16 @@ def prediction(plan: Plan) -> Prediction:
         for op in steps.ops
     ]
     return Prediction.of(plan, simulate(steps, seconds))
+
+
+def test_block_inputs_on_the_drive_are_no_ops_of_the_plan(plan: Plan) -> None:
+    """A prediction has one span for each op of the plan, whatever else goes over its lanes."""
+    steps = with_stored_inputs(plan.sequences["train"], 700)
+    seconds = [0.5 if op.kind is Kind.LOAD else 1.0 for op in steps.ops]
+    prediction = Prediction.of(plan, simulate(steps, seconds))
+    assert Prediction.from_json(prediction.to_json()) == prediction
+    for op, span in zip(prediction.ops, prediction.spans, strict=True):
+        assert span.seconds == (0.5 if op.kind is Kind.LOAD else 1.0)
 
 
 def ran(prediction: Prediction, **changes: dict[int, float]) -> list[TraceOp]:
