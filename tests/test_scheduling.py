@@ -20,8 +20,9 @@ from ssdtune.schedule.planner import Choice, layout_of, size_classes
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
 from ssdtune.trainer import SSDConfig, SSDTrainer
 from ssdtune.trainer import forecast as forecast_module
-from ssdtune.trainer.forecast import Auto, Rehearsals, schedule_of, settle
+from ssdtune.trainer.forecast import Rehearsals, schedule_of
 from ssdtune.trainer.scheduling import WATCHED_STEPS, Schedule, Watch
+from ssdtune.trainer.settling import Auto, settle, settle_inputs
 from ssdtune.trainer.telemetry import StepRecord, Telemetry
 from ssdtune.visit.memory import resident_set_bytes
 
@@ -219,6 +220,73 @@ def test_activations_share_what_is_free_where_nobody_set_a_budget(
     activations = trainer.streamer.activations
     assert (activations.num_kept > 0) == stay
     assert activations.num_over == 0
+
+
+# ------------------------------------------------------------------ where block inputs wait
+
+
+def test_inputs_on_another_tier_between_steps_keep_every_bit(folder: Path, tmp_path: Path) -> None:
+    straight = trained(folder, reopened=False)
+    base = support.streamed(folder, factor=1.2)
+    model = support.with_lora(base)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = steps(model, 2, optimizer)
+    streamer: Any = base.ssdtune
+    streamer.keep_inputs_in(Tier.NVME, tmp_path)
+    request = dataclasses.replace(streamer.replanner.request, block_inputs=Tier.NVME)
+    streamer.replanner.adopt(streamer, request, None)
+    losses += steps(model, 2, optimizer)
+    after = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    streamer.close()
+    assert all(torch.equal(a, b) for a, b in zip(straight[0], losses, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(straight[1], after, strict=True))
+
+
+TIERS = (Tier.DEVICE, Tier.NVME)
+
+
+@pytest.mark.parametrize(("kept", "tier"), [(10**4, Tier.DEVICE), (10**9, Tier.NVME)])
+@pytest.mark.parametrize("has_times", [True, False])
+def test_inputs_wait_where_they_fit_and_it_is_said(
+    make,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kept: int,
+    tier: Tier,
+    has_times: bool,
+) -> None:
+    """A gigabyte of RAM is free: two micro-batches of a gigabyte of inputs have no room there."""
+    monkeypatch.setattr(forecast_module, "free_ram", lambda: 10**9)
+    trainer = make()
+    schedule = scheduled(trainer, a_profile(), monkeypatch) if has_times else None
+    rehearsals = Rehearsals(trainer)
+    found = rehearsals(LENGTH)
+    larger_inputs = dataclasses.replace(found.footprint, kept_bytes=kept)
+    rehearsals._known[LENGTH] = dataclasses.replace(found, footprint=larger_inputs)
+    choice = settle_inputs(
+        rehearsals,
+        schedule,
+        longest_row=LENGTH,
+        base_bytes=10**8,
+        auto=Auto(ram=True, tiers=TIERS),
+        folder=tmp_path,
+    )
+    assert choice is not None
+    assert choice.tier is trainer.streamer.engine.plan.block_inputs is tier
+    assert (trainer.streamer.input_store is None) == (tier is Tier.DEVICE)
+    assert f"auto is {tier}" in choice.line()
+    if tier is Tier.NVME and has_times:
+        assert "device does not fit, nvme " in choice.line()
+    trainer.train()
+
+
+def test_a_tier_of_the_users_is_not_moved(make, tmp_path: Path) -> None:
+    trainer = make()
+    auto = Auto(ram=True)
+    choice = settle_inputs(
+        Rehearsals(trainer), None, longest_row=LENGTH, base_bytes=0, auto=auto, folder=tmp_path
+    )
+    assert choice is None
 
 
 # ------------------------------------------------------------------ during the run

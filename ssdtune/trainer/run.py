@@ -339,15 +339,9 @@ def _settled(
     say: Say,
 ) -> tuple[Peak, Watch | None]:
     """The plan, the peak and the time of the steps to come, settled and said. No watch without predictions."""
-    from ssdtune.trainer.forecast import (
-        Auto,
-        Rehearsals,
-        forecast,
-        schedule_of,
-        settle,
-        settle_inputs,
-    )
+    from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of
     from ssdtune.trainer.scheduling import Watch
+    from ssdtune.trainer.settling import Auto, settle, settle_inputs
 
     rehearsals, offload = Rehearsals(trainer), config.offload
     longest = rows.train.stats.longest_row

@@ -1,0 +1,201 @@
+"""What a run leaves open, settled before its first step: budgets, and where block inputs wait."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ssdtune.schedule.grid import best_of, words_of
+from ssdtune.schedule.plan import Lane, Plan, Tier
+from ssdtune.schedule.planner import least_of
+from ssdtune.schedule.search import AT_LIMIT
+from ssdtune.trainer.forecast import free_ram_share, predicted, spare_vram, to_come
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ssdtune.schedule.planner import Request
+    from ssdtune.trainer.forecast import Rehearsals
+    from ssdtune.trainer.scheduling import Schedule
+
+AUTO_SHARE = 0.8  # of the memory that nothing else is predicted to take
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Auto:
+    """What nobody has set: budgets for weights (vram means nothing without a device) and for activations that stay;
+    tiers: where block inputs may wait, the nearest first; empty: where they do now."""
+
+    ram: bool
+    vram: bool = False
+    activations: bool = False
+    tiers: tuple[Tier, ...] = ()
+
+
+def settle(
+    rehearsals: Rehearsals,
+    schedule: Schedule | None,
+    *,
+    longest_row: int,
+    base_bytes: int,
+    auto: Auto,
+) -> bool:
+    """Carries out the best plan for what memory there is; whether it is another than before.
+
+    auto: which budgets are what is free beside the rest of the predicted peak, no figures of the user's.
+    """
+    streamer = rehearsals.trainer.streamer
+    assert streamer is not None
+    settling = _Settling(rehearsals, schedule, longest_row, base_bytes, auto)
+    request, plan = settling.request(), streamer.engine.plan
+    budgets = request.budgets
+    # Before anything was known of activations, the plan let all blocks keep them.
+    must = bool(plan.kept_blocks)
+    if schedule is not None:
+        found = schedule.improve(request, shares=settling.shares, must=must)
+        if found is not None:
+            return True
+    if plan.ram_bytes <= budgets.ram_bytes and (
+        not plan.on_device or plan.device_bytes <= budgets.device_bytes
+    ):
+        return False
+    streamer.replanner.adopt(streamer, request, None)
+    return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InputsChoice:
+    """Where block inputs wait: the tier, whether they fit there, and what was compared for it. seconds: None where a
+    tier does not fit; empty: times are not known."""
+
+    tier: Tier
+    fits: bool
+    seconds: Mapping[str, float | None]
+
+    def line(self) -> str:
+        """For a person."""
+        line = f"decided   offload.block_inputs: auto is {self.tier}"
+        if not self.fits:
+            return f"{line}, which takes the least: nothing fits what is free"
+        if self.seconds:
+            return f"{line} ({words_of(self.seconds)})"
+        return f"{line}, the nearest that holds them"
+
+
+def settle_inputs(
+    rehearsals: Rehearsals,
+    schedule: Schedule | None,
+    *,
+    longest_row: int,
+    base_bytes: int,
+    auto: Auto,
+    folder: Path,
+) -> InputsChoice | None:
+    """Block inputs wait from now on where they fit and steps are predicted to be the fastest; None where there is no
+    choice. folder: for those on NVMe.
+
+    As `ssdtune plan` decides it (`schedule/grid.py`); a farther tier is not looked at where a step is all compute.
+    """
+    if len(auto.tiers) < 2:
+        return None
+    settling = _Settling(rehearsals, schedule, longest_row, base_bytes, auto)
+    tried: list[tuple[Tier, float | None]] = []
+    seconds: dict[str, float | None] = {}
+    for tier in auto.tiers:
+        fits, step_s, is_done = settling.tried(tier)
+        seconds[str(tier)] = step_s if fits else None
+        if fits:
+            tried.append((tier, step_s))
+        if fits and (is_done or schedule is None):
+            break
+    best = best_of(tried, lambda each: each[1], lambda each: (auto.tiers.index(each[0]),))
+    # Where nothing fits it is what takes the least; the forecast's warning comes besides.
+    tier = min(auto.tiers, key=settling.peak_bytes) if best is None else best[0]
+    streamer = rehearsals.trainer.streamer
+    assert streamer is not None
+    if tier is not streamer.engine.plan.block_inputs:
+        streamer.keep_inputs_in(tier, folder)
+        request = dataclasses.replace(streamer.replanner.request, block_inputs=tier)
+        streamer.replanner.adopt(streamer, request, streamer.replanner.layout)
+    return InputsChoice(
+        tier=tier, fits=best is not None, seconds={} if schedule is None else seconds
+    )
+
+
+class _Settling:
+    """What a run's memory leaves for weights, block inputs here or there."""
+
+    def __init__(
+        self,
+        rehearsals: Rehearsals,
+        schedule: Schedule | None,
+        longest_row: int,
+        base_bytes: int,
+        auto: Auto,
+    ) -> None:
+        streamer = rehearsals.trainer.streamer
+        assert streamer is not None
+        self.streamer, self.schedule, self.auto = streamer, schedule, auto
+        self._peak = partial(predicted, rehearsals, longest_row=longest_row, base_bytes=base_bytes)
+
+    @property
+    def shares(self) -> bool:
+        """Whether weights and activations share what is free."""
+        on_device = self.streamer.engine.plan.on_device
+        return self.auto.activations and (self.auto.vram if on_device else self.auto.ram)
+
+    def request(self, tier: Tier | None = None) -> Request:
+        """With budgets that are what is free. tier: of block inputs, None: where they are."""
+        plan, request = self._plan(tier), self.streamer.replanner.request
+        request = dataclasses.replace(request, block_inputs=plan.block_inputs)
+        if self.schedule is not None:
+            request = dataclasses.replace(request, activation_bytes=self.schedule.activation_bytes)
+        if not (self.auto.ram or self.auto.vram):
+            return request
+        budgets, least = request.budgets, least_of(request)
+        ram, device = self._room(plan)
+        budgets = dataclasses.replace(
+            budgets,
+            ram_bytes=max(ram, least.ram_bytes) if self.auto.ram else budgets.ram_bytes,
+            device_bytes=max(device, least.device_bytes)
+            if self.auto.vram
+            else budgets.device_bytes,
+        )
+        return dataclasses.replace(request, budgets=budgets)
+
+    def tried(self, tier: Tier) -> tuple[bool, float | None, bool]:
+        """With block inputs there: whether it fits, a step's seconds where they are known, whether it is all compute."""
+        request, plan = self.request(tier), self._plan(tier)
+        ram, device = self._room(plan)
+        least, asked = least_of(request), request.budgets
+        needs_ram = least.ram_bytes if self.auto.ram else min(asked.ram_bytes, plan.ram_bytes)
+        fits = ram >= needs_ram
+        if plan.on_device:
+            needs = least.device_bytes if self.auto.vram else plan.device_bytes
+            fits = fits and device >= needs
+        if not fits or self.schedule is None:
+            return fits, None, False
+        found = self.schedule.best(request, shares=self.shares).simulation
+        compute_s = found.busy_s.get(Lane.COMPUTE, 0.0) + self.schedule.pricing.between_s
+        return True, found.step_s, found.step_s <= (1 + AT_LIMIT) * compute_s
+
+    def peak_bytes(self, tier: Tier) -> int:
+        """Of RAM and the device together, with block inputs there."""
+        peak = self._peak(plan=self._plan(tier))
+        return peak.ram_bytes + peak.device_bytes
+
+    def _plan(self, tier: Tier | None) -> Plan:
+        plan = self.streamer.engine.plan
+        return plan if tier is None else dataclasses.replace(plan, block_inputs=tier)
+
+    def _room(self, plan: Plan) -> tuple[int, int]:
+        """Bytes that weights may take of RAM and of the device, all else as the plan has it."""
+        peak = self._peak(plan=plan)
+        ram = plan.ram_bytes + int(AUTO_SHARE * (free_ram_share() - to_come(peak)))
+        device = plan.device_bytes if plan.on_device else 0
+        if plan.on_device:
+            spare = spare_vram(peak, self.streamer.engine.slots.device)
+            device += int(AUTO_SHARE * spare)
+        return ram, device
