@@ -142,8 +142,36 @@ def test_a_timeline_is_a_picture_or_events(run, tmp_path: Path) -> None:
     assert {e["args"]["name"] for e in lanes} >= {"compute", "NVMe read"}
     assert all(e["dur"] >= 0 for e in ops)
     assert all(e["ts"] >= 0 for e in ops)
+    held = [e for e in events if e["ph"] == "C" and e["name"] == "RAM: all"]
+    parts = [e for e in events if e["ph"] == "C" and e["name"] == "RAM: parts"]
+    planned = json.loads(run("--json", "--offload.ram", "300KB")[1])["ways"][0]["ram_bytes"]
+    assert max(e["args"]["bytes"] for e in held) == planned
+    assert [sum(e["args"].values()) for e in parts] == [e["args"]["bytes"] for e in held]
     run("--timeline", str(tmp_path / "lanes.png"), "--offload.ram", "300KB")
     assert (tmp_path / "lanes.png").stat().st_size > 5_000
+
+
+def test_auto_is_decided_and_said_as_it_is_trained(run) -> None:
+    save_profile(a_profile(), own_profile_path())
+    text = run("--offload.micro_batch_size", "auto")[1]
+    decided = [line for line in text.splitlines() if line.startswith("decided")]
+    assert len(decided) == 2
+    for size in (1, 2, 4, 8):
+        assert f"{size} " in decided[0]
+    assert "offload.block_inputs: auto is device (device " in decided[1]
+    job = next(line for line in text.splitlines() if line.startswith("job"))
+    rows = int(decided[0].partition(" is ")[2].split()[0])
+    assert f"({8 // rows} micro-batches × {rows} rows)" in job
+
+
+def test_a_price_tells_what_the_run_costs(run) -> None:
+    save_profile(a_profile(), own_profile_path())
+    plain = run()[1]
+    assert "$" not in plain
+    priced = run("--price_per_hour", "0.4", "--price_per_kwh", "0.3")[1]
+    assert "A costs: $0.40 an hour" in priced
+    assert "M tokens per $" in priced
+    assert "its energy is not priced" in priced, "nobody knows this machine's watts"
 
 
 def test_a_timeline_of_nothing_is_refused(

@@ -18,6 +18,7 @@ from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
 from ssdtune.visit.counting import WorkCounter
 from ssdtune.visit.draft import draft
+from ssdtune.visit.outline import write_outline
 from ssdtune.visit.rehearsal import rehearse, rehearse_draft
 
 
@@ -160,3 +161,15 @@ def test_images_are_not_asked_for_where_rows_are_text(tmp_path: Path) -> None:
     names = [group.label for group in drafted.groups]
     visited = {names[block] for block, _ in work.passes["train"]}
     assert not any("vision" in name for name in visited)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "gemma3_vlm"])
+def test_a_config_alone_stands_for_a_model_of_its_kind(name: str, tmp_path: Path) -> None:
+    """Encoder, decoder and tower are all in the outline that is made of it."""
+    base = tiny_models.build(name, dtype=torch.float32)
+    base.config.save_pretrained(tmp_path)
+    write_outline(tmp_path / "config.json", tmp_path / "outline")
+    meta = build_meta(tmp_path / "outline")
+    assert type(meta.model) is type(base)
+    shapes = {n: p.shape for n, p in base.named_parameters()}
+    assert {n: p.shape for n, p in meta.model.named_parameters()} == shapes

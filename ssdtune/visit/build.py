@@ -106,8 +106,8 @@ def build_meta(
         config = copy.deepcopy(config)  # it may be the caller's, and loses that
     checkpoint = _unpacked(config, open_checkpoint(folder), bits)
     _check_layer_counts(config, len(checkpoint.tensors))
-    chosen = _choose_class(config, model_class, folder, trust_remote_code=trust_remote_code)
-    config = _own_config(chosen, config)
+    chosen = choose_class(config, model_class, folder, trust_remote_code=trust_remote_code)
+    config = own_config(chosen, config)
     model = _build(chosen, folder, checkpoint, config=config, dtype=dtype, **for_model)
     return _meta(model, name, folder, checkpoint)
 
@@ -126,8 +126,8 @@ def _of_gguf(
     if unknown:
         raise BuildError(f"unknown argument {unknown[0]}: not a value of {type(config).__name__}.")
     config.update(kwargs)
-    chosen = _choose_class(config, model_class, path.parent, trust_remote_code=False)
-    config = _own_config(chosen, config)
+    chosen = choose_class(config, model_class, path.parent, trust_remote_code=False)
+    config = own_config(chosen, config)
     checkpoint = hf_checkpoint(found, config, chosen)
     model = _build(chosen, None, checkpoint, config=config, **for_model)
     return _meta(model, str(path), path.parent, checkpoint)
@@ -288,7 +288,7 @@ def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 # The class
 
 
-def _choose_class(
+def choose_class(
     config: PretrainedConfig, asked: type | None, folder: Path, *, trust_remote_code: bool
 ) -> type[PreTrainedModel]:
     """The model class: the one asked for, the repository's own code, or transformers' for it."""
@@ -332,7 +332,7 @@ def _remote_class(reference: str, folder: Path) -> type[PreTrainedModel]:
     return add_generation_mixin_to_remote_model(model_class)
 
 
-def _own_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+def own_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
     """The text part, where the class is a language model and the config a multimodal one's."""
     text_class = config.sub_configs.get("text_config")
     if text_class is not None and model_class.config_class == text_class:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ssdtune.visit.build import BuildError
+from ssdtune.visit.build import BuildError, choose_class, own_config
 from ssdtune.visit.placement import FILE_DTYPES
 
 HEADER_ALIGNMENT = 8
@@ -24,7 +25,7 @@ def write_outline(config_file: Path, folder: Path, dtype: str = "auto") -> None:
 
     Raises BuildError for a config that no model class takes.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(config_file, folder / "config.json")
@@ -33,8 +34,9 @@ def write_outline(config_file: Path, folder: Path, dtype: str = "auto") -> None:
         wanted = getattr(config, "dtype", None) or torch.bfloat16
         if dtype != "auto":
             wanted = getattr(torch, dtype)
+        chosen: Any = choose_class(config, None, folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+            model = chosen._from_config(own_config(chosen, config), dtype=wanted)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BuildError(f"{config_file}: no model can be made from it: {reason}") from error
