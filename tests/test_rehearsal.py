@@ -76,10 +76,13 @@ def test_products_of_a_step_are_those_that_torch_counts(
         loss = plain(**batch).loss
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    head = 2 * batch["input_ids"].numel() * base.get_output_embeddings().weight.numel()
+    answered = batch["labels" if name in tiny_models.SEQ2SEQ else "input_ids"]
+    head = 2 * answered.numel() * base.get_output_embeddings().weight.numel()
     wanted = 2 * forward.get_total_flops() - head + backward.get_total_flops()
-    # The first block's input needs no gradient, which a rehearsed block of its kind has.
-    assert 0.98 * wanted <= counted <= 1.25 * wanted
+    # The first block's input needs no gradient, which a rehearsed block of its kind has. What lies between a tower and
+    # the text model is no block.
+    least = 0.9 if name in tiny_models.VISION else 0.98
+    assert least * wanted <= counted <= 1.25 * wanted
 
 
 def test_large_results_are_counted_as_fresh_memory_once_each() -> None:
@@ -129,7 +132,7 @@ def test_forward_alone_has_no_gradient_of_the_loss(llama: Path, stream: Callable
 def test_towers_and_both_halves_of_an_encoder_decoder_have_times_and_bytes(
     name: str, tmp_path: Path
 ) -> None:
-    """Each block's visits are counted as often as the plan's likely order has it, and none by formula."""
+    """All blocks' visits are counted, and none by formula."""
     base = tiny_models.build(name, dtype=torch.float32)
     tiny_models.save(base, tmp_path)
     meta = build_meta(tmp_path)
@@ -142,8 +145,9 @@ def test_towers_and_both_halves_of_an_encoder_decoder_have_times_and_bytes(
     assert found.work is not None
     likely = drafted.replanner.request.orders["forward"]
     visits = {key: len(works) for key, works in found.work.passes["forward"].items()}
-    wanted = Counter(pair for pair in likely)
-    assert {k: n for k, n in visits.items() if k[1] is Direction.FORWARD} == wanted
+    assert {key for key in visits if key[1] is Direction.FORWARD} == set(likely)
+    # A tied embedding is met on both sides and in the head, and may be a point that nobody calls besides.
+    assert all(visits[key] <= n for key, n in Counter(likely).items())
     size = meta.config.get_text_config().hidden_size * 2 * 8 * 4  # two rows, eight tokens
     assert found.footprint.kept_bytes >= 4 * size
     assert all(found.work.behind[block] for block in range(1, len(drafted.groups)))

@@ -13,8 +13,8 @@ from ssdtune.sizes import format_size
 TIER_LABELS = {Tier.DEVICE: "device", Tier.RAM: "RAM", Tier.NVME: "NVMe, block inputs"}
 SMALL = 0.02  # of a strip's height: thinner parts are drawn as one
 REST = "all else"
-# From what stays all the time, in greys and blues, to what comes and goes.
-COLORS = ("#c3c8cf", "#9fb4cc", "#7396bd", "#4a78ab", "#8cbf9f", "#5a9e75", "#e3c36b", "#d9924e")
+# From what stays all the time to what comes and goes; neighbours differ.
+COLORS = ("#c9ced6", "#93b5d8", "#3f6fa3", "#b7d7b0", "#5a9e75", "#e3c36b", "#d9824a", "#a05c8c")
 
 
 def draw_strip(axes: Any, tier: Tier, levels: Sequence[Level], seconds: float) -> None:
@@ -37,7 +37,8 @@ def draw_strip(axes: Any, tier: Tier, levels: Sequence[Level], seconds: float) -
     axes.set(xlim=(0, times[-1]), ylim=(0, 1.12 * height))
     axes.set_ylabel(f"{TIER_LABELS[tier]}\n(GB)", fontsize=9, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", fontsize=7, ncols=4, frameon=False)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 0.86), "reverse": True}  # as stacked
+    axes.legend(**beside, fontsize=7, frameon=False, labelspacing=0.2)
 
 
 def _stacked(levels: Sequence[Level]) -> dict[str, list[int]]:

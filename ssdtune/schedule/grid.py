@@ -93,8 +93,10 @@ def _costs(point: Point) -> tuple[float, ...]:
     return (found.written_bytes, NEAREST_FIRST.index(point.tier), memory)
 
 
-def words_of(seconds: Mapping[str, float | None]) -> str:
-    """What was compared: "device 2.31 s, nvme does not fit"."""
-    return ", ".join(
-        f"{name} does not fit" if s is None else f"{name} {s:.3g} s" for name, s in seconds.items()
-    )
+def words_of(seconds: Mapping[str, float | str | None]) -> str:
+    """What was compared: "device 2.31 s, nvme does not fit". Text is told as it is, None does not fit."""
+    told: list[str] = []
+    for name, s in seconds.items():
+        words = "does not fit" if s is None else s if isinstance(s, str) else f"{s:.3g} s"
+        told.append(f"{name} {words}")
+    return ", ".join(told)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ssdtune.schedule.grid import best_of, words_of
 from ssdtune.schedule.plan import Lane, Plan, Tier
 from ssdtune.schedule.planner import least_of
+from ssdtune.schedule.profile import ProfileError
 from ssdtune.schedule.search import AT_LIMIT
 from ssdtune.trainer.forecast import free_ram_share, predicted, spare_vram, to_come
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ssdtune.trainer.scheduling import Schedule
 
 AUTO_SHARE = 0.8  # of the memory that nothing else is predicted to take
+UNKNOWN = "was never measured"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,7 @@ class InputsChoice:
 
     tier: Tier
     fits: bool
-    seconds: Mapping[str, float | None]
+    seconds: Mapping[str, float | str | None]
 
     def line(self) -> str:
         """For a person."""
@@ -102,10 +104,10 @@ def settle_inputs(
         return None
     settling = _Settling(rehearsals, schedule, longest_row, base_bytes, auto)
     tried: list[tuple[Tier, float | None]] = []
-    seconds: dict[str, float | None] = {}
+    seconds: dict[str, float | str | None] = {}
     for tier in auto.tiers:
         fits, step_s, is_done = settling.tried(tier)
-        seconds[str(tier)] = step_s if fits else None
+        seconds[str(tier)] = (UNKNOWN if step_s is None else step_s) if fits else None
         if fits:
             tried.append((tier, step_s))
         if fits and (is_done or schedule is None):
@@ -177,7 +179,10 @@ class _Settling:
             fits = fits and device >= needs
         if not fits or self.schedule is None:
             return fits, None, False
-        found = self.schedule.best(request, shares=self.shares).simulation
+        try:
+            found = self.schedule.best(request, shares=self.shares).simulation
+        except ProfileError:  # an older profile lacks what this tier needs: writing, above all
+            return True, None, False
         compute_s = found.busy_s.get(Lane.COMPUTE, 0.0) + self.schedule.pricing.between_s
         return True, found.step_s, found.step_s <= (1 + AT_LIMIT) * compute_s
 

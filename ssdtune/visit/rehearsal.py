@@ -185,6 +185,7 @@ def _rehearse(cast: _Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
     if cast.base.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         answers = micro_batch.get("labels", micro_batch.get("input_ids"))
         inputs["decoder_input_ids"] = answers  # as the model makes them from the labels
+        shape = _rows_and_length({"input_ids": answers})  # logits are of these
     if accepts(cast.front, "use_cache"):
         inputs["use_cache"] = False  # as the front door has it where nothing is generated
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
