@@ -8,8 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ssdtune.errors import SSDTuneError
+
+if TYPE_CHECKING:
+    from ssdtune.packing.wanted import Wanted
 
 USAGE = """\
 ssdtune fine-tunes models larger than the memory, streaming their weights from the drive.
@@ -314,32 +318,80 @@ def _pack(words: list[str]) -> object:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="a folder or a hub id")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="the folder to write, a new one; with --check also one that is packed already",
+    )
     parser.add_argument(
         "--format",
         choices=("affine", "nf4", "mxfp4", "nvfp4", "lossless"),
-        default="affine",
-        help="affine: 1-8 bits; lossless: the same bfloat16 bits in three quarters of the bytes",
+        help="affine (the default): 1-8 bits; lossless: the same bfloat16 bits in three quarters of the bytes",
     )
-    parser.add_argument("--bits", type=int, default=4, help="of affine codes, 1-8")
+    parser.add_argument("--bits", type=int, help="of affine codes, 1-8; 4 by default")
     parser.add_argument(
         "--order", help="of slices, e.g. 4,1,1,2 with --bits 8: to be read at 4, 5, 6 or 8 bits"
     )
-    parser.add_argument("--group", type=int, default=64, help="weights that share a scale")
+    parser.add_argument("--group", type=int, help="weights that share a scale; 64 by default")
+    parser.add_argument(
+        "--target_bpw",
+        "--target-bpw",
+        type=float,
+        help="instead of --bits: bits a weight over the whole model, scales and all; widths by tensor",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say what packing costs: errors by block, the loss on a text; pack_check.json keeps it",
+    )
+    parser.add_argument(
+        "--check_text",
+        "--check-text",
+        help="data file for --check, as `dataset` takes it; default: the quickstart's held-out text",
+    )
+    parser.add_argument(
+        "--check_bits", "--check-bits", type=int, help="bits of nested codes that --check reads"
+    )
     arguments = parser.parse_args(words)
-    order = None
+    if not arguments.check and (arguments.check_text or arguments.check_bits):
+        raise SSDTuneError("--check_text and --check_bits are for --check.\nAdd it.")
+    from ssdtune.pack import Request, run_pack
+
+    return run_pack(
+        Request(
+            model=arguments.model,
+            out=arguments.out.expanduser(),
+            wanted=_wanted(arguments),
+            target_bpw=arguments.target_bpw,
+            checks=arguments.check,
+            check_text=arguments.check_text,
+            check_bits=arguments.check_bits,
+        )
+    )
+
+
+def _wanted(arguments: Any) -> "Wanted | None":
+    """The format that `ssdtune pack` was asked for; None where nothing was said. Raises SSDTuneError."""
+    from ssdtune.packing.wanted import Wanted
+
+    if arguments.target_bpw is not None and (arguments.bits or arguments.order):
+        raise SSDTuneError(
+            "--target_bpw chooses widths itself.\nLeave out --bits and --order, or --target_bpw."
+        )
+    given = {
+        name: getattr(arguments, name)
+        for name in ("format", "bits", "group")
+        if getattr(arguments, name) is not None
+    }
     if arguments.order is not None:
         try:
-            order = tuple(int(width) for width in arguments.order.split(","))
+            given["order"] = tuple(int(width) for width in arguments.order.split(","))
         except ValueError:
             raise SSDTuneError(
                 f"--order {arguments.order}: whole numbers with commas between.\nWrite for instance --order 4,1,1,2."
             ) from None
-    from ssdtune.pack import pack_model
-    from ssdtune.packing.wanted import Wanted
-
-    wanted = Wanted(arguments.format, arguments.bits, order, arguments.group)
-    return pack_model(arguments.model, arguments.out.expanduser(), wanted)
+    return Wanted(**given) if given else None
 
 
 # A verb's body may return an exit code; anything else it returns is success.

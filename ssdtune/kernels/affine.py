@@ -3,8 +3,9 @@
     w = (q - z_k) * s_k         z_k = (u_k + 1/2) * 2^(k - 8) - 1/2
 
 A group of consecutive elements shares a scale s (bfloat16) and a zero u (uint8, on the 8-bit grid whatever the width:
-what an 8-bit code loses below its k-th bit is centred by it). Both are stored for each width that can be read. z is
-exact in float32, q - z too; the product is rounded to float32, then to the output.
+what an 8-bit code loses below its k-th bit is centred by it). Both are stored for each width that can be read: all that
+the slices allow, or, where codes are not nested, all bits alone. z is exact in float32, q - z too; the product is
+rounded to float32, then to the output.
 
 Codes lie in *slices*, most significant bits first: a file made in the order (4, 1, 1, 2) holds one slice of 4 bits, two
 of 1, one of 2, and reading the first one, two, three or all of them gives 4, 5, 6 or 8 bits. A slice of width b holds
@@ -42,21 +43,28 @@ CHUNK = 1 << 20  # elements that torch's operators take at a time, a multiple of
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Affine:
-    """bits: read now; a sum of the first slices of `order`. group: elements that share a scale, one of GROUPS."""
+    """bits: read now; a sum of the first slices of `order`. group: elements that share a scale, one of GROUPS. is_nested:
+    whether fewer bits than all can be read too."""
 
     bits: int
     order: tuple[int, ...]
     group: int = 64
+    is_nested: bool = True
 
     def __post_init__(self) -> None:
         assert set(self.order) <= set(SLICE_WIDTHS), self.order
-        assert self.bits in widths(self.order), (self.bits, self.order)
+        assert self.bits in self.readings, (self.bits, self.order)
         assert self.group in GROUPS, self.group
 
     @property
     def label(self) -> str:
         """For messages and tables."""
         return f"affine, {self.bits} bit{'s' * (self.bits > 1)}, groups of {self.group}"
+
+    @property
+    def readings(self) -> tuple[int, ...]:
+        """Widths that the file can be read at, ascending."""
+        return tuple(widths(self.order)) if self.is_nested else (sum(self.order),)
 
     @property
     def slices(self) -> tuple[int, ...]:
@@ -98,7 +106,7 @@ class Affine:
 
 
 def widths(order: Sequence[int]) -> list[int]:
-    """Widths that a file made in this order can be read at, ascending."""
+    """Widths that slices in this order end at, ascending."""
     return list(itertools.accumulate(order))
 
 

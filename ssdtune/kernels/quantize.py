@@ -50,28 +50,29 @@ TINY = 1e-30  # where it takes part, a sum of squares of numbers near 1 is zero
 
 
 def quantize_affine(
-    values: torch.Tensor, bits_order: tuple[int, ...], group: int = 64
+    values: torch.Tensor, bits_order: tuple[int, ...], group: int = 64, *, is_nested: bool = True
 ) -> dict[str, torch.Tensor]:
-    """All parts of a file of `Affine(..., bits_order, group)`, by suffix: every slice, scales and zeros of every width.
+    """All parts of a file of `Affine(..., bits_order, group, is_nested)`, by suffix: every slice, scales and zeros of
+    every width that can be read.
 
     values: any shape and floating dtype, on any device, taken as float32; where not contiguous, copied whole. At least
     as good as rounding to nearest on the range from least to largest value, where there is one width. Values of a group
     are kept within the range that has 0 in it: one of equal values far from 0 has few codes in use. A group whose scale
     would be below 2^-126 becomes zeros, and no finite value becomes infinite. Raises ValueError, naming their number,
     where values are not finite."""
-    orders = [Affine(width, bits_order, group) for width in widths(bits_order)]
-    parts = [part for format in orders for part in format.parts(tuple(values.shape))]
-    return _by_chunks(values, parts, CHUNK, lambda chunk: _affine_chunk(chunk, bits_order, group))
+    format = Affine(sum(bits_order), bits_order, group, is_nested)
+    readings = [dataclasses.replace(format, bits=width) for width in format.readings]
+    parts = [part for reading in readings for part in reading.parts(tuple(values.shape))]
+    return _by_chunks(values, parts, CHUNK, lambda chunk: _affine_chunk(chunk, format))
 
 
-def _affine_chunk(
-    chunk: torch.Tensor, order: tuple[int, ...], group: int
-) -> dict[str, torch.Tensor]:
-    """Parts of float32 values, flat."""
-    made = [_affine_groups(rows, order) for rows in _rows(chunk, group)]
+def _affine_chunk(chunk: torch.Tensor, format: Affine) -> dict[str, torch.Tensor]:
+    """Parts of float32 values, flat. format: read at all bits."""
+    fitted = format.order if format.is_nested else (format.bits,)
+    made = [_affine_groups(rows, fitted) for rows in _rows(chunk, format.group)]
     codes = torch.cat([codes.view(-1) for codes, _ in made])
-    found = {f"codes.{i}": packed for i, packed in enumerate(split_codes(codes, order))}
-    for width in widths(order):
+    found = {f"codes.{i}": packed for i, packed in enumerate(split_codes(codes, format.order))}
+    for width in format.readings:
         found[f"scales.{width}"] = torch.cat([grids[width][0] for _, grids in made])
         found[f"zeros.{width}"] = torch.cat([grids[width][1] for _, grids in made])
     return found

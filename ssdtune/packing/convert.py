@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,20 @@ from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles
 from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
-from ssdtune.packing.shards import PARTIAL, ShardWriter
+from ssdtune.packing.reading import GroupReader
+from ssdtune.packing.shards import PARTIAL, ShardWriter, data_offset
 from ssdtune.sizes import format_size
 from ssdtune.swap.beside import copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
 from ssdtune.swap.pack_header import METADATA_KEY, METHOD, VERSION, written_format
-from ssdtune.swap.readers import ReaderPool, Ticket
-from ssdtune.swap.source import INDEX_FILE, Checkpoint, ExtentMap, merge_extents
-from ssdtune.swap.storage import Storage, aligned_bytes
+from ssdtune.swap.readers import ReaderPool
+from ssdtune.swap.source import INDEX_FILE, Checkpoint
+from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel
-from ssdtune.visit.recipes import file_view
 
 MARKER = ".packing.json"  # in a folder that is not finished
 KEY = "ssdtune.source"  # in a shard's header: of what it was made
-READ_TIMEOUT_S = 600.0
+KEY_DIGITS = 64
 MAX_OFFSET = 10**15
 Encoded = tuple[Format, Mapping[str, torch.Tensor]]
 Encoder = Callable[[str, torch.Tensor, Format], Encoded | None]  # name, values, the format wanted
@@ -75,7 +75,7 @@ def pack(
     done = _begin(out, key, files, meta.checkpoint)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     with ReaderPool(storage) as pool:
-        reader = _Reader(pool, storage.alignment)
+        reader = GroupReader(pool, storage.alignment)
         encode = encode or encoded
         for name, shard in zip(names, files, strict=True):
             if name not in done:
@@ -106,6 +106,14 @@ def key_of(checkpoint: Checkpoint, groups: Sequence[Group]) -> str:
         told = [group.label, [t.name for t in group.tensors], formats]
         digest.update(json.dumps(told, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def is_packed_as(out: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> bool:
+    """Whether the folder is the finished packing of these groups."""
+    if not (out / "config.json").is_file():
+        return False
+    key, found = key_of(checkpoint, groups), sorted(out.glob("*.safetensors"))
+    return bool(found) and all(_is_whole(path, key) for path in found)
 
 
 def _begin(out: Path, key: str, files: list[list[Group]], checkpoint: Checkpoint) -> set[str]:
@@ -173,14 +181,14 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
 def _write_shard(
     path: Path,
     shard: Sequence[Group],
-    reader: _Reader,
+    reader: GroupReader,
     key: str,
     encode: Encoder,
     on_progress: Callable[[int], None],
 ) -> None:
     described: dict[str, Any] = {}
     formats: list[Any] = []
-    with ShardWriter(path, _header_bytes(shard, key)) as writer:
+    with ShardWriter(path, _json_bytes(shard)) as writer:
         for group, values in reader.read(shard):
             described |= _write_group(writer, group, values, formats, encode)
             on_progress(sum(t.num_bytes for t in group.tensors))
@@ -253,14 +261,21 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
         return found, dict(zip(suffixes, parts, strict=True))
     try:
         if isinstance(format, Affine):
-            return format, quantize_affine(values, format.order, format.group)
+            return format, quantize_affine(
+                values, format.order, format.group, is_nested=format.is_nested
+            )
         assert isinstance(format, Nibbles)
         return format, quantize_nibbles(values, format.table, format.block, format.scale)
     except ValueError as error:
         raise PackError(f"{name} can't be packed: {error}") from error
 
 
-def _header_bytes(shard: Sequence[Group], key: str) -> int:
+def header_bytes(shard: Sequence[Group]) -> int:
+    """What a shard takes beside its tensors."""
+    return data_offset(_json_bytes(shard))
+
+
+def _json_bytes(shard: Sequence[Group]) -> int:
     """Enough for the header: its length with the longest numbers there can be."""
     tensors: dict[str, Any] = {}
     described: dict[str, Any] = {}
@@ -279,28 +294,5 @@ def _header_bytes(shard: Sequence[Group], key: str) -> int:
             formats.append(written_format(format))
             checksums = {part.suffix: "0" * 16 for part in parts}
             described[entry.name] = {"format": len(formats), "checksums": checksums, **longest}
-    told = {"__metadata__": _metadata(key, formats, described), **tensors}
+    told = {"__metadata__": _metadata("0" * KEY_DIGITS, formats, described), **tensors}
     return len(json.dumps(told, separators=(",", ":")).encode()) + 4096
-
-
-class _Reader:
-    """Reads groups, the next one while this one is worked on."""
-
-    def __init__(self, pool: ReaderPool, alignment: int) -> None:
-        self._pool, self._alignment = pool, alignment
-
-    def read(self, groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, torch.Tensor]]]:
-        """Each group with its tensors by name, on the CPU."""
-        begun = [self._begin(group) for group in groups[:1]]
-        for number, group in enumerate(groups):
-            memory, where, ticket = begun.pop()
-            ticket.wait(READ_TIMEOUT_S)
-            if number + 1 < len(groups):
-                begun.append(self._begin(groups[number + 1]))
-            yield group, {t.name: file_view(t, where).values(memory) for t in group.tensors}
-            del memory
-
-    def _begin(self, group: Group) -> tuple[torch.Tensor, ExtentMap, Ticket]:
-        where = merge_extents(group.tensors, alignment=self._alignment)
-        memory = aligned_bytes(max(where.num_bytes, 1))
-        return memory, where, self._pool.submit(where.extents, memory, label=group.label)

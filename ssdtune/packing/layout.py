@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.kernels.affine import Affine, widths
+from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format, Part
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.swap.header import DTYPE_BITS, TensorEntry
@@ -99,9 +99,11 @@ def stages(format: Format, shape: tuple[int, ...]) -> list[list[Part]]:
     if not isinstance(format, Affine):
         return [list(format.parts(shape))]
     made: list[list[Part]] = []
-    for number, bits in enumerate(widths(format.order)):
-        *slices, scales, zeros = Affine(bits, format.order, format.group).parts(shape)
-        made.append([scales, zeros, slices[number]])
+    num_before = 0
+    for bits in format.readings:
+        *slices, scales, zeros = dataclasses.replace(format, bits=bits).parts(shape)
+        made.append([scales, zeros, *slices[num_before:]])
+        num_before = len(slices)
     return made
 
 

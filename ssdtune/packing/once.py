@@ -58,7 +58,7 @@ def build_packed(
     folder = (beside or cache_folder()) / "packed" / f"{name}-{quantization}-{key}"
     with _alone(folder):
         if not (folder / "config.json").is_file():
-            pack_aloud(meta, groups, folder, format, choose_storage(meta.checkpoint.files))
+            pack_aloud(meta, groups, folder, format.label, choose_storage(meta.checkpoint.files))
     build.pop("revision", None)
     packed = build_meta(folder, **build)
     packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path

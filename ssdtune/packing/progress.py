@@ -8,7 +8,6 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from ssdtune.kernels.formats import Format
 from ssdtune.packing.convert import Packed, pack
 from ssdtune.packing.layout import Group
 from ssdtune.report import duration, say
@@ -18,15 +17,13 @@ from ssdtune.visit.build import MetaModel
 
 
 def pack_aloud(
-    meta: MetaModel, groups: Sequence[Group], out: Path, format: Format, storage: Storage
+    meta: MetaModel, groups: Sequence[Group], out: Path, label: str, storage: Storage
 ) -> Packed:
-    """Packs the model of `meta` with a progress bar and a line before and after. groups: as `groups_of` makes them for
-    the format. Raises SSDTuneError."""
+    """Packs the model of `meta` with a progress bar and a line before and after. label: of the groups' formats. Raises
+    SSDTuneError."""
     total = sum(t.num_bytes for g in groups for t in g.tensors)
     expected = sum(g.num_bytes for g in groups)
-    say(
-        f"packing   {meta.folder}: {format_size(total)} to {format_size(expected)} ({format.label})"
-    )
+    say(f"packing   {meta.folder}: {format_size(total)} to {format_size(expected)} ({label})")
     started = perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc="packing") as bar:
 

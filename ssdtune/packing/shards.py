@@ -20,6 +20,11 @@ class ShardError(SSDTuneError):
     """A shard could not be written; nothing half-made has its name."""
 
 
+def data_offset(header_bytes: int) -> int:
+    """Where tensors begin behind a header of so many bytes: on a cache line."""
+    return 8 + header_bytes + -(8 + header_bytes) % CACHE_LINE
+
+
 class ShardWriter:
     """A file that gets its name when it is whole.
 
@@ -30,7 +35,7 @@ class ShardWriter:
     def __init__(self, path: Path, header_bytes: int) -> None:
         self.path = path
         self._partial = path.with_name(path.name + PARTIAL)
-        self._header_bytes = header_bytes + -(8 + header_bytes) % CACHE_LINE
+        self._header_bytes = data_offset(header_bytes) - 8
         self._tensors: dict[str, dict[str, object]] = {}
         self._end = 0
         self._file = self._partial.open("wb")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ssdtune.kernels import nibbles
-from ssdtune.kernels.affine import GROUPS, SLICE_WIDTHS, Affine, widths
+from ssdtune.kernels.affine import GROUPS, SLICE_WIDTHS, Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles
@@ -28,7 +28,8 @@ TABLES: Final = {"nf4": nibbles.NF4, "fp4": nibbles.E2M1}
 def written_format(format: Format) -> dict[str, Any]:
     """A format as a shard's header has it."""
     if isinstance(format, Affine):
-        return {"kind": "affine", "order": list(format.order), "group": format.group}
+        written = {"kind": "affine", "order": list(format.order), "group": format.group}
+        return written if format.is_nested else {**written, "nested": False}
     if isinstance(format, Nibbles):
         kind = next(name for name, table in TABLES.items() if table == format.table)
         return {"kind": kind, "block": format.block, "scale": format.scale}
@@ -45,14 +46,17 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
     kind = written.get("kind")
     if kind == "affine":
         order, group = tuple(written["order"]), written["group"]
+        is_nested = written.get("nested", True)
         if (
             not order
             or not set(order) <= set(SLICE_WIDTHS)
             or sum(order) > 8
             or group not in GROUPS
+            or type(is_nested) is not bool
         ):
             raise ValueError(f"affine codes of order {order} in groups of {group}")
-        return Affine(_readable(order, bits), order, group)
+        whole = Affine(sum(order), order, group, is_nested)
+        return dataclasses.replace(whole, bits=_readable(whole, bits))
     if kind in TABLES:
         block, scale = written["block"], written["scale"]
         if type(block) is not int or block < 1 or scale not in nibbles.SCALE_DTYPES:
@@ -66,9 +70,9 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
     raise ValueError(f"unknown kind {quoted(kind)}")
 
 
-def _readable(order: tuple[int, ...], bits: int | None) -> int:
+def _readable(whole: Affine, bits: int | None) -> int:
     """The widest reading of at most so many bits; the narrowest there is where all are wider."""
-    possible = widths(order)
+    possible = whole.readings
     if bits is None:
         return possible[-1]
     return max((width for width in possible if width <= bits), default=possible[0])

@@ -176,18 +176,26 @@ def _load_rows(config: TrainConfig, args: SSDConfig, say: Say) -> Rows:
 
 def load_tokenizer(config: TrainConfig, folder: Path | None = None) -> Any:
     """The model's tokenizer, or the one saved in `folder`. Raises RunError."""
+    keywords = {} if folder else {"revision": config.model_revision}
+    return open_tokenizer(
+        str(folder or config.model_name_or_path),
+        trust_remote_code=config.trust_remote_code,
+        **keywords,
+    )
+
+
+def open_tokenizer(name: str, **keywords: Any) -> Any:
+    """The tokenizer of a folder, a hub id or a GGUF file. keywords: of `from_pretrained`. Raises RunError."""
     from transformers import AutoTokenizer
 
-    name = str(folder or config.model_name_or_path)
-    keywords = {} if folder else {"revision": config.model_revision}
     if name.endswith(".gguf"):
         path = Path(name).expanduser()
         has_own = (path.parent / "tokenizer.json").is_file()
-        name, keywords = str(path.parent), {} if has_own else {"gguf_file": path.name}
+        trusts = {k: v for k, v in keywords.items() if k == "trust_remote_code"}
+        name = str(path.parent)
+        keywords = trusts if has_own else {**trusts, "gguf_file": path.name}
     try:
-        return AutoTokenizer.from_pretrained(
-            name, trust_remote_code=config.trust_remote_code, **keywords
-        )
+        return AutoTokenizer.from_pretrained(name, **keywords)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(

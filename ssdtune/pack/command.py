@@ -1,0 +1,94 @@
+"""The verb: packs where that is not done yet, checks where that is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ssdtune.api import choose
+from ssdtune.packing.convert import is_packed_as
+from ssdtune.packing.errors import WIDTHS, affine, relative_errors
+from ssdtune.packing.layout import Group, PackError, groups_of
+from ssdtune.packing.mixed import shares, within
+from ssdtune.packing.progress import pack_aloud
+from ssdtune.packing.wanted import AFFINE, Wanted
+from ssdtune.report import say
+from ssdtune.swap.storage import Storage
+from ssdtune.visit.build import MetaModel, build_meta
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the command was given.
+
+    Attributes:
+        model: a folder or hub id. out: the folder to write, or one that is packed and is to be checked.
+        wanted: the format; None: nobody said, 4 bits where there is something to pack.
+        target_bpw: bits a weight over the whole model, with widths by tensor; None: one width.
+        checks: whether to compare the packed model with its source afterwards. check_text: rows for it, of any data
+            file that trains; None: the quickstart's held-out text. check_bits: of nested codes, those that are read;
+            None: all.
+    """
+
+    model: str
+    out: Path
+    wanted: Wanted | None = None
+    target_bpw: float | None = None
+    checks: bool = False
+    check_text: str | None = None
+    check_bits: int | None = None
+
+
+def run_pack(request: Request) -> int:
+    """Packs, checks, says what came of it. Raises SSDTuneError."""
+    is_there = (request.out / "config.json").is_file()
+    is_free = request.wanted is None and request.target_bpw is None
+    if not (request.checks and is_there and is_free):
+        _pack(request)
+    if request.checks:
+        from ssdtune.pack.check import check_aloud
+
+        check_aloud(request.model, request.out, text=request.check_text, bits=request.check_bits)
+    say(f"train it  model_name_or_path: {request.out}")
+    return 0
+
+
+def _pack(request: Request) -> None:
+    meta = build_meta(request.model)
+    storage = choose("auto", meta.checkpoint.files)
+    groups, label = _groups(request, meta, storage)
+    if request.checks and is_packed_as(request.out, meta.checkpoint, groups):
+        say(f"there is  {request.out}: packed like this already")
+        return
+    pack_aloud(meta, groups, request.out, label, storage)
+
+
+def _groups(request: Request, meta: MetaModel, storage: Storage) -> tuple[Sequence[Group], str]:
+    """What is packed as what, and words for it."""
+    wanted = request.wanted or Wanted()
+    if request.target_bpw is None:
+        format = wanted.chosen()
+        return groups_of(meta, format), format.label
+    if wanted.format != AFFINE:
+        raise PackError(
+            f"--target_bpw mixes widths of affine codes; --format {wanted.format} has one.\nLeave one of them out."
+        )
+    wanted.chosen()  # refuses a group size that is not possible
+    groups = groups_of(meta, affine(WIDTHS[0], wanted.group))
+    with tqdm(
+        total=sum(t.num_bytes for g in groups for t in g.tensors),
+        unit="B",
+        unit_scale=True,
+        desc="what each width costs",
+    ) as bar:
+
+        def advance(num_bytes: int) -> None:
+            bar.update(num_bytes)
+
+        errors = relative_errors(groups, wanted.group, storage, advance)
+    mixed = within(groups, request.target_bpw, wanted.group, errors)
+    told = ", ".join(f"{words} {share:.1%}" for words, share in shares(mixed).items())
+    return mixed, f"widths by tensor: {told} of the weights"

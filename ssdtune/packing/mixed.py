@@ -1,0 +1,104 @@
+"""Widths by tensor for a target in bits a weight over the whole model, scales, headers and what stays as it is counted.
+
+The width of each tensor is chosen to make the sum of the tensors' relative squared errors, each weighted by its number
+of weights, least (`choice.py`). No data are needed. That the loss grows with a weighted sum of layers' relative squared
+errors is the linearity theorem of HIGGS (Malinovskii et al., arXiv 2411.17525, Theorem 1), which also makes of it this
+knapsack; its coefficients, which want many evaluations of the model, are replaced by the number of weights here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from ssdtune.kernels.affine import Affine
+from ssdtune.kernels.formats import Format
+from ssdtune.packing.choice import Option, choose, smallest
+from ssdtune.packing.convert import header_bytes
+from ssdtune.packing.errors import WIDTHS, Errors, affine
+from ssdtune.packing.layout import Group, PackError, file_parts, part_bytes, shards
+from ssdtune.swap.header import TensorEntry
+
+NOT_PACKED = 99  # behind all widths
+
+
+def within(
+    groups: Sequence[Group], target_bpw: float, group_size: int, errors: Errors
+) -> list[Group]:
+    """The groups with the formats that are best within the target.
+
+    groups: as `groups_of` makes them for any affine format: what they pack may be packed. Tensors may also stay as they
+    are, without an error. Raises PackError where even the smallest is larger, naming its bits a weight.
+    """
+    entries = [t for g in groups for t in g.tensors if t.name in g.formats]
+    options = [_options(entry, group_size, errors[entry.name]) for entry in entries]
+    num_weights = sum(math.prod(t.shape) for g in groups for t in g.tensors)
+    fixed = _fixed_bytes(groups, group_size)
+    allowed = target_bpw * num_weights / 8 - fixed
+    if not smallest(options) <= allowed:  # NaN neither
+        least = math.ceil(800 * (fixed + smallest(options)) / num_weights) / 100
+        raise PackError(
+            f"--target_bpw {target_bpw:g}: {least:g} bits a weight are the least for this model: {WIDTHS[0]} bits with a "
+            f"scale for every {group_size} weights, and what stays as it is.\nGive --target_bpw {least:g} or more."
+        )
+    chosen = dict(
+        zip(
+            (e.name for e in entries),
+            choose(options, int(min(allowed, _most(options)))),
+            strict=True,
+        )
+    )
+    return [dataclasses.replace(g, formats=_formats(g, chosen, group_size)) for g in groups]
+
+
+def _most(options: Sequence[Sequence[Option]]) -> int:
+    """Bytes beyond which nothing can be used."""
+    return sum(max(option.num_bytes for option in each) for each in options)
+
+
+def _options(entry: TensorEntry, group_size: int, errors: Mapping[int, float]) -> list[Option]:
+    """A width of WIDTHS each, and the tensor as it is."""
+    numel = math.prod(entry.shape)
+    packed = [Option(_num_bytes(entry, bits, group_size), numel * errors[bits]) for bits in WIDTHS]
+    return [*packed, Option(entry.num_bytes, 0.0)]
+
+
+def _num_bytes(entry: TensorEntry, bits: int, group_size: int) -> int:
+    return sum(part_bytes(part) for part in file_parts(affine(bits, group_size), entry.shape))
+
+
+def _fixed_bytes(groups: Sequence[Group], group_size: int) -> int:
+    """What is not chosen: tensors that are not worth packing, and headers, at their longest."""
+    kept = sum(t.num_bytes for g in groups for t in g.tensors if t.name not in g.formats)
+    most_parts = max(WIDTHS, key=lambda bits: len(affine(bits, group_size).parts((1,))))
+    longest = {
+        g.label: dataclasses.replace(
+            g, formats=dict.fromkeys(g.formats, affine(most_parts, group_size))
+        )
+        for g in groups
+    }
+    # Packed groups fill no more shards than the same ones as they are.
+    parted = shards([dataclasses.replace(g, formats={}) for g in groups])
+    return kept + sum(header_bytes([longest[g.label] for g in shard]) for shard in parted)
+
+
+def _formats(group: Group, chosen: Mapping[str, int], group_size: int) -> dict[str, Format]:
+    return {
+        name: affine(WIDTHS[chosen[name]], group_size)
+        for name in group.formats
+        if chosen[name] < len(WIDTHS)
+    }
+
+
+def shares(groups: Sequence[Group]) -> dict[str, float]:
+    """Share of the weights that is stored at each width, the narrowest first: {"3 bits": 0.6, …, "as it is": 0.01}."""
+    counts: dict[int, int] = {}
+    for group in groups:
+        for entry in group.tensors:
+            format = group.formats.get(entry.name)
+            bits = format.bits if isinstance(format, Affine) else NOT_PACKED
+            counts[bits] = counts.get(bits, 0) + math.prod(entry.shape)
+    total = sum(counts.values())
+    words = {bits: f"{bits} bits" if bits != NOT_PACKED else "as it is" for bits in counts}
+    return {words[bits]: counts[bits] / total for bits in sorted(counts)}

@@ -1,0 +1,369 @@
+"""Widths by tensor within a target, and what a packing costs: chosen, trained, compared by other routes than the code's."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import datasets
+import pytest
+import tiny_models
+import torch
+from support import Pair, assert_same_training, digests, num_misses, streamed, with_lora
+from test_data import make_tokenizer
+from test_packing import batches, decoded, unpacked_twin
+from transformers import LlamaConfig
+
+from ssdtune.cli import main
+from ssdtune.kernels.affine import Affine
+from ssdtune.pack.beside import measure
+from ssdtune.pack.check import checks_of, load_text, paired
+from ssdtune.packing.choice import Option, choose, smallest
+from ssdtune.packing.convert import pack
+from ssdtune.packing.errors import WIDTHS, affine, relative_error, relative_errors, sampled
+from ssdtune.packing.layout import groups_of
+from ssdtune.packing.mixed import within
+from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.storage import choose_storage
+from ssdtune.visit.build import build_meta
+
+Stream = Callable[..., Any]
+VOCAB = 400  # what make_tokenizer needs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Tokenized rows are cached; not in the user's cache."""
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer, bfloat16; one layer's weights are far from normal, so that few bits cost it more."""
+    folder = tmp_path_factory.mktemp("source")
+    torch.manual_seed(3)
+    config = tiny_models.small(LlamaConfig, vocab_size=VOCAB, num_hidden_layers=3)
+    model = tiny_models.auto_class("llama").from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.mul_(weight.square())
+    tiny_models.save(model, folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [{"text": "the sky is blue and the grass is green " * (1 + k % 3)} for k in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ------------------------------------------------------------------ the choice
+
+
+def a_problem(seed: int, most: int = 5) -> tuple[list[list[Option]], int]:
+    """A few tensors with a few options, errors that need not be convex, and a budget."""
+    chance = Random(seed)
+    tensors = []
+    for _ in range(chance.randint(1, most)):
+        size = chance.randint(1, 40)
+        options = [Option(size * b, size * chance.uniform(0.2, 1) * 4.0**-b) for b in (2, 3, 4, 6)]
+        tensors.append(chance.sample(options, len(options)))
+    largest = sum(max(o.num_bytes for o in t) for t in tensors)
+    return tensors, chance.randint(smallest(tensors), largest)
+
+
+def best_error(tensors: list[list[Option]], budget: int) -> float:
+    """By trying everything."""
+    return min(
+        sum(o.error for o in chosen)
+        for chosen in itertools.product(*tensors)
+        if sum(o.num_bytes for o in chosen) <= budget
+    )
+
+
+def test_the_choice_is_within_one_step_of_brute_force() -> None:
+    num_best = 0
+    for seed in range(300):
+        tensors, budget = a_problem(seed)
+        chosen = [o[i] for o, i in zip(tensors, choose(tensors, budget), strict=True)]
+        assert sum(o.num_bytes for o in chosen) <= budget
+        found, best = sum(o.error for o in chosen), best_error(tensors, budget)
+        largest = max(max(o.error for o in t) - min(o.error for o in t) for t in tensors)
+        assert best <= found + 1e-12
+        assert found <= best + largest
+        num_best += found < best + 1e-12
+    assert num_best > 200, "most are the optimum"
+
+
+def test_the_choice_for_many_tensors_is_close_to_a_bound() -> None:
+    """Lagrange's: whatever a byte is said to cost, no choice within the budget has less error than that."""
+    for seed in range(20):
+        tensors, budget = a_problem(seed, 400)
+        chosen = [o[i] for o, i in zip(tensors, choose(tensors, budget), strict=True)]
+        bound = max(
+            sum(min(o.error + price * o.num_bytes for o in options) for options in tensors)
+            - price * budget
+            for price in (2.0**-k for k in range(20))
+        )
+        step = max(o.error for options in tensors for o in options)
+        assert sum(o.error for o in chosen) <= 1.1 * bound + step
+
+
+def test_nothing_is_left_that_could_be_used() -> None:
+    for seed in range(100):
+        tensors, budget = a_problem(seed)
+        chosen = choose(tensors, budget)
+        left = budget - sum(t[i].num_bytes for t, i in zip(tensors, chosen, strict=True))
+        for options, i in zip(tensors, chosen, strict=True):
+            assert not any(
+                o.error < options[i].error and o.num_bytes - options[i].num_bytes <= left
+                for o in options
+            )
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_an_error_is_that_of_what_is_decoded(source: Path) -> None:
+    meta = build_meta(source)
+    groups = groups_of(meta, affine(2, 64))
+    errors = relative_errors(groups, 64, choose_storage(source).storage)
+    values = decoded(meta.checkpoint, torch.float32)
+    assert errors.keys() == {n for g in groups for n in g.formats}
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+        for bits, error in errors[name].items():
+            assert error == relative_error(values[name].flatten(), affine(bits, 64))
+        falling = [errors[name][bits] for bits in WIDTHS]
+        assert falling == sorted(falling, reverse=True)
+    odd, usual = (errors[f"model.layers.{i}.mlp.up_proj.weight"][3] for i in (1, 2))
+    assert odd > 1.3 * usual
+
+
+def test_a_sample_is_spread_over_the_tensor_and_says_what_all_of_it_says() -> None:
+    values = torch.randn(700, 1000) * torch.linspace(0.5, 2, 700).unsqueeze(1)
+    sample = sampled(values)
+    assert sample.numel() < values.numel() / 9
+    assert sample[:64].equal(values.flatten()[:64])
+    assert sample[-64:].equal(values.flatten()[: 4096 * 170][-64:])
+    for bits in (2, 4):
+        found, all_of_it = (relative_error(v.flatten(), affine(bits, 64)) for v in (sample, values))
+        assert found == pytest.approx(all_of_it, rel=0.03)
+
+
+def test_codes_read_at_one_width_alone_take_no_scales_for_others(
+    source: Path, tmp_path: Path
+) -> None:
+    """3, 5, 6 and 7 bits lie in slices; what is never read at fewer bits has one scale a group, and is as good."""
+    values = torch.randn(64, 512)
+    for bits in WIDTHS:
+        format = affine(bits, 64)
+        nested = Affine(bits, format.order, 64)
+        assert relative_error(values.flatten(), format) <= 1.02 * relative_error(values.flatten(), nested)  # fmt: skip
+    meta = build_meta(source)
+    pack(
+        meta, groups_of(meta, affine(6, 64)), tmp_path / "p", storage=choose_storage(source).storage
+    )
+    for asked in (None, 4, 6):
+        entries = build_meta(tmp_path / "p", bits=asked).checkpoint.tensors.values()
+        formats = {e.format for e in entries if isinstance(e, PackedEntry)}
+        assert formats == {affine(6, 64)}, "a narrower reading is not there"
+    header = (tmp_path / "p" / "model-00001-of-00001.safetensors").read_bytes()[:4000]
+    assert b"scales.4" not in header
+
+
+# ------------------------------------------------------------------ widths by tensor
+
+
+def mixed(source: Path, out: Path, target: float) -> Path:
+    assert main(["pack", str(source), "--out", str(out), "--target_bpw", str(target)]) == 0
+    return out
+
+
+def bits_per_weight(folder: Path) -> float:
+    """Of all that the files hold."""
+    num_weights = sum(math.prod(e.shape) for e in build_meta(folder).checkpoint.tensors.values())
+    return 8 * sum(p.stat().st_size for p in folder.glob("*.safetensors")) / num_weights
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5.5 bits a weight."""
+    before = digests(source)
+    there = mixed(source, tmp_path_factory.mktemp("packed") / "p", 5.5)
+    assert digests(source) == before
+    return there
+
+
+def test_a_target_is_met_from_below(packed: Path) -> None:
+    assert 5.1 < bits_per_weight(packed) <= 5.5
+    there = packed
+    entries = build_meta(there).checkpoint.tensors
+    widths = {e.format.bits for e in entries.values() if isinstance(e, PackedEntry)}  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(widths) > 1
+
+
+def test_what_loses_more_gets_more_bits(source: Path) -> None:
+    meta = build_meta(source)
+    groups = groups_of(meta, affine(2, 64))
+    names = [n for g in groups for n in g.formats]
+    usual = {bits: 4.0**-bits for bits in WIDTHS}
+    errors = dict.fromkeys(names, usual)
+    errors[names[3]] = {bits: 100 * error for bits, error in usual.items()}
+    formats = {n: f for g in within(groups, 5.5, 64, errors) for n, f in g.formats.items()}
+    bits = [format.bits for format in formats.values() if isinstance(format, Affine)]
+    assert formats[names[3]].bits > sum(bits) / len(bits) + 2
+
+
+def test_a_target_below_the_least_names_the_least(
+    source: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "p"
+    assert main(["pack", str(source), "--out", str(out), "--target_bpw", "1.5"]) == 2
+    message = capsys.readouterr().err
+    assert "are the least for this model" in message
+    assert not out.exists()
+    least = message.split("Give --target_bpw ")[1].split()[0]
+    assert bits_per_weight(mixed(source, out, float(least))) <= float(least)
+
+
+def test_a_target_above_all_widths_keeps_what_would_gain_nothing(
+    source: Path, tmp_path: Path
+) -> None:
+    meta = build_meta(source)
+    groups = groups_of(meta, affine(2, 64))
+    errors = {n: dict.fromkeys(WIDTHS, 0.1) for g in groups for n in g.formats}
+    assert not any(g.formats for g in within(groups, 40.0, 64, errors))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_bpw", "4", "--bits", "4"], "--target_bpw chooses widths itself"),
+        (["--target_bpw", "4", "--format", "nf4"], "--format nf4 has one"),
+        (["--target_bpw", "4", "--group", "7"], "32, 64, 128"),
+        (["--target_bpw", "nan"], "--target_bpw nan"),
+        (["--check_bits", "4"], "--check"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: list[str], message: str, source: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(["pack", str(source), "--out", str(tmp_path / "p"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_mixed_widths_train_as_the_decoded_weights_do(
+    dtype: torch.dtype, tmp_path: Path, stream: Stream
+) -> None:
+    base = tiny_models.build("llama", dtype=dtype)
+    tiny_models.save(base, tmp_path / "source")
+    there = mixed(tmp_path / "source", tmp_path / "p", 7.0)
+    twin = unpacked_twin(there, tmp_path / "twin", dtype)
+    adapt = partial(with_lora, targets=tiny_models.lora_targets(base))
+    plain = adapt(type(base).from_pretrained(twin, dtype=dtype))
+    pair = Pair("llama", there, plain, adapt(stream(there, micro_batch_size=2)))
+    assert_same_training(pair, batches("llama"), num_micro=2)
+    assert num_misses(pair.engine) == 0
+    assert any(len({c.source.format for c in r.copies if hasattr(c.source, "format")}) > 1 for r in pair.streamed.get_base_model().ssdtune.open_engine.recipes)  # fmt: skip
+
+
+# ------------------------------------------------------------------ what packing costs
+
+
+def test_the_check_measures_what_two_models_in_memory_differ_by(
+    source: Path, packed: Path, text: Path, tmp_path: Path
+) -> None:
+    there = packed
+    rows = load_text(str(text), str(source))
+    model = streamed(source, micro_batch_size=1, factor=1.5)
+    try:
+        found = measure(model, build_meta(there), rows.batches, choose_storage(there).storage)
+        assert model.ssdtune.method is None
+    finally:
+        model.ssdtune.close()
+    twin = unpacked_twin(there, tmp_path / "twin", torch.bfloat16)
+    kind = tiny_models.auto_class("llama")
+    pair = [kind.from_pretrained(f, dtype=torch.bfloat16).eval() for f in (source, twin)]
+    hidden: list[list[list[torch.Tensor]]] = []
+    for variant, plain in enumerate(pair):
+        with torch.no_grad():
+            outs = [plain(**b, output_hidden_states=True) for b in rows.batches]
+        assert [float(o.loss) for o in outs] == found.losses[variant]
+        hidden.append([list(o.hidden_states) for o in outs])
+    for i in range(2):  # the last layer's hidden states are told behind the last norm
+        pairs = [(p[i + 1].float(), s[i + 1].float()) for s, p in zip(*hidden, strict=True)]
+        expected = sum((p - s).square().sum() for p, s in pairs) / sum(s.square().sum() for _, s in pairs)  # fmt: skip
+        assert found.outputs[f"model.layers.{i}"].relative == pytest.approx(float(expected), rel=1e-4)  # fmt: skip
+    weights = [dict(m.named_parameters()) for m in pair]
+    names = [n for n in weights[0] if n.startswith("model.layers.2.")]
+    off = sum((weights[1][n].float() - weights[0][n].float()).square().sum() for n in names)
+    whole = sum(weights[0][n].float().square().sum() for n in names)
+    assert found.weights["model.layers.2"].relative == pytest.approx(float(off / whole), rel=1e-4)
+
+
+def test_the_uncertainty_is_that_of_a_ratio_over_rows() -> None:
+    torch.manual_seed(0)
+    counts = torch.randint(5, 50, (4000,)).tolist()
+    source = torch.rand(4000).tolist()
+    packed = [s + 0.1 + 0.05 * float(x) for s, x in zip(source, torch.randn(4000), strict=True)]
+    costs = paired((source, packed), counts)
+    assert costs.packed - costs.source == pytest.approx(0.1, abs=4 * costs.standard_error)
+    by_rows = 0.05 * math.sqrt(sum(n * n for n in counts)) / sum(counts)
+    assert costs.standard_error == pytest.approx(by_rows, rel=0.05)
+
+
+def test_the_command_packs_checks_and_checks_again(
+    source: Path, text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "p"
+    checks = ["--check", "--check_text", str(text)]
+    command = ["pack", str(source), "--out", str(out)]
+    packs = ["--bits", "8", "--order", "4,1,1,2"]
+    assert main([*command, *packs, *checks]) == 0
+    told = capsys.readouterr().out
+    assert "model.layers.2" in told
+    assert "loss " in told
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    assert main([*command, *checks, "--check_bits", "4"]) == 0, "what is packed is checked as it is"
+    assert main([*command, *packs, *checks]) == 0, "or found to be what is asked for"
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")} == before
+    found = checks_of(out)
+    assert found.keys() == {"8", "4"}
+    worse, better = (found[bits]["blocks"][2]["weights"] for bits in ("4", "8"))
+    assert worse > 50 * better > 0
+    assert found["4"]["tokens"] == sum(load_text(str(text), str(source)).counts)
+    capsys.readouterr()
+    assert main([*command, "--bits", "3", *checks]) == 2
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_packed_has_nothing_to_check(
+    source: Path, text: Path, capsys: Any
+) -> None:
+    assert main(["pack", str(source), "--out", str(source), "--check", "--check_text", str(text)]) == 2  # fmt: skip
+    assert "is not packed" in capsys.readouterr().err
+    assert not (source / "pack_check.json").exists()
+
+
+def test_another_models_packing_is_refused(
+    packed: Path, text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other = tmp_path / "other"
+    config = tiny_models.small(LlamaConfig, vocab_size=VOCAB, intermediate_size=96)
+    tiny_models.save(tiny_models.auto_class("llama").from_config(config), other)
+    make_tokenizer().save_pretrained(other)
+    there = packed
+    assert main(["pack", str(other), "--out", str(there), "--check", "--check_text", str(text)]) == 2  # fmt: skip
+    assert "Give the model that it was packed from" in capsys.readouterr().err
