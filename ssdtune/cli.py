@@ -112,13 +112,10 @@ def _train(words: list[str]) -> object:
     loaded = _load(words)
     if loaded is None:
         return 0
-    if loaded.config.offload.micro_batch_size == "auto":
-        from ssdtune.planning.settle import with_rows_at_once
-
-        loaded = with_rows_at_once(loaded)
+    from ssdtune.planning.settle import settled
     from ssdtune.trainer import train_from_config
 
-    result = train_from_config(loaded)
+    result = train_from_config(settled(loaded))
     return EXIT_INTERRUPTED if getattr(result, "was_interrupted", False) else result
 
 
@@ -356,7 +353,7 @@ def _pack(words: list[str]) -> object:
     arguments = parser.parse_args(words)
     if not arguments.check and (arguments.check_text or arguments.check_bits):
         raise SSDTuneError("--check_text and --check_bits are for --check.\nAdd it.")
-    from ssdtune.pack import Request, run_pack
+    from ssdtune.pack.command import Request, run_pack
 
     return run_pack(
         Request(

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.opened import Opened
 
-FORMAT = 6  # of jobs in the cache; one more when their making changes
+FORMAT = 7  # of jobs in the cache; one more when their making changes
 KEPT_JOBS = 200
+AUTO = "auto"  # of `quantization`
 # Keys that change blocks, work or rows.
 MODEL_KEYS = (
     "model_name_or_path model_revision trust_remote_code dtype quantization attn_implementation lora_r lora_alpha "
@@ -138,7 +139,7 @@ def _key(source: Source) -> str | None:
     told = {name: values.get(name) for name in MODEL_KEYS}
     offload = source.config.offload
     told |= {"chunk": offload.loss_chunk_tokens, "storage": offload.storage}
-    told |= {"on_device": source.on_device, "has_data": source.has_data}
+    told |= {"on_device": source.on_device, "has_data": source.has_data, "path": offload.path}
     text = json.dumps([FORMAT, __version__, told, source.name, states], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -230,11 +230,17 @@ class TrainConfig:
     )
     quantization: str = key(
         OneOf(
-            ("none", *map(str, range(1, 9)), "nf4", "mxfp4", "nvfp4", "lossless"),
-            later=("auto", "fp8"),
+            (
+                "none",
+                *map(str, range(1, 9)),
+                *("6/8", "5/8", "4/8", "3/8", "2/8"),
+                *("nf4", "mxfp4", "nvfp4", "lossless", "auto"),
+            ),
+            later=("fp8",),
         ),
         "bits of the base weights on the drive and in RAM: 1 to 8, or a format; packed once into offload.path where the "
-        "files are not (`ssdtune pack`); none: as they are stored",
+        "files are not (`ssdtune pack`); 4/8: 4 bits read of a file of 8; none: as they are stored; auto: the most whose "
+        "reading is predicted to be hidden behind compute, else the fastest of 4 and more",
         default="none",
         example="4",
     )

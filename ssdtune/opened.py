@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.schedule.job import Job, Rows, mean_padded
+from ssdtune.jobs import AUTO
+from ssdtune.schedule.job import Job, Reading, Rows, mean_padded
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
@@ -39,6 +40,7 @@ class Opened:
         rows: as if each stood alone in its micro-batch.
         lengths: tokens of the rows that were looked at; empty: there are no data.
         sequences: texts that a row becomes in a micro-batch.
+        readings: as `Job` has them.
     """
 
     base_bytes: int
@@ -52,6 +54,7 @@ class Opened:
     rows: Rows
     lengths: Sequence[int]
     sequences: int
+    readings: tuple[Reading, ...] = ()
 
 
 def open_source(source: Source) -> Opened:
@@ -96,13 +99,22 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
 
     from ssdtune.api import build_arguments
     from ssdtune.packing.once import build_planned
+    from ssdtune.packing.readings import readings_of
     from ssdtune.peft import attach, lora_config
     from ssdtune.trainer.run import trains_all
     from ssdtune.visit.draft import draft
 
-    meta = build_planned(model, **build_arguments(source.config))
+    arguments = build_arguments(source.config)
+    chooses = arguments.get("quantization") == AUTO
+    if chooses:
+        del arguments["quantization"]
+    meta = build_planned(model, **arguments)
     options = _options(source, meta)
     drafted = draft(meta, options)
+
+    def reopened(bits: int) -> MetaModel:
+        return build_planned(model, quantization=str(bits), **arguments)
+
     base: Any = meta.model
     parameters = list(base.parameters())
     resident = _resident_bytes(meta, {n for group in drafted.groups for n in group.parameters})
@@ -122,6 +134,9 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         rows=rows,
         lengths=lengths,
         sequences=sequences,
+        readings=readings_of(meta, options, source.config.offload.path, reopened)
+        if chooses
+        else (),
     )
 
 
@@ -180,6 +195,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         kind=steps.kind,
         variants=steps.variants,
         fold_steps=steps.fold_steps,
+        readings=opened.readings,
     )
 
 

@@ -19,14 +19,24 @@ from test_packing import batches, decoded, unpacked_twin
 from transformers import LlamaConfig
 
 from ssdtune.cli import main
+from ssdtune.config import load_config
+from ssdtune.jobs import Source, job_of
 from ssdtune.kernels.affine import Affine
 from ssdtune.pack.beside import measure
-from ssdtune.pack.check import checks_of, load_text, paired
+from ssdtune.pack.check import load_text, paired
+from ssdtune.pack.record import checks_of, keep
 from ssdtune.packing.choice import Option, choose, smallest
 from ssdtune.packing.convert import pack
 from ssdtune.packing.errors import WIDTHS, affine, relative_error, relative_errors, sampled
 from ssdtune.packing.layout import groups_of
 from ssdtune.packing.mixed import within
+from ssdtune.packing.once import build_packed, build_planned
+from ssdtune.planning.bits import chosen_for
+from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.bits import Chosen
+from ssdtune.schedule.job import Job, job_from
+from ssdtune.schedule.machine import Drive, Machine
+from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
@@ -367,3 +377,161 @@ def test_another_models_packing_is_refused(
     there = packed
     assert main(["pack", str(other), "--out", str(there), "--check", "--check_text", str(text)]) == 2  # fmt: skip
     assert "Give the model that it was packed from" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ auto
+
+
+@pytest.fixture
+def config_path(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"model_name_or_path: {source}\ndataset: {text}\noutput_dir: {tmp_path}/run\nquantization: auto\n"
+        "max_length: 16\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 2\nlora_r: 4\nmax_steps: 2\n"
+        f"save_steps: 1\noffload: {{path: {tmp_path}/nvme, ram: 200KB, activations: none}}\n"
+    )
+    return path
+
+
+def a_job_with_readings(config_path: Path, *flags: str) -> Job:
+    config = load_config(config_path, flags).config
+    return job_of(Source.of(config, None, on_device=False))
+
+
+def chosen_at(job: Job, config_path: Path, read_rate: float, **drive: Any) -> Chosen:
+    """What is chosen where the drive reads so many bytes a second and compute is the same."""
+    machine = Machine(
+        name="made up",
+        ram_bytes=10**10,
+        profile=profile_at(read_rate),
+        drive=Drive(name="/nvme", **drive),
+    )
+    return chosen_for(job, machine, load_config(config_path, []).config)
+
+
+def profile_at(read_rate: float) -> Profile:
+    rates = {"nvme_read": read_rate, "nvme_write": read_rate, "unpack": 1e9, "h2d": 1e10}
+    content = {
+        "name": "made up",
+        "operators": {"bfloat16": {kind: [[1, 1e-9], [10**9, 1]] for kind in OPERATORS}},
+        "transfers": {name: [[1, 1 / r], [10**9, 10**9 / r]] for name, r in rates.items()},
+    }
+    return profile_from(content, "here")
+
+
+def test_a_reading_is_planned_as_the_key_with_its_value_is(
+    config_path: Path, tmp_path: Path
+) -> None:
+    job = a_job_with_readings(config_path)
+    assert [r.bits for r in job.readings] == [16, 8, 6, 5, 4, 3, 2]
+    assert job_from(job.to_json()) == job
+    for reading in job.readings[::2]:
+        alone = a_job_with_readings(config_path, "--quantization", reading.quantization)
+        assert alone.blocks == reading.blocks
+        assert not alone.readings
+    sizes = [sum(b.file_bytes for b in r.blocks) for r in job.readings]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len({r.folder for r in job.readings[1:5]}) == 1, "one file for 8, 6, 5 and 4"
+    assert not list(tmp_path.glob("nvme/**/*.safetensors")), "a plan packs nothing"
+
+
+def test_a_nested_file_is_as_it_was_planned(source: Path, tmp_path: Path) -> None:
+    """Byte for byte: what lies between the parts that are read counts."""
+    built = build_packed(
+        source,
+        quantization="5/8",
+        beside=tmp_path,
+        choose_storage=lambda files: choose_storage(files[0]).storage,
+    )
+    ahead = build_planned(source, quantization="5/8").checkpoint.tensors
+    there = built.checkpoint.tensors
+    assert {f.bits for e in there.values() if isinstance(e, PackedEntry) for f in [e.format] if isinstance(f, Affine)} == {5}  # fmt: skip
+    for name, entry in there.items():
+        assert entry.num_bytes == ahead[name].num_bytes
+    layer = [n for n, e in there.items() if ".layers.1.mlp" in n and isinstance(e, PackedEntry)]
+    first, *others = layer
+    for name in others:  # distances within a block
+        for here, planned in ((there, ahead),):
+            found = [[p.start for p in e[n].parts] for e in (here, planned) for n in (first, name)]  # pyright: ignore[reportAttributeAccessIssue]
+            assert found[1][0] - found[0][0] == found[3][0] - found[2][0]
+            assert found[1][-1] - found[0][0] == found[3][-1] - found[2][0]
+
+
+def test_auto_takes_the_most_bits_whose_reading_is_hidden(config_path: Path) -> None:
+    job = a_job_with_readings(config_path)
+    chosen = [chosen_at(job, config_path, 10.0**k) for k in (12, 9, 8, 7, 6, 5, 4)]
+    bits = [each.reading.bits for each in chosen]
+    assert bits == sorted(bits, reverse=True)
+    assert bits[0] == 16
+    assert bits[-1] == 4, "time alone is no reason for fewer"
+    for each in chosen:
+        steps = {t.reading.bits: t for t in each.tried}
+        wider = [t for b, t in steps.items() if b > each.reading.bits]
+        assert not any(t.is_hidden for t in wider)
+        if not steps[each.reading.bits].is_hidden:
+            assert each.reading.bits >= 4
+            known = [t.step_s for b, t in steps.items() if b >= 4 and t.step_s]
+            assert steps[each.reading.bits].step_s <= 1.02 * min(known)  # pyright: ignore[reportOptionalOperand]
+    assert any(4 < b < 16 for b in bits), "the rates step over what lies between"
+
+
+def test_auto_packs_nothing_for_which_the_drive_has_no_room(
+    config_path: Path, tmp_path: Path
+) -> None:
+    job = a_job_with_readings(config_path)
+    assert chosen_at(job, config_path, 1e4, free_bytes=1000).reading.quantization == "none"
+    folder = Path(chosen_at(job, config_path, 1e4).reading.folder)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert chosen_at(job, config_path, 1e4, free_bytes=1000).reading.quantization == "4/8"
+
+
+def test_what_is_packed_is_chosen_among_its_own_widths(
+    config_path: Path, source: Path, packed: Path, tmp_path: Path
+) -> None:
+    nested = tmp_path / "nested"
+    command = ["pack", str(source), "--out", str(nested), "--bits", "8", "--order", "4,1,1,2"]
+    assert main(command) == 0
+    job = a_job_with_readings(config_path, "--model_name_or_path", str(nested))
+    assert [r.quantization for r in job.readings] == ["8", "6", "5", "4"]
+    assert all(not r.packed_bytes for r in job.readings)
+    job = a_job_with_readings(config_path, "--model_name_or_path", str(packed))
+    assert [r.quantization for r in job.readings] == ["none"], (
+        "widths by tensor are read as they are"
+    )
+
+
+def test_a_run_with_auto_packs_trains_and_goes_on_with_its_bits(
+    config_path: Path, tmp_path: Path, capsys: Any
+) -> None:
+    save_profile(profile_at(1e4), own_profile_path())
+    assert main(["plan", str(config_path)]) == 0
+    told = capsys.readouterr().out
+    assert "quantization: 4/8 (4 bits): the fastest of 4 and more" in told
+    assert "not measured: `ssdtune pack --check` tells" in told
+    assert main(["train", str(config_path), "--max_steps", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "quantization: 4/8" in told
+    record = load_config(tmp_path / "run" / "ssdtune.yaml").config
+    assert record.quantization == "4/8"
+    (there,) = (tmp_path / "nvme" / "packed").glob("*/config.json")
+    check = {"packed_loss": 2.02, "source_loss": 2.0, "standard_error": 0.001, "tokens": 100}
+    keep(there.parent, "4", check)
+    assert main(["plan", str(config_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantization"] == "4/8"
+    assert main(["plan", str(config_path)]) == 0
+    assert "costs +1.0% loss (+0.0200 ± 0.0010 on 100 tokens" in capsys.readouterr().out
+    save_profile(profile_at(1e12), own_profile_path())
+    assert main(["train", str(config_path)]) == 0
+    told = capsys.readouterr().out
+    assert "4/8, as the run was begun" in told
+    assert "resuming" in told
+
+
+def test_auto_among_several_processes_is_refused(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(config_path)]) == 2
+    assert "Give the bits that `ssdtune plan` prints" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.api import choose, stream
-from ssdtune.durable import write_file_atomically
 from ssdtune.kernels.affine import Affine
 from ssdtune.pack.beside import Measured, measure
+from ssdtune.pack.record import keep
 from ssdtune.packing.layout import PackError
 from ssdtune.report import duration, format_table, say
 from ssdtune.run_files import CHECK_NAME
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from ssdtune.swap.source import Checkpoint
 
-VERSION = 1
 MOST_TOKENS = 4096  # of the text; their hidden states are in memory, twice
 ROW_TOKENS = 1024  # of a row; the rest of it is left out
 
@@ -190,18 +188,3 @@ def _record(model: str, rows: Text, found: Measured, costs: Costs) -> dict[str, 
             for name, squares in found.weights.items()
         ],
     }
-
-
-def keep(folder: Path, reading: str, record: Mapping[str, Any]) -> None:
-    """Adds a check of one reading to the folder's, in the place of an older one."""
-    told = {"version": VERSION, "checks": {**checks_of(folder), reading: dict(record)}}
-    write_file_atomically(folder / CHECK_NAME, (json.dumps(told, indent=1) + "\n").encode())
-
-
-def checks_of(folder: Path) -> dict[str, Any]:
-    """Checks of the folder by reading; none where none were made, or another version's."""
-    try:
-        told = json.loads((folder / CHECK_NAME).read_text(encoding="utf-8"))
-        return dict(told["checks"]) if told["version"] == VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}

@@ -127,29 +127,52 @@ def shards(groups: Sequence[Group]) -> Iterator[list[Group]]:
         yield shard
 
 
-def imagined(checkpoint: Checkpoint, groups: Sequence[Group]) -> Checkpoint:
-    """The checkpoint as it would be once packed, for plans: entries of a file that is not there."""
+def imagined(
+    checkpoint: Checkpoint, groups: Sequence[Group], *, bits: int | None = None
+) -> Checkpoint:
+    """The checkpoint as it would be once packed, for plans: entries of a file that is not there, its tensors in the
+    order in which they would lie. bits: to be read of nested codes; None: all."""
     path = checkpoint.folder / "packed.safetensors"
     tensors: dict[str, TensorEntry | PackedEntry] = {}
     end = 0
-
-    def placed(name: str, dtype: str, shape: tuple[int, ...], num_bytes: int) -> TensorEntry:
-        nonlocal end
-        end += num_bytes
-        return TensorEntry(name, path, dtype, shape, end - num_bytes, num_bytes)
-
     for group in groups:
+        placed: dict[str, TensorEntry] = {}
+        for name, dtype, shape, num_bytes in _written(group):
+            placed[name] = TensorEntry(name, path, dtype, shape, end, num_bytes)
+            end += num_bytes
         for entry in group.tensors:
             if entry.name not in group.formats:
-                there = placed(entry.name, entry.dtype, entry.shape, entry.num_bytes)
-                tensors[entry.name] = there
+                tensors[entry.name] = placed[entry.name]
                 continue
-            format = group.formats[entry.name]
-            parts = tuple(
-                placed(f"{entry.name}.{part.suffix}", part.dtype, part.shape, part_bytes(part))
-                for part in format.parts(entry.shape)
-            )
+            format = read_at(group.formats[entry.name], bits)
+            parts = tuple(placed[f"{entry.name}.{p.suffix}"] for p in format.parts(entry.shape))
             tensors[entry.name] = PackedEntry(
                 entry.name, path, entry.dtype, entry.shape, format, parts
             )
     return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _written(group: Group) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """Name, dtype, shape and bytes of all that the file holds of a group, as it lies."""
+    for entry in group.tensors:
+        if entry.name not in group.formats:
+            yield entry.name, entry.dtype, entry.shape, entry.num_bytes
+    ordered = [
+        (e.name, stages(group.formats[e.name], e.shape))
+        for e in group.tensors
+        if e.name in group.formats
+    ]
+    for number in range(max((len(by_stage) for _, by_stage in ordered), default=0)):
+        for name, by_stage in ordered:
+            for part in by_stage[number] if number < len(by_stage) else ():
+                yield f"{name}.{part.suffix}", part.dtype, part.shape, part_bytes(part)
+
+
+def read_at(format: Format, bits: int | None) -> Format:
+    """The format as it is read: the widest of its readings with at most so many bits, the narrowest where all have
+    more; None: all."""
+    if bits is None or not isinstance(format, Affine):
+        return format
+    readings = format.readings
+    width = max((width for width in readings if width <= bits), default=readings[0])
+    return dataclasses.replace(format, bits=width)

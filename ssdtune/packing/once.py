@@ -16,7 +16,7 @@ from ssdtune.cache import cache_folder
 from ssdtune.packing.convert import key_of
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.progress import pack_aloud
-from ssdtune.packing.wanted import Wanted
+from ssdtune.packing.wanted import Wanted, bits_of
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel, build_meta
@@ -29,10 +29,23 @@ def build_planned(
 ) -> MetaModel:
     """`build_meta`; a model that is not packed has the entries that it would have once packed, for plans alone."""
     meta = _build(name, quantization, **build)
-    if quantization == NONE or _is_packed(meta):
-        return meta
+    return meta if quantization == NONE or _is_packed(meta) else planned(meta, quantization)
+
+
+def planned(meta: MetaModel, quantization: str) -> MetaModel:
+    """The model, which is not packed, with the entries that it would have once packed, for plans alone."""
     groups = groups_of(meta, Wanted.of(quantization).chosen())
-    return dataclasses.replace(meta, checkpoint=imagined(meta.checkpoint, groups))
+    checkpoint = imagined(meta.checkpoint, groups, bits=bits_of(quantization))
+    return dataclasses.replace(meta, checkpoint=checkpoint)
+
+
+def folder_of(meta: MetaModel, quantization: str, beside: Path | None) -> Path:
+    """Where the model's packed twin is, or would be. One file serves all widths that can be read from it."""
+    groups = groups_of(meta, Wanted.of(quantization).chosen())
+    key = key_of(meta.checkpoint, groups)[:12]
+    name = re.sub(r"[^\w.-]+", "-", Path(meta.model.name_or_path or meta.folder).name)[-60:]
+    kind = quantization.split("/")[-1]
+    return (beside or cache_folder()) / "packed" / f"{name}-{kind}-{key}"
 
 
 def build_packed(
@@ -53,14 +66,12 @@ def build_packed(
         return meta
     format = Wanted.of(quantization).chosen()
     groups = groups_of(meta, format)
-    key = key_of(meta.checkpoint, groups)[:12]
-    name = re.sub(r"[^\w.-]+", "-", Path(meta.model.name_or_path or meta.folder).name)[-60:]
-    folder = (beside or cache_folder()) / "packed" / f"{name}-{quantization}-{key}"
+    folder = folder_of(meta, quantization, beside)
     with _alone(folder):
         if not (folder / "config.json").is_file():
             pack_aloud(meta, groups, folder, format.label, choose_storage(meta.checkpoint.files))
     build.pop("revision", None)
-    packed = build_meta(folder, **build)
+    packed = build_meta(folder, bits=bits_of(quantization), **build)
     packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path
     return packed
 
@@ -76,7 +87,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _build(name: str | os.PathLike[str], quantization: str, **build: Any) -> MetaModel:
-    bits = int(quantization) if quantization.isdigit() else None
+    bits = bits_of(quantization)
     meta = build_meta(name, bits=bits, **build)
     if quantization != NONE and bits is None:
         _check_agrees(meta, quantization)

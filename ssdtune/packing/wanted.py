@@ -11,6 +11,14 @@ from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles
 
 AFFINE = "affine"
+# So many bits read of a nested file of 8, which is packed once and can be read at other widths later.
+NESTED = {
+    "6/8": (4, 1, 1, 2),
+    "5/8": (4, 1, 1, 2),
+    "4/8": (4, 1, 1, 2),
+    "3/8": (2, 1, 1, 2, 2),
+    "2/8": (2, 1, 1, 2, 2),
+}
 FORMATS = (AFFINE, "nf4", "mxfp4", "nvfp4", "lossless")
 
 
@@ -26,7 +34,9 @@ class Wanted:
 
     @staticmethod
     def of(quantization: str) -> Wanted:
-        """What the key `quantization` stands for: "4" or "nf4"."""
+        """What the key `quantization` stands for: "4", "4/8" or "nf4"."""
+        if quantization in NESTED:
+            return Wanted(bits=8, order=NESTED[quantization])
         if quantization.isdigit():
             return Wanted(bits=int(quantization))
         return Wanted(format=quantization)
@@ -34,9 +44,10 @@ class Wanted:
     def chosen(self) -> Format:
         """The format. Raises SSDTuneError that names the flag."""
         if self.format not in FORMATS:
-            raise SSDTuneError(
-                f"quantization {self.format!r} is not known.\nAllowed: 1 to 8, {', '.join(FORMATS[1:])}."
-            )
+            way_out = f"Allowed: 1 to 8, {', '.join(FORMATS[1:])}."
+            if self.format == "auto":
+                way_out = "`ssdtune plan` and `ssdtune train` choose it; here give the one that they print."
+            raise SSDTuneError(f"quantization {self.format!r} is not known.\n{way_out}")
         if self.format == "nf4":
             return Nibbles(NF4, self.group, is_high_first=False, scale="BF16")
         if self.format == "mxfp4":
@@ -56,3 +67,9 @@ class Wanted:
                 "Write for instance --bits 8 --order 4,1,1,2: read at 4, 5, 6 or 8 bits."
             )
         return Affine(self.bits, order, self.group)
+
+
+def bits_of(quantization: str) -> int | None:
+    """Bits that are read of nested codes: of "4" or "4/8", 4; None: all that are there."""
+    bits = quantization.split("/")[0]
+    return int(bits) if bits.isdigit() else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.jobs import Jobs, Source
 from ssdtune.machines import machine_from, own_machine
+from ssdtune.planning.bits import bits_lines, chosen_for, read_as
 from ssdtune.planning.export import as_mapping, draw
 from ssdtune.planning.prices import Offer, Prices, beside_each_other
 from ssdtune.planning.text import Answer, lines_of
@@ -68,11 +69,14 @@ def _here(config: TrainConfig) -> Machine:
 
 def _answer(machine: Machine, config: TrainConfig, wanted: Wanted) -> Answer:
     jobs = Jobs(Source.of(config, wanted.model, on_device=machine.device is not None))
-    decided = decide(jobs, machine, config)
+    as_configured = jobs()
+    chosen = chosen_for(as_configured, machine, config) if as_configured.readings else None
+    decided = decide(jobs if chosen is None else read_as(chosen.reading, jobs), machine, config)
     return Answer(
         job=decided.job,
         machine=machine,
-        decisions=decided.lines,
+        decisions=(*(bits_lines(chosen) if chosen is not None else ()), *decided.lines),
+        chosen=chosen,
         ways=list(alternatives(decided.job, machine, decided.points)),
         others=foreseen(decided.job, machine) if wanted.compares else [],
         prices=wanted.prices,

@@ -21,6 +21,7 @@ from ssdtune.schedule.trace import TraceOp
 
 if TYPE_CHECKING:
     from ssdtune.planning.text import Answer
+    from ssdtune.schedule.bits import Chosen
     from ssdtune.schedule.simulate import Simulation
 
 
@@ -46,8 +47,27 @@ def as_mapping(answer: Answer) -> dict[str, Any]:
         "data": dataclasses.asdict(job.data),
         "rows_at_once": job.rows_at_once,
         "decisions": list(answer.decisions),
+        **({} if answer.chosen is None else _bits(answer.chosen)),
         "ways": [_way(answer, way) for way in answer.ways],
         "others": [_other(each) for each in answer.others],
+    }
+
+
+def _bits(chosen: Chosen) -> dict[str, Any]:
+    """What `quantization: auto` comes to, as plain values."""
+    return {
+        "quantization": chosen.reading.quantization,
+        "bits": chosen.reading.bits,
+        "why": chosen.why,
+        "tried": [
+            {
+                "quantization": each.reading.quantization,
+                "fits": each.found is not None,
+                "step_s": each.step_s,
+                "compute_s": each.compute_s,
+            }
+            for each in chosen.tried
+        ],
     }
 
 

@@ -1,4 +1,5 @@
-"""`offload.micro_batch_size: auto` before a run: decided as `ssdtune plan` decides it, said, and from then on a number."""
+"""Before a run: what a configuration leaves to prediction is decided as `ssdtune plan` decides it, and said. From then
+on bits are bits, and `offload.micro_batch_size` is a number."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from ssdtune.config import ConfigError, load_config
 from ssdtune.jobs import Jobs, Source
 from ssdtune.machines import own_machine
+from ssdtune.planning.bits import with_bits
 from ssdtune.planning.ways import decide
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 KEY = "offload.micro_batch_size"
 
 
+def settled(loaded: Loaded) -> Loaded:
+    """The configuration with nothing left open. Raises SSDTuneError where several processes would have to agree."""
+    return with_rows_at_once(with_bits(loaded))
+
+
 def with_rows_at_once(loaded: Loaded) -> Loaded:
     """The configuration with a number of rows at once; prints which. A run that is resumed keeps that of its first
     start, since its checkpoints are of these micro-batches.
@@ -26,6 +33,8 @@ def with_rows_at_once(loaded: Loaded) -> Loaded:
     Raises ConfigError where several processes train: each would decide by what is free when it looks.
     """
     config = loaded.config
+    if config.offload.micro_batch_size != "auto":
+        return loaded
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"{KEY}: auto is for one process; several must cut their rows alike.\n"

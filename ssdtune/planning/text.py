@@ -16,6 +16,7 @@ from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
     from ssdtune.config import Loaded
+    from ssdtune.schedule.bits import Chosen
     from ssdtune.schedule.job import Job
     from ssdtune.schedule.machine import Machine
     from ssdtune.schedule.simulate import Simulation
@@ -29,7 +30,7 @@ COLUMNS = ("", "", "VRAM", "RAM", "drive", "writes", "s/step", "tok/s", "total",
 class Answer:
     """What comes of a job on a machine.
 
-    decisions: what was `auto`, in words. ways: the configured one first. others: methods that are foreseen coarsely.
+    decisions: what was `auto`, in words. chosen: the bits, where they were. ways: the configured one first. others: methods that are foreseen coarsely.
     """
 
     job: Job
@@ -38,6 +39,7 @@ class Answer:
     ways: Sequence[Way]
     others: Sequence[Foreseen] = ()
     prices: Prices = Prices()  # noqa: RUF009 - frozen
+    chosen: Chosen | None = None
 
     @property
     def best(self) -> tuple[int, Outcome] | None:

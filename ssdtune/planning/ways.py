@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ssdtune.schedule.grid import (
@@ -19,7 +19,6 @@ from ssdtune.schedule.plan import Tier
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
-    from ssdtune.jobs import Jobs
     from ssdtune.schedule.job import Job
     from ssdtune.schedule.machine import Machine
 
@@ -43,8 +42,9 @@ class Decided:
     lines: tuple[str, ...]
 
 
-def decide(jobs: Jobs, machine: Machine, config: TrainConfig) -> Decided:
-    """Rows at once and the tier of block inputs, where the configuration leaves them open; else as it says."""
+def decide(jobs: Callable[..., Job], machine: Machine, config: TrainConfig) -> Decided:
+    """Rows at once and the tier of block inputs, where the configuration leaves them open; else as it says. jobs: as
+    `Jobs`."""
     offload = config.offload
     is_open = offload.micro_batch_size == "auto"
     as_configured = jobs()
@@ -53,7 +53,7 @@ def decide(jobs: Jobs, machine: Machine, config: TrainConfig) -> Decided:
         own = as_configured.rows_at_once
         cuts += [jobs(n) for n in divisors(config.step_rows) if n != own]
     tiers = tiers_for(machine) if offload.block_inputs == "auto" else (_tier(config, machine),)
-    points = list(grid(cuts, machine, _configured(as_configured, machine, config), tiers))
+    points = list(grid(cuts, machine, configured(as_configured, machine, config), tiers))
     best = best_point(points) or points[0]
     own_points = [best, *(p for p in points if p.job is best.job and p is not best)]
     lines: list[str] = []
@@ -88,7 +88,7 @@ def ways_of(job: Job, machine: Machine, config: TrainConfig) -> Iterator[Way]:
     tiers = (_tier(config, machine),)
     if config.offload.block_inputs == "auto":
         tiers = tiers_for(machine)
-    points = list(grid([job], machine, _configured(job, machine, config), tiers))
+    points = list(grid([job], machine, configured(job, machine, config), tiers))
     best = best_point(points) or points[0]
     yield from alternatives(job, machine, [best, *(p for p in points if p is not best)])
 
@@ -124,7 +124,8 @@ def _tier(config: TrainConfig, machine: Machine) -> Tier:
     return Tier.DEVICE if tier is Tier.RAM and machine.device is None else tier
 
 
-def _configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
+def configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
+    """What the configuration says of how to run the job."""
     offload = config.offload
     return Choices(
         micro_batches=job.micro_batches,

@@ -40,6 +40,25 @@ def mean_padded(lengths: Sequence[int], rows_at_once: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A way to read the model's weights.
+
+    Attributes:
+        quantization: the key's value that stands for it. bits: of a weight, scales left out.
+        blocks: as they are read then.
+        packed_bytes: of the file that is packed for it; 0: none. folder: where that is, or would be. is_there: whether it
+            is, for whoever has looked.
+    """
+
+    quantization: str
+    bits: int
+    blocks: tuple[BlockShape, ...]
+    packed_bytes: int = 0
+    folder: str = ""
+    is_there: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What is trained on what.
 
@@ -56,6 +75,7 @@ class Job:
         method: in words. data: the rows.
         kind: of step, "train" or "forward". variants: of the weights that each micro-batch passes.
         fold_steps: steps from one working copy of the weights to the next; 0: there is none.
+        readings: in how many bits the weights may be read, the most first, where that is to be chosen.
     """
 
     model: str
@@ -78,6 +98,7 @@ class Job:
     kind: str = "train"
     variants: int = 1
     fold_steps: int = 0
+    readings: tuple[Reading, ...] = ()
 
     def passes(self, micro_batches: int) -> int:
         """Micro-batches that pass a block in one visit."""
@@ -175,7 +196,11 @@ def job_from(text: str) -> Job:
         )
     made: dict[str, Any] = {
         **raw,
-        "blocks": tuple(BlockShape(**block) for block in raw["blocks"]),
+        "blocks": _blocks_from(raw["blocks"]),
+        "readings": tuple(
+            Reading(**{**reading, "blocks": _blocks_from(reading["blocks"])})
+            for reading in raw["readings"]
+        ),
         "orders": {
             kind: [(block, Direction(direction)) for block, direction in order]
             for kind, order in raw["orders"].items()
@@ -186,6 +211,10 @@ def job_from(text: str) -> Job:
         "work": work,
     }
     return Job(**made)
+
+
+def _blocks_from(raw: Sequence[dict[str, Any]]) -> tuple[BlockShape, ...]:
+    return tuple(BlockShape(**block) for block in raw)
 
 
 def _footprint_from(raw: dict[str, Any]) -> Footprint:
