@@ -57,8 +57,9 @@ def stream(
         micro_batch_size: rows that pass a block at once. A larger batch is cut into groups of so
             many, and all of them pass each block before it leaves. None: batches are not cut.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
-        quantization: "none": the weights as the files have them. 1 to 8, "nf4", "mxfp4", …: in so many bits. A model
-            that `ssdtune pack` wrote is read at that width; another is packed once, into `offload.path` or the cache.
+        quantization: "none": the weights as the files have them. 1 to 8, "nf4", "mxfp4", …: in so many bits; "4/8": 4
+            bits read of a nested file of 8. A model that `ssdtune pack` wrote is read at that width; another is packed
+            once, into `offload.path` or the cache.
         from_pretrained_kwargs: `revision`, `trust_remote_code`, `attn_implementation`, … as in
             `from_pretrained`; what is not honoured is refused by name.
 

@@ -23,6 +23,7 @@ from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.storage import Storage, aligned_bytes
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.draft import Options, draft
+from ssdtune.visit.front_door import accepts
 from ssdtune.visit.streamer import Streamer
 
 SOURCE, PACKED = 0, 1  # variants of the weights
@@ -63,7 +64,7 @@ class Measured:
 
 
 def measure(
-    model: Any, packed: MetaModel, rows: Sequence[Mapping[str, torch.Tensor]], storage: Storage
+    model: Any, packed: MetaModel, rows: Sequence[Mapping[str, Any]], storage: Storage
 ) -> Measured:
     """Runs all rows through both models in one pass over the blocks.
 
@@ -73,6 +74,10 @@ def measure(
     """
     streamer: Streamer = model.ssdtune
     outputs = Outputs(streamer)
+    if accepts(
+        model.forward.inner, "use_cache"
+    ):  # keys and values of every layer and row, for nobody
+        rows = [{**row, "use_cache": False} for row in rows]
     with StandIn(streamer, packed, storage) as stand_in, outputs.watched(), torch.no_grad():
         model.eval()
         streamer.method = stand_in
@@ -90,7 +95,7 @@ def measure(
     return Measured(stand_in.errors, outputs.errors, (found[: len(rows)], found[len(rows) :]))
 
 
-def _loss(model: Any, variant: int, number: int, row: Mapping[str, torch.Tensor]) -> float:
+def _loss(model: Any, variant: int, number: int, row: Mapping[str, Any]) -> float:
     """Runs in a context of its own, which tells hooks whose hidden states they see."""
     _row.set((variant, number))
     return float(model(**row).loss)

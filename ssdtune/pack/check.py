@@ -18,7 +18,7 @@ from ssdtune.report import duration, format_table, say
 from ssdtune.run_files import CHECK_NAME
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.trainer.run import open_tokenizer
-from ssdtune.visit.build import MetaModel, build_meta
+from ssdtune.visit.build import build_meta
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,18 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Costs:
-    """Mean losses of a token, and the standard error of their difference."""
+    """Mean losses of a token, and the standard error of their difference; None: of one row nobody knows."""
 
     source: float
     packed: float
-    standard_error: float
+    standard_error: float | None
+
+    @property
+    def words(self) -> str:
+        """The difference as a person reads it."""
+        more = self.packed - self.source
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{more:+.4f}{error} ({more / self.source:+.1%})"
 
 
 def paired(losses: tuple[Sequence[float], Sequence[float]], counts: Sequence[int]) -> Costs:
@@ -60,7 +67,9 @@ def paired(losses: tuple[Sequence[float], Sequence[float]], counts: Sequence[int
     )
     increase = packed - source
     off = [n * (p - s - increase) for s, p, n in zip(*losses, counts, strict=True)]
-    spread = math.fsum(x * x for x in off) * len(off) / max(len(off) - 1, 1)
+    if len(off) < 2:
+        return Costs(source, packed, None)
+    spread = math.fsum(x * x for x in off) * len(off) / (len(off) - 1)
     return Costs(source, packed, math.sqrt(spread) / total)
 
 
@@ -74,20 +83,19 @@ def check_aloud(
     """
     packed = build_meta(folder, bits=bits)
     reading = reading_of(packed.checkpoint)
+    rows = load_text(text, model)
+    say(
+        f"checking  {reading} against {model} on {len(rows.counts)} rows, {sum(rows.counts):,} tokens of {rows.name}"
+    )
     started = perf_counter()
     source = stream(model, micro_batch_size=1)
     try:
-        rows = load_text(text, model)
-        tokens = sum(rows.counts)
-        say(
-            f"checking  {reading} against {model} on {len(rows.counts)} rows, {tokens:,} tokens of {rows.name}"
-        )
         storage = choose("auto", packed.checkpoint.files)
         found = measure(source, packed, rows.batches, storage)
     finally:
         source.ssdtune.close()
     costs = paired(found.losses, rows.counts)
-    for line in lines_of(packed, found, costs):
+    for line in lines_of(found, costs):
         say(line)
     keep(folder, reading, _record(model, rows, found, costs))
     say(f"kept      {folder / CHECK_NAME}, in {duration(perf_counter() - started)}")
@@ -148,7 +156,7 @@ def _default_text() -> str:
 # ------------------------------------------------------------------ the answer
 
 
-def lines_of(packed: MetaModel, found: Measured, costs: Costs) -> Iterator[str]:
+def lines_of(found: Measured, costs: Costs) -> Iterator[str]:
     """Yields a table of blocks, then the losses."""
     rows = [
         (
@@ -160,10 +168,7 @@ def lines_of(packed: MetaModel, found: Measured, costs: Costs) -> Iterator[str]:
     ]
     yield format_table(rows, header=("block", "error of weights", "of outputs"))
     yield "errors are squared and relative: |packed - source|² / |source|²"
-    yield (
-        f"loss      {costs.source:.4f} → {costs.packed:.4f}: {costs.packed - costs.source:+.4f} ± {costs.standard_error:.4f} "
-        f"({(costs.packed - costs.source) / costs.source:+.1%})"
-    )
+    yield f"loss      {costs.source:.4f} → {costs.packed:.4f}: {costs.words}"
 
 
 def _share(value: float) -> str:

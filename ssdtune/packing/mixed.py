@@ -1,9 +1,9 @@
 """Widths by tensor for a target in bits a weight over the whole model, scales, headers and what stays as it is counted.
 
-The width of each tensor is chosen to make the sum of the tensors' relative squared errors, each weighted by its number
-of weights, least (`choice.py`). No data are needed. That the loss grows with a weighted sum of layers' relative squared
-errors is the linearity theorem of HIGGS (Malinovskii et al., arXiv 2411.17525, Theorem 1), which also makes of it this
-knapsack; its coefficients, which want many evaluations of the model, are replaced by the number of weights here.
+The widths are those with the least sum of the tensors' relative squared errors, each weighted by its number of weights
+(`choice.py`). No data are needed. That the loss grows, at medium widths, with a weighted sum of layers' relative squared
+errors is the linearity theorem of Malinovskii et al. (arXiv 2411.17525), who make this knapsack of it. Their weights
+want many evaluations of the model; the number of a layer's parameters stands for them here.
 """
 
 from __future__ import annotations

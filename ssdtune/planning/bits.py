@@ -60,7 +60,7 @@ def _begun_with(config: TrainConfig) -> str | None:
 
     record = config.output_dir / CONFIG_NAME
     wanted = config.resume_from_checkpoint
-    goes_on = newest(config.output_dir) is not None if wanted == AUTO else bool(wanted)
+    goes_on = newest(config.output_dir) is not None if wanted == "auto" else bool(wanted)
     if not goes_on or not record.is_file():
         return None
     before = load_config(record).config
@@ -96,8 +96,9 @@ def bits_lines(chosen: Chosen) -> Iterator[str]:
     if check is None:
         yield "what that costs is not measured: `ssdtune pack --check` tells"
         return
-    more = check["packed_loss"] - check["source_loss"]
+    more, error = check["packed_loss"] - check["source_loss"], check["standard_error"]
+    uncertain = "" if error is None else f" ± {error:.4f}"
     yield (
-        f"that costs {more / check['source_loss']:+.1%} loss ({more:+.4f} ± {check['standard_error']:.4f} on "
-        f"{check['tokens']:,} tokens, by `ssdtune pack --check`)"
+        f"that costs {more / check['source_loss']:+.1%} loss ({more:+.4f}{uncertain} on {check['tokens']:,} tokens, "
+        "by `ssdtune pack --check`)"
     )

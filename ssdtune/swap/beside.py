@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
+from ssdtune.run_files import CHECK_NAME
+
 CONFIG: Final = "config.json"
 SUFFIXES: Final = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
 
 def copy_beside(source: Path, out: Path, *, quantization: dict[str, Any] | None = None) -> None:
-    """Copies it to another folder, the config last: without one the folder is no model.
+    """Copies it to another folder, the config last: without one the folder is no model. What a packing costs is left.
 
     quantization: what the copy's config says of its weights, whatever the source's says; None: that they are plain. A
     source without a config has none to copy.
@@ -20,7 +22,7 @@ def copy_beside(source: Path, out: Path, *, quantization: dict[str, Any] | None 
     for path in sorted(source.iterdir()):
         is_index = path.name.endswith(".index.json")
         is_beside = path.suffix in SUFFIXES and not is_index and not path.name.startswith(".")
-        if path.is_file() and is_beside and path.name != CONFIG:
+        if path.is_file() and is_beside and path.name not in (CONFIG, CHECK_NAME):
             shutil.copyfile(path, out / path.name)
     if not (source / CONFIG).is_file():
         return
