@@ -468,16 +468,20 @@ def test_a_nested_file_is_as_it_was_planned(source: Path, tmp_path: Path) -> Non
     )
     ahead = build_planned(source, quantization="5/8").checkpoint.tensors
     there = built.checkpoint.tensors
-    assert {f.bits for e in there.values() if isinstance(e, PackedEntry) for f in [e.format] if isinstance(f, Affine)} == {5}  # fmt: skip
-    for name, entry in there.items():
-        assert entry.num_bytes == ahead[name].num_bytes
-    layer = [n for n, e in there.items() if ".layers.1.mlp" in n and isinstance(e, PackedEntry)]
-    first, *others = layer
-    for name in others:  # distances within a block
-        for here, planned in ((there, ahead),):
-            found = [[p.start for p in e[n].parts] for e in (here, planned) for n in (first, name)]  # pyright: ignore[reportAttributeAccessIssue]
-            assert found[1][0] - found[0][0] == found[3][0] - found[2][0]
-            assert found[1][-1] - found[0][0] == found[3][-1] - found[2][0]
+    formats = {e.format for e in there.values() if isinstance(e, PackedEntry)}
+    assert formats == {Affine(5, (4, 1, 1, 2))}
+    assert {n: e.num_bytes for n, e in there.items()} == {n: e.num_bytes for n, e in ahead.items()}
+    starts = [
+        [
+            p.start
+            for n, e in tensors.items()
+            if ".layers.1." in n and isinstance(e, PackedEntry)
+            for p in e.parts
+        ]
+        for tensors in (there, {n: ahead[n] for n in there})
+    ]
+    distances = [[start - each[0] for start in each] for each in starts]
+    assert distances[0] == distances[1]
 
 
 def test_auto_takes_the_most_bits_whose_reading_is_hidden(planned: tuple[Path, Job]) -> None:
@@ -531,13 +535,15 @@ def test_a_run_with_auto_packs_trains_and_goes_on_with_its_bits(
     assert main(["plan", str(config_path)]) == 0
     told = capsys.readouterr().out
     assert "quantization: 4/8 (4 bits): the fastest of 4 and more" in told
-    assert "not measured: `ssdtune pack --check` tells" in told
+    assert "not measured: `ssdtune pack --check` tells, once it is packed" in told
     assert main(["train", str(config_path), "--max_steps", "1"]) == 0
     told = capsys.readouterr().out
     assert "quantization: 4/8" in told
     record = load_config(tmp_path / "run" / "ssdtune.yaml").config
     assert record.quantization == "4/8"
     (there,) = (tmp_path / "nvme" / "packed").glob("*/config.json")
+    assert main(["plan", str(config_path)]) == 0
+    assert f"--out {there.parent} --check --check_bits 4" in capsys.readouterr().out
     check = {"packed_loss": 2.02, "source_loss": 2.0, "standard_error": 0.001, "tokens": 100}
     keep(there.parent, "4", check)
     assert main(["plan", str(config_path), "--json"]) == 0

@@ -72,10 +72,11 @@ def _answer(machine: Machine, config: TrainConfig, wanted: Wanted) -> Answer:
     as_configured = jobs()
     chosen = chosen_for(as_configured, machine, config) if as_configured.readings else None
     decided = decide(jobs if chosen is None else read_as(chosen.reading, jobs), machine, config)
+    told = () if chosen is None else bits_lines(chosen, jobs.source.name)
     return Answer(
         job=decided.job,
         machine=machine,
-        decisions=(*(bits_lines(chosen) if chosen is not None else ()), *decided.lines),
+        decisions=(*told, *decided.lines),
         chosen=chosen,
         ways=list(alternatives(decided.job, machine, decided.points)),
         others=foreseen(decided.job, machine) if wanted.compares else [],

@@ -16,7 +16,6 @@ from ssdtune.planning.ways import configured
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME
 from ssdtune.schedule.bits import Chosen, choose_bits
-from ssdtune.trainer.checkpoint import newest
 
 if TYPE_CHECKING:
     from ssdtune.config import Loaded, TrainConfig
@@ -44,7 +43,7 @@ def with_bits(loaded: Loaded) -> Loaded:
     machine = own_machine(config.offload.path or config.output_dir)
     job = job_of(Source.of(config, None, on_device=machine.device is not None))
     chosen = chosen_for(job, machine, config)
-    for line in bits_lines(chosen):
+    for line in bits_lines(chosen, str(config.model_name_or_path)):
         say(f"decided   {line}")
     return _with(loaded, chosen.reading.quantization)
 
@@ -57,6 +56,7 @@ def _with(loaded: Loaded, quantization: str) -> Loaded:
 def _begun_with(config: TrainConfig) -> str | None:
     """What the run that goes on in output_dir has for `quantization`; None where none does."""
     from ssdtune.config import load_config
+    from ssdtune.trainer.checkpoint import newest
 
     record = config.output_dir / CONFIG_NAME
     wanted = config.resume_from_checkpoint
@@ -86,15 +86,15 @@ def _is_packed(reading: Reading) -> bool:
     return (Path(reading.folder) / "config.json").is_file()
 
 
-def bits_lines(chosen: Chosen) -> Iterator[str]:
-    """Yields what was chosen and why, and what is known of its cost."""
+def bits_lines(chosen: Chosen, model: str) -> Iterator[str]:
+    """Yields what was chosen and why, and what is known of its cost. model: the configuration's."""
     reading = chosen.reading
     yield f"quantization: auto is {reading.quantization} ({reading.bits} bits): {chosen.why}"
     if not reading.folder:
         return
     check = checks_of(Path(reading.folder)).get(str(reading.bits))
     if check is None:
-        yield "what that costs is not measured: `ssdtune pack --check` tells"
+        yield f"what that costs is not measured: {_how_to_measure(reading, model)}"
         return
     more, error = check["packed_loss"] - check["source_loss"], check["standard_error"]
     uncertain = "" if error is None else f" ± {error:.4f}"
@@ -102,3 +102,10 @@ def bits_lines(chosen: Chosen) -> Iterator[str]:
         f"that costs {more / check['source_loss']:+.1%} loss ({more:+.4f}{uncertain} on {check['tokens']:,} tokens, "
         "by `ssdtune pack --check`)"
     )
+
+
+def _how_to_measure(reading: Reading, model: str) -> str:
+    if not reading.is_there:
+        return "`ssdtune pack --check` tells, once it is packed"
+    source = model if reading.packed_bytes else "SOURCE"
+    return f"ssdtune pack {source} --out {reading.folder} --check --check_bits {reading.bits}"
