@@ -29,6 +29,7 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "deepspeed*": _DEVICES,
     "fsdp*": _DEVICES,
     "device_map": _DEVICES,
+    "loftq_config": "Weights stay as they are packed. Write init_lora_weights: loftq. Delete this key.",
     "layer_offloading": _DEVICES,
     "gradient_checkpointing_kwargs": _OWN_RECOMPUTE,
     "activation_checkpointing_kwargs": _OWN_RECOMPUTE,

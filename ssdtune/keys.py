@@ -289,6 +289,24 @@ class TrainConfig:
         default=False,
         aliases=("peft_use_dora",),
     )
+    init_lora_weights: bool | str = key(
+        YesNoOr(
+            OneOf(
+                ("gaussian", "loftq"),
+                later=("eva", "olora", "pissa", "corda", "orthogonal", "mica"),
+            )
+        ),
+        "where adapters begin: true, gaussian: at no change; loftq: at what quantization took away from the weights (arXiv "
+        "2310.08659), which are looked at once; false: at random",
+        default=True,
+        example="loftq",
+    )
+    loftq_source: str | None = key(
+        Or("auto", Text("a folder or a Hugging Face model id", is_path=True)),
+        "the model that was quantized; auto: where `ssdtune pack`, or `quantization`, took it from",
+        default=None,
+        example="/models/llama-3.1-8b",
+    )
 
     # Zeroth order
     zo_trains: str = key(
@@ -634,6 +652,12 @@ def _conflicts(config: TrainConfig) -> Iterator[ConfigError]:
         )
     if config.method == "zo":
         yield from _zo_conflicts(config)
+    if config.init_lora_weights == "loftq" and config.use_dora:
+        yield ConfigError(
+            "init_lora_weights: loftq does not go with use_dora (method: dora): its magnitudes are those of the quantized "
+            "weights.\nSet one of them.",
+            keys=("init_lora_weights", "use_dora"),
+        )
     if config.load_best_model_at_end:
         yield from _best_model_conflicts(config)
 

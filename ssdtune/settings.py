@@ -197,7 +197,7 @@ class Text(Reader):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Size(Reader):
-    """Bytes, or None for auto; see sizes.py. none_word: stands for 0 bytes."""
+    """Bytes, or None for auto; see sizes.py. none_word: stands for 0 bytes, as false, no and 0 then do."""
 
     none_word: str = ""
 
@@ -208,7 +208,8 @@ class Size(Reader):
     def read(self, node: Node, key: str) -> int | None:
         if isinstance(node.value, _Bytes):
             return node.value
-        if self.none_word and node.value in (self.none_word, 0, "0"):
+        is_none = node.value is not None and str(node.value).lower() in (self.none_word, "0", *_NO)
+        if self.none_word and is_none:
             return _Bytes(0)
         if node.value is not None and not isinstance(node.value, str | int | float):
             raise Refused(f"got {shown(node.value)}")

@@ -44,6 +44,8 @@ OTHER_VALUES = {
     "lora_dropout": ("5e-2", 0.05),
     "lora_target_modules": ("q_proj, v_proj", ("q_proj", "v_proj")),
     "lora_modules_to_save": ("[lm_head]", ("lm_head",)),
+    "init_lora_weights": ("gaussian", "gaussian"),
+    "loftq_source": ("~/models/m", str(Path.home() / "models/m")),
     "use_rslora": ("true", True),
     "use_dora": ("true", True),
     "zo_trains": ("all", "all"),
@@ -466,6 +468,28 @@ def test_yaml_guesses_nothing(tmp_path):
     assert config.eval_strategy == "no"
     assert config.lora_r == 8
     assert config.model_revision == "2024-05-01"
+
+
+@pytest.mark.parametrize("text", ["none", "false", "no", "off", "False", "0"])
+def test_no_activations_are_said_in_any_of_the_ways_to_say_no(tmp_path, text):
+    config = load_config(write(tmp_path, f"offload: {{activations: {text}}}")).config
+    assert config.offload.activations == 0
+    assert Offload(activations=0) == Offload(activations=False) == config.offload
+    assert "offload.ram" in error_of(tmp_path, f"offload: {{ram: {text}}}"), "it needs some"
+
+
+def test_loftq_does_not_go_with_dora(tmp_path):
+    body = "init_lora_weights: loftq\nmethod: dora"
+    assert "use_dora" in error_of(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("False", False), ("gaussian", "gaussian")]
+)
+def test_adapters_begin_in_the_ways_that_peft_names(tmp_path, text, value):
+    config = load_config(write(tmp_path, f"init_lora_weights: {text}")).config
+    assert config.init_lora_weights is value or config.init_lora_weights == value
+    assert "pissa" in error_of(tmp_path, "init_lora_weights: pissa")
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,29 @@ def test_the_same_command_again_goes_on_to_the_same_bits(load, finished, interru
     assert numbers == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow  # three runs
+def test_adapters_begin_at_what_packing_took_away_once(load, interrupt, capsys):
+    """LoftQ's first values are of a run that starts; one that goes on has its own."""
+    flags = ("--quantization", "3", "--init_lora_weights", "loftq", "--eval_strategy", "no")
+    flags = (*flags, "--max_steps", "3")
+    whole = train_from_config(load("whole", *flags))
+    line = re.search(
+        r"loftq     (\d+) matrices: off by (.*)% of .* by (.*)%", capsys.readouterr().out
+    )
+    assert int(line[1]) == 21
+    assert float(line[3]) < float(line[2])
+    card = (whole.output_dir / "README.md").read_text()
+    assert "| init_lora_weights | loftq |" in card
+    assert "quantization: 3" in card
+    interrupt(2)
+    stopped = train_from_config(load("cut", *flags))
+    assert stopped.was_interrupted
+    assert "loftq     " in capsys.readouterr().out
+    result = train_from_config(load("cut", *flags))
+    assert "loftq     " not in capsys.readouterr().out
+    support.assert_equal(adapter(whole.output_dir), adapter(result.output_dir), "weights")
+
+
 def test_the_printed_command_resumes_whatever_was_asked_before(
     load, finished, interrupt, capsys, monkeypatch
 ):

@@ -171,7 +171,8 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
     (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     for left in out.glob(f"*{PARTIAL}"):
         left.unlink()
-    copy_beside(source, out, quantization={"quant_method": METHOD, "version": VERSION})
+    told = {"quant_method": METHOD, "version": VERSION, "source": str(source.absolute())}
+    copy_beside(source, out, quantization=told)
     (out / MARKER).unlink()
 
 

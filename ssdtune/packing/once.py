@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ssdtune.cache import cache_folder
+from ssdtune.kernels.affine import Affine
 from ssdtune.packing.convert import key_of
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.progress import pack_aloud
-from ssdtune.packing.wanted import Wanted, bits_of
+from ssdtune.packing.wanted import Wanted, bits_of, word_of
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel, build_meta
@@ -73,7 +74,8 @@ def build_packed(
     build.pop("revision", None)
     packed = build_meta(folder, bits=bits_of(quantization), **build)
     packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path
-    return packed
+    origin = dataclasses.replace(meta.origin, source=meta.model.name_or_path)
+    return dataclasses.replace(packed, origin=origin)
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _build(name: str | os.PathLike[str], quantization: str, **build: Any) -> MetaModel:
     bits = bits_of(quantization)
     meta = build_meta(name, bits=bits, **build)
-    if quantization != NONE and bits is None:
+    if quantization != NONE:
         _check_agrees(meta, quantization)
     return meta
 
@@ -99,11 +101,17 @@ def _is_packed(meta: MetaModel) -> bool:
 
 
 def _check_agrees(meta: MetaModel, quantization: str) -> None:
-    """Raises PackError where a packed model is asked for in another format than it has."""
-    wanted = Wanted.of(quantization).chosen()
+    """Raises PackError where a packed model is asked for at other bits, or in another format, than it can be read in."""
+    Wanted.of(quantization).chosen()
+    word = quantization.split("/")[0]  # of "4/8" the bits that are read
     for entry in meta.checkpoint.tensors.values():
-        if isinstance(entry, PackedEntry) and type(entry.format) is not type(wanted):
-            raise PackError(
-                f"quantization: {quantization}, but {meta.folder} is packed already ({entry.format.label}).\n"
-                "Delete the key, or give the model that it was made from."
-            )
+        if not isinstance(entry, PackedEntry) or word_of(entry.format) == word:
+            continue
+        format = entry.format
+        found = format.label
+        if isinstance(format, Affine):
+            found = f"affine, to be read at {', '.join(map(str, format.readings))} bits"
+        raise PackError(
+            f"quantization: {quantization}, but {meta.folder} is packed already ({found}).\n"
+            "Delete the key (and write method: lora instead of qlora), or give the model that it was made from."
+        )

@@ -8,7 +8,7 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import GROUPS, ORDERS, SLICE_WIDTHS, Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
-from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles
+from ssdtune.kernels.nibbles import E2M1, NF4, NestedNibbles, Nibbles, Nvfp4, TurnedMxfp4
 
 AFFINE = "affine"
 # So many bits read of a nested file of 8, which is packed once and can be read at other widths later.
@@ -73,3 +73,18 @@ def bits_of(quantization: str) -> int | None:
     """Bits that are read of nested codes: of "4" or "4/8", 4; None: all that are there."""
     bits = quantization.split("/")[0]
     return int(bits) if bits.isdigit() else None
+
+
+def word_of(format: Format) -> str | None:
+    """What the key `quantization` calls a format, whoever packed it: "4", "nf4"; None: it has no word for it."""
+    if isinstance(format, Affine):
+        return str(format.bits)
+    if isinstance(format, Lossless):
+        return "lossless"
+    if isinstance(format, Nvfp4 | TurnedMxfp4):
+        return "nvfp4" if isinstance(format, Nvfp4) else "mxfp4"
+    if isinstance(format, Nibbles | NestedNibbles) and format.table == NF4:
+        return "nf4"  # at any block
+    if isinstance(format, Nibbles) and format.table == E2M1:
+        return {(32, "E8M0"): "mxfp4", (16, "F8_E4M3"): "nvfp4"}.get((format.block, format.scale))
+    return None

@@ -1,5 +1,15 @@
-"""Adapters on a streamed model: which layers get one, made through the peft library."""
+"""Adapters on a streamed model: which layers get one, made through the peft library, and where they begin."""
 
-from ssdtune.peft.adapters import AdapterError, announce, attach, lora_config, resolve_all_linear
+from ssdtune.peft.adapters import announce, attach, lora_config, resolve_all_linear
+from ssdtune.peft.errors import AdapterError
+from ssdtune.peft.loftq import Residual, replace_lora_weights_loftq
 
-__all__ = ["AdapterError", "announce", "attach", "lora_config", "resolve_all_linear"]
+__all__ = [
+    "AdapterError",
+    "Residual",
+    "announce",
+    "attach",
+    "lora_config",
+    "replace_lora_weights_loftq",
+    "resolve_all_linear",
+]

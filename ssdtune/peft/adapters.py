@@ -9,7 +9,7 @@
   128 experts, adapters on each have more parameters than a whole small model. Their names
   (`gate_up_proj`, `down_proj`) in `lora_target_modules` adapt them, through `target_parameters`.
 
-What was left out is said. Nothing here reads a weight, except DoRA, which needs each one's norm.
+What was left out is said. Nothing here reads a weight, except DoRA, which needs each one's norm, and LoftQ.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.peft.errors import AdapterError
+from ssdtune.peft.loftq import LOFTQ, replace_lora_weights_loftq
 from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
@@ -42,10 +44,6 @@ MAMBA_KERNELS = frozenset({"out_proj", "conv1d"})
 # (peft/utils/transformers_weight_conversion.py): adapting them by name would adapt every expert.
 TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 NAMED_AS_EXPERTS = "dense layers and shared experts"
-
-
-class AdapterError(SSDTuneError):
-    """An adapter that cannot be made on this model."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,8 @@ def lora_config(config: TrainConfig, model: PreTrainedModel) -> LoraConfig:
         modules_to_save=list(config.lora_modules_to_save) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        # LoftQ's values take the place of peft's, once the adapter is there.
+        init_lora_weights=True if config.init_lora_weights == LOFTQ else config.init_lora_weights,  # type: ignore[arg-type]
     )
     return resolved(made, model)
 
@@ -107,10 +107,15 @@ def resolved(peft_config: PeftConfig, model: PreTrainedModel) -> Any:
 
 
 def attach(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """`peft.get_peft_model`, with targets resolved and refusals in words. Raises AdapterError."""
+    """`peft.get_peft_model`, with targets resolved and refusals in words; with init_lora_weights="loftq" by
+    `replace_lora_weights_loftq` instead of peft's own, which packs anew. Raises AdapterError."""
     from peft import get_peft_model
 
     made = resolved(peft_config, model)
+    is_loftq = getattr(made, "init_lora_weights", None) == LOFTQ
+    if is_loftq:  # a copy: what is saved must not begin anew where it is loaded
+        made = copy.deepcopy(made)
+        made.init_lora_weights, made.loftq_config = True, {}
     try:
         adapted: Any = get_peft_model(model, made)
     except SSDTuneError:
@@ -125,6 +130,8 @@ def attach(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         raise AdapterError(
             "the adapter has no parameter to train.\nName other layers in lora_target_modules."
         )
+    if is_loftq:
+        replace_lora_weights_loftq(adapted)
     return adapted
 
 

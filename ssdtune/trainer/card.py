@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ssdtune.data import DataStats
 
 SHOWN = (
-    "method lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora train_on "
+    "method lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora init_lora_weights train_on "
     "max_length per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
     "optim learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed dtype bf16 fp16"
 ).split()
@@ -55,7 +55,15 @@ def model_card(config: TrainConfig, stats: DataStats, metrics: Mapping[str, Any]
 
 def _use_of_adapter(config: TrainConfig) -> list[str]:
     load = f'model = AutoPeftModelForCausalLM.from_pretrained("{config.output_dir}")'
-    return ["```python", "from peft import AutoPeftModelForCausalLM", "", load, "```"]
+    code = ["```python", "from peft import AutoPeftModelForCausalLM", "", load, "```"]
+    if config.init_lora_weights != "loftq":
+        return code
+    return [
+        f"The adapter makes up for what packing took away (LoftQ): it belongs on the base as `quantization: "
+        f"{config.quantization}` packs it. On the unpacked one, which this loads, it is off by that much.",
+        "",
+        *code,
+    ]
 
 
 def _use_of_log(config: TrainConfig) -> list[str]:

@@ -86,6 +86,15 @@ class Rows:
     pad_token_id: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run begins with. base_bytes: of memory, before there is a model. resume_from: a checkpoint's folder, True
+    for the newest, None to start anew."""
+
+    base_bytes: int
+    resume_from: str | bool | None
+
+
 def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainResult:
     """Trains as the configuration says. `loaded.notes` are the caller's to print.
 
@@ -116,9 +125,11 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
             write_file_atomically(config.output_dir / CONFIG_NAME, content)
         import peft  # noqa: F401 (its code is the process's own, no part of the model's)
 
-        base_bytes = resident_set_bytes()
-        with _streamed_model(config, args, say) as model:
-            result = _train(config, args, rows, model, base_bytes=base_bytes, say=say)
+        start = Start(
+            base_bytes=resident_set_bytes(), resume_from=_resume_from(config, args) or None
+        )
+        with _streamed_model(config, args, start, say) as model:
+            result = _train(config, args, rows, model, start=start, say=say)
         if tells_summary and not result.was_interrupted:
             for line in summary_lines(result.metrics):
                 say(line)
@@ -230,7 +241,7 @@ def _check_options(train: Tokenized, evaluated: Tokenized) -> None:
 
 
 @contextlib.contextmanager
-def _streamed_model(config: TrainConfig, args: SSDConfig, say: Say) -> Iterator[Any]:
+def _streamed_model(config: TrainConfig, args: SSDConfig, start: Start, say: Say) -> Iterator[Any]:
     """The streamed model with its adapter; its threads end with the `with` block."""
     from transformers import set_seed
 
@@ -248,9 +259,23 @@ def _streamed_model(config: TrainConfig, args: SSDConfig, say: Say) -> Iterator[
         model = attach(base, lora_config(config, base))
         for line in announce(model):
             say(line)
+        if config.init_lora_weights == "loftq" and start.resume_from is None:
+            _begin_at_residual(config, args, model, say)
         yield model
     finally:
         base.ssdtune.close()
+
+
+def _begin_at_residual(config: TrainConfig, args: SSDConfig, model: Any, say: Say) -> None:
+    """LoftQ's first values of the adapter, the same in every process."""
+    from ssdtune.peft import replace_lora_weights_loftq
+
+    say(replace_lora_weights_loftq(model, config.loftq_source).line())
+    if args.world_size > 1:
+        from accelerate.utils import broadcast
+
+        # Libraries of linear algebra round as threads and addresses have it.
+        broadcast([p.data for p in model.parameters() if p.requires_grad], from_process=0)
 
 
 def trains_all(config: TrainConfig) -> bool:
@@ -299,18 +324,18 @@ def _check_sizes(config: TrainConfig, model: Any, rows: Rows, say: Say) -> None:
 
 
 def _train(
-    config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, *, base_bytes: int, say: Say
+    config: TrainConfig, args: SSDConfig, rows: Rows, model: Any, *, start: Start, say: Say
 ) -> TrainResult:
     _check_sizes(config, model, rows, say)
     trainer, telemetry = _make_trainer(config, args, rows, model)
-    wanted = _resume_from(config, args)
-    if wanted:
+    wanted, base_bytes = start.resume_from, start.base_bytes
+    if wanted is not None:
         say(f"resuming  {wanted if wanted is not True else config.output_dir}")
     say(_job_line(trainer, rows))
     peak, watch = _settled(config, trainer, telemetry, rows, base_bytes=base_bytes, say=say)
     started = perf_counter()
     try:
-        output = trainer.train(resume_from_checkpoint=wanted or None)
+        output = trainer.train(resume_from_checkpoint=wanted)
     finally:
         trainer.release()
     metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}

@@ -24,8 +24,8 @@ from ssdtune.visit.loss import HeadLoss, install, refresh
 from ssdtune.visit.model import stream_class
 from ssdtune.visit.placeholder import Placeholder
 from ssdtune.visit.placement import Placements
-from ssdtune.visit.recipes import make_recipe
 from ssdtune.visit.streamer import Meeting, Streamer, Weight
+from ssdtune.visit.whole import WholeReader
 
 
 def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
@@ -49,7 +49,7 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     with ReaderPool(options.storage, num_threads=options.reader_threads) as pool:
         _load_resident(model, drafted.placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)
-    streamer.checkpoint = meta.checkpoint
+    streamer.checkpoint, streamer.origin = meta.checkpoint, meta.origin
     streamer.open_engine = _Opener(model, drafted.recipes, options)
     streamer.engine = streamer.open_engine(plan, None)
     replanner = streamer.replanner = drafted.replanner
@@ -154,17 +154,17 @@ def _load_resident(
     """Reads what is not streamed: parameters outside blocks, persistent buffers; moves other buffers."""
     streamed = {id(p) for point in find_points(model) for p in point.module.parameters()}
     state = model.state_dict(keep_vars=True)
+    reader = WholeReader(
+        meta,
+        placements,
+        pool,
+        alignment=options.storage.alignment,
+        timeout_s=options.timeout_s,
+    )
     for name in placements:
         if id(state[name]) in streamed:
             continue
-        recipe = make_recipe(
-            name,
-            [placements[name]],
-            meta.checkpoint.tensors,
-            alignment=options.storage.alignment,
-            on_device=False,
-        )
-        value = _read(recipe, pool, options.timeout_s).to(options.device)
+        value = reader.read(name).to(options.device)
         for owner, key in _holders(model, state[name]):
             if isinstance(state[name], nn.Parameter):
                 owner._parameters[key] = nn.Parameter(value, requires_grad=False)
@@ -181,18 +181,3 @@ def _holders(model: PreTrainedModel, tensor: torch.Tensor) -> Iterator[tuple[nn.
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is tensor:
                 yield module, key
-
-
-def _read(recipe: BlockRecipe, pool: ReaderPool, timeout_s: float) -> torch.Tensor:
-    """The only tensor of a recipe, in memory of its own."""
-    from ssdtune.swap.storage import aligned_bytes
-
-    memory = aligned_bytes(max(recipe.file_bytes, 1))
-    pool.submit(recipe.extents, memory, label=recipe.name).wait(timeout_s)
-    view = recipe.tensors[0]
-    if not recipe.is_staged:
-        return view.of(memory)  # aligned as in the file, as a memory-mapped load has it
-    out = torch.empty(view.shape, dtype=view.dtype)
-    for copy in recipe.copies:
-        copy.run(memory, [out])
-    return out

@@ -20,7 +20,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,18 @@ class BuildError(SSDTuneError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the weights are that a model's were packed from.
+
+    source: a folder or a hub id; None where nobody has noted it. open: builds the model there with the arguments that
+    this one was built with.
+    """
+
+    source: str | None
+    open: Callable[[str], MetaModel]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class MetaModel:
     """A model on meta and where it came from."""
 
@@ -74,6 +87,7 @@ class MetaModel:
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     checkpoint: Checkpoint
+    origin: Origin
 
 
 def build_meta(
@@ -92,6 +106,13 @@ def build_meta(
     nested codes, where the model is packed; None: all. The rest: HUB_KEYS, MODEL_KEYS, `config`, and names of config values to override; anything else is
     refused by name. Raises BuildError, or CheckpointError for damaged files.
     """
+    again = partial(
+        build_meta,
+        dtype=dtype,
+        model_class=model_class,
+        trust_remote_code=trust_remote_code,
+        **from_pretrained_kwargs,
+    )
     kwargs = {k: v for k, v in from_pretrained_kwargs.items() if v is not None}
     dtype = _chosen_dtype(dtype, kwargs)
     _refuse(kwargs)
@@ -99,9 +120,12 @@ def build_meta(
     for_model = {key: kwargs.pop(key) for key in MODEL_KEYS if key in kwargs}
     name = os.fspath(model_name_or_path)
     if name.endswith(".gguf"):
-        return _of_gguf(Path(name).expanduser(), model_class, kwargs, dtype=dtype, **for_model)
+        path = Path(name).expanduser()
+        model, checkpoint = _of_gguf(path, model_class, kwargs, dtype=dtype, **for_model)
+        return _meta(model, name, path.parent, checkpoint, Origin(None, again))
     folder = find_folder(model_name_or_path, with_code=trust_remote_code, **hub)
     config = _load_config(folder, kwargs, trust_remote_code=trust_remote_code)
+    origin = Origin(_noted_source(config), again)
     if getattr(config, "quantization_config", None) is not None:
         config = copy.deepcopy(config)  # it may be the caller's, and loses that
     checkpoint = _unpacked(config, open_checkpoint(folder), bits)
@@ -109,7 +133,7 @@ def build_meta(
     chosen = choose_class(config, model_class, folder, trust_remote_code=trust_remote_code)
     config = own_config(chosen, config)
     model = _build(chosen, folder, checkpoint, config=config, dtype=dtype, **for_model)
-    return _meta(model, name, folder, checkpoint)
+    return _meta(model, name, folder, checkpoint, origin)
 
 
 def _of_gguf(
@@ -117,7 +141,7 @@ def _of_gguf(
     model_class: type | None,
     kwargs: dict[str, Any],
     **for_model: Any,
-) -> MetaModel:
+) -> tuple[PreTrainedModel, Checkpoint]:
     """The model of a GGUF file, its config made from what the file says unless one is given. kwargs: `config`, and
     values of the config to override."""
     found = open_gguf(path)
@@ -129,14 +153,15 @@ def _of_gguf(
     chosen = choose_class(config, model_class, path.parent, trust_remote_code=False)
     config = own_config(chosen, config)
     checkpoint = hf_checkpoint(found, config, chosen)
-    model = _build(chosen, None, checkpoint, config=config, **for_model)
-    return _meta(model, str(path), path.parent, checkpoint)
+    return _build(chosen, None, checkpoint, config=config, **for_model), checkpoint
 
 
-def _meta(model: PreTrainedModel, name: str, folder: Path, checkpoint: Checkpoint) -> MetaModel:
+def _meta(
+    model: PreTrainedModel, name: str, folder: Path, checkpoint: Checkpoint, origin: Origin
+) -> MetaModel:
     model.name_or_path = model.config.name_or_path = name  # what an adapter's config will say
     generation = model.generation_config if model.can_generate() else None
-    return MetaModel(model, folder, model.config, generation, checkpoint)
+    return MetaModel(model, folder, model.config, generation, checkpoint, origin)
 
 
 # The folder
@@ -244,6 +269,13 @@ def _unpacked(config: PretrainedConfig, checkpoint: Checkpoint, bits: int | None
         described = {"torch_dtype": str(stated).removeprefix("torch."), **described}
     path = checkpoint.folder / "config.json"
     return dataclasses.replace(checkpoint, tensors=foreign.recognise(described, plain, path))
+
+
+def _noted_source(config: PretrainedConfig) -> str | None:
+    """What the folder was packed from, as `ssdtune pack` noted it (docs/format.md)."""
+    quantization = vars(config).get("quantization_config")
+    found = quantization.get("source") if isinstance(quantization, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _check_config_file(folder: Path) -> None:

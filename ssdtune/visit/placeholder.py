@@ -138,7 +138,8 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             raise PlaceholderError(
                 f"{value.source.name} is streamed from your model's files, which are never written: "
                 f"{func._schema.name} would be lost.\nAn adapter whose initialisation changes base weights "
-                f"(PiSSA, OLoRA, LoftQ) is not supported; choose another init_lora_weights."
+                f"(PiSSA, OLoRA) is not supported, and LoftQ's is ssdtune.peft.replace_lora_weights_loftq: choose "
+                f"another init_lora_weights."
             )
 
 
@@ -161,8 +162,9 @@ def _set_data(self: Placeholder, value: torch.Tensor) -> None:
         return
     raise PlaceholderError(
         f"{self.source.name} is streamed from your model's files, which are never written: the assignment to .data "
-        f"would be lost.\nAn adapter whose initialisation changes base weights (PiSSA, OLoRA, LoftQ) is not "
-        f"supported; choose another init_lora_weights. A change of dtype goes into ssdtune.stream(dtype=...)."
+        f"would be lost.\nAn adapter whose initialisation changes base weights (PiSSA, OLoRA) is not supported, and "
+        f"LoftQ's is ssdtune.peft.replace_lora_weights_loftq: choose another init_lora_weights. A change of dtype goes "
+        f"into ssdtune.stream(dtype=...)."
     )
 
 

@@ -21,6 +21,7 @@ from ssdtune.swap.source import Checkpoint
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.accumulation import AccumulationWatch
 from ssdtune.visit.activations import Activations
+from ssdtune.visit.build import Origin
 from ssdtune.visit.function import visit
 from ssdtune.visit.meet import Hub
 from ssdtune.visit.placeholder import Placeholder
@@ -141,6 +142,7 @@ class Streamer:
         self.engine: Engine
         self.open_engine: OpenEngine
         self.checkpoint: Checkpoint  # the user's files
+        self.origin: Origin  # where the weights are that they were packed from
         self.replanner: Replanner
         self.make_input_store: Callable[..., InputStore | None]  # tier, folder=…
         self.blocks = list(blocks)
