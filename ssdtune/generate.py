@@ -61,18 +61,24 @@ def generate_from_run(
 def find_adapter(run: Path) -> Path:
     """The folder with the adapter: the run's own, else its newest checkpoint."""
     run = Path(run)
-    if any((run / name).is_file() for name in (ADAPTER_NAME, LOG_NAME)):
-        return run
+    found = find_result(run, ADAPTER_NAME, LOG_NAME)
     if not run.is_dir():
         raise GenerateError(f"there is no folder {run}.\nGive the output_dir of a run.")
-    found = newest(run)
     if found is None:
         raise GenerateError(
             f"{run} holds no adapter ({ADAPTER_NAME}) and no whole checkpoint.\n"
             f"Train first: ssdtune train {run / CONFIG_NAME}"
         )
-    say(f"note: the run is not finished; {found.name} answers")
+    if found != run:
+        say(f"note: the run is not finished; {found.name} answers")
     return found
+
+
+def find_result(run: Path, *names: str) -> Path | None:
+    """The run's own folder, where one of these files is in it; else its newest whole checkpoint, if there is one."""
+    if any((run / name).is_file() for name in names):
+        return run
+    return newest(run) if run.is_dir() else None
 
 
 def config_of(run: Path, folder: Path) -> Path:

@@ -40,7 +40,7 @@ class Opened:
         rows: as if each stood alone in its micro-batch.
         lengths: tokens of the rows that were looked at; empty: there are no data.
         sequences: texts that a row becomes in a micro-batch.
-        readings: as `Job` has them.
+        readings, lossless_ratio: as `Job` has them.
     """
 
     base_bytes: int
@@ -55,6 +55,7 @@ class Opened:
     lengths: Sequence[int]
     sequences: int
     readings: tuple[Reading, ...] = ()
+    lossless_ratio: float | None = None
 
 
 def open_source(source: Source) -> Opened:
@@ -70,7 +71,7 @@ def open_source(source: Source) -> Opened:
         hush_libraries()
         base_bytes = (
             resident_set_bytes()
-        )  # libraries are there, nothing else: what a run begins with
+        )  # what a run begins with: libraries are there, nothing else
         path = Path(source.name).expanduser()
         if not path.is_file() or path.suffix == ".gguf":
             return _open(source, source.name, base_bytes)
@@ -100,6 +101,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     from ssdtune.api import build_arguments
     from ssdtune.packing.once import build_planned
     from ssdtune.packing.readings import readings_of
+    from ssdtune.packing.sample import lossless_ratio
     from ssdtune.peft import attach, lora_config
     from ssdtune.trainer.run import trains_all
     from ssdtune.visit.draft import draft
@@ -137,6 +139,8 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         readings=readings_of(meta, options, source.config.offload.path, reopened)
         if chooses
         else (),
+        # Of a config.json alone there are headers, no weights.
+        lossless_ratio=lossless_ratio(meta) if model == source.name else None,
     )
 
 
@@ -196,6 +200,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         variants=steps.variants,
         fold_steps=steps.fold_steps,
         readings=opened.readings,
+        lossless_ratio=opened.lossless_ratio,
     )
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from ssdtune.durable import commit_folder, new_temporary_folder, remove_folder_we_made
 from ssdtune.errors import SSDTuneError
-from ssdtune.generate import config_of
+from ssdtune.generate import config_of, find_result
 from ssdtune.report import say
 from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
 from ssdtune.swap.beside import CONFIG, copy_beside
-from ssdtune.trainer.checkpoint import base_of, newest
+from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.run import open_model
 from ssdtune.zeroth_order.log import ALL, Log, read_log
 from ssdtune.zeroth_order.method import replayed
@@ -60,9 +60,7 @@ def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
 
 def find_log(run: Path) -> Path:
     """The folder with the run's log: its own, else its newest checkpoint."""
-    if (run / LOG_NAME).is_file():
-        return run
-    found = newest(run) if run.is_dir() else None
+    found = find_result(run, LOG_NAME)
     if found is None or not (found / LOG_NAME).is_file():
         raise ReplayError(
             f"{run} holds no {LOG_NAME}.\nGive the output_dir of a run with method: zo."

@@ -583,8 +583,20 @@ ARCHITECTURES = {
     "qwen3_moe": lambda: tiny_models.small(
         tf.Qwen3MoeConfig, head_dim=16, norm_topk_prob=True, **tiny_models.EXPERTS
     ),
+    "mixtral": lambda: tiny_models.small(tf.MixtralConfig, head_dim=16, num_local_experts=4),
+    "gemma": lambda: tiny_models.small(tf.GemmaConfig, head_dim=16),
+    "gemma2": lambda: tiny_models.small(tf.Gemma2Config, head_dim=16),
+    "gemma3": lambda: tiny_models.small(tf.Gemma3TextConfig, head_dim=16, **tiny_models.SLIDING),
 }
-GGUF_NAMES = {"mistral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+UNTOLD = ("gemma2", "gemma3")  # whose files do not say all of the config
+GGUF_NAMES = {
+    "mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3",
+}  # fmt: skip
+SANDWICHED = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 LLAMA_LEAVES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -602,9 +614,13 @@ def gguf_tensors(model: tf.PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's tensors as llama.cpp's converter names and moves them; written from its description."""
     config, made = model.config, {}
     leaves = {leaf: name for name, leaf in LLAMA_LEAVES.items()} | {"mlp.gate_up_proj": "ffn_up"}
-    for name, value in model.state_dict().items():
+    is_gemma = config.model_type.startswith("gemma")
+    if is_gemma and config.model_type != "gemma":
+        leaves |= SANDWICHED
+    for name, held in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        value = held + 1 if is_gemma and name.endswith("norm.weight") else held
         base, _, suffix = name.rpartition(".")
         if base in HEAD_LEAVES:
             made[f"{HEAD_LEAVES[base]}.{suffix}"] = value
@@ -617,7 +633,10 @@ def gguf_tensors(model: tf.PreTrainedModel) -> dict[str, torch.Tensor]:
                 made[f"blk.{layer}.ffn_{kind}_exps.weight"] = stacked
             continue
         stored = value.squeeze(0) if leaf == "mlp.shared_expert_gate" else value
-        if config.model_type in ("llama", "mistral") and leaf[10:] in ("q_proj", "k_proj"):
+        if config.model_type in ("llama", "mistral", "mixtral") and leaf[10:] in (
+            "q_proj",
+            "k_proj",
+        ):
             heads = config.num_attention_heads if leaf[10] == "q" else config.num_key_value_heads
             stored = stored.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(stored.shape)
         made[f"blk.{layer}.{leaves[leaf]}.{suffix}"] = stored
@@ -638,11 +657,12 @@ def gguf_keys(config: tf.PretrainedConfig, **more: Any) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.key_length": head_dim,
         "rope.dimension_count": head_dim,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.freq_base": config.rope_parameters.get("rope_theta"),
         "vocab_size": config.vocab_size,
     }
     for key, value in (
         ("expert_count", "num_experts"),
+        ("expert_count", "num_local_experts"),
         ("expert_used_count", "num_experts_per_tok"),
         ("expert_feed_forward_length", "moe_intermediate_size"),
         ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
@@ -670,6 +690,10 @@ def saved(folder: Path, name: str, **more: Any) -> tuple[Path, tf.PreTrainedMode
     config = ARCHITECTURES[name]()
     torch.manual_seed(1)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms: nothing that one more would round
+                parameter.add_(torch.randint(-512, 512, parameter.shape) / 1024)
     tensors = {name: quantized(name, value) for name, value in gguf_tensors(model).items()}
     return write(folder / "m.gguf", tensors, gguf_keys(config, **more)), model
 
@@ -692,9 +716,11 @@ def placed(gguf: Gguf, config: tf.PretrainedConfig, model_class: Any) -> dict[st
     return made
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "mistral"])
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if name not in ("mistral", "mixtral", "gemma")]
+)
 def test_weights_are_those_that_transformers_loads(tmp_path: Path, name: str) -> None:
-    """Mistral's are in files that say llama, which transformers takes for one."""
+    """Mistral's and Mixtral's are in files that say llama, which transformers takes for one; it reads no first Gemma."""
     package("gguf")
     path, model = saved(tmp_path, name)
     theirs = type(model).from_pretrained(
@@ -753,7 +779,14 @@ def test_a_checkpoint_notices_that_the_file_was_changed(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- the config
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", UNTOLD)
+def test_a_file_that_does_not_say_all_of_the_config_is_refused(tmp_path: Path, name: str) -> None:
+    path, _ = saved(tmp_path, name)
+    with pytest.raises(CheckpointError, match=r"what queries are divided by.*\n.*config="):
+        gguf_config(open_gguf(path))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in UNTOLD])
 def test_the_config_is_that_of_the_model(tmp_path: Path, name: str) -> None:
     path, model = saved(tmp_path, name)
     found, expected = gguf_config(open_gguf(path)), model.config
@@ -871,7 +904,7 @@ def test_keys_that_make_no_config_are_refused(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gemma3", "adds one to the weights of norms"),
+        ("nemotron", "adds one to the weights of norms"),
         ("mamba", "A_log"),
         ("falcon", 'its architecture is "falcon"; llama'),
         ("", 'its architecture is ""'),

@@ -20,6 +20,7 @@ from ssdtune.kernels.affine import Affine
 from ssdtune.packing.convert import pack
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.once import build_packed, build_planned
+from ssdtune.packing.sample import lossless_ratio
 from ssdtune.packing.shards import ShardWriter
 from ssdtune.packing.wanted import Wanted
 from ssdtune.swap.beside import copy_beside
@@ -425,6 +426,42 @@ def test_the_key_packs_once_and_reads_what_it_packed(
         opened("nf4", first.folder)
     with pytest.raises(SSDTuneError, match="'nf5' is not known"):
         opened("nf5")
+
+
+def test_a_packed_folder_is_what_was_asked_for_or_refused(source: Path, tmp_path: Path) -> None:
+    """The whole format counts, not its class alone; blocks of other sizes are the same word."""
+
+    def opens(folder: Path, quantization: str) -> bool:
+        try:
+            build_planned(folder, quantization=quantization)
+        except PackError as error:
+            messages.append(str(error))
+            return False
+        return True
+
+    messages: list[str] = []
+
+    asked = ("2", "4", "5", "8", "nf4", "mxfp4", "nvfp4", "lossless")
+    for kind, wanted, fitting in (
+        ("nested", FORMATS["8"], {"4", "5", "8"}),
+        ("nf4", Wanted("nf4", group=128), {"nf4"}),
+        ("mxfp4", FORMATS["mxfp4"], {"mxfp4"}),
+        ("nvfp4", FORMATS["nvfp4"], {"nvfp4"}),
+    ):
+        folder = packed(source, tmp_path / kind, wanted)
+        assert {word for word in asked if opens(folder, word)} == fitting
+    assert all("packed already" in message for message in messages)
+    assert "to be read at 4, 5, 6, 8 bits" in messages[0]
+
+
+def test_a_sample_tells_what_packing_without_loss_saves(source: Path, tmp_path: Path) -> None:
+    meta = build_meta(source)
+    ratio = lossless_ratio(meta)
+    there = build_meta(packed(source, tmp_path / "packed", FORMATS["lossless"]))
+    made = {n: e for n, e in there.checkpoint.tensors.items() if isinstance(e, PackedEntry)}
+    before = sum(meta.checkpoint.tensors[name].num_bytes for name in made)
+    assert ratio == pytest.approx(before / sum(e.num_bytes for e in made.values()), rel=0.05)
+    assert lossless_ratio(there) is None
 
 
 def test_a_plan_for_the_key_needs_no_packing(source: Path, tmp_path: Path) -> None:

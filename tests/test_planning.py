@@ -20,6 +20,7 @@ from ssdtune import cli, planning
 from ssdtune.config import load_config
 from ssdtune.jobs import Source, job_of
 from ssdtune.machines import own_machine
+from ssdtune.planning.lossless import Saving, saving
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.job import Job, job_from
 from ssdtune.schedule.machine import Device, Drive, Machine
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def a_profile(flop_s: float = 1e-9, read_rate: float = 1e9) -> Profile:
+def a_profile(flop_s: float = 1e-9, read_rate: float = 1e9, decode_rate: float = 1e9) -> Profile:
     content = {
         "name": "made up",
         "operators": {
@@ -54,6 +55,7 @@ def a_profile(flop_s: float = 1e-9, read_rate: float = 1e9) -> Profile:
             "nvme_read": [[1, 1 / read_rate], [10**9, 10**9 / read_rate]],
             "nvme_write": [[1, 1 / read_rate], [10**9, 10**9 / read_rate]],
             "unpack": [[1, 1e-9], [10**9, 1]],
+            "decode": [[1, 1 / decode_rate], [10**9, 10**9 / decode_rate]],
             "h2d": [[1, 1e-10], [10**9, 0.1]],
         },
     }
@@ -118,6 +120,31 @@ def test_with_a_profile_it_tells_times_limits_and_alternatives(run) -> None:
     assert "gradient_accumulation_steps:" in text
     assert "s/step" in text
     assert "tokens a step on" in text
+
+
+def test_packing_without_loss_is_named_where_it_pays(config_path: Path) -> None:
+    """The same bits in fewer bytes, where the drive is the bound and decoding would not be."""
+    config = load_config(config_path, []).config
+    job = dataclasses.replace(a_job(config_path), dtype="bfloat16", lossless_ratio=1.4)
+    budget = Choices(micro_batches=MICRO, ram_bytes=300_000)
+
+    def found(job: Job, quantization: str = "none", **rates: float) -> Saving | None:
+        machine = a_machine(profile=a_profile(flop_s=1e-12, **rates))
+        now = outcome(job, machine, budget)
+        assert isinstance(now, Outcome)
+        return saving(job, machine, dataclasses.replace(config, quantization=quantization), now)
+
+    saved = found(job, read_rate=1e6)
+    assert saved is not None
+    assert saved.after_s == pytest.approx(saved.before_s / 1.4, rel=0.05)
+    assert "1/1.40 of the bytes (measured on a sample)" in saved.line()
+    assumed = found(dataclasses.replace(job, lossless_ratio=None), read_rate=1e6)
+    assert assumed is not None
+    assert "1/1.35 of the bytes (assumed)" in assumed.line()
+    assert found(job, read_rate=1e12) is None, "something else is the bound"
+    assert found(job, read_rate=1e6, decode_rate=1e6) is None, "decoding would be the bound"
+    assert found(job, "4", read_rate=1e6) is None
+    assert found(dataclasses.replace(job, dtype="float32"), read_rate=1e6) is None
 
 
 def test_json_is_one_object_with_bytes_and_seconds(run) -> None:

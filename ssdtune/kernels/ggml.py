@@ -97,6 +97,29 @@ class PairedRows:
             unpack(self.stored, (blocks,), heads[some])
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LessOne:
+    """Weights of Gemma's norms: Hugging Face has w and multiplies by 1 + w, llama.cpp's files have 1 + w. One is taken
+    away in float32, before the rounding to the output."""
+
+    stored: Ggml
+
+    @property
+    def label(self) -> str:
+        """For messages and tables."""
+        return f"{self.stored.label}, less one"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """As the stored format."""
+        return self.stored.parts(shape)
+
+    def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """As `Format.by_torch` says: norms are small, all at once."""
+        values = torch.empty(out.shape, device=out.device)
+        unpack(self.stored, parts, values)
+        out.copy_(values - 1)
+
+
 def spread(packed: torch.Tensor, width: int, run: int) -> torch.Tensor:
     """Fields of `width` bits, uint8 [blocks, bytes] to [blocks, bytes * 8 / width].
 

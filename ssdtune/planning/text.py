@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssdtune.planning.lossless import saving
 from ssdtune.planning.prices import Prices, cost_line, cost_of
 from ssdtune.planning.ways import Way, knows_steps
 from ssdtune.report import LANE_LABELS, duration, format_table
@@ -80,6 +81,8 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
     if found.simulation is not None:
         yield f"{letter} a step: {lanes_line(found.simulation)}"
         yield f"{letter}         {limit_line(found)}"
+        if (saved := saving(job, machine, loaded.config, found)) is not None:
+            yield f"{letter}         {saved.line()}"
     elif machine.profile is None:
         yield "times are not known: measure this machine with `ssdtune probe`"
     else:

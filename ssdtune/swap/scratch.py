@@ -104,7 +104,8 @@ class ScratchFile:
             os.posix_fallocate(self._plain, self.num_bytes, num_bytes - self.num_bytes)
         except OSError as error:
             os.ftruncate(self._plain, self.num_bytes)  # a failed reservation may keep what it got
-            raise ScratchError(self._no_room(num_bytes, error)) from error
+            why = no_room(num_bytes, "block inputs", self.folder, error)
+            raise ScratchError(f"{why} or train on fewer tokens a step.") from error
         self.num_bytes = num_bytes
 
     def write(self, offset: int, content: memoryview) -> None:
@@ -144,17 +145,19 @@ class ScratchFile:
             return False
         return out == back
 
-    def _no_room(self, num_bytes: int, error: OSError) -> str:
-        try:
-            room = os.statvfs(self.folder)
-            free = f"{format_size(room.f_bavail * room.f_frsize)} are free there"
-        except OSError:
-            free = "how much is free there is unknown"
-        return (
-            f"cannot reserve {format_size(num_bytes)} ({num_bytes:,} bytes) for block inputs in {self.folder}: "
-            f"{reason_of(error)}; {free}.\n"
-            "Free some space, point offload.path to another drive, or train on fewer tokens a step."
-        )
+
+def no_room(num_bytes: int, what: str, folder: Path, error: OSError) -> str:
+    """What is said where a drive has no room, up to the last way out, which is whoever's asks."""
+    try:
+        room = os.statvfs(folder)
+        free = f"{format_size(room.f_bavail * room.f_frsize)} are free there"
+    except OSError:
+        free = "how much is free there is unknown"
+    return (
+        f"cannot reserve {format_size(num_bytes)} ({num_bytes:,} bytes) for {what} in {folder}: "
+        f"{reason_of(error)}; {free}.\n"
+        "Free some space, point offload.path to another drive,"
+    )
 
 
 def write_all(fd: int, offset: int, content: memoryview) -> None:

@@ -5,8 +5,8 @@
     checkpoint = hf_checkpoint(gguf, config, model_class)   # what `open_checkpoint` gives of a folder of safetensors
 
 Names are by the table of the package `gguf`, which llama.cpp's converter goes by. What the converter does to values is
-undone where it only moves them: query and key rows of llama (`PairedRows`), experts stacked to one tensor, dimensions
-of one left out. An architecture whose values it changes is refused by name.
+undone: query and key rows of llama (`PairedRows`), experts stacked to one tensor, dimensions of one left out, the one
+that Gemma's norms have more (`LessOne`). An architecture whose values it changes otherwise is refused by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from ssdtune.kernels.formats import num_elements
-from ssdtune.kernels.ggml import Ggml, PairedRows
+from ssdtune.kernels.ggml import Ggml, LessOne, PairedRows
 from ssdtune.swap.foreign.pile import weight_dtype
 from ssdtune.swap.gguf import Gguf
 from ssdtune.swap.header import TensorEntry, opened, pread_exactly, quoted, refuse
@@ -38,12 +38,19 @@ Entry = TensorEntry | PackedEntry
 @dataclasses.dataclass(frozen=True, slots=True)
 class Architecture:
     """What llama.cpp calls one. model_types: of configs whose models it is; the first, of the config that is made of
-    the file's keys. is_paired: whether query and key rows were moved. experts: their module in a layer, in the names of
-    files that have each for itself. keys: beside KEYS, more that the config needs. fixed: values that no key has."""
+    the file's keys. is_paired: whether query and key rows were moved. is_shifted: whether norms have one more. experts:
+    their module in a layer, in the names of files that have each for itself; projections: of an expert there. keys:
+    beside KEYS, more that the config needs. fixed: values that no key has. untold: what the config must say and no key
+    does."""
 
     model_types: tuple[str, ...]
     is_paired: bool = False
+    is_shifted: bool = False
     experts: str = ""
+    projections: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"gate": "gate_proj", "up": "up_proj"}
+    )
+    untold: str = ""
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -63,12 +70,24 @@ ARCHITECTURES: Final = {
         ("qwen3_moe",), experts="mlp.experts", keys=EXPERT_KEYS, fixed={"norm_topk_prob": True}
     ),
     "phi3": Architecture(("phi3",)),
+    "gemma": Architecture(("gemma",), is_shifted=True),
+    "gemma2": Architecture(
+        ("gemma2",), is_shifted=True, untold="what queries are divided by, which layers slide"
+    ),
+    "gemma3": Architecture(
+        ("gemma3_text",), is_shifted=True, untold="what queries are divided by, which layers slide"
+    ),
 }
+# What says llama and has experts.
+MIXTRAL: Final = Architecture(
+    ("mixtral",),
+    is_paired=True,
+    experts="block_sparse_moe.experts",
+    projections={"gate": "w1", "up": "w3"},
+    keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+)
 # What the converter computes for others, so that no move gives it back.
 COMPUTED: Final = {
-    "gemma": "adds one to the weights of norms",
-    "gemma2": "adds one to the weights of norms",
-    "gemma3": "adds one to the weights of norms",
     "nemotron": "adds one to the weights of norms",
     "qwen35": "adds one to the weights of norms",
     "qwen35moe": "adds one to the weights of norms",
@@ -128,12 +147,11 @@ def hf_checkpoint(
         elif architecture.experts and (match := _EXPERTS.fullmatch(name)):
             prefix = f"model.layers.{match['layer']}.{architecture.experts}"
             for number, one in enumerate(_each(entry)):
-                target = f"{prefix}.{number}.{match['which']}_proj.weight"
+                leaf = architecture.projections[match["which"]]
+                target = f"{prefix}.{number}.{leaf}.weight"
                 tensors[target] = _renamed(one, target, dtype)
         elif name in names:
-            target, stored = names[name], entry
-            if architecture.is_paired and (match := _PAIRED.fullmatch(name)):
-                stored = _paired(entry, config, match["which"])
+            target, stored = names[name], _undone(entry, architecture, config)
             tensors[target] = _renamed(_shaped(stored, shapes[target]), target, dtype)
         else:
             refuse(
@@ -160,6 +178,8 @@ def _architecture(gguf: Gguf) -> Architecture:
             f"its architecture is {quoted(name)}; {', '.join(ARCHITECTURES)} are read.",
             way_out=_OTHER_FILE,
         )
+    if name == "llama" and gguf.metadata.get("llama.expert_count", 0):
+        return MIXTRAL
     return ARCHITECTURES[name]
 
 
@@ -237,6 +257,26 @@ def _cut(entry: TensorEntry, i: int, number: int, shape: tuple[int, ...]) -> Ten
     return dataclasses.replace(entry, shape=shape, start=start, num_bytes=num_bytes)
 
 
+def _undone(entry: Entry, architecture: Architecture, config: PretrainedConfig) -> Entry:
+    """The tensor without what the converter did to it."""
+    if architecture.is_paired and (match := _PAIRED.fullmatch(entry.name)):
+        return _paired(entry, config, match["which"])
+    if architecture.is_shifted and entry.name.endswith("_norm.weight"):
+        stored = _stored(entry)
+        assert isinstance(stored.format, Ggml)
+        return dataclasses.replace(stored, format=LessOne(stored.format))
+    return entry
+
+
+def _stored(entry: Entry) -> PackedEntry:
+    """The tensor as one of ggml's types, which plain ones are too."""
+    if isinstance(entry, PackedEntry):
+        return entry
+    blocks = dataclasses.replace(entry, dtype="U8", shape=(entry.num_bytes,))
+    format = Ggml(entry.dtype)
+    return PackedEntry(entry.name, entry.path, entry.dtype, entry.shape, format, (blocks,))
+
+
 def _paired(entry: Entry, config: PretrainedConfig, which: str) -> PackedEntry:
     """Query or key rows in the order that the model has them."""
     num_heads = config.num_attention_heads if which == "q" else config.num_key_value_heads
@@ -246,12 +286,9 @@ def _paired(entry: Entry, config: PretrainedConfig, which: str) -> PackedEntry:
             f"{entry.shape[0]:,} rows are not {num_heads} heads of pairs.",
             tensor=entry.name,
         )
-    if isinstance(entry, PackedEntry):
-        assert isinstance(entry.format, Ggml)
-        return dataclasses.replace(entry, format=PairedRows(entry.format, num_heads))
-    stored = dataclasses.replace(entry, dtype="U8", shape=(entry.num_bytes,))
-    format = PairedRows(Ggml(entry.dtype), num_heads)
-    return PackedEntry(entry.name, entry.path, entry.dtype, entry.shape, format, (stored,))
+    stored = _stored(entry)
+    assert isinstance(stored.format, Ggml)
+    return dataclasses.replace(stored, format=PairedRows(stored.format, num_heads))
 
 
 # ----------------------------------------------------------------------------------------- config
@@ -266,6 +303,12 @@ def gguf_config(gguf: Gguf) -> PretrainedConfig:
     from transformers import AutoConfig
 
     architecture = _architecture(gguf)
+    if architecture.untold:
+        refuse(
+            gguf.path,
+            f"its keys do not say all that the config must: {architecture.untold}.",
+            way_out="Nothing was loaded. Give config= of the model that the file was made of to ssdtune.stream.",
+        )
     of = _Keys(gguf)
     keys = {**KEYS, **architecture.keys}
     values: dict[str, Any] = {name: of.number(key) for key, name in keys.items()}

@@ -76,14 +76,13 @@ class Log:
 
 
 class LogWriter:
-    """Writes a log, from the start or on from steps that are there."""
+    """Writes a log, from the start or on from steps that are there. What was written is on the drive alone; before the
+    first step, a log that a finished run left there stays."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
-        self._lines = [
-            _line({"format": FORMAT, "generator": GENERATOR, **dataclasses.asdict(header)})
-        ]
-        self._is_open = False
+        told = {"format": FORMAT, "generator": GENERATOR, **dataclasses.asdict(header)}
+        self._begun: bytes | None = _line(told)  # not written yet; None: the file goes on
 
     def append(self, step: int, loss: float, update: Update | None) -> None:
         """One more step, on the drive when this returns. update: None for one that was skipped."""
@@ -92,21 +91,19 @@ class LogWriter:
             told["skipped"] = True
         else:
             told |= {"gradients": update.gradients, "rate": update.rate, "decay": update.decay}
-        self._lines.append(_line(told))
-        mode = "ab" if self._is_open else "wb"
-        with self.path.open(mode) as file:
-            file.write(self._lines[-1] if self._is_open else b"".join(self._lines))
+        with self.path.open("ab" if self._begun is None else "wb") as file:
+            file.write((self._begun or b"") + _line(told))
             file.flush()
             os.fdatasync(file.fileno())
-        self._is_open = True
+        self._begun = None
 
     def go_on(self, content: bytes) -> None:
         """The steps of another log's content instead of what was written."""
-        self._lines, self._is_open = content.splitlines(keepends=True), False
+        self._begun = content
 
     def content(self) -> bytes:
         """All of it."""
-        return b"".join(self._lines)
+        return self.path.read_bytes() if self._begun is None else self._begun
 
 
 def read_log(content: bytes, where: str) -> Log:

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssdtune.durable import new_temporary_folder, remove_folder_we_made
-from ssdtune.errors import SSDTuneError, reason_of
+from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
-from ssdtune.sizes import format_size
 from ssdtune.swap.recipe import BlockRecipe, Copy
-from ssdtune.swap.scratch import write_all
+from ssdtune.swap.scratch import no_room, write_all
 from ssdtune.swap.storage import MIN_ALIGNMENT, Extent, choose_storage
 from ssdtune.visit.streamer import Streamer
 
@@ -124,10 +123,7 @@ def _reserve(path: Path, num_bytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
-        raise WorkingCopyError(
-            f"cannot reserve {format_size(num_bytes)} for a working copy of the weights in {path.parent.parent}: "
-            f"{reason_of(error)}.\n"
-            "Free some space, point offload.path to another drive, or set zo_fold_steps: never."
-        ) from error
+        why = no_room(num_bytes, "a working copy of the weights", path.parent.parent, error)
+        raise WorkingCopyError(f"{why} or set zo_fold_steps: never.") from error
     finally:
         os.close(fd)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from ssdtune.kernels.float8 import CODES
 from ssdtune.kernels.integers import PackQuantized, num_groups, num_words
@@ -76,11 +76,16 @@ def read(config: Mapping[str, Any], pile: Pile) -> None:
         zeros = pile.find(base + ".weight_zero_point")
         fitting = [s for s in schemes if s.is_integer == (weight.dtype == "I8")]
         if zeros is not None and not any(s.is_symmetric for s in fitting):
-            refuse(weight.path, "INT8 with zeros: not supported.", tensor=base, way_out=OTHER_MODEL)
+            _refuse(weight, base, "INT8 with zeros: not supported.")
         blocks = [s.blocks(*(1, 1, *weight.shape)[-2:]) for s in fitting]
         put_scaled(config, pile, weight, scale, blocks)
     pile.drop(*SERVING)
     pile.refuse_left(".weight_zero_point", ".weight_g_idx", ".weight_shape", ".weight_global_scale")
+
+
+def _refuse(entry: TensorEntry, weight: str, why: str) -> NoReturn:
+    """Refuses a weight because of one of its tensors."""
+    refuse(entry.path, why, tensor=weight, way_out=OTHER_MODEL)
 
 
 def _put_integers(
@@ -96,12 +101,11 @@ def _put_integers(
     zeros, g_idx = pile.find(base + ".weight_zero_point"), pile.find(base + ".weight_g_idx")
     fitting = [s for s in schemes if s.has_packed(width, num_packed, num_scales)]
     if not fitting:
-        refuse(
-            packed.path,
+        _refuse(
+            packed,
+            base,
             f"{num_packed} words and {num_scales} scales for {width} columns are none of the config's schemes "
             f"({'; '.join(map(str, schemes))}).",
-            tensor=base,
-            way_out=OTHER_MODEL,
         )
     # Zeros may be there that a symmetric scheme does not use.
     scheme = next((s for s in fitting if s.is_symmetric == (zeros is None)), fitting[0])
@@ -126,11 +130,8 @@ def _shape(pile: Pile, base: str, packed: TensorEntry) -> tuple[int, int]:
     entry = pile.take(base + ".weight_shape", of=base, dtypes=("I64", "I32"))
     shape = pile.values(entry).tolist()
     if entry.shape != (2,) or shape[0] != packed.shape[0] or shape[1] < 1:
-        refuse(
-            entry.path,
-            f"it says {quoted(shape)}, but {packed.shape[0]} rows are there.",
-            tensor=entry.name,
-            way_out=OTHER_MODEL,
+        _refuse(
+            entry, entry.name, f"it says {quoted(shape)}, but {packed.shape[0]} rows are there."
         )
     return shape[0], shape[1]
 
@@ -145,9 +146,7 @@ def _put_fp4(
     scale = pile.take(base + ".weight_scale", of=base, rank=2)
     whole = pile.find(base + ".weight_global_scale")
     if not any(s.bits == 4 and not s.is_integer for s in schemes):
-        refuse(
-            packed.path, "FP4, of which the config says nothing.", tensor=base, way_out=OTHER_MODEL
-        )
+        _refuse(packed, base, "FP4, of which the config says nothing.")
     parts = [packed, scale, *([whole] if whole else [])]
     put_fp4(config, pile, base + ".weight", parts, is_divided=True)
 
