@@ -9,7 +9,6 @@ from ssdtune.schedule.outcome import Outcome, outcome
 from ssdtune.schedule.plan import Lane
 
 if TYPE_CHECKING:
-    from ssdtune.config import TrainConfig
     from ssdtune.schedule.job import Job
     from ssdtune.schedule.machine import Machine
 
@@ -35,15 +34,13 @@ class Saving:
         )
 
 
-def saving(job: Job, machine: Machine, config: TrainConfig, now: Outcome) -> Saving | None:
+def saving(job: Job, machine: Machine, now: Outcome) -> Saving | None:
     """What packing without loss saves of the step `now`; None where it does not pay: weights are not bfloat16 or packed
     already, something else than reading is the bound, or decoding would be. Decoding is priced by the profile's curve,
     which is of 4-bit codes."""
     step = now.simulation
     is_plain = job.dtype == "bfloat16" and not any(block.is_packed for block in job.blocks)
-    if config.quantization != "none" or not is_plain or step is None:
-        return None
-    if step.bound_by is not Lane.NVME_READ:
+    if not is_plain or step is None or step.bound_by is not Lane.NVME_READ:
         return None
     ratio = job.lossless_ratio or ASSUMED_RATIO
     blocks = (

@@ -81,7 +81,7 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
     if found.simulation is not None:
         yield f"{letter} a step: {lanes_line(found.simulation)}"
         yield f"{letter}         {limit_line(found)}"
-        if (saved := saving(job, machine, loaded.config, found)) is not None:
+        if (saved := saving(job, machine, found)) is not None:
             yield f"{letter}         {saved.line()}"
     elif machine.profile is None:
         yield "times are not known: measure this machine with `ssdtune probe`"
