@@ -191,7 +191,7 @@ def described(megabytes: int) -> dict[str, Any]:
     """Machine, software, commit, date, load."""
     import torch
 
-    from ssdtune.probe import processor_name
+    from ssdtune.probe.machine import processor_name
 
     return {
         "processor": processor_name(),

@@ -19,7 +19,7 @@ def describe(model: Path, *, num_threads: int) -> dict[str, Any]:
     import torch
     import transformers
 
-    from ssdtune.probe import processor_name
+    from ssdtune.probe.machine import processor_name
 
     return {
         "processor": processor_name(),

@@ -10,23 +10,22 @@ import contextlib
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.memory import free_ram, ram_limits, total_ram
+from ssdtune.probe import files
+from ssdtune.probe.copies import decoding
+from ssdtune.probe.timing import best_of
 from ssdtune.report import say
 from ssdtune.sizes import format_size
 
 NEEDED = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 18), "accelerate": (1, 10)}
 NEEDED |= {"safetensors": (0, 5), "greenlet": (3, 1), "datasets": (4, 0)}
 OPTIONAL = {"kvikio": ("kvikio-cu13", "kvikio-cu12"), "deepspeed": ("deepspeed",)}
-PROBE_BYTES = 256 * 2**20  # the drive's own cache holds less of it than is read
-CHUNK_BYTES = 16 * 2**20
 LARGE_ENOUGH = 64 * 2**20  # a smaller file tells little of a drive
 MATMUL_S = 0.2  # for each dtype
 DECODED, DECODE_S = 1 << 22, 0.2  # weights at a time, for how long
@@ -137,24 +136,11 @@ def _kernels() -> Iterator[str]:
     """Who decodes packed weights and draws random directions, and how fast the former is."""
     import torch
 
-    from ssdtune.kernels.affine import Affine
-    from ssdtune.kernels.formats import num_elements
     from ssdtune.kernels.native import library
-    from ssdtune.kernels.unpack import unpack
 
     native = library()
-    format, out = Affine(4, (4,)), torch.empty(DECODED, dtype=torch.bfloat16)
-    parts = [
-        torch.zeros(
-            num_elements(p.shape), dtype=torch.bfloat16 if p.dtype == "BF16" else torch.uint8
-        )
-        for p in format.parts(tuple(out.shape))
-    ]
-    best, until = float("inf"), perf_counter() + DECODE_S
-    while perf_counter() < until:
-        start = perf_counter()
-        unpack(format, parts, out)
-        best = min(best, perf_counter() - start)
+    out = torch.empty(DECODED, dtype=torch.bfloat16)
+    best = best_of(decoding(out), DECODE_S)
     who = "torch: no C compiler was found, install gcc for several times the speed"
     if native is not None:
         who = f"compiled for {native.suffixes[0].removeprefix('_')}"
@@ -176,13 +162,8 @@ def matmul_rate(dtype: Any, *, width: int, device: str, seconds: float) -> float
     import torch
 
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-    best, until = float("inf"), perf_counter() + seconds
-    while best == float("inf") or perf_counter() < until:
-        begin = perf_counter()
-        product = left @ right
-        product[0, 0].item()  # waits for the device
-        best = min(best, perf_counter() - begin)
-    return 2 * width**3 / best
+    # Looking at a value waits for the device.
+    return 2 * width**3 / best_of(lambda: (left @ right)[0, 0].item(), seconds)
 
 
 def _tera(flops: float) -> str:
@@ -237,23 +218,8 @@ def _probe_file(place: Path) -> Iterator[tuple[Path, str]]:
     if found is not None:
         yield found, f"measured on {found.name}"
         return
-    with random_file(place if place.is_dir() else place.parent) as file:
-        yield file, f"measured on a file of {format_size(PROBE_BYTES)} made for it"
-
-
-@contextlib.contextmanager
-def random_file(folder: Path) -> Iterator[Path]:
-    """A file of PROBE_BYTES to measure with, gone afterwards. Raises OSError, where there is little room too."""
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < 2 * PROBE_BYTES:
-        raise OSError(f"only {format_size(free_bytes)} are free for a file to measure with")
-    with tempfile.NamedTemporaryFile(prefix=".ssdtune-probe-", suffix=".tmp", dir=folder) as file:
-        chunk = os.urandom(CHUNK_BYTES)  # zeros would measure a file system's compression
-        for _ in range(PROBE_BYTES // CHUNK_BYTES):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-        yield Path(file.name)
+    with files.random_file(place if place.is_dir() else place.parent) as file:
+        yield file, f"measured on a file of {format_size(files.PROBE_BYTES)} made for it"
 
 
 def _large_file(place: Path) -> Path | None:

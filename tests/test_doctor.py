@@ -8,6 +8,7 @@ import torch
 
 from ssdtune import doctor, memory
 from ssdtune.doctor import DoctorError, matmul_rate, print_doctor
+from ssdtune.probe import files
 from ssdtune.swap import gds
 
 MIB = 2**20
@@ -15,7 +16,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PROBE_BYTES", 16 * MIB)
+    monkeypatch.setattr(files, "PROBE_BYTES", 16 * MIB)
     monkeypatch.setattr(doctor, "CPU_WIDTH", 64)
     monkeypatch.setattr(doctor, "MATMUL_S", 0.01)
     monkeypatch.setattr(doctor, "READ_S", 0.05)
@@ -75,7 +76,7 @@ def test_a_models_own_file_is_measured_and_untouched(
 def test_a_full_drive_is_said_not_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "PROBE_BYTES", 2**60)
+    monkeypatch.setattr(files, "PROBE_BYTES", 2**60)
     assert print_doctor(tmp_path) == 0
     assert "not measured: only" in row(capsys.readouterr().out, "reading")
     assert list(tmp_path.iterdir()) == []

@@ -11,14 +11,16 @@ import torch
 
 from ssdtune import probe
 from ssdtune.cli import main
+from ssdtune.probe import copies, drive, in_model, machine, operators, timing
+from ssdtune.probe.timing import time_all
 from ssdtune.profiles import load_profile
 from ssdtune.schedule.profile import FRESH, OPERATORS, InModel, Profile, ProfileError
 
 
 def test_overhead_and_factor_are_found_again() -> None:
     visits = ((60, 0, 1e-3), (60, 0, 1e-2), (60, 100, 3e-2), (60, 100, 1e-4))
-    points = [probe.Point(n, a, s, 3e-5 * n + 1e-5 * a + 1.2 * s) for n, a, s in visits]
-    found = probe.fit_in_model(points, is_hidden=False)
+    points = [in_model.Point(n, a, s, 3e-5 * n + 1e-5 * a + 1.2 * s) for n, a, s in visits]
+    found = in_model.fit_in_model(points, is_hidden=False)
     assert found.overhead_s == pytest.approx(3e-5)
     assert found.autograd_overhead_s == pytest.approx(1e-5)
     assert found.factor == pytest.approx(1.2)
@@ -26,16 +28,16 @@ def test_overhead_and_factor_are_found_again() -> None:
 
 def test_curves_that_do_not_hold_give_a_factor_alone() -> None:
     points = [
-        probe.Point(60, a, s, m) for a, s, m in ((0, 1e-3, 5e-4), (0, 1e-2, 4e-3), (9, 1e-3, 6e-4))
+        in_model.Point(60, a, s, m) for a, s, m in ((0, 1e-3, 5e-4), (0, 1e-2, 4e-3), (9, 1e-3, 6e-4))
     ]
-    found = probe.fit_in_model(points, is_hidden=False)
+    found = in_model.fit_in_model(points, is_hidden=False)
     assert found.overhead_s == 0
     assert 0.3 < found.factor < 0.7
 
 
 def test_on_a_device_the_longer_of_calls_and_work_counts() -> None:
-    points = [probe.Point(60, 40, 1e-4, 2e-3), probe.Point(60, 40, 2e-2, 2.2e-2)]
-    found = probe.fit_in_model(points, is_hidden=True)
+    points = [in_model.Point(60, 40, 1e-4, 2e-3), in_model.Point(60, 40, 2e-2, 2.2e-2)]
+    found = in_model.fit_in_model(points, is_hidden=True)
     assert found.is_hidden
     assert found.seconds(60, 40, 1e-4) == pytest.approx(2e-3)
     assert found.seconds(60, 40, 2e-2) == pytest.approx(2.2e-2)
@@ -43,7 +45,7 @@ def test_on_a_device_the_longer_of_calls_and_work_counts() -> None:
 
 def test_a_curve_is_measured_at_every_size_and_rises() -> None:
     values = {float(n): torch.randn(n).exp_ for n in (10**3, 10**5, 10**6)}
-    curve = probe.time_all(values, torch.device("cpu"), rounds=2)
+    curve = time_all(values, torch.device("cpu"), rounds=2)
     assert [size for size, _ in curve.points] == [1e3, 1e5, 1e6]
     assert curve.points[-1][1] > curve.points[0][1] > 0
 
@@ -53,13 +55,13 @@ def test_a_machine_is_measured_and_its_profile_written(
 ) -> None:
     """All of it, at few and small sizes."""
     monkeypatch.setattr(probe, "DTYPES", ("float32",))
-    monkeypatch.setattr(probe, "ROUNDS", 1)
-    monkeypatch.setattr(probe, "PRODUCTS", probe.PRODUCTS[:3])
-    monkeypatch.setattr(probe, "PASS_BYTES", probe.PASS_BYTES[:3])
-    monkeypatch.setattr(probe, "LENGTHS", probe.LENGTHS[:2])
-    monkeypatch.setattr(probe, "READ_BYTES", probe.READ_BYTES[:2])
-    monkeypatch.setattr(probe, "COPY_BYTES", probe.COPY_BYTES[:2])
-    monkeypatch.setattr(probe, "REFERENCE_TOKENS", (8, 32))
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(operators, "PRODUCTS", operators.PRODUCTS[:3])
+    monkeypatch.setattr(operators, "PASS_BYTES", operators.PASS_BYTES[:3])
+    monkeypatch.setattr(operators, "LENGTHS", operators.LENGTHS[:2])
+    monkeypatch.setattr(drive, "READ_BYTES", drive.READ_BYTES[:2])
+    monkeypatch.setattr(copies, "COPY_BYTES", copies.COPY_BYTES[:2])
+    monkeypatch.setattr(in_model, "REFERENCE_TOKENS", (8, 32))
     out = tmp_path / "deep" / "profile.yaml"
     assert main(["probe", str(tmp_path), "--out", str(out)]) == 0
     profile = load_profile(out)
@@ -97,7 +99,7 @@ def test_a_busy_machine_is_said_to_be(
     monkeypatch.setattr(probe, "measure", measured)
     own = os.times
     monkeypatch.setattr(
-        probe.os, "times", lambda: os.times_result((*own()[:2], 0.0, 0.0, own().elapsed))
+        machine.os, "times", lambda: os.times_result((*own()[:2], 0.0, 0.0, own().elapsed))
     )
     assert probe.print_probe(tmp_path, tmp_path / "p.yaml") == 0
     assert "measure again when the machine is idle" in capsys.readouterr().out

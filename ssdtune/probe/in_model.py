@@ -1,0 +1,170 @@
+"""What operators take inside a model beyond their curves: a small reference model is trained and its visits are fitted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ssdtune.probe import timing
+from ssdtune.probe.timing import timed, waiter
+from ssdtune.schedule.profile import Curve, InModel, Profile
+
+if TYPE_CHECKING:
+    import torch
+
+# A model of no particular kind: what its blocks take, beyond their operators' curves, is taken for any model's.
+REFERENCE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "vocab_size": 1024,
+}
+REFERENCE_TOKENS = (16, 64, 128, 256, 512)
+LEAST_FACTOR = 1.0  # within a model nothing is faster than alone
+PACE_PRODUCT = (128, 576, 1536)  # tokens, width, width of the result
+REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more tokens
+
+
+class Point(NamedTuple):
+    """A visit: operators that the model's code and that autograd calls, seconds by their curves, seconds measured."""
+
+    num_calls: int
+    num_autograd_calls: int
+    curves_s: float
+    seconds: float
+
+
+def measure_in_model(
+    device: torch.device, dtype: torch.dtype, operators: dict[str, Curve]
+) -> InModel:
+    """Trains an adapter on a small random model, streamed with all weights in place, at several lengths."""
+    import warnings
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries about one another
+        model = _reference(Path(folder), device, dtype)
+        points: list[Point] = []
+        try:
+            for tokens in REFERENCE_TOKENS:
+                ids = torch.randint(3, REFERENCE["vocab_size"], (1, tokens), device=device)
+                start = perf_counter()
+                points += _passes(model, ids, operators)
+                if perf_counter() - start > REFERENCE_STEP_S:
+                    break
+        finally:
+            model.get_base_model().ssdtune.close()
+    return fit_in_model(points, is_hidden=device.type != "cpu")
+
+
+def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model, its file in `folder`, with LoRA on all linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ssdtune.schedule.plan import Budgets
+    from ssdtune.swap.storage import BufferedStorage
+    from ssdtune.visit.assemble import assemble
+    from ssdtune.visit.build import build_meta
+    from ssdtune.visit.draft import Options
+
+    sizes: dict[str, Any] = {**REFERENCE, "num_attention_heads": 8, "num_key_value_heads": 8}
+    made: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    made.to(dtype).save_pretrained(folder)
+    room = 2**30  # all of it, several times
+    options = Options(
+        device=device,
+        budgets=Budgets(ram_bytes=room, device_bytes=room if device.type != "cpu" else 0),
+        storage=BufferedStorage(),
+    )
+    base: Any = assemble(build_meta(folder, dtype=dtype), options)
+    return get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")).train()
+
+
+def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Iterator[Point]:
+    """A layer's two passes at this length."""
+    import torch
+
+    from ssdtune.schedule.plan import Direction, Lane
+    from ssdtune.visit.rehearsal import rehearse
+
+    work = rehearse(model, {"input_ids": ids}).work
+    assert work is not None
+    engine = model.get_base_model().ssdtune.engine
+    times: dict[Direction, list[float]] = {direction: [] for direction in Direction}
+    dtype, paces = getattr(torch, work.dtype), list[float]()
+    for _ in range(timing.ROUNDS + 2):
+        paces.append(_pace(operators, ids.device, dtype))
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+        for op in list(engine.trace):
+            if op.step == engine.step and op.lane is Lane.COMPUTE and ".layers." in op.block:
+                times[op.direction].append(op.end_s - op.start_s - op.wait_s)
+    layer = next(i for i, recipe in enumerate(engine.recipes) if ".layers." in recipe.name)
+    curves = Profile(name="probe", operators={work.dtype: operators}, transfers={})
+    for direction, measured in times.items():
+        each = work.passes["train"][layer, direction][0]
+        steady = measured[2 * REFERENCE["num_hidden_layers"] :]  # the first steps allocate
+        yield Point(
+            each.num_calls - each.num_autograd_calls,
+            each.num_autograd_calls,
+            each.curves_s(curves, work.dtype) * median(paces),
+            median(steady),
+        )
+
+
+def _pace(operators: dict[str, Curve], device: torch.device, dtype: torch.dtype) -> float:
+    """How long a product takes now, over what its curve says: shared machines drift between the two measurements."""
+    import torch
+
+    tokens, wide, out = PACE_PRODUCT
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
+    values, weight = torch.randn(tokens, wide, **made), torch.randn(out, wide, **made)
+    run, wait = partial(torch.nn.functional.linear, values, weight), waiter(device)
+    run()
+    wait()
+    curve = operators["matmul_transposed"]
+    return median(timed(run, wait) for _ in range(3)) / curve.seconds(2.0 * tokens * wide * out)
+
+
+def fit_in_model(points: Sequence[Point], *, is_hidden: bool) -> InModel:
+    """Overheads and factor, relative errors as small as may be."""
+    if is_hidden:  # few tokens are all overhead, many all work
+        few = min(points, key=lambda point: point.seconds)
+        many = max(points, key=lambda point: point.seconds)
+        overhead = few.seconds / (few.num_calls + few.num_autograd_calls)
+        return InModel(
+            overhead_s=overhead,
+            autograd_overhead_s=overhead,
+            factor=many.seconds / many.curves_s,
+            is_hidden=True,
+        )
+    factor = max(LEAST_FACTOR, _least_squares(points, None)[2])
+    overhead, by_autograd, _ = _least_squares(points, factor)
+    if min(overhead, by_autograd) < 0:  # curves that are too slow for what was measured
+        return InModel(factor=median(p.seconds / p.curves_s for p in points))
+    return InModel(overhead_s=overhead, autograd_overhead_s=by_autograd, factor=factor)
+
+
+def _least_squares(points: Sequence[Point], factor: float | None) -> tuple[float, float, float]:
+    """Of measured = overhead * calls + overhead' * autograd's calls + factor * curves, each row over what was
+    measured. factor: None: to be found as well."""
+    import torch
+
+    rows = [
+        [p.num_calls / p.seconds, p.num_autograd_calls / p.seconds, p.curves_s / p.seconds]
+        for p in points
+    ]
+    left = torch.tensor(rows, dtype=torch.float64)
+    right = torch.ones(len(rows), 1, dtype=torch.float64)
+    if factor is None:
+        found = torch.linalg.lstsq(left, right, driver="gelsd").solution
+        return found[0].item(), found[1].item(), found[2].item()
+    found = torch.linalg.lstsq(left[:, :2], right - factor * left[:, 2:], driver="gelsd").solution
+    return found[0].item(), found[1].item(), factor
