@@ -99,8 +99,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.contestants import Ours
     from ssdtune.profiles import load_profile
     from ssdtune.schedule.cost import Pricing
+    from ssdtune.schedule.curve import Curve
     from ssdtune.schedule.plan import Lane
-    from ssdtune.schedule.profile import Curve
     from ssdtune.schedule.search import search
     from ssdtune.visit.rehearsal import rehearse
 

@@ -94,9 +94,9 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from ssdtune.profiles import load_profile
     from ssdtune.schedule import trace
     from ssdtune.schedule.cost import predict_step
+    from ssdtune.schedule.curve import Curve
     from ssdtune.schedule.memory import Passes
     from ssdtune.schedule.plan import Lane
-    from ssdtune.schedule.profile import Curve
     from ssdtune.visit.memory import predict, resident_set_bytes
     from ssdtune.visit.rehearsal import rehearse
 

@@ -215,10 +215,16 @@ def _probe(words: list[str]) -> object:
     )
     parser.add_argument("--file", type=Path, help="a large file to read; default: one is written")
     parser.add_argument("--out", type=Path, help="the profile; default: where plans look for it")
+    parser.add_argument(
+        "--sustained",
+        metavar="SIZE",
+        help="also write so much (20GB), removed again, to see the drive's rate when its cache is full",
+    )
     arguments = parser.parse_args(words)
     from ssdtune.cache import cache_folder
     from ssdtune.probe import print_probe
     from ssdtune.profiles import own_profile_path
+    from ssdtune.sizes import parse_size
 
     folder = arguments.folder or cache_folder()
     if arguments.folder is None:
@@ -227,7 +233,8 @@ def _probe(words: list[str]) -> object:
         raise SSDTuneError(f"{folder}: there is no such folder.")
     if arguments.file is not None and not arguments.file.is_file():
         raise SSDTuneError(f"{arguments.file}: there is no such file.")
-    return print_probe(folder, arguments.out or own_profile_path(), arguments.file)
+    sustained = None if arguments.sustained is None else parse_size(arguments.sustained)
+    return print_probe(folder, arguments.out or own_profile_path(), arguments.file, sustained)
 
 
 def _hardware(words: list[str]) -> object:

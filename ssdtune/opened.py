@@ -20,7 +20,7 @@ from ssdtune.schedule.job import Job, Reading, Rows, mean_padded
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.jobs import Source
-    from ssdtune.schedule.cost import StepWork
+    from ssdtune.schedule.cost import Moves, StepWork
     from ssdtune.schedule.planner import Order
     from ssdtune.visit.build import MetaModel
     from ssdtune.visit.draft import Draft
@@ -170,6 +170,9 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
     trained = [p for p in adapted.parameters() if p.requires_grad] if not is_of_all else []
     trained_bytes = sum(p.nbytes for p in trained)
     steps = _steps(config, drafted, trained, opened.resident_bytes if is_of_all else 0)
+    work = usual.work
+    if work is not None and steps.moves is not None:
+        work = dataclasses.replace(work, moves=steps.moves)
     request = drafted.replanner.request
     return Job(
         model=Path(source.name).name if source.model is None else source.name,
@@ -178,8 +181,8 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         num_parameters=opened.num_parameters,
         num_trained=opened.num_parameters if is_of_all else sum(p.numel() for p in trained),
         blocks=request.blocks,
-        orders=_orders(request.orders, usual.work),
-        work=usual.work,
+        orders=_orders(request.orders, work),
+        work=work,
         footprint=longest.footprint,
         fixed=Fixed(
             base_bytes=opened.base_bytes,
@@ -224,6 +227,7 @@ class _Steps:
     variants: int = 1
     fold_steps: int = 0
     more: dict[str, int] = dataclasses.field(default_factory=dict)
+    moves: Moves | None = None
 
 
 def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_bytes: int) -> _Steps:
@@ -234,24 +238,30 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
     from ssdtune.trainer.run import trains_all
     from ssdtune.trainer.zeroth_order import estimator_of
     from ssdtune.zeroth_order.weights import extra_bytes, inside_bytes
+    from ssdtune.zeroth_order.work import moves_of
 
-    shifts = estimator_of(config).variants
+    estimator = estimator_of(config)
+    shifts = estimator.variants
     is_of_all = trains_all(config)
     blocks = [block.slot_bytes for block in drafted.replanner.request.blocks]
     held = {id(p) for p in adapter}
-    inside = [
-        inside_bytes(
-            p for point in group.points for p in point.module.parameters() if id(p) in held
-        )
-        for group in drafted.groups
-    ]
+    every = [[p for point in g.points for p in point.module.parameters()] for g in drafted.groups]
+    inside = [[p for p in group if id(p) in held] for group in every]
+    moved = [list({id(p): p for p in group}.values()) for group in (every if is_of_all else inside)]
     return _Steps(
         words=f"{config.zo_estimator.upper()} over {'all weights' if is_of_all else words}",
         kind="forward",
         variants=len(shifts),
         fold_steps=(config.zo_fold_steps or 0) if is_of_all else 0,
         more=extra_bytes(
-            shifts, block=max(blocks) if is_of_all else max(inside), outside=outside_bytes
+            shifts,
+            block=max(blocks) if is_of_all else max(map(inside_bytes, inside)),
+            outside=outside_bytes,
+        ),
+        moves=moves_of(
+            {block: [tuple(p.shape) for p in group] for block, group in enumerate(moved)},
+            estimator,
+            trains_blocks=is_of_all,
         ),
     )
 

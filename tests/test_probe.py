@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,31 @@ import torch
 
 from ssdtune import probe
 from ssdtune.cli import main
-from ssdtune.probe import copies, drive, in_model, machine, operators, timing
+from ssdtune.probe import (
+    copies,
+    drive,
+    few_rows,
+    in_model,
+    machine,
+    operators,
+    optimizer,
+    perturbing,
+    timing,
+)
 from ssdtune.probe.timing import time_all
 from ssdtune.profiles import load_profile
-from ssdtune.schedule.profile import FRESH, OPERATORS, InModel, Profile, ProfileError
+from ssdtune.schedule.profile import (
+    FRESH,
+    MIXED,
+    OPERATORS,
+    PERTURB,
+    PERTURB_SIGNS,
+    SUSTAINED,
+    InModel,
+    Profile,
+    ProfileError,
+)
+from ssdtune.swap.scratch import ScratchFile
 
 
 def test_overhead_and_factor_are_found_again() -> None:
@@ -28,7 +50,8 @@ def test_overhead_and_factor_are_found_again() -> None:
 
 def test_curves_that_do_not_hold_give_a_factor_alone() -> None:
     points = [
-        in_model.Point(60, a, s, m) for a, s, m in ((0, 1e-3, 5e-4), (0, 1e-2, 4e-3), (9, 1e-3, 6e-4))
+        in_model.Point(60, a, s, m)
+        for a, s, m in ((0, 1e-3, 5e-4), (0, 1e-2, 4e-3), (9, 1e-3, 6e-4))
     ]
     found = in_model.fit_in_model(points, is_hidden=False)
     assert found.overhead_s == 0
@@ -62,11 +85,24 @@ def test_a_machine_is_measured_and_its_profile_written(
     monkeypatch.setattr(drive, "READ_BYTES", drive.READ_BYTES[:2])
     monkeypatch.setattr(copies, "COPY_BYTES", copies.COPY_BYTES[:2])
     monkeypatch.setattr(in_model, "REFERENCE_TOKENS", (8, 32))
+    monkeypatch.setattr(few_rows, "ROWS", (1, 4))
+    monkeypatch.setattr(few_rows, "WIDTHS", (64, 128))
+    monkeypatch.setattr(optimizer, "BLOCKS", ())
+    monkeypatch.setattr(perturbing, "ELEMENTS", perturbing.ELEMENTS[:2])
     out = tmp_path / "deep" / "profile.yaml"
     assert main(["probe", str(tmp_path), "--out", str(out)]) == 0
     profile = load_profile(out)
-    assert set(profile.operators["float32"]) == {*OPERATORS, FRESH}
-    assert {"nvme_read", "nvme_write", "unpack"} <= set(profile.transfers)
+    curves = profile.operators["float32"]
+    assert set(curves) == {*OPERATORS, FRESH, PERTURB, PERTURB_SIGNS}
+    assert {"nvme_read", "nvme_write", MIXED, "unpack", "decode"} <= set(profile.transfers)
+    assert SUSTAINED not in profile.transfers, "only where it is asked for"
+    assert all(len(curve.slow) == len(curve.points) for curve in profile.transfers.values())
+    assert {kind: list(grid) for kind, grid in profile.products["float32"].items()} == {
+        "matmul": [1, 4],
+        "matmul_transposed": [1, 4],
+    }
+    assert set(profile.optimizer) == {"foreach", "fused"}
+    assert not profile.lacks
     assert isinstance(profile.in_model["float32"], InModel)
     assert profile.transfers["nvme_read"].rate > 1e6
     assert "written" in capsys.readouterr().out
@@ -80,29 +116,114 @@ def test_a_machine_whose_cache_is_not_there_yet_is_measured(
     monkeypatch.setenv("SSDTUNE_CACHE", str(cache))
     monkeypatch.setattr(probe, "print_probe", lambda *given: calls.append(given) or 0)
     assert main(["probe"]) == 0
-    assert calls == [(cache, cache / "profile.yaml", None)]
+    assert calls == [(cache, cache / "profile.yaml", None, None)]
     assert cache.is_dir()
+
+
+def test_what_other_processes_use_is_counted_and_what_this_one_uses_is_not() -> None:
+    before, own = machine.cpu_seconds(), time.process_time()
+    while time.process_time() < own + 0.3:
+        pass
+    mine = machine.cpu_seconds() - before
+    code = "import time\nwhile time.process_time() < 0.6: pass"
+    busy = subprocess.Popen([sys.executable, "-c", code])
+    os.waitid(os.P_PID, busy.pid, os.WEXITED | os.WNOWAIT)  # a child that was waited for is ours
+    theirs = machine.cpu_seconds() - before - mine
+    busy.wait()
+    assert theirs > 0.5
+    assert machine.cpu_seconds() - before < theirs + mine, "then it is"
 
 
 def test_a_busy_machine_is_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another process at work for all of the measurement."""
+    for cores, is_said in ((1.3, True), (0.05, False)):
+        found = Profile(name="made up", operators={}, transfers={}, busy_cores=cores)
+        monkeypatch.setattr(probe, "measure", lambda *given, found=found: found)
+        assert probe.print_probe(tmp_path, tmp_path / "p.yaml") == 0
+        assert ("used 1.3 cores" in capsys.readouterr().out) == is_said
 
-    def measured(*given: object) -> Profile:
-        code = "import time\nwhile time.process_time() < 0.6: pass"
-        subprocess.run([sys.executable, "-c", code], check=True, start_new_session=True)
-        time.sleep(0.05)
-        return Profile(name="made up", operators={}, transfers={})
 
-    # A child's time would be ours.
-    monkeypatch.setattr(probe, "measure", measured)
-    own = os.times
-    monkeypatch.setattr(
-        machine.os, "times", lambda: os.times_result((*own()[:2], 0.0, 0.0, own().elapsed))
-    )
-    assert probe.print_probe(tmp_path, tmp_path / "p.yaml") == 0
-    assert "measure again when the machine is idle" in capsys.readouterr().out
+def test_a_sustained_write_is_measured_past_the_cache_and_leaves_nothing(tmp_path: Path) -> None:
+    """Against a drive whose last chunks are slow."""
+    said: list[str] = []
+    curve = drive.measure_sustained(tmp_path, 4 * drive.SUSTAINED_CHUNK, said.append)
+    assert curve.points[0][0] == drive.SUSTAINED_CHUNK
+    assert curve.slow[0] >= curve.points[0][1] > 0
+    assert "at the end of 268 MB" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sustained_write_counts_what_its_last_chunks_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drive whose cache holds six chunks."""
+    write = ScratchFile.write
+
+    def slower(file: ScratchFile, offset: int, content: memoryview) -> None:
+        write(file, offset, content)
+        if offset >= 6 * drive.SUSTAINED_CHUNK:
+            time.sleep(0.02)
+
+    monkeypatch.setattr(drive, "SUSTAINED_CHUNK", 2**16)
+    monkeypatch.setattr(ScratchFile, "write", slower)
+    curve = drive.measure_sustained(tmp_path, 8 * 2**16, lambda line: None)
+    assert curve.points[0][1] >= 0.02
+
+
+def test_a_drive_without_room_for_a_sustained_write_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probe, "measure", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(ScratchFile, "write", lambda *given: pytest.fail("written"))
+    assert main(["probe", str(tmp_path), "--sustained", "900000TB"]) == 2
+    text = capsys.readouterr().err
+    assert "are free" in text
+    assert "Give --sustained a smaller size" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sustained_write_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScratchFile, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        drive.measure_sustained(tmp_path, 4 * drive.SUSTAINED_CHUNK, lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAX_PIECE_S", 0.2)
+    ran: list[int] = []
+
+    def sleep(num: int) -> None:
+        ran.append(num)
+        time.sleep(num * 1e-3)
+
+    curve = time_all({float(n): partial(sleep, n) for n in (1, 8, 640)}, torch.device("cpu"))
+    assert [size for size, _ in curve.points] == [1.0, 8.0]
+    assert 640 not in ran
+
+
+def test_one_slow_moment_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time of the smallest piece is a hundred times too long."""
+    monkeypatch.setattr(timing, "MAX_PIECE_S", 0.02)
+    slow = iter((0.0, 0.1))
+
+    def small() -> None:
+        time.sleep(next(slow, 1e-4))
+
+    pieces = {1.0: small, 10.0: partial(time.sleep, 1e-3)}
+    curve = time_all(pieces, torch.device("cpu"))
+    assert [size for size, _ in curve.points] == [1.0, 10.0]
+
+
+def test_the_slow_end_is_that_of_nine_rounds_in_ten() -> None:
+    assert timing.quantile([5.0, 1.0, 3.0, 2.0, 4.0], 0.9) == pytest.approx(4.6)
+    assert timing.quantile([2.0], 0.9) == 2.0
 
 
 def test_a_folder_or_file_that_is_not_there_is_named(

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ssdtune.schedule.cost import Pricing, StepWork, Work
+from ssdtune.schedule.cost import Operator, Pricing, StepWork, Work
+from ssdtune.schedule.curve import Curve, ProfileError, curve_of
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
-from ssdtune.schedule.profile import OPERATORS, Curve, Profile, ProfileError, curve_of, profile_from
+from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
 
 GOOD: dict[str, Any] = {
     "name": "a machine",
@@ -49,7 +50,7 @@ def test_a_profile_survives_its_file() -> None:
         ((), [1, 2], "must be a mapping"),
         (("operators",), {}, "operators"),
         (("operators", "float32", "matmul"), [], "operators.float32.matmul"),
-        (("operators", "float32", "matmul"), [[100, 0]], "both above 0"),
+        (("operators", "float32", "matmul"), [[100, 0]], "all above 0"),
         (("operators", "float32", "matmul"), [[100, 1], [100, 2]], "don't rise"),
         (("operators", "float32", "matmul"), [[100, float("nan")]], "operators.float32.matmul"),
         (("transfers", "nvme_read"), "fast", "transfers.nvme_read"),
@@ -88,8 +89,8 @@ def test_ops_take_what_their_work_takes_on_this_machine() -> None:
     plan = make_plan(
         Request(blocks=shapes, orders=plain_orders(4), budgets=Budgets(ram_bytes=2 * 10**6))
     )
-    forward = Work({("matmul", 1000.0, 0.0): 3, ("pointwise", 100.0, 0.0): 2})
-    backward = Work({("matmul", 100.0, 1000.0): 1})
+    forward = Work({Operator("matmul", 1000.0): 3, Operator("pointwise", 100.0): 2})
+    backward = Work({Operator("matmul", 100.0, 1000.0): 1})
     passes = {
         (i, d): [w]
         for i in range(4)

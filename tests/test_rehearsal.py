@@ -13,6 +13,7 @@ from support import with_lora
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssdtune.schedule.cost import Operator
 from ssdtune.schedule.plan import Budgets, Direction
 from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
@@ -37,12 +38,14 @@ def test_a_counter_knows_products_attention_and_passes_over_values() -> None:
         torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
         torch.nn.functional.embedding(torch.tensor([1, 2]), torch.randn(1000, 4))
         torch.nn.functional.linear(x, torch.randn(3, 8))
-    kinds = {kind: size for (kind, size, _) in counter.counts for kind in [kind]}
-    assert counter.counts[("matmul", 2.0 * 6 * 8 * 4, 4.0 * (48 + 32 + 24))] == 1
+    kinds = {op.kind: op.size for op in counter.counts}
+    assert counter.counts[Operator("matmul", 2.0 * 6 * 8 * 4, 4.0 * (48 + 32 + 24), 6)] == 1
     assert kinds["matmul_transposed"] == 2 * 6 * 8 * 3
-    assert counter.counts[("special", 2.0 * 4 * 24, 0.0)] == 1
+    assert counter.counts[Operator("special", 2.0 * 4 * 24)] == 1
     assert kinds["attention"] == 4 * 2 * 16 * 16 * 8 / 2
-    assert counter.counts[("pointwise", 2.0 * 2 * 4 * 4, 0.0)] == 1, "a lookup reads no whole table"
+    assert counter.counts[Operator("pointwise", 2.0 * 2 * 4 * 4)] == 1, (
+        "a lookup reads no whole table"
+    )
 
 
 MODELS = "llama qwen3 gpt2 gemma3 mixtral qwen3_moe t5 bart gemma3_vlm".split()
@@ -64,7 +67,7 @@ def test_products_of_a_step_are_those_that_torch_counts(
         size * number
         for works in work.passes["train"].values()
         for each in works
-        for (kind, size, _), number in each.operators.items()
+        for (kind, size, *_), number in each.operators.items()
         if kind.startswith("matmul")
     )
     if hasattr(base.config, "num_local_experts") or hasattr(base.config, "num_experts"):
@@ -94,8 +97,8 @@ def test_large_results_are_counted_as_fresh_memory_once_each() -> None:
         _ = large.view(2, -1)
         large.add_(1)
         _ = small * 2
-    fresh = {key: n for key, n in counter.counts.items() if key[0] == "fresh"}
-    assert fresh == {("fresh", 4.0 * 2**23, 0.0): 2}, "the tensor itself and the product"
+    fresh = {key: n for key, n in counter.counts.items() if key.kind == "fresh"}
+    assert fresh == {Operator("fresh", 4.0 * 2**23): 2}, "the tensor itself and the product"
 
 
 def test_a_model_without_weights_is_counted_like_the_streamed_one(

@@ -1,31 +1,35 @@
 """`ssdtune probe`: measures this machine for the planner, in under a minute, and writes a profile.
 
 Each operator and transfer is timed at several sizes, the sizes in turn, a few rounds of each; a point of a curve is the
-median of its rounds. What is measured is what training does: matrix products of blocks' shapes in the number formats
+median of its rounds, and the time that nine tenths of them stay below is kept beside it. What is measured is what training does: matrix products of blocks' shapes in the number formats
 that models come in, fused attention and its backward, passes over values, reads of a model's files by the engine's own
-readers, writes past the page cache, copies.
+readers, writes past the page cache, copies, the optimizer, perturbing weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from time import perf_counter
 
 from ssdtune.probe.copies import measure_copies
-from ssdtune.probe.drive import measure_reads, measure_writes
+from ssdtune.probe.drive import measure_both, measure_reads, measure_sustained, measure_writes
+from ssdtune.probe.few_rows import measure_few_rows
 from ssdtune.probe.files import random_file
 from ssdtune.probe.in_model import measure_in_model
 from ssdtune.probe.machine import cpu_seconds, machine_name
 from ssdtune.probe.operators import measure_operators
+from ssdtune.probe.optimizer import measure_optimizer
+from ssdtune.probe.perturbing import measure_perturbing
 from ssdtune.probe.slowing import measure_slowing
 from ssdtune.probe.text import profile_lines
 from ssdtune.profiles import save_profile
 from ssdtune.report import say
-from ssdtune.schedule.profile import Profile
+from ssdtune.schedule.curve import Curve
+from ssdtune.schedule.profile import BUSY_CORES, MIXED, SUSTAINED, Profile
 
 DTYPES = ("float32", "bfloat16")
-BUSY_CORES = 0.15  # of others, from which on a measurement is not to be trusted
 
 
 def measure(folder: Path, file: Path | None = None) -> Profile:
@@ -33,16 +37,22 @@ def measure(folder: Path, file: Path | None = None) -> Profile:
     one is written for the purpose and removed. Raises StorageError where the drive fails."""
     import torch
 
+    start, before = perf_counter(), cpu_seconds()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    operators = {name: measure_operators(device, getattr(torch, name)) for name in DTYPES}
-    in_model = {
-        name: measure_in_model(device, getattr(torch, name), curves)
-        for name, curves in operators.items()
+    dtypes = {name: getattr(torch, name) for name in DTYPES}
+    operators = {
+        name: measure_operators(device, dtype) | measure_perturbing(device, dtype)
+        for name, dtype in dtypes.items()
     }
+    in_model = {
+        name: measure_in_model(device, dtypes[name], curves) for name, curves in operators.items()
+    }
+    products = {name: measure_few_rows(device, dtype) for name, dtype in dtypes.items()}
     with random_file(folder) if file is None else contextlib.nullcontext(file) as read_from:
         transfers = {
             "nvme_read": measure_reads(read_from),
             "nvme_write": measure_writes(folder),
+            MIXED: measure_both(folder, read_from),
             **measure_copies(device),
         }
         slowing = measure_slowing(read_from, device)
@@ -52,21 +62,33 @@ def measure(folder: Path, file: Path | None = None) -> Profile:
         transfers=transfers,
         in_model=in_model,
         reading_takes=slowing,
+        products={name: grids for name, grids in products.items() if grids},
+        optimizer=measure_optimizer(),
+        busy_cores=round(max(0.0, cpu_seconds() - before) / (perf_counter() - start), 2),
     )
 
 
-def print_probe(folder: Path, out: Path, file: Path | None = None) -> int:
-    """Measures, prints, writes; returns 0."""
-    start, before = perf_counter(), cpu_seconds()
+def print_probe(
+    folder: Path, out: Path, file: Path | None = None, sustained_bytes: int | None = None
+) -> int:
+    """Measures, prints, writes; returns 0.
+
+    sustained_bytes: to write one after the other, to see what the drive does when its cache is full; None: none.
+    Raises DriveError, before anything is measured, where there is no room for them.
+    """
+    start = perf_counter()
+    sustained: dict[str, Curve] = {}
+    if sustained_bytes is not None:
+        sustained[SUSTAINED] = measure_sustained(folder, sustained_bytes, say)
     profile = measure(folder, file)
+    profile = dataclasses.replace(profile, transfers={**profile.transfers, **sustained})
     save_profile(profile, out)
     for line in profile_lines(profile):
         say(line)
-    others = (cpu_seconds() - before) / (perf_counter() - start)
-    if others > BUSY_CORES:
+    if profile.busy_cores > BUSY_CORES:
         say(
-            f"warning: other processes used {others:.2g} cores meanwhile, so that rates are too low and times "
-            "predicted from them too long: measure again when the machine is idle"
+            f"warning: other processes used {profile.busy_cores:.2g} cores meanwhile, so that rates are too low and "
+            "times predicted from them too long: measure again when the machine is idle"
         )
     say(f"written   {out} in {perf_counter() - start:.0f} s")
     return 0

@@ -6,7 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ssdtune.probe.timing import Run, time_all
-from ssdtune.schedule.profile import Curve
+from ssdtune.schedule.curve import Curve
+from ssdtune.schedule.profile import DEVICE_DECODE
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ def measure_copies(device: torch.device) -> dict[str, Curve]:
         for name, to, of in pairs:
             pieces = {float(n): partial(to[:n].copy_, of[:n], True) for n in COPY_BYTES}
             found[name] = time_all(pieces, device)
+        found[DEVICE_DECODE] = measure_decoding(there)
     return found
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssdtune.probe import timing
 from ssdtune.probe.timing import timed, waiter
-from ssdtune.schedule.profile import Curve, InModel, Profile
+from ssdtune.schedule.curve import Curve
+from ssdtune.schedule.profile import InModel, Profile
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.probe.timing import Run, time_all
-from ssdtune.schedule.profile import FRESH, Curve, curve_of
+from ssdtune.schedule.curve import Curve, curve_of
+from ssdtune.schedule.profile import FRESH
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PRODUCTS = (
     (16, 256, 16),
     (128, 576, 16),
+    (16, 576, 576),
     (64, 576, 576),
     (128, 576, 1536),
     (512, 576, 1536),
@@ -23,9 +25,9 @@ PRODUCTS = (
     (1024, 2048, 4096),
     (1024, 4096, 8192),
 )
-LENGTHS = (32, 128, 512, 1024)  # of attention, 8 heads of 64
+LENGTHS = (32, 128, 256, 512, 1024)  # of attention, 8 heads of 64
 PASS_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23, 2**25, 2**27)
-FRESH_SIZES = (2**25, 2**26, 2**27)
+FRESH_SIZES = (2**25, 3 * 2**24, 2**26, 3 * 2**25, 2**27)
 
 
 def measure_operators(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:

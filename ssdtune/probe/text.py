@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 
-from ssdtune.schedule.profile import InModel, Profile
+from ssdtune.schedule.curve import Curve
+from ssdtune.schedule.products import Grid
+from ssdtune.schedule.profile import PERTURB, InModel, Profile
 
 
-def profile_lines(profile: Profile) -> Sequence[str]:
-    """The rates at the largest sizes."""
-    lines = [f"machine   {profile.name}"]
+def profile_lines(profile: Profile) -> Iterator[str]:
+    """Yields the rates at the largest sizes, and of transfers what they take before the first byte and how much longer
+    one in ten of them takes."""
+    yield f"machine   {profile.name}"
     for dtype, curves in profile.operators.items():
-        rates = (
-            f"matmul {curves['matmul'].rate / 1e9:,.3g} / {curves['matmul_transposed'].rate / 1e9:,.3g} GFLOP/s · attention "
-            f"{curves['attention'].rate / 1e9:,.3g} GFLOP/s · values {curves['pointwise'].rate / 1e9:.3g} GB/s"
-        )
-        inside = profile.in_model.get(dtype, InModel())
-        rates += f" · in a model {inside.factor:.2f} x + {inside.overhead_s * 1e6:.0f} us a call, {inside.autograd_overhead_s * 1e6:.0f} by autograd"
-        lines.append(f"{dtype:9} {rates}")
-    told = [f"{name} {curve.rate / 1e9:.3g} GB/s" for name, curve in profile.transfers.items()]
-    lines.append(
-        f"bytes     {' · '.join(told)} · compute loses {profile.reading_takes * 1e12:.0f} ms for each GB read"
+        yield f"{dtype:9} {_operators_line(curves, profile.in_model.get(dtype, InModel()))}"
+        grids = profile.products.get(dtype)
+        if grids:
+            yield f"{'':9} {_few_rows_line(grids)}"
+    told = [_transfer(name, curve) for name, curve in profile.transfers.items()]
+    for i in range(0, len(told), 4):
+        yield f"{'bytes' if not i else '':9} {' · '.join(told[i : i + 4])}"
+    yield f"{'':9} compute loses {profile.reading_takes * 1e12:.0f} ms for each GB read"
+    if profile.optimizer:
+        rates = (f"{way} {curve.rate / 1e6:.3g}" for way, curve in profile.optimizer.items())
+        yield f"AdamW     {' · '.join(rates)} million parameters/s on the CPU"
+
+
+def _operators_line(curves: Mapping[str, Curve], inside: InModel) -> str:
+    parts = [
+        f"matmul {curves['matmul'].rate / 1e9:,.3g} / {curves['matmul_transposed'].rate / 1e9:,.3g} GFLOP/s",
+        f"attention {curves['attention'].rate / 1e9:,.3g} GFLOP/s",
+        f"values {curves['pointwise'].rate / 1e9:.3g} GB/s",
+    ]
+    if PERTURB in curves:
+        parts.append(f"perturbing {curves[PERTURB].rate / 1e6:,.3g} million/s")
+    parts.append(
+        f"in a model {inside.factor:.2f} x + {inside.overhead_s * 1e6:.0f} us a call, "
+        f"{inside.autograd_overhead_s * 1e6:.0f} by autograd"
     )
-    return lines
+    return " · ".join(parts)
+
+
+def _few_rows_line(grids: Mapping[str, Grid]) -> str:
+    """Rates of the largest matrices."""
+    told = ", ".join(
+        f"{rows}: {' / '.join(f'{grids[kind][rows].rate / 1e9:.3g}' for kind in grids)}"
+        for rows in next(iter(grids.values()))
+    )
+    return f"few tokens by a large matrix, GFLOP/s: {told}"
+
+
+def _transfer(name: str, curve: Curve) -> str:
+    """As a latency and a rate."""
+    latency_s, rate = curve.line
+    told = f"{name} {rate / 1e9:.3g} GB/s"
+    if latency_s * 1e6 >= 1:
+        told += f" + {latency_s * 1e6:.0f} us"
+    slower = curve.at_p90.points[-1][1] / curve.points[-1][1] - 1
+    return f"{told} (p90 +{slower:.0%})" if curve.slow else told

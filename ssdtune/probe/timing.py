@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.schedule.profile import Curve, curve_of
+from ssdtune.schedule.curve import Curve, curve_of
 
 if TYPE_CHECKING:
     import torch
 
 ROUNDS = 5
 MAX_PIECE_S = 0.3  # larger sizes of what takes longer than this are left out: the last rate goes on
+TRIES = 3
+SLOW = 0.9  # of a piece's rounds are no slower than the second time of its point
 
 Run = Callable[[], Any]
 
@@ -21,19 +24,40 @@ Run = Callable[[], Any]
 def time_all(
     pieces: Mapping[float, Run], device: torch.device, *, rounds: int | None = None
 ) -> Curve:
-    """Size -> seconds of each piece. Sizes take turns, so that a load that comes and goes hits all of them."""
+    """Size -> seconds of each piece, p50 and p90 of its rounds. Sizes take turns, so that a load that comes and goes
+    hits all of them. What is larger than a piece of MAX_PIECE_S is left out, and what would take far longer."""
     wait = waiter(device)
     kept: dict[float, list[float]] = {}
     for size, run in sorted(pieces.items()):
+        before = max(kept, default=None)
+        if before and _takes_too_long(size / before, pieces[before], kept[before], wait):
+            break
         run()  # allocates, compiles, warms up
         wait()
-        kept[size] = []
-        if timed(run, wait) > MAX_PIECE_S:
-            break
-    for _ in range(rounds or ROUNDS):
+        kept[size] = [timed(run, wait)]
+    for _ in range((rounds or ROUNDS) - 1):
         for size, times in kept.items():
             times.append(timed(pieces[size], wait))
-    return curve_of((size, median(times)) for size, times in kept.items())
+    return curve_of((size, median(times), quantile(times, SLOW)) for size, times in kept.items())
+
+
+def _takes_too_long(growth: float, run: Run, times: list[float], wait: Run) -> bool:
+    """Whether a piece so many times larger than this one would. The times so far get a few more: they may have met
+    another process. Latency alone says nothing of larger pieces, so this one must take a while itself."""
+    for _ in range(TRIES):
+        best = min(times)
+        if best <= MAX_PIECE_S and (best < MAX_PIECE_S / 4 or best * growth <= 2 * MAX_PIECE_S):
+            return False
+        times.append(timed(run, wait))
+    return True
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """What so large a share of the values lies below, on straight lines between them."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (high - low) * (place - math.floor(place))
 
 
 def timed(run: Run, wait: Run) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan
-from ssdtune.schedule.profile import FRESH, InModel, Profile
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
+from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_inputs
 
@@ -22,31 +23,53 @@ TRANSFER_OF = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Work:
-    """Operators by (kind, size) -> how many. Kinds and sizes as in `profile.OPERATORS`.
+class Operator(NamedTuple):
+    """One call. kind, size: as in `profile.OPERATORS`.
 
-    A matrix product is as long as the longer of its FLOP and its bytes: `matmul` entries have both, as
-    (kind, FLOP, bytes); others have bytes 0. num_autograd_calls: how many of the operators autograd calls, which takes
-    less time between them than a model's own code.
+    A matrix product has its bytes too, since it takes as long as the longer of FLOP and bytes, and the rows that one
+    matrix is multiplied by; both are 0 for others, rows also for products of many matrices.
     """
 
-    operators: Mapping[tuple[str, float, float], int]
+    kind: str
+    size: float
+    num_bytes: float = 0.0
+    num_rows: int = 0
+
+    def seconds(self, profile: Profile, dtype: str) -> float:
+        """How long it takes alone. Raises ProfileError for a curve that is missing."""
+        if self.kind in MAY_LACK and self.kind not in profile.operators.get(dtype, ()):
+            return 0.0
+        if self.num_rows:
+            few = profile.few_rows_s(dtype, self.kind, self.size, self.num_rows)
+            if few is not None:
+                return few
+        one = profile.operator(dtype, self.kind).seconds(self.size)
+        if not self.num_bytes:
+            return one
+        return max(one, profile.operator(dtype, "pointwise").seconds(self.num_bytes))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """Operators -> how many. num_autograd_calls: how many of them autograd calls, which takes less time between them
+    than a model's own code."""
+
+    operators: Mapping[Operator, int]
     num_autograd_calls: int = 0
 
     @property
     def flop(self) -> float:
         """Of matrix products and attention."""
         return sum(
-            size * n
-            for (kind, size, _), n in self.operators.items()
-            if kind.startswith(("matmul", "attention"))
+            op.size * n
+            for op, n in self.operators.items()
+            if op.kind.startswith(("matmul", "attention"))
         )
 
     @property
     def num_calls(self) -> int:
         """How many operators."""
-        return sum(n for (kind, *_), n in self.operators.items() if kind != FRESH)
+        return sum(n for op, n in self.operators.items() if op.kind != FRESH)
 
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes inside a model, one operator after the other."""
@@ -57,18 +80,26 @@ class Work:
 
     def curves_s(self, profile: Profile, dtype: str) -> float:
         """How long it takes by the curves alone."""
-        total = 0.0
-        if not self.operators:
-            return total
-        pointwise = profile.operator(dtype, "pointwise")
-        for (kind, size, num_bytes), count in self.operators.items():
-            if kind == FRESH and kind not in profile.operators.get(dtype, ()):
-                continue  # a device's memory is its allocator's, and older profiles don't have it
-            each = profile.operator(dtype, kind).seconds(size)
-            if num_bytes:
-                each = max(each, pointwise.seconds(num_bytes))
-            total += count * each
-        return total
+        return sum(n * op.seconds(profile, dtype) for op, n in self.operators.items())
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """What a zeroth-order step does to a block's weights in a visit, however many micro-batches pass.
+
+    shifts: block -> making all variants of its weights. updates: block -> one step that it has missed. num_missed: such
+    steps, on average over the run, of a block that comes from the drive; one that has stayed in its slot missed one.
+    """
+
+    shifts: Mapping[int, Work]
+    updates: Mapping[int, Work] = dataclasses.field(default_factory=dict[int, Work])
+    num_missed: float = 1.0
+
+
+def missed_steps(num_steps: int, fold_steps: int) -> float:
+    """Steps that a block from the drive has missed when it comes, on average over a run: half of the run, or half of
+    the way from one working copy of it to the next. fold_steps: from one to the next; 0: there is none."""
+    return (fold_steps + 1) / 2 if 0 < fold_steps < num_steps else (num_steps - 1) / 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +108,7 @@ class StepWork:
 
     passes: kind of step -> (block's number, direction) -> work of one micro-batch, of each visit in turn: a tied
     embedding and head is visited twice. between: once a step, the optimizer.
+    behind: block -> a backward that does not compute its activations again. moves: of zeroth-order steps.
     """
 
     passes: Mapping[str, Mapping[tuple[int, Direction], Sequence[Work]]]
@@ -85,6 +117,7 @@ class StepWork:
     behind: Mapping[int, Sequence[Work]] = dataclasses.field(
         default_factory=dict[int, Sequence[Work]]
     )
+    moves: Moves | None = None
 
     def between_s(self, profile: Profile) -> float:
         """Seconds between two steps; optimizers call operators on many tensors at once, so their curves are all."""
@@ -126,6 +159,13 @@ class Pricing:
             block: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
             for block, works in work.behind.items()
         }
+        moves = work.moves if kind == "forward" and work.moves else Moves(shifts={})
+        # These are few calls: the curves are all.
+        self._shift_s, self._update_s = (
+            {block: each.curves_s(profile, work.dtype) for block, each in works.items()}
+            for works in (moves.shifts, moves.updates)
+        )
+        self._num_missed = moves.num_missed
 
     def simulation(self, plan: Plan) -> Simulation:
         """A steady step of the plan."""
@@ -154,10 +194,24 @@ class Pricing:
                 if visit.keeps and visit.direction is Direction.BACKWARD:
                     times = self._behind.get(visit.block, times)
                 one = times[turn] if turn < len(times) else 0.0
+                one += self._moving_weights_s(visit, is_first=not turn)
             else:
-                one = self.profile.transfer(_transfer_of(op)).seconds(op.num_bytes)
+                one = self._transfer_s(op)
             seconds.append(one * self.factors.get(op.lane, 1.0))
         return _slowed(steps.ops, seconds, self.profile)
+
+    def _moving_weights_s(self, visit: Visit, *, is_first: bool) -> float:
+        """Seconds of making variants of a block, and of the steps that it has missed. is_first: of its visits in the
+        step."""
+        num = self._num_missed if visit.is_filled_for else float(is_first)
+        return self._shift_s.get(visit.block, 0.0) + num * self._update_s.get(visit.block, 0.0)
+
+    def _transfer_s(self, op: Op) -> float:
+        """Seconds of an op that moves bytes."""
+        seconds = self.profile.transfer(_transfer_of(op)).seconds(op.num_bytes)
+        if op.decoded_bytes:
+            seconds += self.profile.transfer(DEVICE_DECODE).seconds(op.decoded_bytes)
+        return seconds
 
 
 def predict_step(
@@ -170,7 +224,9 @@ def predict_step(
 
 def _transfer_of(op: Op) -> str:
     """The profile's name for what the op moves."""
-    return "d2d" if op.lane is Lane.DEVICE_COPY else TRANSFER_OF[op.kind]
+    if op.lane is Lane.DEVICE_COPY:
+        return DEVICE_DECODE if op.kind is Kind.DECODE else "d2d"
+    return TRANSFER_OF[op.kind]
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssdtune.schedule.cost import StepWork, Work
+from ssdtune.schedule.cost import Moves, Operator, StepWork, Work, missed_steps
 from ssdtune.schedule.memory import Fixed, Footprint
 from ssdtune.schedule.plan import BlockShape, Direction
 
@@ -123,6 +123,10 @@ class Job:
             1, -(-round(self.num_epochs * self.data.num) // (micro_batches * self.rows_at_once))
         )
 
+    def missed_steps(self, micro_batches: int) -> float:
+        """Of a block when it comes from the drive, on average over the run."""
+        return missed_steps(self.steps(micro_batches), self.fold_steps)
+
     def to_json(self) -> str:
         """All of it; `job_from` gives an equal one."""
         works = _Numbered()
@@ -141,6 +145,7 @@ class Job:
                     for block, each_turn in self.work.behind.items()
                 ],
                 "dtype": self.work.dtype,
+                "moves": works.moves(self.work.moves),
             }
         else:
             work = None
@@ -164,6 +169,16 @@ class _Numbered:
             self.listed.append([[[*key, n] for key, n in work.operators.items()], calls])
         return place
 
+    def moves(self, moves: Moves | None) -> dict[str, Any] | None:
+        """Of zeroth-order steps, by places."""
+        if moves is None:
+            return None
+        return {
+            "shifts": [[block, self.place(work)] for block, work in moves.shifts.items()],
+            "updates": [[block, self.place(work)] for block, work in moves.updates.items()],
+            "num_missed": moves.num_missed,
+        }
+
 
 def job_from(text: str) -> Job:
     """Reads what `Job.to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
@@ -171,8 +186,8 @@ def job_from(text: str) -> Job:
     listed = [
         Work(
             {
-                (str(kind), float(size), float(num_bytes)): int(n)
-                for kind, size, num_bytes, n in each
+                Operator(str(kind), float(size), float(num_bytes), int(num_rows)): int(n)
+                for kind, size, num_bytes, num_rows, n in each
             },
             int(calls),
         )
@@ -195,6 +210,7 @@ def job_from(text: str) -> Job:
                 for block, each_turn in found["behind"]
             },
             dtype=str(found["dtype"]),
+            moves=_moves_from(found["moves"], listed),
         )
     made: dict[str, Any] = {
         **raw,
@@ -217,6 +233,16 @@ def job_from(text: str) -> Job:
 
 def _blocks_from(raw: Sequence[dict[str, Any]]) -> tuple[BlockShape, ...]:
     return tuple(BlockShape(**block) for block in raw)
+
+
+def _moves_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Moves | None:
+    if raw is None:
+        return None
+    return Moves(
+        shifts={int(block): listed[int(i)] for block, i in raw["shifts"]},
+        updates={int(block): listed[int(i)] for block, i in raw["updates"]},
+        num_missed=float(raw["num_missed"]),
+    )
 
 
 def _footprint_from(raw: dict[str, Any]) -> Footprint:

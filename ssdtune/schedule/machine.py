@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from ssdtune.schedule.profile import OPERATORS, Curve, InModel, Profile
+from ssdtune.schedule.curve import Curve
+from ssdtune.schedule.profile import OPERATORS, InModel, Profile
 
 # A model's products reach this share of what one large product reaches: smaller shapes, what lies between them.
 # 0.85-0.9 is usual; to be corrected by a run.
@@ -113,6 +114,11 @@ class Machine:
     price_per_hour: float | None = None
     price_source: str = ""
     assumed: tuple[str, ...] = ()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its profile is a probe's, not put together."""
+        return self.profile is not None and self.drive.read is None
 
     @property
     def device_bytes(self) -> int:

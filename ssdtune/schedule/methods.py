@@ -19,7 +19,7 @@ from ssdtune.schedule.outlook import (
     foresee_full,
 )
 from ssdtune.schedule.plan import Tier
-from ssdtune.schedule.profile import Profile
+from ssdtune.schedule.profile import DEVICE_DECODE, MIXED, PERTURB, SUSTAINED, Profile
 from ssdtune.schedule.steps import ForwardOnly, Full, Shape
 
 NF4_BITS = 4.5  # 4 bits a weight, a 16-bit scale for every 32
@@ -107,21 +107,44 @@ def shape_of(job: Job) -> Shape:
 
 
 def rates_of(job: Job, machine: Machine) -> Rates | None:
-    """The profile as plain rates; None without one. The optimizer on the CPU runs as fast as RAM gives and takes."""
+    """The profile as plain rates; None without one. Where the optimizer on the CPU was not measured it runs as fast as
+    RAM gives and takes; where reading and writing at once was not, they take turns; writes are those beyond the drive's
+    cache, where these were measured."""
     profile = machine.profile
     if profile is None or job.dtype not in profile.operators:
         return None
     dram = _rate(profile, "unpack") / UNPACK_SHARE
     on_device = machine.device is not None
+    operators = profile.operators[job.dtype]
     return Rates(
         flops=profile.operator(job.dtype, "matmul").rate,
         h2d=_rate(profile, "h2d") if on_device else math.inf,
         d2h=_rate(profile, "d2h") if on_device else math.inf,
         read=_rate(profile, "nvme_read"),
-        write=_rate(profile, "nvme_write"),
-        update=dram / ADAM_DRAM_BYTES,
+        write=_rate(profile, SUSTAINED if SUSTAINED in profile.transfers else "nvme_write"),
+        drive_overlap=_drive_overlap(profile),
+        update=max(
+            (curve.rate for curve in profile.optimizer.values()), default=dram / ADAM_DRAM_BYTES
+        ),
+        perturb=operators[PERTURB].rate if PERTURB in operators else math.inf,
+        decode=_rate(profile, DEVICE_DECODE if on_device else "decode"),
     )
 
 
+def _drive_overlap(profile: Profile) -> float:
+    """`Rates.drive_overlap`, from the largest mixed point: n bytes read and n written in t seconds.
+
+    Alone they take a <= b seconds. Beside each other both run at c/2 until a is done, the rest of b alone:
+    t = 2 a / c + b - a.
+    """
+    if MIXED not in profile.transfers:
+        return 1.0
+    num_bytes, t = profile.transfers[MIXED].points[-1]
+    alone = (profile.transfer(name).seconds(num_bytes / 2) for name in ("nvme_read", "nvme_write"))
+    a, b = sorted(alone)
+    return min(2.0, max(1.0, 2 * a / (t - b + a))) if t > b - a else 2.0
+
+
 def _rate(profile: Profile, name: str) -> float:
-    return profile.transfers[name].rate if name in profile.transfers else math.inf
+    """Of the line through its curve; infinity where it was not measured."""
+    return profile.transfers[name].line.rate if name in profile.transfers else math.inf

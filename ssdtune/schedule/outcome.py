@@ -263,8 +263,12 @@ def _written(job: Job, peak: Peak, num_steps: int) -> float:
 def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
     if job.work is None or machine.profile is None:
         return None
+    work = job.work
+    if work.moves is not None:
+        moves = dataclasses.replace(work.moves, num_missed=job.missed_steps(micro_batches))
+        work = dataclasses.replace(work, moves=moves)
     return Pricing(
-        job.work,
+        work,
         machine.profile,
         kind=job.kind,
         num_micro_batches=job.passes(micro_batches),

@@ -30,6 +30,7 @@ from ssdtune.schedule.steps import (
 
 # Of DRAM, per parameter: Adam reads three 32-bit states and a 16-bit gradient, writes the states and 16-bit weights.
 ADAM_DRAM_BYTES = 3 * 4 + 2 + 3 * 4 + 2
+FULL_BITS = 16  # of weights that are not packed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,11 @@ class Rates:
         h2d, d2h: bytes/s between RAM and the device, each way by itself.
         read, write: bytes/s of the drives together, alone.
         is_drive_shared: reads and writes take turns at the drives, as flash does; else both go at full rate.
+        drive_overlap: of a shared drive: seconds of reads alone and of writes alone that it does in a second of both; 1:
+            they take turns; 2: neither slows the other.
         io_cap: bytes/s, reads and writes together, that the host moves at most.
         update: parameters/s of the optimizer on the CPU.
+        perturb: elements/s that move along a random direction. decode: bytes/s that packed weights decode to.
         dram: bytes/s.
         latency_s: of each transfer, before its first byte.
     """
@@ -53,8 +57,11 @@ class Rates:
     read: float = math.inf
     write: float = math.inf
     is_drive_shared: bool = True
+    drive_overlap: float = 1.0
     io_cap: float = math.inf
     update: float = math.inf
+    perturb: float = math.inf
+    decode: float = math.inf
     dram: float = math.inf
     latency_s: float = 0.0
 
@@ -77,7 +84,7 @@ class Rates:
     def capacities(self) -> Mapping[str, float]:
         """What lanes share: the drives' time, bytes/s of the host's I/O and of its memory."""
         shared = {"io": self.io_cap, "dram": self.dram}
-        drive = {"drive": 1.0} if self.is_drive_shared else {}
+        drive = {"drive": self.drive_overlap} if self.is_drive_shared else {}
         return {**drive, **{name: rate for name, rate in shared.items() if rate < math.inf}}
 
 
@@ -129,10 +136,14 @@ def foresee_full(shape: Shape, decision: Full, rates: Rates) -> Outlook:
 
 
 def foresee_forward(shape: Shape, decision: ForwardOnly, rates: Rates) -> Outlook:
-    """A zeroth-order step. Perturbing and unpacking on the device are not counted."""
+    """A zeroth-order step. Every forward has its own variant of a block; packed blocks are decoded once a visit, where
+    compute waits for it. Updates that blocks have missed are not counted."""
     steps = forward_step(shape, decision)
     flop = shape.flop_per_token * shape.micro_batch_tokens * decision.num_forwards
-    one = flop / rates.flops
+    block_s = decision.num_forwards * shape.block_parameters / rates.perturb
+    if decision.weight_bits < FULL_BITS:
+        block_s += shape.block_parameters * FULL_BITS / 8 / rates.decode
+    one = flop / rates.flops + block_s / shape.num_micro_batches
     compute_s = [one if op.kind is Kind.COMPUTE else 0.0 for op in steps.ops]
     simulation = _simulated(steps, compute_s, 0.0, rates)
     return _outlook(shape, steps, simulation, forward_memory(shape, decision))

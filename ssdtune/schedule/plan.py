@@ -114,7 +114,8 @@ class Visit:
 class Op:
     """One piece of work on one lane, which begins when others have ended.
 
-    `after`: their ids in this step; `after_previous`: their ids in the step before.
+    `after`: their ids in this step; `after_previous`: their ids in the step before. `decoded_bytes`: what a device
+    makes of the packed weights that an UPLOAD brings, behind it on the same stream.
     """
 
     id: int
@@ -124,6 +125,7 @@ class Op:
     block: str
     direction: Direction
     num_bytes: int = 0
+    decoded_bytes: int = 0
     after: tuple[int, ...] = ()
     after_previous: tuple[int, ...] = ()
 
@@ -399,6 +401,7 @@ class _Ops:
             Kind.COMPUTE: 0,
             Kind.UPLOAD: block.uploaded_bytes,
         }.get(kind, block.slot_bytes)
+        is_decoded = kind is Kind.UPLOAD and block.is_packed
         self._ops.append(
             Op(
                 id=op_id,
@@ -408,6 +411,7 @@ class _Ops:
                 block=block.name,
                 direction=self._visits[v].direction,
                 num_bytes=num_bytes,
+                decoded_bytes=block.slot_bytes if is_decoded else 0,
                 after=tuple(after),
             )
         )

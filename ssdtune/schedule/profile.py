@@ -1,50 +1,24 @@
 """What a machine can do: rates that were measured (`ssdtune probe`) or published, as one value.
 
-A *curve* says how long one piece of work of a given size takes: measured at a few sizes, straight lines between them,
-the last rate beyond the largest, the smallest one's time below the smallest. So it holds latency and caches as they
-are. Sizes are FLOP or bytes; times are seconds.
+Sizes of curves (`curve.py`) are FLOP, bytes or parameters; times are seconds.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ssdtune.errors import SSDTuneError
-
-
-class ProfileError(SSDTuneError):
-    """A profile that can't be used; the message names the entry and what it should be."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Curve:
-    """Seconds by size. points: (size, seconds), sizes rising, both above 0."""
-
-    points: tuple[tuple[float, float], ...]
-
-    def seconds(self, size: float) -> float:
-        """How long one piece of this size takes; 0 for none."""
-        if size <= 0:
-            return 0.0
-        sizes = [point[0] for point in self.points]
-        at = bisect.bisect_left(sizes, size)
-        if at == 0:
-            return self.points[0][1]
-        if at == len(sizes):
-            return size * self.points[-1][1] / self.points[-1][0]
-        (low, low_s), (high, high_s) = self.points[at - 1], self.points[at]
-        return low_s + (high_s - low_s) * (size - low) / (high - low)
-
-    @property
-    def rate(self) -> float:
-        """Size per second at the largest size measured."""
-        return self.points[-1][0] / self.points[-1][1]
-
+from ssdtune.schedule.curve import (
+    Curve,
+    ProfileError,
+    curve_from,
+    curves_from,
+    is_positive,
+    mapping,
+)
+from ssdtune.schedule.products import Grid, seconds_in
 
 # Kinds of operators, each measured per number format, and of transfers.
 OPERATORS = (
@@ -56,9 +30,19 @@ OPERATORS = (
     "special",
 )
 FRESH = "fresh"  # bytes of memory that the kernel has just given: what its pages take beyond being written
+# Elements that move along one random direction (`kernels/noise.py`): of normal numbers, or of signs.
+PERTURB, PERTURB_SIGNS = "perturb", "perturb_signs"
+MAY_LACK = (FRESH, PERTURB, PERTURB_SIGNS)  # in older profiles, and FRESH on devices: take no time
 TRANSFERS = ("nvme_read", "nvme_write", "unpack", "decode", "h2d", "d2h", "d2d")
+MIXED = "nvme_mixed"  # bytes of the drive, half of them read while the others are written
+SUSTAINED = (
+    "nvme_write_sustained"  # bytes written beyond a drive's cache; only where it was asked for
+)
+DEVICE_DECODE = "device_decode"  # bytes that a device decodes packed weights to
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
-STAND_INS = {"decode": "unpack", "d2h": "h2d"}
+STAND_INS = {"decode": "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
+BUSY_CORES = 0.15  # of others, from which on a measurement is not to be trusted
+REMEDY = "Measure this machine with `ssdtune probe`."
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +76,14 @@ class Profile:
         operators: dtype -> kind -> curve. "matmul": FLOP of matrix products of blocks' shapes;
             "matmul_transposed": of those whose right matrix lies by columns; "attention" and "attention_backward": FLOP
             of fused attention; "pointwise": bytes read and written; "special": the same, of exp, tanh, rsqrt and their
-            like.
+            like; "perturb" and "perturb_signs": elements moved along a random direction.
         transfers: lane's work -> curve over bytes. Those of a device are missing where there is none.
         in_model: dtype -> what is to be added inside a model; nothing where it was not measured.
         reading_takes: seconds that compute loses for each byte that is read meanwhile: cores and memory are shared.
         price_per_hour: dollars that the machine costs; nothing measures it, its owner may write it into the file.
+        products: dtype -> "matmul" or "matmul_transposed" -> what few rows by a large matrix take.
+        optimizer: torch's way to step AdamW on the CPU ("foreach", "fused") -> parameters to seconds.
+        busy_cores: that other processes used while this was measured: rates are too low by as much.
     """
 
     name: str
@@ -105,6 +92,11 @@ class Profile:
     in_model: Mapping[str, InModel] = dataclasses.field(default_factory=dict[str, InModel])
     reading_takes: float = 0.0
     price_per_hour: float | None = None
+    products: Mapping[str, Mapping[str, Grid]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, Grid]]
+    )
+    optimizer: Mapping[str, Curve] = dataclasses.field(default_factory=dict[str, Curve])
+    busy_cores: float = 0.0
 
     def operator(self, dtype: str, kind: str) -> Curve:
         """Raises ProfileError where it was not measured."""
@@ -112,20 +104,53 @@ class Profile:
             return self.operators[dtype][kind]
         except KeyError:
             raise ProfileError(
-                f"profile {self.name}: operators.{dtype}.{kind} is missing.\n"
-                "Measure this machine with `ssdtune probe`."
+                f"profile {self.name}: operators.{dtype}.{kind} is missing.\n{REMEDY}"
             ) from None
+
+    def few_rows_s(self, dtype: str, kind: str, flop: float, num_rows: int) -> float | None:
+        """Seconds of a product of few rows with a large matrix; None where only its FLOP count. kind: of product."""
+        grid = self.products.get(dtype, {}).get(kind)
+        if grid is None:
+            return None
+        return seconds_in(grid, self.operator(dtype, kind), flop, num_rows)
 
     def transfer(self, name: str) -> Curve:
         """Raises ProfileError where it was not measured."""
         if name not in self.transfers:
             name = STAND_INS.get(name, name)
         if name not in self.transfers:
-            raise ProfileError(
-                f"profile {self.name}: transfers.{name} is missing.\n"
-                "Measure this machine with `ssdtune probe`."
-            )
+            raise ProfileError(f"profile {self.name}: transfers.{name} is missing.\n{REMEDY}")
         return self.transfers[name]
+
+    @property
+    def lacks(self) -> list[str]:
+        """What a probe of today would have measured besides, in words: an older one did not."""
+        kinds = {kind for curves in self.operators.values() for kind in curves}
+        entries = {
+            "products of few tokens with large matrices": bool(self.products),
+            "perturbing weights": PERTURB in kinds,
+            "reading and writing at once": MIXED in self.transfers,
+            "the optimizer on the CPU": bool(self.optimizer),
+        }
+        return [words for words, is_there in entries.items() if not is_there]
+
+    @property
+    def at_p90(self) -> Profile:
+        """The same machine when all that it does takes as long as one time in ten."""
+
+        def slow(curves: Mapping[Any, Curve]) -> dict[Any, Curve]:
+            return {key: curve.at_p90 for key, curve in curves.items()}
+
+        return dataclasses.replace(
+            self,
+            operators={dtype: slow(curves) for dtype, curves in self.operators.items()},
+            transfers=slow(self.transfers),
+            products={
+                dtype: {kind: slow(grid) for kind, grid in grids.items()}
+                for dtype, grids in self.products.items()
+            },
+            optimizer=slow(self.optimizer),
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for YAML, times to four digits; `profile_from` reads them."""
@@ -133,19 +158,28 @@ class Profile:
         return {
             "name": self.name,
             "operators": {
-                dtype: {kind: _listed(curve) for kind, curve in curves.items()}
+                dtype: {kind: curve.listed() for kind, curve in curves.items()}
                 for dtype, curves in self.operators.items()
             },
-            "transfers": {name: _listed(curve) for name, curve in self.transfers.items()},
+            "products": {
+                dtype: {
+                    kind: {rows: curve.listed() for rows, curve in grid.items()}
+                    for kind, grid in grids.items()
+                }
+                for dtype, grids in self.products.items()
+            },
+            "transfers": {name: curve.listed() for name, curve in self.transfers.items()},
+            "optimizer": {name: curve.listed() for name, curve in self.optimizer.items()},
             "in_model": {dtype: dataclasses.asdict(each) for dtype, each in self.in_model.items()},
             "reading_takes": self.reading_takes,
             **priced,
+            "busy_cores": self.busy_cores,
         }
 
 
 def profile_from(content: Any, where: str) -> Profile:
     """The profile that a mapping holds. `where`: its file. Raises ProfileError naming the entry."""
-    entries = _mapping(content, where)
+    entries = mapping(content, where)
     known = {field.name for field in dataclasses.fields(Profile)}
     for key in entries:
         if key not in known:
@@ -155,36 +189,60 @@ def profile_from(content: Any, where: str) -> Profile:
                 "Measure this machine anew with `ssdtune probe`."
             )
     operators = {
-        str(dtype): _curves(curves, f"{where}: operators.{dtype}")
-        for dtype, curves in _mapping(entries.get("operators"), f"{where}: operators").items()
+        str(dtype): curves_from(curves, f"{where}: operators.{dtype}")
+        for dtype, curves in mapping(entries.get("operators"), f"{where}: operators").items()
     }
-    takes: Any = entries.get("reading_takes", 0.0)
-    if not isinstance(takes, int | float) or not 0 <= takes < math.inf:
-        raise ProfileError(
-            f"{where}: reading_takes is {takes!r}; it is in seconds a byte, 0 or more."
-        )
     price: Any = entries.get("price_per_hour")
-    if price is not None and not _is_positive(price):
+    if price is not None and not is_positive(price):
         raise ProfileError(f"{where}: price_per_hour is {price!r}; it is in dollars, above 0.")
+    optimizer: Any = entries.get("optimizer") or {}
     return Profile(
         price_per_hour=None if price is None else float(price),
         name=str(entries.get("name", where)),
         operators=operators,
-        transfers=_curves(entries.get("transfers"), f"{where}: transfers"),
+        transfers=curves_from(entries.get("transfers"), f"{where}: transfers"),
         in_model=_in_model(entries.get("in_model", {}), f"{where}: in_model"),
-        reading_takes=float(takes),
+        reading_takes=_not_negative(entries, "reading_takes", "seconds a byte", where),
+        products=_products(entries.get("products") or {}, f"{where}: products"),
+        optimizer=curves_from(optimizer, f"{where}: optimizer") if optimizer else {},
+        busy_cores=_not_negative(entries, "busy_cores", "cores", where),
     )
+
+
+def _not_negative(entries: Mapping[Any, Any], name: str, unit: str, where: str) -> float:
+    found: Any = entries.get(name, 0.0)
+    if not isinstance(found, int | float) or not 0 <= found < math.inf:
+        raise ProfileError(f"{where}: {name} is {found!r}; it is in {unit}, 0 or more.")
+    return float(found)
+
+
+def _products(found: Any, where: str) -> dict[str, dict[str, Grid]]:
+    made: dict[str, dict[str, Grid]] = {}
+    for dtype, kinds in (mapping(found, where) if found else {}).items():
+        grids = made[str(dtype)] = {}
+        for kind, grid in mapping(kinds, f"{where}.{dtype}").items():
+            grids[str(kind)] = _grid(grid, f"{where}.{dtype}.{kind}")
+    return made
+
+
+def _grid(found: Any, where: str) -> Grid:
+    grid: dict[int, Curve] = {}
+    for rows, points in mapping(found, where).items():
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ProfileError(f"{where}: {rows!r} is no number of rows; they are 1 or more.")
+        grid[rows] = curve_from(points, f"{where}.{rows}")
+    return grid
 
 
 def _in_model(found: Any, where: str) -> dict[str, InModel]:
     if not found:
         return {}
     made: dict[str, InModel] = {}
-    for dtype, content in _mapping(found, where).items():
-        each = _mapping(content, f"{where}.{dtype}")
+    for dtype, content in mapping(found, where).items():
+        each = mapping(content, f"{where}.{dtype}")
         overheads = [each.get(name, 0.0) for name in ("overhead_s", "autograd_overhead_s")]
         factor = each.get("factor", 1.0)
-        if not all(o == 0 or _is_positive(o) for o in overheads) or not _is_positive(factor):
+        if not all(o == 0 or is_positive(o) for o in overheads) or not is_positive(factor):
             raise ProfileError(
                 f"{where}.{dtype}: overheads must be 0 or more and factor above 0, got {each!r:.80}."
             )
@@ -195,59 +253,3 @@ def _in_model(found: Any, where: str) -> dict[str, InModel]:
             is_hidden=bool(each.get("is_hidden")),
         )
     return made
-
-
-def _mapping(found: Any, where: str) -> dict[Any, Any]:
-    if not isinstance(found, Mapping) or not found:
-        raise ProfileError(
-            f"{where}: must be a mapping with entries, got {found!r:.60}.\n"
-            "Make a profile with `ssdtune probe`."
-        )
-    return dict(found)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-
-
-def _curves(found: Any, where: str) -> dict[str, Curve]:
-    return {str(k): _curve(points, f"{where}.{k}") for k, points in _mapping(found, where).items()}
-
-
-def _curve(found: Any, where: str) -> Curve:
-    wanted = f"{where}: must be a list of [size, seconds], sizes rising, both above 0"
-    if not isinstance(found, list | tuple) or not found:
-        raise ProfileError(f"{wanted}, got {found!r:.60}.")
-    points: list[Any] = list(found)  # pyright: ignore[reportUnknownArgumentType]
-    pairs = [_pair(point) for point in points]
-    for point, pair in zip(points, pairs, strict=True):
-        if pair is None:
-            raise ProfileError(f"{wanted}, got {point!r:.60}.")
-    measured = [pair for pair in pairs if pair is not None]
-    if any(b[0] <= a[0] for a, b in itertools.pairwise(measured)):
-        raise ProfileError(f"{wanted}; they don't rise.")
-    return Curve(tuple(measured))
-
-
-def _pair(point: Any) -> tuple[float, float] | None:
-    if not isinstance(point, list | tuple):
-        return None
-    numbers: list[Any] = list(point)  # pyright: ignore[reportUnknownArgumentType]
-    if len(numbers) != 2 or not all(_is_positive(number) for number in numbers):
-        return None
-    return float(numbers[0]), float(numbers[1])
-
-
-def _is_positive(number: Any) -> bool:
-    return (
-        isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
-    )
-
-
-def _listed(curve: Curve) -> list[list[float]]:
-    return [[float(size), float(f"{seconds:.4g}")] for size, seconds in curve.points]
-
-
-def curve_of(points: Iterable[tuple[float, float]]) -> Curve:
-    """A curve from measured points in any order. Larger work never takes less time: what noise says else is levelled."""
-    levelled: list[tuple[float, float]] = []
-    for size, seconds in sorted(points):
-        least = levelled[-1][1] if levelled else 0.0
-        levelled.append((size, max(seconds, least)))
-    return Curve(tuple(levelled))

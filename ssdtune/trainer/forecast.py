@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,8 @@ def schedule_of(
     rehearsed = rehearsals(length)
     if rehearsed.work is None:
         return None
+    work = dataclasses.replace(rehearsed.work, moves=trainer.moves(len(lengths)))
+    rehearsed = dataclasses.replace(rehearsed, work=work)
     return Schedule(
         trainer.streamer,
         rehearsed,

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity, base_of
 from ssdtune.trainer.config import SSDConfig
@@ -115,6 +116,10 @@ class SSDTrainer(OptionsTrainer):
     def passes(self) -> Passes:
         """What passes a block in one visit."""
         return Passes(num=self.args.gradient_accumulation_steps)
+
+    def moves(self, num_rows: int) -> Moves | None:
+        """What is done to weights in a visit; None: nothing. num_rows: of the data that are trained on."""
+        return None
 
     def release(self) -> None:
         """Gives back what the run took beside the model; the model can't be used afterwards."""

@@ -13,6 +13,7 @@ Learning-rate schedules, callbacks, evaluation, logging and resuming are the Tra
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 
 from ssdtune.data import choose_pad_token
 from ssdtune.run_files import LOG_NAME
+from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.generations import Generation, answers
@@ -137,6 +139,15 @@ class ZOTrainer(SSDTrainer):
             num=variants * self.args.gradient_accumulation_steps,
             more=self.method.extra_bytes(),
         )
+
+    def moves(self, num_rows: int) -> Moves:
+        """Variants of the weights, and the updates that blocks have missed when they come."""
+        args = self.args
+        num_steps = args.max_steps
+        if num_steps <= 0:
+            at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            num_steps = math.ceil(args.num_train_epochs * num_rows / (at_once * args.world_size))
+        return self.method.moves(max(num_steps, 1))
 
     def release(self) -> None:
         """Removes the working copy of the weights: the log makes it again."""

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ssdtune.schedule.cost import Operator
 from ssdtune.schedule.profile import FRESH
 
 # Functions that a processor computes by many instructions a value.
@@ -48,16 +49,16 @@ BACKWARD_FLOP = 2.5  # of attention's forward: two products become five, recompu
 
 
 class WorkCounter(TorchDispatchMode):
-    """counts: (kind, size, bytes) -> how many, as `schedule.cost.Work` has them. Works on tensors without memory too."""
+    """counts: operators -> how many, as `schedule.cost.Work` has them. Works on tensors without memory too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[tuple[str, float, float]] = Counter()
+        self.counts: Counter[Operator] = Counter()
 
     @property
     def num_calls(self) -> int:
         """Operators counted so far."""
-        return sum(n for (kind, *_), n in self.counts.items() if kind != FRESH)
+        return sum(n for op, n in self.counts.items() if op.kind != FRESH)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts it."""
@@ -69,7 +70,7 @@ class WorkCounter(TorchDispatchMode):
                 self.counts[entry] += 1
             for made in pytree.tree_leaves(out):
                 if isinstance(made, torch.Tensor) and _is_fresh(made, args, kwargs):
-                    self.counts[FRESH, float(made.nbytes), 0.0] += 1
+                    self.counts[Operator(FRESH, float(made.nbytes))] += 1
         return out
 
 
@@ -81,7 +82,7 @@ def _is_fresh(made: torch.Tensor, args: Any, kwargs: Any) -> bool:
     return all(x.untyped_storage()._cdata != made.untyped_storage()._cdata for x in given)
 
 
-def _entry(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float, float] | None:
+def _entry(func: Any, args: Any, kwargs: Any, out: Any) -> Operator | None:
     name = func._schema.name.partition("::")[2]
     if name == "_unsafe_view" or name in MADE_FROM_NOTHING:
         return None
@@ -92,12 +93,20 @@ def _entry(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float, flo
     if packet in flop_registry:
         flop = flop_registry[packet](*args, **kwargs, out_val=out)
         kind = "matmul_transposed" if _is_transposed(args) else "matmul"
-        return kind, float(flop), float(_bytes_of((args, kwargs)) + made)
+        return Operator(kind, float(flop), float(_bytes_of((args, kwargs)) + made), _rows_of(args))
     if any(word in name for word in LOOKUPS):
-        return "pointwise", 2.0 * made, 0.0
+        return Operator("pointwise", 2.0 * made)
     kind = "special" if any(word in name for word in SPECIAL) else "pointwise"
     size = float(_bytes_of((args, kwargs)) + made)
-    return (kind, size, 0.0) if size else None
+    return Operator(kind, size) if size else None
+
+
+def _rows_of(args: Any) -> int:
+    """Rows that one matrix is multiplied by; 0 where there are several matrices."""
+    matrices = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 1]
+    if len(matrices) < 2 or matrices[-1].dim() != 2 or matrices[-2].dim() != 2:
+        return 0
+    return matrices[-2].shape[0]
 
 
 def _is_transposed(args: Any) -> bool:
@@ -108,7 +117,7 @@ def _is_transposed(args: Any) -> bool:
     return right is not None and right.stride(-1) != 1 and right.stride(-2) == 1
 
 
-def _attention(name: str, func: Any, args: Any, kwargs: Any) -> tuple[str, float, float]:
+def _attention(name: str, func: Any, args: Any, kwargs: Any) -> Operator:
     """FLOP of fused attention: two products over all pairs of positions, half of them where it is causal."""
     named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | dict(kwargs)
     query, key = named["query"], named["key"]
@@ -117,8 +126,8 @@ def _attention(name: str, func: Any, args: Any, kwargs: Any) -> tuple[str, float
     if named.get("is_causal"):
         flop /= 2
     if name.endswith("backward"):
-        return "attention_backward", BACKWARD_FLOP * flop, 0.0
-    return "attention", flop, 0.0
+        return Operator("attention_backward", BACKWARD_FLOP * flop)
+    return Operator("attention", flop)
 
 
 def _bytes_of(values: Any) -> int:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from ssdtune.schedule.cost import StepWork, Work
+from ssdtune.schedule.cost import Operator, StepWork, Work
 from ssdtune.schedule.memory import Footprint
 from ssdtune.schedule.plan import Direction
 from ssdtune.visit.activations import saving
@@ -232,7 +232,7 @@ def _step_work(cast: _Cast, rehearsal: _Rehearsal, losses: tuple[Work, Work] | N
         if loss is not None and cast.head is not None:
             passes[kind].setdefault((cast.head.block, Direction.FORWARD), []).append(loss)
     between = Counter(
-        ("pointwise", 3.0 * p.nbytes, 0.0) for p in cast.base.parameters() if p.requires_grad
+        Operator("pointwise", 3.0 * p.nbytes) for p in cast.base.parameters() if p.requires_grad
     )
     return StepWork(
         passes=passes,
@@ -246,8 +246,8 @@ def _loss_works(cast: _Cast, shape: tuple[int, int], rehearsal: _Rehearsal) -> t
     """The head's visit with its gradient and without: logits and loss of each chunk, as `visit/loss.py` makes them."""
     weight = _without_memory(cast.base.get_output_embeddings().weight, cast.device)
     tokens, chunk = shape[0] * shape[1], min(cast.chunk_tokens, shape[0] * shape[1])
-    both: Counter[tuple[str, float, float]] = Counter()
-    alone: Counter[tuple[str, float, float]] = Counter()
+    both: Counter[Operator] = Counter()
+    alone: Counter[Operator] = Counter()
     by_autograd = 0
     for rows, times in ((chunk, tokens // chunk), (tokens % chunk, 1)):
         if not rows:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ssdtune.schedule.cost import Moves, missed_steps
 from ssdtune.visit.rehearsal import base_of
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
@@ -19,6 +20,7 @@ from ssdtune.zeroth_order.log import Log
 from ssdtune.zeroth_order.rules import SGD, Rule, Update
 from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.weights import MovingWeights
+from ssdtune.zeroth_order.work import moves_of
 from ssdtune.zeroth_order.working_copy import WorkingCopy
 
 
@@ -101,6 +103,15 @@ class ZerothOrder:
     def extra_bytes(self) -> dict[str, int]:
         """Memory that it takes beside a forward's, by what it is for."""
         return self.weights.extra_bytes(self.estimator.variants)
+
+    def moves(self, num_steps: int) -> Moves:
+        """What a visit does to weights, for predictions. num_steps: of the run."""
+        return moves_of(
+            self.weights.shapes(),
+            self.estimator,
+            trains_blocks=self.trains_blocks,
+            num_missed=missed_steps(num_steps, self.fold.num_steps if self.fold else 0),
+        )
 
     def resume(self, updates: Sequence[Update], num_steps: int) -> None:
         """Goes on after so many steps whose updates are these; adapters are loaded by whoever saved them."""

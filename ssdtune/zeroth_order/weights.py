@@ -71,6 +71,16 @@ class MovingWeights:
             outside=sum(p.nbytes for p in self._outside.values()),
         )
 
+    def shapes(self) -> dict[int, list[tuple[int, ...]]]:
+        """Of the tensors that move in each block's visits."""
+        recipes = self._streamer.engine.recipes if self.trains_blocks else ()
+        moved = {
+            block: [view.shape for view in recipe.tensors] for block, recipe in enumerate(recipes)
+        }
+        for block, parameters in self._inside.items():
+            moved.setdefault(block, []).extend(tuple(p.shape) for p in parameters.values())
+        return moved
+
     @property
     def _variant_bytes(self) -> int:
         """Of the place where variants of blocks are made."""

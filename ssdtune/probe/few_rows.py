@@ -1,0 +1,77 @@
+"""Products of few rows with matrices that no cache holds, as a grid of rows and matrices' sizes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from ssdtune.memory import free_ram
+from ssdtune.probe.timing import Run, time_all
+from ssdtune.schedule.products import Grid
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = (1, 4, 16, 64, 256)
+WIDTHS = (1024, 1448, 2048, 4096, 8192)  # of square matrices: 4 to 268 MB of float32
+GRID_ROUNDS = 3
+RAM_SHARE = 0.25  # of what is free, for the largest matrix
+
+
+def measure_few_rows(device: torch.device, dtype: torch.dtype) -> dict[str, Grid]:
+    """The grid of each kind of product: by the transposed weight as in forward, and by the weight as in backward."""
+    import torch
+
+    widths = [n for n in WIDTHS if n * n * dtype.itemsize <= RAM_SHARE * _free_bytes(device)]
+    if not widths:
+        return {}
+    # Laid out as a slot is: kernels choose by alignment, and the kernel gives it huge pages.
+    memory = _memory(max(widths) ** 2 * dtype.itemsize, device).view(dtype).fill_(0.01)
+    grids = {"matmul_transposed": torch.nn.functional.linear, "matmul": torch.matmul}
+    with torch.no_grad():
+        return {
+            kind: {
+                rows: time_all(_pieces(function, memory, rows, widths), device, rounds=GRID_ROUNDS)
+                for rows in ROWS
+            }
+            for kind, function in grids.items()
+        }
+
+
+def _pieces(function: Run, memory: torch.Tensor, rows: int, widths: list[int]) -> dict[float, Run]:
+    """FLOP -> so many rows by a square matrix."""
+    import torch
+
+    pieces: dict[float, Run] = {}
+    for width in widths:
+        values = torch.ones(rows, width, dtype=memory.dtype, device=memory.device)
+        pieces[2.0 * rows * width * width] = _by_next(function, values, memory)
+    return pieces
+
+
+def _by_next(function: Run, values: torch.Tensor, memory: torch.Tensor) -> Run:
+    """Multiplies by another matrix each time, all over the memory: as in a model, none is still in a cache."""
+    width = values.shape[1]
+    matrices = [
+        part.view(width, width)
+        for part in memory.split(width * width)
+        if part.numel() == width * width
+    ]
+    following = itertools.cycle(matrices)
+    return lambda: function(values, next(following))
+
+
+def _memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    import torch
+
+    from ssdtune.swap.storage import aligned_bytes
+
+    if device.type == "cpu":
+        return aligned_bytes(num_bytes)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    import torch
+
+    return free_ram() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
