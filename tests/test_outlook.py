@@ -1,5 +1,6 @@
 """Steps the engine does not run yet: bytes, waits read off the schedule, bounds worked out by hand, memory and wear."""
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterable
@@ -293,6 +294,29 @@ def test_a_zeroth_order_step_is_the_longer_of_reading_and_its_forwards() -> None
     assert computing.step_s == pytest.approx(flop / 150e12, rel=0.01)
     packed = foresee_forward(few, ForwardOnly(weight_bits=4), DUPLEX)
     assert packed.step_s == pytest.approx(reading.step_s / 4, rel=0.01)
+
+
+def test_perturbing_and_decoding_take_their_time_in_a_zeroth_order_step() -> None:
+    shape = gpt_shape(40, 5120, 65536, num_micro_batches=4)
+    plain = foresee_forward(shape, ForwardOnly(), DUPLEX)
+    moving = foresee_forward(shape, ForwardOnly(), dataclasses.replace(DUPLEX, perturb=1 * GB))
+    assert moving.step_s - plain.step_s == pytest.approx(2 * shape.num_parameters / 1e9, rel=0.01)
+    decoding = dataclasses.replace(DUPLEX, decode=2 * GB)
+    packed = foresee_forward(shape, ForwardOnly(weight_bits=4), decoding)
+    assert packed.step_s - plain.step_s == pytest.approx(shape.num_parameters / 1e9, rel=0.01)
+    assert foresee_forward(shape, ForwardOnly(), decoding).step_s == plain.step_s, "not packed"
+
+
+def test_a_drive_that_overlaps_lies_between_turns_and_both_at_once() -> None:
+    shape, one = shape_of(), {"read": 6.9 * GB, "write": 4.2 * GB}
+    rates = {"flops": 1e16, "h2d": 25 * GB, "d2h": 25 * GB, **one}
+    turns, some, free = (
+        foresee_full(shape, Full(), Rates(**rates, drive_overlap=c)).step_s for c in (1.0, 1.4, 2.0)
+    )
+    assert free < some < turns
+    both = foresee_full(shape, Full(), Rates(**rates, is_drive_shared=False)).step_s
+    assert free == pytest.approx(both)
+    assert foresee_full(shape, Full(), Rates(**rates)).step_s == turns
 
 
 def test_weights_that_go_back_write_all_of_them_and_a_window_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,14 +22,16 @@ from ssdtune.config import load_config
 from ssdtune.jobs import Source, job_of
 from ssdtune.machines import own_machine
 from ssdtune.planning.lossless import Saving, saving
+from ssdtune.planning.text import seconds
 from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.job import Job, job_from
 from ssdtune.schedule.machine import Device, Drive, Machine
-from ssdtune.schedule.methods import foreseen, shape_of
+from ssdtune.schedule.methods import foreseen, rates_of, shape_of
 from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
 from ssdtune.schedule.plan import Tier
 from ssdtune.schedule.planner import smallest_budgets
-from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, PERTURB, PERTURB_SIGNS, Profile, profile_from
 
 MB = 10**6
 LENGTH, ROWS, MICRO = 32, 2, 4
@@ -396,3 +399,110 @@ def test_what_would_not_fit_is_said_with_the_numbers(config_path: Path) -> None:
     assert "GB of drive >" in str(foreseen(job, a_machine(10**12, drive=drive))[0].why_not)
     assert foreseen(job, a_machine(10**12))[0].why_not is None
     assert foreseen(job, a_machine(profile=None)) == []
+
+
+def with_transfers(**seconds: float) -> Profile:
+    """Every transfer of 1 GB takes so long."""
+    profile = a_profile()
+    more = {name: Curve(((1e9, s),)) for name, s in seconds.items()}
+    return dataclasses.replace(profile, transfers={**profile.transfers, **more})
+
+
+@pytest.mark.parametrize(
+    ("mixed_s", "overlap"),
+    [(1.5, 1.0), (1.0, 2.0), (1.25, 1 / 0.75), (9.0, 1.0)],  # of 1 GB: half read, half written
+)
+def test_what_a_drive_does_of_both_at_once_is_what_was_measured(
+    config_path: Path, mixed_s: float, overlap: float
+) -> None:
+    """Reads of 0.5 GB take 0.5 s alone, writes 1 s."""
+    profile = with_transfers(nvme_read=1.0, nvme_write=2.0, nvme_mixed=mixed_s)
+    rates = rates_of(a_job(config_path), a_machine(profile=profile))
+    assert rates is not None
+    assert rates.drive_overlap == pytest.approx(overlap)
+    assert rates.is_drive_shared
+
+
+def test_measured_optimizer_and_sustained_writes_go_before_guesses(config_path: Path) -> None:
+    job, guessed = a_job(config_path), rates_of(a_job(config_path), a_machine())
+    assert guessed is not None
+    assert guessed.drive_overlap == 1.0
+    assert guessed.perturb == math.inf
+    profile = with_transfers(nvme_write_sustained=4.0)
+    kinds = {**profile.operators["float32"], PERTURB: Curve(((1e6, 1e-2),))}
+    profile = dataclasses.replace(
+        profile,
+        operators={"float32": kinds},
+        optimizer={"foreach": Curve(((1e6, 1e-2),)), "fused": Curve(((1e6, 4e-3),))},
+    )
+    rates = rates_of(job, a_machine(profile=profile))
+    assert rates is not None
+    assert rates.write == pytest.approx(0.25e9)
+    assert rates.update == pytest.approx(2.5e8), "the faster way"
+    assert rates.perturb == pytest.approx(1e8)
+    full = foreseen(job, a_machine(10**12, profile=profile))[0].outlook.step_s
+    assert full > foreseen(job, a_machine(10**12))[0].outlook.step_s
+
+
+# ------------------------------------------------------------------ what a profile is worth
+
+
+def test_an_older_or_disturbed_profile_is_said_with_the_remedy(run) -> None:
+    save_profile(dataclasses.replace(a_profile(), busy_cores=1.2), own_profile_path())
+    notes = [line for line in run("--offload.ram", "2MB")[1].splitlines() if "profile:" in line]
+    assert len(notes) == 2
+    assert "without products of few tokens with large matrices, perturbing weights" in notes[0]
+    assert "other processes used 1.2 cores" in notes[1]
+    assert all("`ssdtune probe`" in note for note in notes)
+    assert "profile:" not in run("--offload.ram", "2MB", "--hardware", "rtx4090")[1]
+
+
+def test_a_step_is_told_up_to_its_slow_end(config_path: Path) -> None:
+    profile = a_profile()
+    slow = dataclasses.replace(
+        profile,
+        operators={
+            "float32": {
+                kind: dataclasses.replace(curve, slow=tuple(1.5 * s for _, s in curve.points))
+                for kind, curve in profile.operators["float32"].items()
+            }
+        },
+        transfers={
+            name: dataclasses.replace(curve, slow=tuple(1.5 * s for _, s in curve.points))
+            for name, curve in profile.transfers.items()
+        },
+    )
+    job, choices = a_job(config_path), Choices(micro_batches=MICRO)
+    usual, found = (outcome(job, a_machine(profile=p), choices) for p in (profile, slow))
+    assert isinstance(usual, Outcome)
+    assert isinstance(found, Outcome)
+    assert usual.simulation is not None
+    assert found.simulation == usual.simulation, "planned with the middle"
+    assert usual.slow_step_s is None
+    assert found.slow_step_s == pytest.approx(1.5 * usual.simulation.step_s)
+    assert seconds(2.0, 3.0) == "2-3"
+    assert seconds(2.0, None) == seconds(2.0, 2.0001) == "2"
+
+
+def test_a_zeroth_order_jobs_perturbing_is_counted_and_kept(config_path: Path) -> None:
+    words = "method: zo\nzo_trains: all\nzo_estimator: fzoo\nzo_num_directions: 3\nmax_steps: 100\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    job = a_job(config_path)
+    assert job.work is not None
+    assert job.work.moves is not None
+    moved = sum(
+        op.size * n for w in job.work.moves.shifts.values() for op, n in w.operators.items()
+    )
+    assert moved == 3 * job.num_parameters
+    assert job.missed_steps(MICRO) == 5.5, "a block goes back every ten steps"
+    assert job_from(job.to_json()) == job
+    profile = a_profile()
+    kinds = {**profile.operators["float32"], PERTURB_SIGNS: Curve(((1e3, 1e-3),))}
+    moving = dataclasses.replace(profile, operators={"float32": kinds})
+    choices = Choices(micro_batches=MICRO, ram_bytes=2 * MB)
+    plain, slower = (outcome(job, a_machine(profile=p), choices) for p in (profile, moving))
+    assert isinstance(plain, Outcome)
+    assert isinstance(slower, Outcome)
+    assert plain.simulation is not None
+    assert slower.simulation is not None
+    assert slower.simulation.step_s > plain.simulation.step_s + moved * 1e-6

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ssdtune.schedule.cost import Operator, Pricing, StepWork, Work
-from ssdtune.schedule.curve import Curve, ProfileError, curve_of
+from ssdtune.schedule.cost import Moves, Operator, Pricing, StepWork, Work, missed_steps
+from ssdtune.schedule.curve import Curve, ProfileError
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
-from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, PERTURB, Profile, profile_from
 
 GOOD: dict[str, Any] = {
     "name": "a machine",
@@ -22,26 +22,48 @@ GOOD: dict[str, Any] = {
     },
     "reading_takes": 1e-12,
 }
-
-
-def test_a_curve_is_straight_between_what_was_measured() -> None:
-    curve = Curve(((10.0, 1.0), (20.0, 2.0), (40.0, 3.0)))
-    assert curve.seconds(0) == 0
-    assert curve.seconds(1) == 1.0, "latency"
-    assert curve.seconds(15) == pytest.approx(1.5)
-    assert curve.seconds(30) == pytest.approx(2.5)
-    assert curve.seconds(80) == pytest.approx(6.0), "the last rate goes on"
-    assert curve.rate == pytest.approx(40 / 3)
-
-
-def test_noise_does_not_make_larger_work_faster() -> None:
-    assert curve_of([(30, 2.0), (10, 1.0), (20, 2.5)]).points == ((10, 1.0), (20, 2.5), (30, 2.5))
+NEWER: dict[str, Any] = {
+    "products": {"float32": {"matmul": {1: [[2e6, 0.4, 0.5]], 16: [[3.2e7, 0.9, 1.2]]}}},
+    "optimizer": {"fused": [[1e6, 1e-2, 2e-2]]},
+    "busy_cores": 0.5,
+}
 
 
 def test_a_profile_survives_its_file() -> None:
-    profile = profile_from(GOOD, "profile.yaml")
-    text = yaml.safe_dump(profile.to_mapping())
-    assert profile_from(yaml.safe_load(text), "again") == profile
+    for content in (GOOD, {**GOOD, **NEWER}):
+        profile = profile_from(content, "profile.yaml")
+        text = yaml.safe_dump(profile.to_mapping())
+        assert profile_from(yaml.safe_load(text), "again") == profile
+
+
+def test_an_older_profile_is_read_and_says_what_it_lacks() -> None:
+    older, newer = profile_from(GOOD, "p"), profile_from({**GOOD, **NEWER}, "p")
+    assert older.lacks == [
+        "products of few tokens with large matrices",
+        "perturbing weights",
+        "reading and writing at once",
+        "the optimizer on the CPU",
+    ]
+    assert newer.lacks == ["perturbing weights", "reading and writing at once"]
+    assert Operator(PERTURB, 1e6).seconds(older, "float32") == 0.0
+    assert older.few_rows_s("float32", "matmul", 2e6, 1) is None
+    assert not older.has_p90
+
+
+def test_a_product_of_few_rows_with_a_large_matrix_is_not_priced_by_its_flop() -> None:
+    profile = profile_from({**GOOD, **NEWER}, "p")
+    by_flop = Operator("matmul", 3.2e7).seconds(profile, "float32")
+    assert by_flop == pytest.approx(0.32)
+    assert Operator("matmul", 3.2e7, 4e6, 16).seconds(profile, "float32") == pytest.approx(0.9)
+    assert Operator("matmul_transposed", 3.2e7, 0.0, 16).seconds(profile, "float32") == by_flop
+
+
+def test_a_machine_at_its_slow_end_has_the_same_curves_slower() -> None:
+    content = {**GOOD, "transfers": {"nvme_read": [[1e6, 1e-3, 2e-3], [1e7, 5e-3, 7e-3]]}}
+    slow = profile_from({**content, **NEWER}, "p").at_p90
+    assert slow.transfer("nvme_read").seconds(1e7) == 7e-3
+    assert slow.few_rows_s("float32", "matmul", 3.2e7, 16) == pytest.approx(1.2)
+    assert slow.operator("float32", "matmul").seconds(1000) == 1e-5, "not known: the middle"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +78,11 @@ def test_a_profile_survives_its_file() -> None:
         (("transfers", "nvme_read"), "fast", "transfers.nvme_read"),
         (("transfers", "nvme_read"), [[True, 1]], "transfers.nvme_read"),
         (("reading_takes",), -1, "reading_takes"),
+        (("busy_cores",), "many", "busy_cores"),
+        (("products",), [1], "products"),
+        (("products",), {"float32": {"matmul": {"few": [[1, 1]]}}}, "'few' is no number of rows"),
+        (("products",), {"float32": {"matmul": {16: [[1, 0]]}}}, "products.float32.matmul.16"),
+        (("optimizer",), {"fused": []}, "optimizer.fused"),
         (("speed",), 3, "speed"),
     ],
 )
@@ -139,3 +166,90 @@ def test_a_copy_within_a_device_has_a_curve_of_its_own() -> None:
     del curves["d2d"]
     with pytest.raises(ProfileError, match=r"transfers\.d2d is missing"):
         Pricing(work, profile, num_micro_batches=1).op_seconds(steps)
+
+
+def test_what_a_device_decodes_has_a_curve_of_its_own() -> None:
+    """Behind its upload, or where cuFile brought the packed bytes; older profiles take a copy's time."""
+    shapes = tuple(
+        BlockShape(
+            name=name, slot_bytes=4 * 10**6, file_bytes=10**6, is_staged=True, is_packed=True
+        )
+        for name in "abc"
+    )
+    curves = {"nvme_read": 1e-3, "h2d": 2e-3, "d2d": 4e-6, "device_decode": 7e-3}
+    profile = Profile(
+        name="a device",
+        operators={},
+        transfers={name: Curve(((1e6, seconds),)) for name, seconds in curves.items()},
+    )
+    work = StepWork(passes={"train": {}}, between=Work({}), dtype="float32")
+
+    def found(profile: Profile, *, in_buffers: bool) -> dict[Lane, float]:
+        plan = make_plan(
+            Request(
+                blocks=shapes,
+                orders=plain_orders(3),
+                budgets=Budgets(ram_bytes=2 * 10**6, device_bytes=10**7),
+                on_device=True,
+                buffers_on_device=in_buffers,
+            )
+        )
+        steps = plan.sequences["train"]
+        seconds = Pricing(work, profile, num_micro_batches=1).op_seconds(steps)
+        moved = zip(steps.ops, seconds, strict=True)
+        return {op.lane: s for op, s in moved if op.kind in (Kind.UPLOAD, Kind.DECODE)}
+
+    decode_s = 4 * 7e-3
+    assert found(profile, in_buffers=False)[Lane.H2D] == pytest.approx(2e-3 + decode_s)
+    assert found(profile, in_buffers=True).get(Lane.DEVICE_COPY) == pytest.approx(decode_s)
+    del curves["device_decode"]
+    older = Profile(
+        name="older",
+        operators={},
+        transfers={name: Curve(((1e6, seconds),)) for name, seconds in curves.items()},
+    )
+    assert found(older, in_buffers=False)[Lane.H2D] == pytest.approx(2e-3 + 4 * 4e-6)
+
+
+def test_variants_and_missed_steps_of_weights_take_their_time_in_a_forward_step() -> None:
+    kinds = dict.fromkeys(OPERATORS, Curve(((1.0, 1e-9),)))
+    profile = Profile(
+        name="made up",
+        operators={"float32": {**kinds, PERTURB: Curve(((1e6, 1e-2),))}},
+        transfers={"nvme_read": Curve(((1e6, 1e-3),))},
+    )
+    shapes = tuple(BlockShape(name=n, slot_bytes=10**6, file_bytes=10**6) for n in "abcd")
+    plan = make_plan(
+        Request(blocks=shapes, orders=plain_orders(4), budgets=Budgets(ram_bytes=3 * 10**6))
+    )
+    one = Work({Operator(PERTURB, 1e6): 1})
+    work = StepWork(
+        passes={kind: {} for kind in ("forward", "train")},
+        between=Work({}),
+        dtype="float32",
+        moves=Moves(
+            shifts={b: Work({Operator(PERTURB, 1e6): 2}) for b in range(4)},
+            updates=dict.fromkeys(range(4), one),
+            num_missed=5.5,
+        ),
+    )
+
+    def compute(kind: str) -> list[tuple[bool, float]]:
+        steps = plan.sequences[kind]
+        seconds = Pricing(work, profile, kind=kind, num_micro_batches=8).op_seconds(steps)
+        return [
+            (steps.visits[op.visit].is_filled_for, s)
+            for op, s in zip(steps.ops, seconds, strict=True)
+            if op.kind is Kind.COMPUTE
+        ]
+
+    found = dict(compute("forward"))
+    assert found[True] == pytest.approx(2e-2 + 5.5e-2), "two variants, and what it has missed"
+    assert found.get(False, 3e-2) == pytest.approx(3e-2), "one that stayed missed one step"
+    assert {s for _, s in compute("train")} == {0.0}, "gradients move no weights on their way"
+
+
+def test_a_block_has_missed_half_of_the_way_to_its_next_copy() -> None:
+    assert missed_steps(1000, 10) == 5.5
+    assert missed_steps(21, 0) == 10
+    assert missed_steps(5, 10) == 2, "the run ends before there is a copy"

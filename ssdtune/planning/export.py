@@ -92,6 +92,7 @@ def _way(answer: Answer, way: Way) -> dict[str, Any]:
     if step is not None:
         told |= {
             "step_s": step.step_s,
+            "slow_step_s": found.slow_step_s,
             "bound_by": str(step.bound_by),
             "busy_s": {str(lane): s for lane, s in step.busy_s.items()},
             "stall_s": {str(kind): s for kind, s in step.stall_s.items()},

@@ -13,6 +13,7 @@ from ssdtune.report import LANE_LABELS, duration, format_table
 from ssdtune.schedule.methods import Foreseen
 from ssdtune.schedule.outcome import SAVED_COPIES, Outcome, Refusal
 from ssdtune.schedule.plan import Lane, Tier
+from ssdtune.schedule.profile import BUSY_CORES
 from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def lines_of(answer: Answer, loaded: Loaded) -> Iterator[str]:
         return
     place, found = answer.best
     yield from _of_one(answer, LETTERS[place], found)
+    yield from profile_notes(machine)
     if machine.assumed:
         yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
     path = "" if loaded.path is None else f" {loaded.path}"
@@ -101,6 +103,23 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
 
 def _price_source(answer: Answer) -> str:
     return "" if answer.prices.per_hour is not None else answer.machine.price_source
+
+
+def profile_notes(machine: Machine) -> Iterator[str]:
+    """Yields what a measured machine's profile is not to be trusted in, with the remedy."""
+    profile = machine.profile
+    if profile is None or not machine.is_measured:
+        return
+    if profile.lacks:
+        yield (
+            f"profile: an older one, without {', '.join(profile.lacks)}: times leave out or guess these. Measure anew "
+            "with `ssdtune probe`"
+        )
+    if profile.busy_cores > BUSY_CORES:
+        yield (
+            f"profile: measured while other processes used {profile.busy_cores:.2g} cores: times are too long. Measure "
+            "anew with `ssdtune probe` when the machine is idle"
+        )
 
 
 def machine_line(machine: Machine) -> str:
@@ -170,11 +189,17 @@ def row(job: Job, way: Way, letter: str) -> list[str]:
         f"{_gb(peak.ram_bytes)} GB",
         f"{_gb(_on_drive(job, found))} GB",
         format_size(round(found.written_bytes)),
-        "" if step is None else f"{step.step_s:.3g}",
+        "" if step is None else seconds(step.step_s, found.slow_step_s),
         "" if step is None else f"{found.tokens / step.step_s:,.0f}",
         "" if found.total_s is None or not knows_steps(job) else duration(found.total_s),
         "" if step is None else verdict(found),
     ]
+
+
+def seconds(step_s: float, slow_step_s: float | None) -> str:
+    """Of a step; where it is known, up to what it takes when all is as slow as one time in ten."""
+    usual, slow = f"{step_s:.3g}", "" if slow_step_s is None else f"{slow_step_s:.3g}"
+    return usual if slow in ("", usual) else f"{usual}-{slow}"
 
 
 def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:

@@ -64,6 +64,7 @@ class Outcome:
     Attributes:
         plan, peak: of a step.
         simulation: None where the machine's rates or the model's work are not known.
+        slow_step_s: of a step all of whose ops take as long as one in ten does; None: not known.
         tokens: of one step. num_steps: of the run.
         written_bytes: to the drive in the whole run, checkpoints included.
         read_bytes: of one step.
@@ -74,6 +75,7 @@ class Outcome:
     plan: Plan
     peak: Peak
     simulation: Simulation | None
+    slow_step_s: float | None
     tokens: float
     num_steps: int
     written_bytes: float
@@ -137,6 +139,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         plan=plan,
         peak=peak,
         simulation=simulation,
+        slow_step_s=_slow_step_s(job, machine, choices, plan),
         tokens=job.tokens(choices.micro_batches),
         num_steps=num_steps,
         written_bytes=_written(job, peak, num_steps),
@@ -258,6 +261,16 @@ def _written(job: Job, peak: Peak, num_steps: int) -> float:
 
 
 # ------------------------------------------------------------------ time
+
+
+def _slow_step_s(job: Job, machine: Machine, choices: Choices, plan: Plan) -> float | None:
+    """Of the same plan."""
+    profile = machine.profile
+    if profile is None or not profile.has_p90:
+        return None
+    slow = dataclasses.replace(machine, profile=profile.at_p90)
+    pricing = _pricing(job, slow, choices.micro_batches)
+    return None if pricing is None else pricing.simulation(plan).step_s
 
 
 def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:

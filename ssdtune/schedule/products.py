@@ -27,12 +27,14 @@ def seconds_in(grid: Grid, plain: Curve, flop: float, num_rows: int) -> float | 
     known = [rows for rows in sorted(grid) if rows * of_row >= grid[rows].points[0][0]]
     if len(known) < len(grid) or not known:
         return None
-    times = {rows: grid[rows].seconds(rows * of_row) for rows in known}
+    measured = [grid[rows].seconds(rows * of_row) for rows in known]
+    levelled = itertools.accumulate(measured, max)  # more rows never take less time
+    times = dict(zip(known, levelled, strict=True))
     if num_rows <= known[0]:
         return times[known[0]]
     for low, high in itertools.pairwise(known):
         if num_rows <= high:
             share = (num_rows - low) / (high - low)
-            return times[low] + share * (max(times[high], times[low]) - times[low])
+            return times[low] + share * (times[high] - times[low])
     most = known[-1]
     return times[most] + max(0.0, plain.seconds(flop) - plain.seconds(most * of_row))

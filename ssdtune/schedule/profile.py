@@ -135,6 +135,11 @@ class Profile:
         return [words for words, is_there in entries.items() if not is_there]
 
     @property
+    def has_p90(self) -> bool:
+        """Whether it knows more than medians."""
+        return any(curve.slow for curve in self.transfers.values())
+
+    @property
     def at_p90(self) -> Profile:
         """The same machine when all that it does takes as long as one time in ten."""
 
