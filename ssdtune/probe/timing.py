@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,22 @@ Run = Callable[[], Any]
 
 
 def time_all(
-    pieces: Mapping[float, Run], device: torch.device, *, rounds: int | None = None
+    pieces: Mapping[float, Run],
+    device: torch.device,
+    *,
+    rounds: int | None = None,
+    longest_s: float | None = None,
 ) -> Curve:
     """Size -> seconds of each piece, p50 and p90 of its rounds. Sizes take turns, so that a load that comes and goes
-    hits all of them. What is larger than a piece of MAX_PIECE_S is left out, and what would take far longer."""
-    wait = waiter(device)
+    hits all of them. What is larger than a piece that takes `longest_s` (MAX_PIECE_S) is left out, and what would take
+    far longer."""
+    wait, longest_s = waiter(device), longest_s or MAX_PIECE_S
     kept: dict[float, list[float]] = {}
     for size, run in sorted(pieces.items()):
         before = max(kept, default=None)
-        if before and _takes_too_long(size / before, pieces[before], kept[before], wait):
+        if before and _takes_too_long(
+            size / before, kept[before], longest_s, partial(timed, pieces[before], wait)
+        ):
             break
         run()  # allocates, compiles, warms up
         wait()
@@ -41,14 +49,16 @@ def time_all(
     return curve_of((size, median(times), quantile(times, SLOW)) for size, times in kept.items())
 
 
-def _takes_too_long(growth: float, run: Run, times: list[float], wait: Run) -> bool:
-    """Whether a piece so many times larger than this one would. The times so far get a few more: they may have met
-    another process. Latency alone says nothing of larger pieces, so this one must take a while itself."""
+def _takes_too_long(
+    growth: float, times: list[float], longest_s: float, again: Callable[[], float]
+) -> bool:
+    """Whether a piece so many times larger than the one that took these times would. They get a few more: they may have
+    met another process. Latency alone says nothing of larger pieces, so this one must take a while itself."""
     for _ in range(TRIES):
         best = min(times)
-        if best <= MAX_PIECE_S and (best < MAX_PIECE_S / 4 or best * growth <= 2 * MAX_PIECE_S):
+        if best <= longest_s and (best < longest_s / 4 or best * growth <= 2 * longest_s):
             return False
-        times.append(timed(run, wait))
+        times.append(again())
     return True
 
 
