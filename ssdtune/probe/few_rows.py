@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ssdtune.memory import free_ram
 from ssdtune.probe.timing import Run, time_all
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = (1, 4, 16, 64, 256)
+Product = Callable[[Any, Any], Any]
 # Of square matrices, 17 to 268 MB of float32; smaller ones go by their FLOP, as those of the reference model do.
 WIDTHS = (2048, 2896, 4096, 5792, 8192)
 GRID_ROUNDS, LONGEST_S = 3, 0.15
@@ -44,7 +46,9 @@ def measure_few_rows(device: torch.device, dtype: torch.dtype) -> dict[str, Grid
         }
 
 
-def _pieces(function: Run, memory: torch.Tensor, rows: int, widths: list[int]) -> dict[float, Run]:
+def _pieces(
+    function: Product, memory: torch.Tensor, rows: int, widths: list[int]
+) -> dict[float, Run]:
     """FLOP -> so many rows by a square matrix."""
     import torch
 
@@ -55,7 +59,7 @@ def _pieces(function: Run, memory: torch.Tensor, rows: int, widths: list[int]) -
     return pieces
 
 
-def _by_next(function: Run, values: torch.Tensor, memory: torch.Tensor) -> Run:
+def _by_next(function: Product, values: torch.Tensor, memory: torch.Tensor) -> Run:
     """Multiplies by another matrix each time, all over the memory: as in a model, none is still in a cache."""
     width = values.shape[1]
     matrices = [
