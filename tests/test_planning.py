@@ -404,7 +404,7 @@ def test_what_would_not_fit_is_said_with_the_numbers(config_path: Path) -> None:
 def with_transfers(**seconds: float) -> Profile:
     """Every transfer of 1 GB takes so long."""
     profile = a_profile()
-    more = {name: Curve(((1e9, s),)) for name, s in seconds.items()}
+    more = {name: Curve(((1.0, s / 1e9), (1e9, s))) for name, s in seconds.items()}
     return dataclasses.replace(profile, transfers={**profile.transfers, **more})
 
 
@@ -493,7 +493,8 @@ def test_a_zeroth_order_jobs_perturbing_is_counted_and_kept(config_path: Path) -
     moved = sum(
         op.size * n for w in job.work.moves.shifts.values() for op, n in w.operators.items()
     )
-    assert moved == 3 * job.num_parameters
+    final_norm = 64  # lies outside of blocks
+    assert moved == 3 * (job.num_parameters - final_norm)
     assert job.missed_steps(MICRO) == 5.5, "a block goes back every ten steps"
     assert job_from(job.to_json()) == job
     profile = a_profile()
