@@ -21,8 +21,17 @@ from pathlib import Path
 
 from ssdtune.cache import cache_folder
 
-SOURCES = ("checksum.c", "ggml.c", "integers.c", "lossless.c", "noise.c", "unpack.c")
-HEADERS = ("native.h",)
+SOURCES = (
+    "checksum.c",
+    "ggml.c",
+    "integers.c",
+    "lossless.c",
+    "noise.c",
+    "requantize.c",
+    "unpack.c",
+    "unpack_add.c",
+)
+HEADERS = ("native.h", "pieces.h")
 # No value may depend on who compiled it: nothing fused, nothing reordered.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall")
 # ending of the functions' names -> flags; the best first. The last one runs everywhere.

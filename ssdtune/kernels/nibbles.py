@@ -86,6 +86,16 @@ class Nibbles:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Slab:
+    """Some elements of a tensor whose scales are computed before it is decoded. first: number of the first one."""
+
+    first: int
+    format: Nibbles
+    parts: tuple[torch.Tensor, torch.Tensor]
+    out: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class NestedNibbles:
     """bitsandbytes' double quantization: scales are themselves codes of 8 bits, in blocks with a scale.
 
@@ -117,12 +127,18 @@ class NestedNibbles:
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""
+        for slab in self.slabs(parts, out):
+            unpack(slab.format, slab.parts, slab.out)
+
+    def slabs(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> Iterator[Slab]:
+        """The tensor as plain nibbles, some at a time."""
         codes, absmax, meanings, nested = parts
         inner = Nibbles(self.table, self.block, is_high_first=True)
         for some, blocks in _slabs(out, self.block):
             number = torch.arange(blocks.start, blocks.stop, device=out.device) // self.nested_block
             scales = meanings[absmax[blocks].long()] * nested[number] + self.offset
-            unpack(inner, (codes[some.start // 2 : -(-some.stop // 2)], scales), out.view(-1)[some])
+            found = codes[some.start // 2 : -(-some.stop // 2)]
+            yield Slab(some.start, inner, (found, scales), out.view(-1)[some])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,12 +167,18 @@ class Nvfp4:
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""
+        for slab in self.slabs(parts, out):
+            unpack(slab.format, slab.parts, slab.out)
+
+    def slabs(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> Iterator[Slab]:
+        """The tensor as plain nibbles, some at a time."""
         codes, scales, whole = parts[0].view(-1), parts[1].view(-1), parts[2]
         inner = Nibbles(E2M1, 16, is_high_first=False)
         for some, blocks in _slabs(out, 16):
             found = scales[blocks].float()
             found = found / whole if self.is_divided else found * whole
-            unpack(inner, (codes[some.start // 2 : some.stop // 2], found), out.view(-1)[some])
+            halves = codes[some.start // 2 : some.stop // 2]
+            yield Slab(some.start, inner, (halves, found), out.view(-1)[some])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

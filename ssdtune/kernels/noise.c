@@ -3,12 +3,12 @@
  * Compiled once for each instruction set, with the names' ending in SUFFIX. No operation may be fused or reordered
  * (-ffp-contract=off, no -ffast-math): all of them, and torch, give the same bits.
  */
-#include "native.h"
+#include "pieces.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-enum { LANES = 64, TILE = 8192 }; /* TILE: of one-bit fields; a multiple of the other tiles */
+enum { LANES = 64 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { GAUSSIAN = 0, RADEMACHER = 1 };
 enum { DOMAIN_DIRECTION = 0, DOMAIN_ROUNDING = 1 };
@@ -161,78 +161,58 @@ static void round_stochastic(uint16_t *to, const float *sum, uint64_t key, uint6
     }
 }
 
-/* One direction's share, as noise.Direction. table: 256 values (Gaussian) or two (Rademacher), scaled. */
-struct direction {
-    uint64_t key;
-    const float *table;
-    int64_t kind;
-};
-
-/* to[i] = round(base[i] * decay + sum of directions), element by element, i < n; `to` may be `base`.
- *
- * first: number of to[0] within its tensor, a multiple of TILE. rounding: 0 to nearest; else the key's bits are random.
- */
-static void NAME(add_noise, SUFFIX)(
-    void *to, const void *base, int64_t n, int64_t first, int64_t dtype, float decay,
-    const struct direction *directions, int64_t num_directions, int64_t is_stochastic, uint64_t rounding_key)
+void NAME(ssdtune_random_words, SUFFIX)(uint32_t words[4][LANES], uint64_t key, uint64_t start, uint32_t domain)
 {
-    _Alignas(64) float sum[TILE];
-    for (int64_t at = 0; at < n; at += TILE) {
-        const int64_t count = n - at < TILE ? n - at : TILE;
-        const uint64_t position = (uint64_t)(first + at);
-        if (dtype == FLOAT32) {
-            memcpy(sum, (const float *)base + at, 4 * (size_t)count);
-        } else {
-            const uint16_t *from = (const uint16_t *)base + at;
-            for (int64_t i = 0; i < count; i++) {
-                uint32_t bits = (uint32_t)from[i] << 16;
-                memcpy(&sum[i], &bits, 4);
-            }
-        }
-        if (decay != 1.0f)
-            for (int64_t i = 0; i < count; i++)
-                sum[i] *= decay;
-        for (int64_t d = 0; d < num_directions; d++) {
-            if (directions[d].kind == GAUSSIAN)
-                add_gaussian(sum, directions[d].key, position, count, directions[d].table);
-            else
-                add_rademacher(sum, directions[d].key, position, count, directions[d].table);
-        }
-        if (dtype == FLOAT32) {
-            memcpy((float *)to + at, sum, 4 * (size_t)count);
-        } else if (is_stochastic) {
-            round_stochastic((uint16_t *)to + at, sum, rounding_key, position, count);
-        } else {
-            uint16_t *out = (uint16_t *)to + at;
-            for (int64_t i = 0; i < count; i++)
-                out[i] = nearest(sum[i]);
-        }
+    philox(words, key, start, domain);
+}
+
+static void get_sums(float *sum, const void *base, int64_t dtype, int64_t n, float decay)
+{
+    if (dtype == FLOAT32) {
+        memcpy(sum, base, 4 * (size_t)n);
+    } else {
+        for (int64_t i = 0; i < n; i++)
+            sum[i] = float_of((uint32_t)((const uint16_t *)base)[i] << 16);
+    }
+    if (decay != 1.0f)
+        for (int64_t i = 0; i < n; i++)
+            sum[i] *= decay;
+}
+
+/* first: a multiple of PIECE. n: at most PIECE. */
+void NAME(ssdtune_noise_piece, SUFFIX)(const struct noise *job, void *to, const void *base, int64_t first, int64_t n)
+{
+    _Alignas(64) float sum[PIECE];
+    const uint64_t position = (uint64_t)first;
+    get_sums(sum, base, job->dtype, n, job->decay);
+    for (int64_t d = 0; d < job->num_directions; d++) {
+        const struct direction *along = &job->directions[d];
+        if (along->kind == GAUSSIAN)
+            add_gaussian(sum, along->key, position, n, along->table);
+        else
+            add_rademacher(sum, along->key, position, n, along->table);
+    }
+    if (job->dtype == FLOAT32) {
+        memcpy(to, sum, 4 * (size_t)n);
+    } else if (job->is_stochastic) {
+        round_stochastic(to, sum, job->rounding_key, position, n);
+    } else {
+        for (int64_t i = 0; i < n; i++)
+            ((uint16_t *)to)[i] = nearest(sum[i]);
     }
 }
 
-/* A whole tensor, taken part by part by whoever calls: all threads get the same job. */
-struct job {
-    void *to;
-    const void *base;
-    int64_t n, dtype;
-    const struct direction *directions;
-    int64_t num_directions, is_stochastic;
-    uint64_t rounding_key;
-    int64_t part, next; /* part: elements, a multiple of TILE; next: that nobody has taken yet */
-    float decay;
-};
-
-void NAME(ssdtune_add_noise, SUFFIX)(struct job *job)
+void NAME(ssdtune_add_noise, SUFFIX)(struct noise *job)
 {
-    const size_t size = job->dtype == FLOAT32 ? 4 : 2;
+    const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
     for (;;) {
         const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
         if (first >= job->n)
             return;
-        const int64_t left = job->n - first;
-        NAME(add_noise, SUFFIX)(
-            (char *)job->to + (size_t)first * size, (const char *)job->base + (size_t)first * size,
-            left < job->part ? left : job->part, first, job->dtype, job->decay, job->directions,
-            job->num_directions, job->is_stochastic, job->rounding_key);
+        const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
+        for (int64_t at = first; at < stop; at += PIECE)
+            NAME(ssdtune_noise_piece, SUFFIX)(
+                job, (char *)job->to + at * size, (const char *)job->base + at * size, at,
+                stop - at < PIECE ? stop - at : PIECE);
     }
 }

@@ -233,13 +233,13 @@ def _stochastic(values: torch.Tensor, key: int, first: int) -> torch.Tensor:
 
 
 class _Direction(ctypes.Structure):
-    """struct direction of noise.c."""
+    """struct direction of pieces.h."""
 
     _fields_ = (("key", ctypes.c_uint64), ("table", ctypes.c_void_p), ("kind", ctypes.c_int64))
 
 
 class _Job(ctypes.Structure):
-    """struct job of noise.c."""
+    """struct noise of pieces.h."""
 
     _fields_ = (
         ("to", ctypes.c_void_p),
@@ -256,6 +256,42 @@ class _Job(ctypes.Structure):
     )
 
 
+class NativeNoise:
+    """What native code needs to move a tensor of a dtype (float32 or bfloat16), kept alive. decay, rounding_key: as
+    `add_directions` has them."""
+
+    def __init__(
+        self,
+        directions: Sequence[Direction],
+        dtype: torch.dtype,
+        *,
+        decay: float,
+        rounding_key: int | None,
+    ) -> None:
+        tables = [_table(d.scale, d.kind) for d in directions]
+        listed = (_Direction * len(directions))(
+            *(
+                _Direction(d.key, ctypes.addressof(table), KINDS.index(d.kind))
+                for d, table in zip(directions, tables, strict=True)
+            )
+        )
+        self._alive = tables, listed
+        self.job = _Job(
+            dtype=DTYPES[dtype],
+            directions=ctypes.addressof(listed),
+            num_directions=len(directions),
+            is_stochastic=rounding_key is not None,
+            rounding_key=rounding_key or 0,
+            part=NATIVE_PART,
+            decay=decay,
+        )
+
+    @property
+    def address(self) -> int:
+        """Of the struct noise."""
+        return ctypes.addressof(self.job)
+
+
 def _natively(  # noqa: PLR0913 - an Adder, and the function that it is made of
     function: Callable[..., None],
     to: torch.Tensor,
@@ -266,24 +302,9 @@ def _natively(  # noqa: PLR0913 - an Adder, and the function that it is made of
     first: int,
 ) -> None:
     """Native code gets the addresses that the whole tensor's first elements would have, and begins at `first`."""
-    tables = [_table(d.scale, d.kind) for d in directions]
-    listed = (_Direction * len(directions))(
-        *(
-            _Direction(d.key, ctypes.addressof(table), KINDS.index(d.kind))
-            for d, table in zip(directions, tables, strict=True)
-        )
-    )
-    job = _Job(
-        to=to.data_ptr() - first * to.element_size(),
-        base=base.data_ptr() - first * base.element_size(),
-        n=first + base.numel(),
-        dtype=DTYPES[base.dtype],
-        directions=ctypes.addressof(listed),
-        num_directions=len(directions),
-        is_stochastic=rounding_key is not None,
-        rounding_key=rounding_key or 0,
-        part=NATIVE_PART,
-        next=first,
-        decay=decay,
-    )
+    noise = NativeNoise(directions, base.dtype, decay=decay, rounding_key=rounding_key)
+    job = noise.job
+    job.to = to.data_ptr() - first * to.element_size()
+    job.base = base.data_ptr() - first * base.element_size()
+    job.n, job.next = first + base.numel(), first
     run_by_all(function, job, -(-base.numel() // NATIVE_PART))

@@ -1,7 +1,7 @@
 """Random bits that depend on nothing but a key and a position: Philox4x32-10, and which bits are whose.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). One counter gives 128 bits. Here a
-*field* of `bits` bits (1, 8 or 16) belongs to each element of a tensor, numbered in its logical, row-major order:
+*field* of `bits` bits (1, 8, 16 or 32) belongs to each element of a tensor, numbered in its logical, row-major order:
 
     fields of one counter   F = 128 / bits
     tile                    64 x F elements, made from 64 counters
@@ -27,7 +27,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key grows by in each round
 
 # Domains: the third counter word. Streams of one key that must have nothing to do with each other.
-DIRECTION, ROUNDING = 0, 1
+DIRECTION, ROUNDING, CODES = 0, 1, 2
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -6,7 +6,7 @@
  * found by code, many at an instruction (`vpermw`, or `pshufb` for the values' low and for their high bytes). Where a
  * code has more than four bits, and for float32, every element is computed.
  */
-#include "native.h"
+#include "pieces.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -488,19 +488,8 @@ INLINE float bfloat16_at(const uint8_t *from, int64_t i)
 
 /* ------------------------------------------------------------------------------------------------------- affine.py */
 
-enum { MAX_SLICES = 8, MAX_GROUPS = STRETCH / 32 };
+enum { MAX_GROUPS = STRETCH / 32 };
 static const float COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-/* A tensor, taken part by part by whoever calls: all threads get the same job. */
-struct affine {
-    void *to;
-    const uint8_t *slices[MAX_SLICES];
-    int64_t num_slices, widths; /* widths: of slices, a hexadecimal digit each, the first one's the lowest */
-    const uint8_t *scales;      /* bfloat16, at any address */
-    const uint8_t *zeros;
-    int64_t n, group, bits, dtype, nan, is_streamed;
-    int64_t part, next; /* part: elements, a multiple of STRETCH; next: that nobody has taken yet */
-};
 
 /* Scales and zeros of a stretch as numbers; 0 where the tensor has no more. */
 struct groups {
@@ -710,15 +699,15 @@ INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int6
         affine_slowly(to, codes, &of, n, job->group, (uint16_t)job->nan);
 }
 
-static void affine_stretch(const struct affine *job, int64_t first, int64_t n)
+/* to: where the first of them goes. */
+static void affine_stretch(const struct affine *job, void *to, int64_t first, int64_t n, int is_streamed)
 {
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2, whole = (n + TILE - 1) / TILE * TILE;
-    uint8_t *to = (uint8_t *)job->to + first * size;
     if (n < whole) {
         _Alignas(64) float made[STRETCH];
         affine_tiles(job, made, first, whole, 0);
         memcpy(to, made, (size_t)(n * size));
-    } else if (CAN_STREAM && job->is_streamed) {
+    } else if (CAN_STREAM && is_streamed) {
         find_pages(to, n * size);
         affine_tiles(job, to, first, n, 1);
     } else {
@@ -726,15 +715,31 @@ static void affine_stretch(const struct affine *job, int64_t first, int64_t n)
     }
 }
 
+void NAME(ssdtune_affine_piece, SUFFIX)(const void *packed, void *to, int64_t first, int64_t n)
+{
+    const struct affine *job = packed;
+    const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t at = 0; at < n; at += STRETCH)
+        affine_stretch(job, (char *)to + at * size, first + at, n - at < STRETCH ? n - at : STRETCH, 0);
+}
+
+const uint8_t *NAME(ssdtune_affine_codes, SUFFIX)(
+    const struct affine *job, int64_t tile, int64_t num_tiles, uint8_t *space)
+{
+    return bytes_of(job, tile, num_tiles, space);
+}
+
 void NAME(ssdtune_unpack_affine, SUFFIX)(struct affine *job)
 {
+    const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
     for (;;) {
         const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
         if (first >= job->n)
             break;
         const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
         for (int64_t at = first; at < stop; at += STRETCH)
-            affine_stretch(job, at, stop - at < STRETCH ? stop - at : STRETCH);
+            affine_stretch(job, (char *)job->to + at * size, at, stop - at < STRETCH ? stop - at : STRETCH,
+                           job->is_streamed != 0);
     }
     finish(job->is_streamed != 0);
 }
@@ -882,12 +887,27 @@ INLINE int64_t nibbles_fast(const struct nibbles *job, int64_t first, int64_t st
     return nibbles_words_left(job, first, stop, tables);
 }
 
-void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
+static void get_tables(lookup tables[256], const struct nibbles *job)
 {
-    _Alignas(64) lookup tables[256];
     if (job->scale_kind == SCALE_BYTE && job->dtype == BFLOAT16)
         for (int i = 0; i < 256; i++)
             tables[i] = of_words((const uint16_t *)job->by_scale + 16 * i);
+}
+
+/* Blocks divide pieces. */
+void NAME(ssdtune_nibbles_piece, SUFFIX)(const void *packed, void *to, int64_t first, int64_t n)
+{
+    _Alignas(64) lookup tables[256];
+    struct nibbles job = *(const struct nibbles *)packed;
+    job.to = (void *)((uintptr_t)to - (uintptr_t)(first * (job.dtype == FLOAT32 ? 4 : 2))); /* of element 0 */
+    get_tables(tables, &job);
+    nibbles_slowly(&job, nibbles_fast(&job, first, first + n, tables, 0), first + n);
+}
+
+void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
+{
+    _Alignas(64) lookup tables[256];
+    get_tables(tables, job);
     for (;;) {
         const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
         if (first >= job->n)

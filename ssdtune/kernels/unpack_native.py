@@ -24,7 +24,7 @@ PART = 512 * TILE  # elements, about, that a thread takes at a time
 
 
 class _Affine(ctypes.Structure):
-    """struct affine of unpack.c."""
+    """struct affine of pieces.h."""
 
     _fields_ = (
         ("to", ctypes.c_void_p),
@@ -65,10 +65,11 @@ class _Nibbles(ctypes.Structure):
     )
 
 
-def _affine(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str) -> None:
+def affine_job(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor) -> _Affine:
+    """What native code needs; the tensors must stay alive. out: where to, and the dtype and size of what is made."""
     check(format, parts, out)
     *slices, scales, zeros = parts
-    job = _Affine(
+    return _Affine(
         to=out.data_ptr(),
         slices=(ctypes.c_void_p * MAX_SLICES)(*(packed.data_ptr() for packed in slices)),
         num_slices=len(slices),
@@ -84,15 +85,29 @@ def _affine(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, su
         part=PART,
         next=0,
     )
-    run("ssdtune_unpack_affine", suffix, job, -(-out.numel() // PART))
+
+
+def _affine(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str) -> None:
+    run("ssdtune_unpack_affine", suffix, affine_job(format, parts, out), -(-out.numel() // PART))
+
+
+def has_fast_paths(format: Nibbles) -> bool:
+    """Whether native code decodes it: its fast paths take it that only scales can make NaNs."""
+    return all(map(math.isfinite, format.table))
 
 
 def _nibbles(
     format: Nibbles, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str
 ) -> None:
-    if not all(map(math.isfinite, format.table)):
-        format.by_torch(parts, out)  # the fast paths take it that only scales can make NaNs
+    if not has_fast_paths(format):
+        format.by_torch(parts, out)
         return
+    job = nibbles_job(format, parts, out)
+    run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // job.part))
+
+
+def nibbles_job(format: Nibbles, parts: Sequence[torch.Tensor], out: torch.Tensor) -> _Nibbles:
+    """As `affine_job`; of a format that has fast paths."""
     check(format, parts, out)
     codes, scales = parts
     unit = math.lcm(format.block, ALIGNMENT)
@@ -114,7 +129,8 @@ def _nibbles(
         part=part,
         next=0,
     )
-    run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // part))
+    job.alive = table, by_scale  # type: ignore[attr-defined]
+    return job
 
 
 DECODERS: dict[type, Callable[[Any, Sequence[torch.Tensor], torch.Tensor, str], None]] = {
