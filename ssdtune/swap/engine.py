@@ -475,7 +475,9 @@ class Engine:
 
     def _read_from_file(self, block: int, index: int) -> torch.Tensor:
         """Reads what one tensor needs, into memory of its own."""
-        recipe = alone(self.recipes[block], index, self.pool.storage.alignment)
+        recipe = self.recipes[block]
+        if recipe.unpacking is None:  # else its bytes are one tensor already
+            recipe = alone(recipe, index, self.pool.storage.alignment)
         start = perf_counter()
         memory = aligned_bytes(recipe.file_bytes)
         try:

@@ -48,6 +48,12 @@ class TensorView:
         found = memory[self.offset : self.offset + self.num_bytes].clone()
         return found.view(self.dtype).view(self.shape)
 
+    def put(self, memory: torch.Tensor, values: torch.Tensor) -> None:
+        """Back to where they lie what `values` gave, changed."""
+        if self.offset % self.dtype.itemsize:
+            there = memory[self.offset : self.offset + self.num_bytes]
+            there.copy_(values.reshape(-1).view(torch.uint8))
+
 
 def view_of(
     memory: torch.Tensor,
@@ -90,7 +96,11 @@ class PackedView:
 
     def decode(self, memory: torch.Tensor, out: torch.Tensor) -> None:
         """out = the tensor, rounded to its dtype. memory: uint8, on the device of `out`."""
-        unpack(self.format, [part.values(memory) for part in self.parts], out)
+        unpack(self.format, self.values(memory), out)
+
+    def values(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The parts, to read from; those of bytes are views and may be written to."""
+        return [part.values(memory) for part in self.parts]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +123,7 @@ class Copy:
         """
         region = sliced(targets[self.target], self.target_slices)
         if isinstance(self.source, PackedView):
-            if self._is_whole and region.is_contiguous():
+            if self.is_whole and region.is_contiguous():
                 self.source.decode(buffer, region)
                 return
             source = torch.empty(self.source.shape, dtype=region.dtype, device=region.device)
@@ -128,15 +138,45 @@ class Copy:
         region.copy_(piece.reshape(region.shape), non_blocking=True)
 
     @property
-    def _is_whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether the piece is the file tensor as it lies, whatever shape its region has."""
         return self.source_slices is None and self.view is None and self.permute is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unpacking:
+    """How a slot that holds a block as its files have it becomes the block's tensors, in other memory of `num_bytes`.
+    copies: from the slot to `tensors`, as `BlockRecipe` has them from a buffer."""
+
+    tensors: tuple[TensorView, ...]
+    copies: tuple[Copy, ...]
+    num_bytes: int
+
+    def of(self, index: int) -> tuple[Copy, ...]:
+        """What fills one of the tensors."""
+        return tuple(copy for copy in self.copies if copy.target == index)
+
+    def check(self, memory: torch.Tensor) -> None:
+        """As `PackedView.check`, of all that is packed. memory: the slot's bytes, in RAM."""
+        for view in _packed(self.copies):
+            view.check(memory)
+
+    def unchecked(self) -> Unpacking:
+        """The same of bytes that have changed since they were written."""
+        copies = [
+            dataclasses.replace(copy, source=dataclasses.replace(copy.source, checksums=()))
+            if isinstance(copy.source, PackedView)
+            else copy
+            for copy in self.copies
+        ]
+        return dataclasses.replace(self, copies=tuple(copies))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRecipe:
     """Everything needed to fill a slot with one block. is_ours: the file is our own, laid out like the slot, and
-    may be written to."""
+    may be written to. unpacking: where the slot holds the block packed, as one tensor of bytes; None: it holds tensors
+    as compute reads them."""
 
     name: str
     extents: tuple[Extent, ...]
@@ -145,6 +185,7 @@ class BlockRecipe:
     copies: tuple[Copy, ...]
     slot_bytes: int
     is_ours: bool = False
+    unpacking: Unpacking | None = None
 
     @property
     def is_staged(self) -> bool:
@@ -154,8 +195,7 @@ class BlockRecipe:
     @property
     def packed(self) -> tuple[PackedView, ...]:
         """The packed tensors among what is read."""
-        found = (copy.source for copy in self.copies)
-        return tuple(dict.fromkeys(s for s in found if isinstance(s, PackedView)))
+        return _packed(self.copies)
 
     @property
     def shape(self) -> BlockShape:
@@ -167,6 +207,26 @@ class BlockRecipe:
             is_staged=self.is_staged,
             is_packed=bool(self.packed),
         )
+
+
+def _packed(copies: tuple[Copy, ...]) -> tuple[PackedView, ...]:
+    """What is packed among the copies' sources."""
+    found = (copy.source for copy in copies)
+    return tuple(dict.fromkeys(s for s in found if isinstance(s, PackedView)))
+
+
+def kept_packed(recipe: BlockRecipe, *, on_device: bool) -> BlockRecipe:
+    """The same block, left in its slot as the files have it: what is packed is decoded by whoever wants it."""
+    raw = TensorView(name=recipe.name, dtype=torch.uint8, shape=(recipe.file_bytes,), offset=0)
+    return dataclasses.replace(
+        recipe,
+        tensors=(raw,),
+        copies=(Copy(source=raw, target=0),) if on_device else (),
+        slot_bytes=recipe.file_bytes,
+        unpacking=Unpacking(
+            tensors=recipe.tensors, copies=recipe.copies, num_bytes=recipe.slot_bytes
+        ),
+    )
 
 
 def alone(recipe: BlockRecipe, index: int, alignment: int) -> BlockRecipe:

@@ -77,6 +77,8 @@ class Slots:
         if buffer.device.type == "cpu":
             for view in packed:
                 view.check(buffer)
+            if recipe.unpacking is not None:
+                recipe.unpacking.check(buffer)
         if packed and buffer.device != self.device:
             there = self._staging[: recipe.file_bytes]
             buffer = there.copy_(buffer[: recipe.file_bytes], non_blocking=True)

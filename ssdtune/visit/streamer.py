@@ -45,8 +45,7 @@ class Weight:
         streamer = self.streamer
         if streamer.method is None:
             return streamer.engine.read(self.block, self.index)
-        stored = streamer.engine.read_stored(self.block, self.index)
-        return streamer.method.read(self.block, self.index, stored)
+        return streamer.method.read(self.block, self.index)
 
     def make_trainable(self) -> None:
         """From now on a real, trainable parameter in every owner."""
@@ -107,13 +106,14 @@ class Weights(Protocol):
         ...
 
     def stand_in(
-        self, block: int, tensors: Sequence[torch.Tensor], variant: int
+        self, block: int, tensors: Sequence[torch.Tensor], variant: int | None
     ) -> Sequence[torch.Tensor]:
-        """The tensors that compute reads instead of these, for a variant of the weights."""
+        """The tensors that compute reads instead of those in the slot, for a variant of the weights; None: for the
+        weights as they are. After `refresh` of the same slot."""
         ...
 
-    def read(self, block: int, index: int, stored: torch.Tensor) -> torch.Tensor:
-        """What a weight is now, from what its file holds, which may be changed."""
+    def read(self, block: int, index: int) -> torch.Tensor:
+        """What a weight is now, in memory of its own."""
         ...
 
     def outside(self, variant: int | None) -> None:
@@ -319,8 +319,7 @@ class Streamer:
         tensors = in_slot = self.engine.slots.tensors(block, slot)
         if self.method is not None:
             self.method.refresh(block, slot)
-            if self._variant is not None:
-                tensors = self.method.stand_in(block, tensors, self._variant)
+            tensors = self.method.stand_in(block, tensors, self._variant)
         key = (block, slot if tensors is in_slot else None)
         if key not in self._parameters:
             self._parameters[key] = [nn.Parameter(t, requires_grad=False) for t in tensors]

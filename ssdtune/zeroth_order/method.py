@@ -17,6 +17,7 @@ from ssdtune.visit.rehearsal import base_of
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
 from ssdtune.zeroth_order.log import Log
+from ssdtune.zeroth_order.packed import DECODED, KEPT, PackedError
 from ssdtune.zeroth_order.rules import SGD, Rule, Update
 from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.weights import MovingWeights
@@ -59,6 +60,7 @@ class ZerothOrder:
         fold: where and how often a working copy of all weights is written; None: never.
         exchange: gives every process the shares of all of them: a flat list of numbers -> one such list of each
             process. All that they exchange: with the same seed each makes the same update. None: there is one process.
+        packed: what slots hold of a packed base, and what trains: "decoded", "kept" or "moved" (`packed.py`).
     """
 
     def __init__(  # noqa: PLR0913 - each has its default, and stands alone
@@ -71,6 +73,7 @@ class ZerothOrder:
         clip: float | None = None,
         fold: Fold | None = None,
         exchange: Callable[[list[float]], list[list[float]]] | None = None,
+        packed: str = DECODED,
     ) -> None:
         self._exchange = exchange or (lambda shares: [shares])
         self.rule = rule or Rule()
@@ -83,11 +86,17 @@ class ZerothOrder:
         trains_blocks = not trained
         if trains_blocks:
             trained = outside_of_blocks(model, self.streamer)
+            if packed == KEPT and fold is not None:
+                raise PackedError(
+                    "packed: kept leaves all weights as they are stored, and a working copy would replace them.\n"
+                    "Set zo_fold_steps: never, or packed: moved."
+                )
         self.weights = MovingWeights(
             self.streamer,
             trained,
             Directions(seed, estimator.family, self.rule),
             trains_blocks=trains_blocks,
+            packed=packed,
         )
         self.trains_blocks = trains_blocks
         self.num_trained = sum(p.numel() for p in trained.values()) + (

@@ -18,12 +18,13 @@ import torch
 
 from ssdtune.kernels.noise import PART, Direction, add_directions, add_low_rank, add_values, values
 from ssdtune.kernels.philox import key_of, number_of
+from ssdtune.kernels.unpack_add import Move
 from ssdtune.zeroth_order.masks import ALL_MOVE, NONE, Mask, Masks
 from ssdtune.zeroth_order.rules import FOLLOW, Rule, Term, Update, estimate_terms
 
 WINDOW = " of the window"  # makes another number of a parameter's name, for V
 # (to, base, number of their first element): moves a part of a parameter.
-Move = Callable[[torch.Tensor, torch.Tensor, int], None]
+MovePart = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,13 +64,30 @@ class Directions:
     def apply(self, parameter: torch.Tensor, name: str, updates: Sequence[Update]) -> None:
         """Takes these steps with a parameter, in place, each rounded by itself."""
         for update in updates:
-            key = key_of(self.seed, update.step, number_of(name))
-            decay = update.decay if parameter.dim() > 1 else 1.0
+            decay, key = _decay(update, parameter.dim()), self._key(update, name)
             if self.rule.is_linear:
                 terms = self.rule.terms(update)
                 self._add(parameter, parameter, name, terms, decay=decay, rounding_key=key)
             else:
                 self._change(parameter, name, update, decay=decay, rounding_key=key)
+
+    def has_moves(self, dim: int) -> bool:
+        """Whether steps of a parameter of so many dimensions are sums of directions, whole and nothing of low rank."""
+        is_whole = self.family.mask.kind == NONE and not (self.family.rank and dim > 1)
+        return is_whole and self.rule.is_linear
+
+    def shift_move(self, name: str, *, step: int, j: int, scale: float) -> Move:
+        """What `shift` does, for whoever decodes on the way; of a parameter that `has_moves`."""
+        return Move(tuple(self._directions(name, [Term(step, j, scale)])), 1.0, None)
+
+    def update_move(self, name: str, dim: int, update: Update) -> Move:
+        """What `apply` does for one step, likewise. dim: of the parameter."""
+        directions = self._directions(name, self.rule.terms(update))
+        return Move(tuple(directions), _decay(update, dim), self._key(update, name))
+
+    def _key(self, update: Update, name: str) -> int:
+        """For rounding at random."""
+        return key_of(self.seed, update.step, number_of(name))
 
     def _add(
         self,
@@ -108,7 +126,7 @@ class Directions:
 
         self._in_parts(parameter, parameter, name, move)
 
-    def _in_parts(self, to: torch.Tensor, base: torch.Tensor, name: str, move: Move) -> None:
+    def _in_parts(self, to: torch.Tensor, base: torch.Tensor, name: str, move: MovePart) -> None:
         """Moves what the mask lets move; a part at a time, since it takes memory."""
         self.masks.see(name, base)
         source, target = base.reshape(-1), to.contiguous().view(-1)
@@ -141,3 +159,8 @@ class Directions:
                 self.family.rank, -1
             ),
         )
+
+
+def _decay(update: Update, dim: int) -> float:
+    """Of a parameter of so many dimensions."""
+    return update.decay if dim > 1 else 1.0

@@ -7,6 +7,9 @@ training, evaluation, generation, `state_dict`. Nothing is added and taken away 
 
 Of parameters that lie in memory, those inside a block (adapters) are shifted like the block, when it is visited and in
 one place for all blocks; of the few outside of blocks all variants are kept for the step.
+
+Blocks of a packed base may stay packed in their slots (`packed.py`): then all that compute reads of them is made in the
+place for variants.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from ssdtune.swap.storage import aligned_bytes
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.estimators import Shift
+from ssdtune.zeroth_order.packed import DECODED, MOVED, At, PackedBlocks, keep_packed
 from ssdtune.zeroth_order.rules import Update
 from ssdtune.zeroth_order.updates import Directions
 
@@ -31,6 +35,7 @@ class MovingWeights:
         resident: parameters that train and lie in memory, by name.
         directions: of the run.
         trains_blocks: whether streamed weights train as well.
+        packed: what slots hold of a packed base, one of `packed.WAYS`.
     """
 
     def __init__(
@@ -40,7 +45,11 @@ class MovingWeights:
         directions: Directions,
         *,
         trains_blocks: bool,
+        packed: str = DECODED,
     ) -> None:
+        if packed != DECODED:
+            keep_packed(streamer, directions, packed)
+        self._packed, self._moves_packed = PackedBlocks(streamer, directions), packed == MOVED
         self.directions, self.trains_blocks = directions, trains_blocks
         self.updates: list[Update] = []
         self._streamer = streamer
@@ -56,6 +65,8 @@ class MovingWeights:
         self._returning: set[int] = set()  # blocks that a step reads from the drive
         self._scratch: torch.Tensor | None = None  # where variants of blocks are made
         self._views: dict[int, list[torch.Tensor]] = {}
+        self._content: object = None  # of the slot that was refreshed last
+        self._made: object = None  # what tells what of a packed block lies there
         self._inside_scratch: torch.Tensor | None = None
         self._shifted: dict[
             int, dict[str, torch.Tensor]
@@ -84,9 +95,8 @@ class MovingWeights:
     @property
     def _variant_bytes(self) -> int:
         """Of the place where variants of blocks are made."""
-        if not self.trains_blocks:
-            return 0
-        return max(memory.nbytes for memory in self._streamer.engine.slots.memory)
+        slots = self._streamer.engine.slots.memory if self.trains_blocks else ()
+        return max(self._packed.num_bytes(), *(memory.nbytes for memory in slots), 0)
 
     def begin(self, step: int, shifts: Sequence[Shift | None]) -> None:
         """A step's variants, numbered as in `shifts`."""
@@ -134,20 +144,30 @@ class MovingWeights:
         tensors, content = engine.slots.tensors(block, slot), engine.content(slot)
         if not tensors:
             return
+        self._content = content
         key = tensors[0].data_ptr()
         known, taken = self._taken.get(key, (None, 0))
+        if known is not content and self._packed.has(block):
+            self._packed.check(block, tensors[0])
         missed = self.updates[taken if known is content else self._stored.get(block, 0) :]
         if missed:
             engine.await_stored(block)
             try:
-                for name, tensor in zip(self._names(block), tensors, strict=True):
-                    self.directions.apply(tensor, name, missed)
+                self._apply(block, tensors, missed)
             except BaseException:  # Ctrl-C: some tensors have taken the steps, others have not
                 engine.discard(slot)
                 raise
         self._taken[key] = (content, len(self.updates))
         if block in self._returning and len(self.updates) >= self._due.get(block, math.inf):
             self._store(block, slot)
+
+    def _apply(self, block: int, tensors: Sequence[torch.Tensor], missed: Sequence[Update]) -> None:
+        """What the slot holds takes these steps; packed bytes that are kept do so when they are decoded."""
+        if not self._packed.has(block):
+            for name, tensor in zip(self._names(block), tensors, strict=True):
+                self.directions.apply(tensor, name, missed)
+        elif self._moves_packed:
+            self._packed.move(block, tensors[0], missed)
 
     def _store(self, block: int, slot: int) -> None:
         count = len(self.updates)
@@ -159,23 +179,57 @@ class MovingWeights:
             self._due[block] = count + self._period
 
     def stand_in(
-        self, block: int, tensors: Sequence[torch.Tensor], variant: int
+        self, block: int, tensors: Sequence[torch.Tensor], variant: int | None
     ) -> Sequence[torch.Tensor]:
         """A variant of the block, made in the one place for it: gone with the next one."""
-        shift = self._shifts[variant]
-        self._shift_inside(block, shift)
-        if shift is None or not self.trains_blocks:
+        shift = None
+        if variant is not None:
+            shift = self._shifts[variant]
+            self._shift_inside(block, shift)
+        if not self.trains_blocks:
+            shift = None
+        if self._packed.has(block):
+            return self._decoded(block, tensors[0], shift)
+        if shift is None:
             return tensors
-        made = self._views_of(block)
+        made, self._made = self._views_of(block), None
         for name, tensor, to in zip(self._names(block), tensors, made, strict=True):
             self._shift(to, tensor, name, shift)
         return made
 
-    def read(self, block: int, index: int, stored: torch.Tensor) -> torch.Tensor:
-        """A weight as it is now, from what its file holds."""
+    def _decoded(self, block: int, raw: torch.Tensor, shift: Shift | None) -> list[torch.Tensor]:
+        """The tensors of a block that stays packed, made in the same place; what lies there already is not made anew."""
+        views = self._views_of(block)
+        updates = () if self._moves_packed else tuple(self.updates)
+        key = (block, self._content, len(self.updates), shift, shift and self._step)
+        if key != self._made:
+            self._made = None  # Ctrl-C: some of the tensors would be others
+            self._packed.make(block, raw, views, At(updates, shift, self._step))
+            self._made = key
+        return views
+
+    def read(self, block: int, index: int) -> torch.Tensor:
+        """A weight as it is now, made from what its file holds."""
+        engine = self._streamer.engine
         missed = self.updates[self._stored.get(block, 0) :]
+        if self._packed.has(block):
+            with torch.inference_mode(False), torch.no_grad():
+                return self._read_packed(block, index, missed)
+        stored = engine.read_stored(block, index)
         self.directions.apply(stored, self._names(block)[index], missed)
         return stored
+
+    def _read_packed(self, block: int, index: int, missed: Sequence[Update]) -> torch.Tensor:
+        engine, unpacking = self._streamer.engine, self._streamer.engine.recipes[block].unpacking
+        assert unpacking is not None
+        raw, view = engine.read_stored(block, 0), unpacking.tensors[index]
+        self._packed.check(block, raw)
+        if self._moves_packed:
+            self._packed.move_one(block, index, raw, missed)
+            missed = ()
+        to = torch.empty(view.shape, dtype=view.dtype, device=raw.device)
+        self._packed.make_one(block, index, raw, to, At(tuple(missed)))
+        return to
 
     def outside(self, variant: int | None) -> None:
         """Parameters outside of blocks as in a variant; None: all that lie in memory as they are."""
@@ -227,8 +281,10 @@ class MovingWeights:
                     if slots.device.type == "cpu"
                     else torch.empty(self._variant_bytes, dtype=torch.uint8, device=slots.device)
                 )
-            views = self._streamer.engine.recipes[block].tensors
-            self._views[block] = [view.of(self._scratch) for view in views]
+            recipe = self._streamer.engine.recipes[block]
+            views = recipe.tensors if recipe.unpacking is None else recipe.unpacking.tensors
+            with torch.inference_mode(False):  # they outlive whoever asks first
+                self._views[block] = [view.of(self._scratch) for view in views]
         return self._views[block]
 
 
