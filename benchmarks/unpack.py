@@ -1,6 +1,7 @@
 """What decoding packed tensors costs beside copying as many bytes.
 
-    python -m benchmarks.unpack [--dtype bfloat16] [--megabytes 256] [--rounds 7] [--peers FOLDER] [--json out.json]
+    python -m benchmarks.unpack [--dtype bfloat16] [--megabytes 256] [--rounds 7] [--moved] [--peers FOLDER]
+                                [--json out.json]
 
 Time: of this thread on its processor. Contestants take turns with one `memcpy` of as many bytes as they write, both
 into memory that has been written before; each by the median of its rates beside the memcpy right before it. A memcpy
@@ -8,6 +9,9 @@ goes past the caches, as decoding so much does. What is slow decodes a sixteenth
 peers, which give new memory for each output. Peers are imported where they can be, from `--peers` too:
 
     python -m pip install --no-deps --target FOLDER bitsandbytes torchao hqq termcolor
+
+--moved: instead of these, what a variant of packed weights costs, moved along one random direction: decoding and adding
+noise in two passes, and both in one.
 
 Native code is checked against the format's definition before it is timed.
 """
@@ -37,6 +41,7 @@ from benchmarks.lossless import described  # noqa: E402
 SHARE = 16  # what is slow decodes so much less
 GROUP = 64  # elements that share a scale, here and with peers
 CHECKED = 1 << 20  # elements that are compared with the definition
+MOVED = ("4 bits (4,)", "8 bits (4, 1, 1, 2)", "NF4")  # formats of the variants
 # Of a memcpy's rate, by the ending of the native functions' names: up to four bits, and above.
 BARS = {"_avx512": (1.4, 1.1), "_avx2": (1.25, 0.5)}
 
@@ -107,6 +112,32 @@ def ours(out: Any) -> Iterator[Turn]:
             some = out[: out.numel() // SHARE]
             by_torch = partial(format.by_torch, random_parts(format, some.numel()), some)
             yield Turn(f"{name}, torch", by_torch, some.numel())
+
+
+def variants(out: Any) -> Iterator[Turn]:
+    """Of a few formats, by the best native code: two passes over another tensor, and one."""
+    import torch
+
+    from ssdtune.kernels import decoding, noise
+    from ssdtune.kernels.unpack import unpack
+    from ssdtune.kernels.unpack_add import Move, unpack_add
+
+    decoding.set_threads(1)
+    slot = torch.zeros_like(out)
+    for name, format, _ in formats():
+        if name not in MOVED:
+            continue
+        parts = random_parts(format, out.numel())
+        for kind in noise.KINDS:
+            move = Move((noise.Direction(5, 1e-3, kind),))
+
+            def two_passes(format: Any = format, parts: Any = parts, move: Move = move) -> None:
+                unpack(format, parts, slot)
+                noise.add_directions(out, slot, move.directions)
+
+            one_pass = partial(unpack_add, format, parts, out, [move])
+            yield Turn(f"{name}, {kind}, two passes", two_passes, out.numel())
+            yield Turn(f"{name}, {kind}, one pass", one_pass, out.numel())
 
 
 def check(name: str, format: Any, suffix: str, dtype: Any) -> None:
@@ -234,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--megabytes", type=int, default=256, help="written in a turn")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--moved", action="store_true", help="variants of packed weights")
     parser.add_argument("--peers", type=Path, help="a folder to import other libraries from")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -249,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     out = torch.zeros(options.megabytes * 10**6 // dtype.itemsize, dtype=dtype)
     native = library()
-    rows = times([*ours(out), *peers(out.numel() // SHARE)], out, options.rounds)
+    turns = variants(out) if options.moved else (*ours(out), *peers(out.numel() // SHARE))
+    rows = times([*turns], out, options.rounds)
     result = {
         "times": rows,
         "dtype": options.dtype,

@@ -1,11 +1,15 @@
 """What a zeroth-order step costs: beside two plain forwards, and beside the MeZO loop as its authors write it.
 
+    python benchmarks/zeroth_order.py --packed
     python benchmarks/zeroth_order.py [--model FOLDER] [--rows 2] [--length 512] [--rounds 5] [--json out.json]
 
 All in one process, taking turns: two forwards of the model in memory, and of the model with the adapter; MeZO in memory
 (normal numbers by torch, added and taken away in place); ours from the drive with no layer kept, over all weights, with
 a working copy every so many steps, and over an adapter. The step of ours is also taken apart: what of it is making
 variants and updates, measured by the same calls on the same blocks.
+
+--packed: instead, steps over all weights of the model packed to 4 bits, by each way to have its slots; seconds on the
+process's processors, which others on the machine change less.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +199,92 @@ def measure(folder: Path, scratch: Path, options: Any) -> dict[str, Any]:
     }
 
 
+class Packed(Streamed):
+    """Ours over all weights of a packed model. way: what its slots hold."""
+
+    def __init__(self, folder: Path, rows: Any, fold: Any, way: str) -> None:
+        from benchmarks.contestants import streaming_options
+        from ssdtune.swap.storage import choose_storage
+        from ssdtune.visit.assemble import assemble
+        from ssdtune.visit.build import build_meta
+        from ssdtune.zeroth_order import MeZO, ZerothOrder
+
+        meta = build_meta(folder)
+        spec = {"micro_rows": 1, "prefetch": 2, "chunk_tokens": 4096}
+        options = streaming_options(meta, choose_storage(folder).storage, spec)
+        base: Any = assemble(meta, options)
+        self.streamer = base.ssdtune
+        self.method = ZerothOrder(base, MeZO(eps=EPS), fold=fold, packed=way)
+        self.rows = rows
+
+    def weights_bytes(self) -> int:
+        """Of slots, buffers, and the place for a variant."""
+        plan, more = self.streamer.engine.plan, self.method.extra_bytes()
+        return plan.slot_bytes + plan.buffer_bytes + more["a variant of a block"]
+
+
+def measure_packed(options: Any) -> dict[str, Any]:
+    """A row for each way: the first step, whose variants come from pristine weights, later ones, and memory."""
+    import torch
+
+    from ssdtune.zeroth_order import Fold
+
+    text = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 40_000, (options.rows, options.length), generator=text)
+    with tempfile.TemporaryDirectory(dir=inputs.cache_folder()) as made:
+        scratch, fold = Path(made), Fold(Path(made), options.fold)
+        folder = packed_to_4_bits(options.model, scratch / "packed")
+        ways = {"decoded": fold, "kept": None, "moved": fold}
+        ours = {way: Packed(folder, rows, of, way) for way, of in ways.items()}
+        num_bytes = {way: each.weights_bytes() for way, each in ours.items()}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        with torch.no_grad():
+            for _ in range(options.rounds + 2):
+                for way, each in ours.items():
+                    start = process_time()
+                    each.step()
+                    seconds[way].append(process_time() - start)
+        written = {way: each.written_bytes() for way, each in ours.items()}
+        for each in ours.values():
+            each.close()
+    return {
+        "packed": [
+            {
+                "name": way,
+                "first_s": times[0],
+                "later_s": statistics.median(times[2:]),
+                "last_s": times[-1],
+                "weights_bytes": num_bytes[way],
+                "written_bytes": written[way],
+            }
+            for way, times in seconds.items()
+        ]
+    }
+
+
+def packed_to_4_bits(model: Path, out: Path) -> Path:
+    """The model packed, in the new folder `out`."""
+    from ssdtune.packing.convert import pack
+    from ssdtune.packing.layout import groups_of
+    from ssdtune.packing.wanted import Wanted
+    from ssdtune.swap.storage import choose_storage
+    from ssdtune.visit.build import build_meta
+
+    meta = build_meta(model)
+    pack(meta, groups_of(meta, Wanted().chosen()), out, storage=choose_storage(model).storage)
+    return out
+
+
+def packed_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Markdown."""
+    yield "| slots | first step, s | later ones, s | last one, s | slots, buffers, variant, MB | written a step, MB |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in result["packed"]:
+        sizes = f"{row['weights_bytes'] / 1e6:.1f} | {row['written_bytes'] / 1e6:.1f}"
+        times = " | ".join(f"{row[key]:.2f}" for key in ("first_s", "later_s", "last_s"))
+        yield f"| {row['name']} | {times} | {sizes} |"
+
+
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """Markdown."""
     yield "| what | s | of two forwards of the same model |"
@@ -222,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     default = inputs.cache_folder() / "smollm2-135m-instruct"
     parser.add_argument("--model", type=Path, default=default)
+    parser.add_argument("--packed", action="store_true", help="ways to have a packed base")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
@@ -230,10 +322,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    folder = inputs.in_dtype(options.model, "float32", lambda line: None)
-    result = measure(folder, inputs.cache_folder(), options)
-    result["bars"] = bars(result)
-    for line in lines(result):
+    if options.packed:
+        result, told = measure_packed(options), packed_lines
+        result["bars"] = []
+    else:
+        folder = inputs.in_dtype(options.model, "float32", lambda line: None)
+        result, told = measure(folder, inputs.cache_folder(), options), lines
+        result["bars"] = bars(result)
+    for line in told(result):
         print(line, flush=True)
     for bar in result["bars"]:
         verdict = "met" if bar["passed"] else "**not met**"

@@ -375,6 +375,14 @@ class TrainConfig:
         "then it takes all of them again each time it is read; the weights are the same either way",
         default=10,
     )
+    zo_packed: str = key(
+        OneOf(("decoded", "kept", "moved")),
+        "what slots hold of a packed base: its decoded weights; its packed bytes, from which variants are made in one "
+        "pass, with adapters or zo_fold_steps: never; or packed bytes that train themselves (zo_trains: all, affine codes), "
+        "rounded at random to codes and written back packed",
+        default="decoded",
+        example="kept",
+    )
 
     # Data
     dataset: tuple[DatasetSource, ...] = key(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.jobs import Source
     from ssdtune.schedule.cost import Moves, StepWork
+    from ssdtune.schedule.plan import BlockShape
     from ssdtune.schedule.planner import Order
     from ssdtune.visit.build import MetaModel
     from ssdtune.visit.draft import Draft
@@ -180,7 +181,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         dtype=opened.dtype,
         num_parameters=opened.num_parameters,
         num_trained=opened.num_parameters if is_of_all else sum(p.numel() for p in trained),
-        blocks=request.blocks,
+        blocks=_blocks(source, drafted),
         orders=_orders(request.orders, work),
         work=work,
         footprint=longest.footprint,
@@ -230,6 +231,18 @@ class _Steps:
     moves: Moves | None = None
 
 
+def _blocks(source: Source, drafted: Draft) -> tuple[BlockShape, ...]:
+    """As slots hold them."""
+    from ssdtune.swap.recipe import kept_packed
+
+    if source.config.method != "zo" or source.config.zo_packed == "decoded":
+        return tuple(drafted.replanner.request.blocks)
+    return tuple(
+        (kept_packed(r, on_device=source.on_device) if r.packed else r).shape
+        for r in drafted.recipes
+    )
+
+
 def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_bytes: int) -> _Steps:
     """adapter: its parameters, all inside blocks. outside_bytes: of what else is moved and lies in memory."""
     words = f"{'DoRA' if config.use_dora else 'LoRA'} r{config.lora_r}"
@@ -243,7 +256,8 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
     estimator = estimator_of(config)
     shifts = estimator.variants
     is_of_all = trains_all(config)
-    blocks = [block.slot_bytes for block in drafted.replanner.request.blocks]
+    is_kept = config.zo_packed != "decoded"
+    made = [r.slot_bytes for r in drafted.recipes if is_of_all or (is_kept and r.packed)]
     held = {id(p) for p in adapter}
     every = [[p for point in g.points for p in point.module.parameters()] for g in drafted.groups]
     inside = [[p for p in group if id(p) in held] for group in every]
@@ -255,7 +269,7 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
         fold_steps=(config.zo_fold_steps or 0) if is_of_all else 0,
         more=extra_bytes(
             shifts,
-            block=max(blocks) if is_of_all else max(map(inside_bytes, inside)),
+            block=max(made, default=0) + max(map(inside_bytes, inside), default=0),
             outside=outside_bytes,
         ),
         moves=moves_of(

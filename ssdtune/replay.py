@@ -20,7 +20,7 @@ from ssdtune.sizes import format_size
 from ssdtune.swap.beside import CONFIG, copy_beside
 from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.run import open_model
-from ssdtune.zeroth_order.log import ALL, Log, read_log
+from ssdtune.zeroth_order.log import ADAPTERS, Log, read_log
 from ssdtune.zeroth_order.method import replayed
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -81,7 +81,7 @@ def _log_of_all(path: Path) -> Log:
     log = read_log(path.read_bytes(), str(path))
     if log.is_cut:
         say(f"note: {path}: its last line was cut off; that step did not happen")
-    if log.header.trains != ALL:
+    if log.header.trains == ADAPTERS:
         raise ReplayError(
             f"{path} is the log of an adapter, which is saved beside it.\nLoad it with peft."
         )

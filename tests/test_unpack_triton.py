@@ -21,10 +21,12 @@ from ssdtune.kernels.affine import ORDERS, TILE, Affine, widths
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
 from ssdtune.kernels.noise import GAUSSIAN, RADEMACHER, Direction
+from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.unpack import TRITON, unpack
+from ssdtune.kernels.unpack_add import Move, unpack_add
 
 pytest.importorskip("triton")
-MODULES = ("noise_triton", "unpack_triton", "matmul_triton")
+MODULES = ("noise_triton", "unpack_triton", "matmul_triton", "requantize_triton")
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # and of their bits
 IDS = ("fp32", "bf16")
 SIZES = (1, TILE - 1, 17 * TILE + 77)
@@ -239,6 +241,63 @@ def compare_moved(
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("format", "moves", "is_fused"),
+    [
+        (Affine(4, (4,)), [Move((Direction(5, 0.03),))], True),
+        (Nibbles(NF4, 64, True), [Move((Direction(5, 0.03),)), Move((Direction(6, 0.1),))], True),
+        (Affine(8, (4, 1, 1, 2)), [Move((Direction(5, 0.1),), 0.9, 7), Move((), 0.5, 8)], False),
+        (Affine(4, (4,)), [], False),
+    ],
+    ids=["shift", "two", "update", "none"],
+)
+def test_moves_that_only_add_are_made_while_decoding(
+    format: Format,
+    moves: list[Move],
+    is_fused: bool,
+    interpreted: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, seen = interpreted["unpack_triton"], []
+    plain = module.unpack_add_triton
+    monkeypatch.setattr(
+        module, "unpack_add_triton", lambda *given: (seen.append(given[-1]), plain(*given))
+    )
+    parts = stored(format, 2 * TILE + 77)
+    found, expected = (torch.empty(2 * TILE + 77, dtype=torch.bfloat16) for _ in range(2))
+    unpack_add(format, parts, found, moves, suffix=TRITON)
+    unpack_add(format, parts, expected, moves, suffix="")
+    assert_same(found, expected)
+    assert seen == [m.directions for m in moves[:1] if is_fused]
+
+
+# ------------------------------------------------------------------ codes that move
+
+
+@pytest.mark.parametrize(
+    "format",
+    [Affine(4, (4,)), Affine(8, (4, 1, 1, 2), 32), Affine(3, (2, 1), 128), Affine(1, (1,))],
+    ids=lambda format: format.label,
+)
+def test_codes_move_as_by_the_definition(
+    format: Affine, interpreted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks, and with programs that are not full."""
+    monkeypatch.setattr(interpreted["requantize_triton"], "CHUNK", 1024)
+    size = 1024 + TILE + 77
+    moves = [Move((Direction(5, 0.3), Direction(2**63 + 6, 0.1)), 0.9, 2**63 + 7), Move((), 0.5, 1)]
+    for move in moves:
+        parts = stored(format, size)
+        parts[-2][3], parts[-2][4] = 0.0, float("nan")
+        expected = [part.clone() for part in parts]
+        before = parts[0].clone()
+        requantize(format, expected, (size,), move, suffix="")
+        requantize(format, parts, (size,), move, suffix=TRITON)
+        assert not torch.equal(parts[0], before)
+        for found, wanted in zip(parts, expected, strict=True):
+            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
 # ------------------------------------------------------------------ matrix product
 
 
@@ -305,10 +364,13 @@ from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.matmul_triton import matmul_triton
 from ssdtune.kernels.nibbles import NF4, Nibbles
 from ssdtune.kernels.noise import Direction
+from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.unpack import TRITON, unpack
+from ssdtune.kernels.unpack_add import Move
 from ssdtune.kernels.unpack_triton import unpack_add_triton
 
 out = torch.empty(1 << 14, dtype=torch.bfloat16)
+MOVE = Move((Direction(1, 0.1),), 1.0, 2)
 dtypes = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -321,6 +383,7 @@ for name, launch in {
     "affine": lambda: unpack(Affine(6, (4, 2)), parts(Affine(6, (4, 2))), out, suffix=TRITON),
     "nibbles": lambda: unpack(Nibbles(NF4, 64, True), parts(Nibbles(NF4, 64, True)), out, suffix=TRITON),
     "moved": lambda: unpack_add_triton(Affine(4, (4,)), parts(Affine(4, (4,))), out, [Direction(1, 0.1)]),
+    "codes": lambda: requantize(Affine(5, (4, 1)), parts(Affine(5, (4, 1))), out.shape, MOVE, suffix=TRITON),
     "product": lambda: matmul_triton(Affine(4, (4,)), parts(Affine(4, (4,))), out[:2048].view(1, -1), 8),
 }.items():
     seen.clear()
@@ -347,9 +410,10 @@ def test_kernels_compile_and_nothing_is_fused(compiled: dict[str, Any]) -> None:
         ["_affine"],
         ["_nibbles"],
         ["_affine"],
+        ["_affine", "_add", "_requantize"],
         ["_multiply", "_add_parts"],
     ]
-    for name in ("affine", "nibbles", "moved"):
+    for name in ("affine", "nibbles", "moved", "codes"):
         for seen in compiled[name].values():
             assert not [op for op in seen if op.startswith("fma")], name
 

@@ -350,3 +350,33 @@ def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None
     train_from_config(load("run", "all", "--max_steps", "2", "--eval_strategy", "no"))
     with pytest.raises(LogError, match="rule: "):
         train_from_config(load("run", "all", "--zo_update", "sign"))
+
+
+def test_packed_weights_train_themselves(load: Any, tmp_path: Path) -> None:
+    """However often they are written back; replayed, what they stand for. Another log than of decoded weights."""
+    flags = ("--quantization", "4", "--eval_strategy", "no")
+    for every in ("never", "2"):
+        train_from_config(load(every, "all", "--zo_packed", "moved", "--zo_fold_steps", every, *flags))  # fmt: skip
+    train_from_config(
+        load("kept", "all", "--zo_packed", "kept", "--zo_fold_steps", "never", *flags)
+    )
+    train_from_config(load("decoded", "all", *flags))
+    logs = {run: (tmp_path / run / LOG_NAME).read_bytes() for run in ("never", "2", "kept", "decoded")}  # fmt: skip
+    assert logs["never"] == logs["2"]
+    assert logs["kept"] == logs["decoded"]
+    first = [read_log(logs[run], run) for run in ("2", "decoded")]
+    assert [log.header.trains for log in first] == ["codes", "all"]
+    for step in (0, 6):
+        assert main(["replay", str(tmp_path / "2"), "--out", str(tmp_path / f"at{step}"), "--step", str(step)]) == 0  # fmt: skip
+    base, new = (
+        {k: v for file in sorted((tmp_path / f"at{step}").glob("*.safetensors")) for k, v in load_file(file).items()}
+        for step in (0, 6)
+    )  # fmt: skip
+    matrix = "model.layers.0.mlp.up_proj.weight"
+    changed = (new[matrix] != base[matrix]).float().mean()
+    assert 0 < changed < 0.5, "codes move rarely, each by a whole step"
+
+
+def test_a_base_that_is_not_packed_is_told_before_a_step(load: Any) -> None:
+    with pytest.raises(Exception, match="nothing of this one is packed"):
+        train_from_config(load("run", "all", "--zo_packed", "moved"))

@@ -465,6 +465,7 @@ def _trainer_of(config: TrainConfig) -> Callable[..., SSDTrainer]:
         rule=rule_of(config),
         clip=config.zo_clip,
         fold=fold_of(config),
+        packed=config.zo_packed,
     )
 
 

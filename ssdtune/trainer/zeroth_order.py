@@ -32,9 +32,10 @@ from ssdtune.trainer.generations import Generation, answers
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.rehearsal import base_of as model_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
-from ssdtune.zeroth_order.log import ADAPTERS, ALL, Header, LogError, LogWriter, read_log
+from ssdtune.zeroth_order.log import ADAPTERS, ALL, CODES, Header, LogError, LogWriter, read_log
 from ssdtune.zeroth_order.masks import NONE
 from ssdtune.zeroth_order.rules import ADAM, MOMENTUM
+from ssdtune.zeroth_order.packed import DECODED, MOVED
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
@@ -78,6 +79,7 @@ class ZOTrainer(SSDTrainer):
         rule: what steps make of estimates; None: they follow them.
         clip: bounds each projected gradient; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
+        packed: what slots hold of a packed base, and what trains: "decoded", "kept" or "moved".
         objective: (the model's output, a micro-batch) -> a value of each row, the more the better, [rows]: accuracy, a
             reward; it needs no gradient. With `generation` it gets the answers to the micro-batch's prompts instead of an
             output: a list of texts, of lists of ids where there is no processing_class. None: the model's own loss.
@@ -95,6 +97,7 @@ class ZOTrainer(SSDTrainer):
         rule: Rule | None = None,
         clip: float | None = None,
         fold: Fold | None = None,
+        packed: str = DECODED,
         objective: Callable[[Any, Any], Any] | None = None,
         generation: Generation | None = None,
         **kwargs: Any,
@@ -116,6 +119,7 @@ class ZOTrainer(SSDTrainer):
             clip=clip,
             fold=fold,
             exchange=_gathered if self.args.world_size > 1 else None,
+            packed=packed,
         )
         if self.args.world_size > 1:  # there is no gradient that DistributedDataParallel could sum
             self.accelerator.prepare_model = lambda model, **_: model  # type: ignore[method-assign]
@@ -125,7 +129,7 @@ class ZOTrainer(SSDTrainer):
             seed=self.args.seed,
             **{f.name: getattr(family, f.name) for f in dataclasses.fields(family)},
             rule=self.method.rule,
-            trains=ALL if self.method.trains_blocks else ADAPTERS,
+            trains=(CODES if packed == MOVED else ALL) if self.method.trains_blocks else ADAPTERS,
         )
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)
         self.last_step: Step | None = None

@@ -28,7 +28,8 @@ from ssdtune.zeroth_order.updates import Family
 FORMAT = "ssdtune zeroth-order log 2"
 # What z and rounding are made from: another would make other weights from the same log.
 GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles, BLAKE2b keys"
-ALL, ADAPTERS = "all", "adapters"  # what trains
+# What trains; codes: all weights, those of packed ones.
+ALL, CODES, ADAPTERS = "all", "codes", "adapters"
 
 
 class LogError(SSDTuneError):
@@ -38,7 +39,8 @@ class LogError(SSDTuneError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
     """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
-    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: "all" weights, or
+    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: "all" weights, all
+    with packed ones by their "codes", or
     "adapters"."""
 
     base: str | None
@@ -147,7 +149,7 @@ def _header(record: dict[str, Any], where: str) -> Header:
     told: dict[str, Any] = {f.name: record.get(f.name) for f in dataclasses.fields(Header)}
     told |= {"mask": Mask(**record["mask"]), "rule": Rule(**record["rule"])}
     header = Header(**told)
-    if header.kind not in KINDS or header.trains not in (ALL, ADAPTERS):
+    if header.kind not in KINDS or header.trains not in (ALL, CODES, ADAPTERS):
         raise LogError(
             f"{where}, line 1: unknown kind {header.kind!r} or trains {header.trains!r}."
         )

@@ -16,8 +16,8 @@ from ssdtune.schedule.cost import Moves, missed_steps
 from ssdtune.visit.rehearsal import base_of
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
-from ssdtune.zeroth_order.log import Log
-from ssdtune.zeroth_order.packed import DECODED, KEPT, PackedError
+from ssdtune.zeroth_order.log import CODES, Log
+from ssdtune.zeroth_order.packed import DECODED, KEPT, MOVED, PackedError
 from ssdtune.zeroth_order.rules import SGD, Rule, Update
 from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.weights import MovingWeights
@@ -91,6 +91,11 @@ class ZerothOrder:
                     "packed: kept leaves all weights as they are stored, and a working copy would replace them.\n"
                     "Set zo_fold_steps: never, or packed: moved."
                 )
+        elif packed == MOVED:
+            raise PackedError(
+                "packed: moved trains all weights, and here an adapter trains.\n"
+                "Take packed: kept, or train all weights: zo_trains: all."
+            )
         self.weights = MovingWeights(
             self.streamer,
             trained,
@@ -198,6 +203,7 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
         outside_of_blocks(model, streamer),
         Directions(header.seed, header.family, header.rule),
         trains_blocks=True,
+        packed=MOVED if log.header.trains == CODES else DECODED,
     )
     weights.replay(updates)
     streamer.method = weights

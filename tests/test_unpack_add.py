@@ -1,0 +1,131 @@
+"""Decoding and moving in one pass: the bits of the two passes that define it, whoever does it."""
+
+import pytest
+import torch
+from test_unpack import SUFFIXES, native, packed
+
+from ssdtune.kernels import unpack_add as module
+from ssdtune.kernels.affine import ORDERS, Affine
+from ssdtune.kernels.formats import Format
+from ssdtune.kernels.nibbles import BNB_FP4, E2M1, NF4, NestedNibbles, Nibbles, Nvfp4, TurnedMxfp4
+from ssdtune.kernels.noise import KINDS, RADEMACHER, TILE, Direction, add_directions
+from ssdtune.kernels.unpack_add import Move, unpack_add
+
+pytestmark = pytest.mark.skipif(native is None, reason="there is no compiler here")
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+SIZES = (1, 1000, TILE, 3 * TILE + 77)
+FORMATS: tuple[Format, ...] = (
+    *(Affine(bits, order) for bits, order in ORDERS.items()),
+    *(Affine(bits, (4, 1, 1, 2), 32) for bits in (4, 5, 6, 8)),
+    Affine(3, (2, 1, 1, 2, 2), 128),
+    Nibbles(NF4, 64, True),
+    Nibbles(BNB_FP4, 64, True),
+    Nibbles(E2M1, 32, False, "E8M0"),
+    Nibbles(E2M1, 16, False, "F8_E4M3"),
+    Nibbles(NF4, 48, True),  # blocks that do not divide pieces take two passes
+)
+UPDATE = Move((Direction(6, -2e-3), Direction(9, 1e-3, RADEMACHER)), 0.99, 2**63 + 77)
+
+
+def shift(kind: str) -> Move:
+    return Move((Direction(2**63 + 5, 1e-3, kind),))
+
+
+def parts_of(format: Format, shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Any codes, scales that are numbers."""
+    wanted_parts = format.parts(shape)
+    if isinstance(format, TurnedMxfp4):
+        generator = torch.Generator().manual_seed(0)
+        made = [torch.randint(0, 256, p.shape, dtype=torch.uint8, generator=generator) for p in wanted_parts]  # fmt: skip
+    else:
+        made = packed(format, torch.Size(shape).numel())
+    for part, wanted in zip(made, wanted_parts, strict=True):
+        if wanted.dtype == "F8_E4M3":
+            part.view(torch.uint8).bitwise_and_(0x3F)
+        elif isinstance(format, Nibbles | TurnedMxfp4) and wanted.suffix == "scales":
+            if wanted.dtype == "U8":  # e8m0: 2^-27 to 2^36
+                part.div_(4, rounding_mode="floor").add_(100)
+    return [p.view(w.shape) for p, w in zip(made, wanted_parts, strict=True)]
+
+
+def by_hand(
+    format: Format, parts: list[torch.Tensor], out: torch.Tensor, moves: list[Move]
+) -> torch.Tensor:
+    """The definition: every pass by torch."""
+    format.by_torch(parts, out)
+    for move in moves:
+        more = {"decay": move.decay, "rounding_key": move.rounding_key}
+        add_directions(out, out, move.directions, suffix="", **more)  # type: ignore[arg-type]
+    return out
+
+
+def assert_same(
+    format: Format,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    moves: list[Move],
+    suffix: str | None,
+) -> None:
+    parts = parts_of(format, shape)
+    expected = by_hand(format, parts, torch.empty(shape, dtype=dtype), moves)
+    around = torch.full((expected.numel() + 128,), 7.0, dtype=dtype)
+    found = around[64:-64].view(shape)
+    unpack_add(format, parts, found, moves, suffix=suffix)
+    assert not expected.isnan().any()
+    assert torch.equal(found.view(BITS[dtype]), expected.view(BITS[dtype])), (format, shape, moves)
+    assert around[:64].eq(7).all()
+    assert around[-64:].eq(7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("suffix", ["", *SUFFIXES])
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.label)
+def test_one_pass_has_the_bits_of_two(format: Format, suffix: str, dtype: torch.dtype) -> None:
+    for size in SIZES:
+        for kind in KINDS:
+            assert_same(format, (size,), dtype, [shift(kind)], suffix)
+        assert_same(format, (size,), dtype, [UPDATE, Move((), 0.5, 3), shift(RADEMACHER)], suffix)
+
+
+@pytest.mark.parametrize("suffix", ["", *SUFFIXES, None])
+@pytest.mark.parametrize(
+    ("format", "shape"),
+    [
+        (NestedNibbles(NF4, 64, 256, 0.01), (TILE, 5)),
+        (NestedNibbles(NF4, 64, 256, 0.01), (77,)),
+        (Nvfp4(is_divided=True), (33, 512)),
+        (Nvfp4(is_divided=False), (3, 16)),
+        (TurnedMxfp4(), (2, 64, 33)),
+    ],
+)
+def test_scales_that_are_computed_first(
+    format: Format, shape: tuple[int, ...], suffix: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slabs begin where fields of noise do."""
+    monkeypatch.setattr("ssdtune.kernels.nibbles.SLAB", TILE)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same(format, shape, dtype, [UPDATE, shift("gaussian")], suffix)
+
+
+def test_dtypes_that_native_code_does_not_know() -> None:
+    assert_same(Affine(4, (4,)), (700,), torch.float16, [shift("gaussian")], None)
+
+
+def test_nothing_is_nothing_and_no_moves_are_decoding() -> None:
+    unpack_add(Affine(4, (4,)), parts_of(Affine(4, (4,)), (0,)), torch.empty(0), [UPDATE])
+    assert_same(Affine(4, (4,)), (700,), torch.bfloat16, [], None)
+
+
+def test_parts_that_threads_take_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NATIVE_PART", TILE)
+    for format in (FORMATS[3], FORMATS[-3]):
+        assert_same(format, (40 * TILE + 3,), torch.bfloat16, [UPDATE], None)
+
+
+def test_native_code_is_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked by a team that does nothing: one pass leaves the output alone."""
+    monkeypatch.setattr(module, "run_by_all", lambda function, job, num_parts: None)
+    for format in (*FORMATS[:-1], NestedNibbles(NF4, 64, 256, 0.01), Nvfp4(True)):
+        untouched = torch.full((16, 64), 7.0)
+        unpack_add(format, parts_of(format, (16, 64)), untouched, [UPDATE])
+        assert untouched.eq(7).all(), format
