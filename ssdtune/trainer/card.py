@@ -22,8 +22,7 @@ SHOWN = (
 ZO_SHOWN = (
     "method zo_trains zo_estimator zo_eps zo_num_directions zo_rank zo_window zo_update zo_momentum zo_beta2 "
     "zo_horizon zo_mask zo_mask_ratio zo_clip zo_fold_steps zo_packed train_on "
-    "max_length 
-    "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
+    "max_length per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
     "learning_rate lr_scheduler_type warmup_steps weight_decay seed dtype bf16 fp16"
 ).split()
 PACKAGES = ("torch", "transformers", "peft")

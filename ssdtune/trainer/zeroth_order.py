@@ -34,8 +34,8 @@ from ssdtune.visit.rehearsal import base_of as model_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
 from ssdtune.zeroth_order.log import ADAPTERS, ALL, CODES, Header, LogError, LogWriter, read_log
 from ssdtune.zeroth_order.masks import NONE
-from ssdtune.zeroth_order.rules import ADAM, MOMENTUM
 from ssdtune.zeroth_order.packed import DECODED, MOVED
+from ssdtune.zeroth_order.rules import ADAM, MOMENTUM
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig

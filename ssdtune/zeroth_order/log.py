@@ -40,8 +40,7 @@ class LogError(SSDTuneError):
 class Header:
     """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
     kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: "all" weights, all
-    with packed ones by their "codes", or
-    "adapters"."""
+    with packed ones by their "codes", or "adapters"."""
 
     base: str | None
     seed: int

@@ -74,13 +74,8 @@ class PackedBlocks:
     def make_one(self, block: int, index: int, raw: torch.Tensor, to: torch.Tensor, at: At) -> None:
         """One of them: in one pass, where it is one packed tensor as it lies."""
         name, copies = self._streamer.names(block)[index], self._unpacking(block).of(index)
-        source = copies[0].source
-        if (
-            is_one(copies)
-            and isinstance(source, PackedView)
-            and to.is_contiguous()
-            and self._directions.has_moves(to.dim())
-        ):
+        source = copies[0].source if is_one(copies) else None
+        if isinstance(source, PackedView) and self._directions.has_moves(to.dim()):
             self._unpack_moved(source, raw, to, name, at)
             return
         for copy in copies:
