@@ -185,9 +185,10 @@ class PackedInMemory(InMemory):
 @pytest.mark.parametrize(
     ("kind", "estimator", "num_steps", "every"),
     [
-        ("4", "mezo", NUM_STEPS, 3),
+        ("4", "mezo", 5, 2),
+        pytest.param("4", "mezo", NUM_STEPS, 3, marks=pytest.mark.slow),
         pytest.param("4", "fzoo", 4, 1, marks=pytest.mark.slow),
-        ("8", "mezo", 3, None),
+        ("8", "mezo", 2, None),
         pytest.param("3", "mezo", 3, 1, marks=pytest.mark.slow),
     ],
 )

@@ -355,6 +355,7 @@ def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None
 PACKED = ("--quantization", "4", "--eval_strategy", "no")
 
 
+@pytest.mark.slow
 def test_packed_weights_train_themselves(load: Any, tmp_path: Path) -> None:
     """However often they are written back; replayed, what they stand for."""
     for every in ("never", "2"):
