@@ -90,7 +90,7 @@ class ZOTrainer(SSDTrainer):
 
     needs_gradients = False
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each has its default, and stands alone
         self,
         *args: Any,
         estimator: Estimator | None = None,
