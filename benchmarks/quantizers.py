@@ -12,8 +12,9 @@ import torch
 
 from ssdtune.kernels.affine import ORDERS, Affine, widths
 from ssdtune.kernels.formats import Format
-from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles
+from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
 from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
+from ssdtune.kernels.rotated import Rotated
 
 GROUP = 64
 
@@ -33,36 +34,45 @@ class Contestant:
 
 
 def ours() -> list[Contestant]:
-    """Files of one width, the default files of every width, and tables."""
+    """Files of one width, the default files of every width, some of them with rotated groups, and tables."""
     orders = dict.fromkeys([*((k,) for k in (1, 2, 4, 8)), *ORDERS.values(), (2, 1, 1, 2, 2)])
     tables = (
         ("ours, NF4, bf16 scales", Nibbles(NF4, 64, False, "BF16")),
         ("ours, NF4, bf16 scales", Nibbles(NF4, 128, False, "BF16")),
         ("ours, MXFP4", Nibbles(E2M1, 32, False, "E8M0")),
         ("ours, FP4, bf16 scales", Nibbles(E2M1, 16, False, "BF16")),
+        ("ours, FP4, e4m3 scales", Nibbles(E2M1, 16, False, "F8_E4M3")),
+        ("ours, FP4, ue5m3 scales", Nibbles(E2M1, 16, False, "UE5M3")),
     )
     return [
         *(_affine(order, GROUP) for order in orders),
         _affine((4,), 32),
         _affine((4,), 128),
+        *(
+            _affine(order, group, is_rotated=True)
+            for order in ((2,), (2, 1), (4,))
+            for group in (64, 128)
+        ),
         *(_table(name, format) for name, format in tables),
     ]
 
 
-def _affine(order: tuple[int, ...], group: int) -> Contestant:
-    formats = [Affine(width, order, group) for width in widths(order)]
+def _affine(order: tuple[int, ...], group: int, *, is_rotated: bool = False) -> Contestant:
+    plain = [Affine(width, order, group) for width in widths(order)]
+    formats: list[Format] = [Rotated(format) if is_rotated else format for format in plain]
 
     def decoded(weight: torch.Tensor) -> list[torch.Tensor]:
-        made = quantize_affine(weight, order, group)
+        made = quantize_affine(weight, order, group, is_rotated=is_rotated)
         return [_decoded(format, made, weight) for format in formats]
 
-    readings = tuple((format.bits, format.bits + 24 / group) for format in formats)
-    name = f"ours, {'+'.join(map(str, order))} bits, groups of {group}"
+    readings = tuple((format.bits, format.bits + 24 / group) for format in plain)
+    kind = "rotated groups" if is_rotated else "groups"
+    name = f"ours, {'+'.join(map(str, order))} bits, {kind} of {group}"
     return Contestant(name, group, readings, decoded)
 
 
 def _table(name: str, format: Nibbles) -> Contestant:
-    bits = 4 + {"E8M0": 8, "BF16": 16}[format.scale] / format.block
+    bits = 4 + 8 * SCALE_DTYPES[format.scale].itemsize / format.block
 
     def decoded(weight: torch.Tensor) -> list[torch.Tensor]:
         made = quantize_nibbles(weight, format.table, format.block, format.scale)

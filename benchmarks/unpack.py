@@ -59,10 +59,11 @@ class Turn:
 # ------------------------------------------------------------------ contestants
 
 
-def formats() -> Iterator[tuple[str, Any, bool]]:
-    """Name, format, and whether it has at most four bits."""
+def formats() -> Iterator[tuple[str, Any, bool | None]]:
+    """Name, format, and whether it has at most four bits; None: it has no bar."""
     from ssdtune.kernels.affine import ORDERS, Affine
     from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles
+    from ssdtune.kernels.rotated import Rotated
 
     for bits, order in ORDERS.items():
         yield f"{bits} bits {order}", Affine(bits, order, GROUP), bits <= 4
@@ -70,6 +71,9 @@ def formats() -> Iterator[tuple[str, Any, bool]]:
     yield "4 bits of (2, 1, 1, 2, 2)", Affine(4, (2, 1, 1, 2, 2), GROUP), True
     yield "4 bits, groups of 128", Affine(4, (4,), 128), True
     yield "8 bits (8,)", Affine(8, (8,), GROUP), False
+    for bits, group in ((2, GROUP), (3, GROUP), (4, GROUP), (4, 128)):
+        rotated = Rotated(Affine(bits, ORDERS[bits], group))
+        yield f"{bits} bits, rotated groups of {group}", rotated, None
     yield "NF4", Nibbles(NF4, GROUP, is_high_first=True), True
     yield "MXFP4", Nibbles(E2M1, 32, is_high_first=False, scale="E8M0"), True
 
@@ -106,7 +110,7 @@ def ours(out: Any) -> Iterator[Turn]:
             decode = partial(unpack_native.DECODERS[type(format)], format)
             run = partial(decode, random_parts(format, out.numel()), out, suffix)
             bars = BARS.get(suffix) if out.element_size() == 2 else None
-            bar = None if bars is None else bars[not is_small]
+            bar = None if bars is None or is_small is None else bars[not is_small]
             yield Turn(name, run, out.numel(), bar)
         if name in ("4 bits (4,)", "NF4"):
             some = out[: out.numel() // SHARE]

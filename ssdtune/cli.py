@@ -330,7 +330,7 @@ def _pack(words: list[str]) -> object:
     )
     parser.add_argument(
         "--format",
-        choices=("affine", "nf4", "mxfp4", "nvfp4", "lossless"),
+        choices=("affine", "nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "lossless"),
         help="affine (the default): 1-8 bits; lossless: the same bfloat16 bits in three quarters of the bytes",
     )
     parser.add_argument("--bits", type=int, help="of affine codes, 1-8; 4 by default")
@@ -357,6 +357,11 @@ def _pack(words: list[str]) -> object:
     parser.add_argument(
         "--check_bits", "--check-bits", type=int, help="bits of nested codes that --check reads"
     )
+    parser.add_argument(
+        "--rotate",
+        action="store_true",
+        help="rotate each group of affine codes first (Hadamard): for weights with outliers",
+    )
     arguments = parser.parse_args(words)
     if not arguments.check and (arguments.check_text or arguments.check_bits):
         raise SSDTuneError("--check_text and --check_bits are for --check.\nAdd it.")
@@ -379,15 +384,19 @@ def _wanted(arguments: Any) -> "Wanted | None":
     """The format that `ssdtune pack` was asked for; None where nothing was said. Raises SSDTuneError."""
     from ssdtune.packing.wanted import Wanted
 
-    if arguments.target_bpw is not None and (arguments.bits or arguments.order):
+    fixed = arguments.bits or arguments.order or arguments.rotate
+    if arguments.target_bpw is not None and fixed:
         raise SSDTuneError(
-            "--target_bpw chooses widths itself.\nLeave out --bits and --order, or --target_bpw."
+            "--target_bpw chooses widths itself, of plain groups.\n"
+            "Leave out --bits, --order and --rotate, or --target_bpw."
         )
-    given = {
+    given: dict[str, Any] = {
         name: getattr(arguments, name)
         for name in ("format", "bits", "group")
         if getattr(arguments, name) is not None
     }
+    if arguments.rotate:
+        given["is_rotated"] = True
     if arguments.order is not None:
         try:
             given["order"] = tuple(int(width) for width in arguments.order.split(","))

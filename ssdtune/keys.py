@@ -234,7 +234,7 @@ class TrainConfig:
                 "none",
                 *map(str, range(1, 9)),
                 *("6/8", "5/8", "4/8", "3/8", "2/8"),
-                *("nf4", "mxfp4", "nvfp4", "lossless", "auto"),
+                *("nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "lossless", "auto"),
             ),
             later=("fp8",),
         ),

@@ -466,6 +466,7 @@ PACKED = {
     "nf4": Nibbles(NF4, 64, is_high_first=True),
     "mxfp4": Nibbles(E2M1, 32, is_high_first=False, scale="E8M0"),
     "nvfp4": Nibbles(E2M1, 16, is_high_first=False, scale="F8_E4M3"),
+    "fp4-ue5m3": Nibbles(E2M1, 16, is_high_first=False, scale="UE5M3"),
     "odd": Nibbles(NF4, 7, is_high_first=False, scale="F16"),
 }
 packed = pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)

@@ -17,6 +17,7 @@ from support import LORA_TARGETS, Pair, assert_same_training, digests, num_misse
 from ssdtune.cli import main
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import Affine
+from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.convert import pack
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.once import build_packed, build_planned
@@ -38,9 +39,11 @@ FORMATS = {
     "4": Wanted(bits=4),
     "3": Wanted(bits=3),
     "8": Wanted(bits=8, order=(4, 1, 1, 2)),
+    "rotated": Wanted(bits=3, is_rotated=True),
     "nf4": Wanted("nf4"),
     "mxfp4": Wanted("mxfp4"),
     "nvfp4": Wanted("nvfp4"),
+    "fp4-ue5m3": Wanted("fp4-ue5m3"),
     "lossless": Wanted("lossless"),
 }
 
@@ -382,6 +385,15 @@ def test_the_command_packs(source: Path, tmp_path: Path, capsys: Any) -> None:
     assert formats == {Affine(8, (4, 1, 1, 2))}
 
 
+def test_a_rotated_model_says_so_and_is_read_at_fewer_bits(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    assert main(["pack", str(source), "--out", str(out), "--bits", "5", "--rotate"]) == 0
+    for bits in (4, 5):
+        tensors = build_meta(out, bits=bits).checkpoint.tensors.values()
+        formats = {e.format for e in tensors if isinstance(e, PackedEntry)}
+        assert formats == {Rotated(Affine(bits, (4, 1)))}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -389,6 +401,7 @@ def test_the_command_packs(source: Path, tmp_path: Path, capsys: Any) -> None:
         (["--group", "48"], "32, 64, 128"),
         (["--bits", "8", "--order", "3,5"], "slices of 1, 2, 4 or 8"),
         (["--order", "a"], "whole numbers"),
+        (["--format", "nf4", "--rotate"], "--rotate is for affine codes"),
     ],
 )
 def test_flags_that_make_no_sense(

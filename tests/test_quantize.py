@@ -19,6 +19,7 @@ TABLES = [
     Nibbles(NF4, 64, False, "BF16"),
     Nibbles(E2M1, 32, False, "E8M0"),
     Nibbles(E2M1, 16, False, "F8_E4M3"),
+    Nibbles(E2M1, 16, False, "UE5M3"),
 ]
 TORCH = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
 
@@ -296,6 +297,19 @@ def test_ties_go_to_the_entry_of_even_index() -> None:
     packed = quantize_nibbles(values, E2M1, 16, "E8M0", is_searched=False)["codes"]
     codes = torch.stack([packed & 15, packed >> 4], -1).view(-1).tolist()
     assert codes == [7, 0, 2, 2, 4, 4, 6, 6, 0, 10, 10, 12, 12, 14, 14, 0]
+
+
+def test_ue5m3_scales_are_the_nearest_ones() -> None:
+    """Every code comes back; halfway between two lies the even one; what is larger is the largest."""
+    codes = torch.arange(255, dtype=torch.uint8)
+    values = scale_of(codes, "UE5M3")
+    assert torch.equal(quantize._stored(values, "UE5M3"), codes)
+    halfway = (values[1:] + values[:-1]) / 2
+    even = codes[:-1] + codes[:-1] % 2
+    assert torch.equal(quantize._stored(halfway, "UE5M3"), even)
+    assert torch.equal(quantize._stored(halfway.nextafter(values[1:]), "UE5M3"), codes[1:])
+    assert torch.equal(quantize._stored(halfway.nextafter(values[:-1]), "UE5M3"), codes[:-1])
+    assert quantize._stored(torch.tensor([1e6, 3e38]), "UE5M3").eq(254).all()
 
 
 @pytest.mark.parametrize("largest", [1.0, 1.5, 6.0, 7.99, 8.0, 0.1, 1e-30, 1e30, 1e-39])

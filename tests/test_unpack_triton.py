@@ -22,11 +22,12 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
 from ssdtune.kernels.noise import GAUSSIAN, RADEMACHER, Direction
 from ssdtune.kernels.requantize import requantize
+from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.unpack import TRITON, unpack
 from ssdtune.kernels.unpack_add import Move, unpack_add
 
 pytest.importorskip("triton")
-MODULES = ("noise_triton", "unpack_triton", "matmul_triton", "requantize_triton")
+MODULES = ("noise_triton", "unpack_triton", "matmul_triton", "requantize_triton", "rotated_triton")
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # and of their bits
 IDS = ("fp32", "bf16")
 SIZES = (1, TILE - 1, 17 * TILE + 77)
@@ -113,6 +114,14 @@ def test_affine_groups_of_every_size(group: int, dtype: torch.dtype) -> None:
     check(format, stored(format, 2 * TILE + 45), 2 * TILE + 45, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_rotated_groups(group: int, dtype: torch.dtype) -> None:
+    format = Rotated(Affine(3, (2, 1), group))
+    for size in (group - 1, 2048 + group + 5):
+        check(format, stored(format, size), size, dtype)
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("kind", SCALE_DTYPES)
@@ -174,7 +183,7 @@ def test_awkward_scales_of_affine_codes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-@pytest.mark.parametrize("kind", ["F8_E4M3", "E8M0"])
+@pytest.mark.parametrize("kind", ["F8_E4M3", "E8M0", "UE5M3"])
 def test_every_scale_of_eight_bits(kind: str, dtype: torch.dtype) -> None:
     format = Nibbles(E2M1, 16, is_high_first=False, scale=kind)
     scales = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(SCALE_DTYPES[kind])
@@ -335,15 +344,15 @@ def test_a_product_with_packed_weights_is_that_with_unpacked_ones(
 # ------------------------------------------------------------------ compiled
 
 # Launches that compile for a device and go no further; what each kernel's assembly does with memory, and how it adds.
-COMPILE = """
-import json, re, torch, triton
+PRELUDE = """
+import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
 class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 80, 32))
+    get_current_target = staticmethod(lambda: GPUTarget(*json.loads(sys.argv[1])))
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
 
@@ -354,12 +363,14 @@ run, seen = JITFunction.run, {}
 
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
-    text = kernel.asm["ptx"]
+    text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     found = re.findall(r"(?:ld|st)\\.global[.\\w]*|fma[.\\w]*|mma\\.sync|bar\\.sync", text)
     seen[self.__name__] = {name: found.count(name) for name in found}
 
 
 JITFunction.run = compile_only
+"""
+COMPILE = """
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.matmul_triton import matmul_triton
 from ssdtune.kernels.nibbles import NF4, Nibbles
@@ -396,10 +407,20 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, int]]]:
     """Of each launch and kernel, how often its assembly for an A100 has which instruction."""
-    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    return compiled_for(("cuda", 80, 32), COMPILE, tmp_path_factory)
+
+
+def compiled_for(
+    target: tuple[str, int | str, int], launches: str, factory: pytest.TempPathFactory
+) -> dict[str, dict[str, dict[str, int]]]:
+    """What launches compile to. target: backend, architecture, threads of a warp."""
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(factory.mktemp("triton")))
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", PRELUDE + launches, json.dumps(target)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -87,10 +87,17 @@ class Affine:
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""
-        *slices, scales, zeros = parts
         flat = out.view(-1)
-        for first in range(0, flat.numel(), CHUNK):
-            count = min(CHUNK, flat.numel() - first)
+        for some, values in self.values(parts, flat.numel()):
+            flat[some] = values
+
+    def values(
+        self, parts: Sequence[torch.Tensor], num_elements: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some elements at a time, whole tiles but for the last ones, and their values in float32."""
+        *slices, scales, zeros = parts
+        for first in range(0, num_elements, CHUNK):
+            count = min(CHUNK, num_elements - first)
             tiles = slice(first // TILE, -(-(first + count) // TILE))
             codes = join_slices(
                 [
@@ -102,7 +109,7 @@ class Affine:
             groups = slice(first // self.group, -(-(first + count) // self.group))
             scale = scales[groups].float().repeat_interleave(self.group)[:count]
             zero = zero_of(zeros[groups], self.bits).repeat_interleave(self.group)[:count]
-            flat[first : first + count] = (codes.float() - zero) * scale
+            yield slice(first, first + count), (codes.float() - zero) * scale
 
 
 def widths(order: Sequence[int]) -> list[int]:

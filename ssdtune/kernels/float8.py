@@ -18,7 +18,7 @@ import torch
 
 from ssdtune.kernels.formats import Part
 from ssdtune.kernels.integers import put_rows, row_slices
-from ssdtune.kernels.nibbles import SCALE_DTYPES, scale_of
+from ssdtune.kernels.nibbles import SCALE_DTYPES, file_dtype, scale_of
 
 CODES = {"F8_E4M3": "FP8", "I8": "INT8"}
 
@@ -46,8 +46,10 @@ class ScaledBytes:
         """Codes; scales."""
         *matrices, rows, width = shape
         scales = (*matrices, -(-rows // self.block[0]), -(-width // self.block[1]))
-        dtype = "U8" if self.scale == "E8M0" else self.scale
-        return Part("codes", self.codes, tuple(shape)), Part("scales", dtype, scales)
+        return (
+            Part("codes", self.codes, tuple(shape)),
+            Part("scales", file_dtype(self.scale), scales),
+        )
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Format.by_torch` says: the definition."""

@@ -31,7 +31,7 @@ SOURCES = (
     "unpack.c",
     "unpack_add.c",
 )
-HEADERS = ("native.h", "pieces.h")
+HEADERS = ("native.h", "pieces.h", "rotate.h")
 # No value may depend on who compiled it: nothing fused, nothing reordered.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall")
 # ending of the functions' names -> flags; the best first. The last one runs everywhere.

@@ -3,9 +3,11 @@
     w = table[q] * scale[block of the element]
 
 Two codes in a byte, in the order in which the elements lie. Scales are float32, bfloat16, float16, or small floats:
-e8m0 (2^(e - 127), 255 is no number) or e4m3. One product, rounded to float32, then to the output.
+e8m0 (2^(e - 127), 255 is no number), e4m3, or ue5m3: no sign, five bits of exponent with a bias of 15, three of
+fraction, 255 is no number; from 2^-17 to 114,688. One product, rounded to float32, then to the output.
 
-NF4: Dettmers et al., QLoRA, arXiv 2305.14314. MXFP4: OCP Microscaling Formats 1.0.
+NF4: Dettmers et al., QLoRA, arXiv 2305.14314. MXFP4: OCP Microscaling Formats 1.0. UE5M3: Fasoli et al., arXiv
+2601.19026: scales that need none of the whole tensor beside them.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ SCALE_DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "E8M0": torch.uint8,  # also where a file calls it U8
+    "UE5M3": torch.uint8,
 }
 CHUNK = 1 << 20  # elements that torch's operators take at a time
 SLAB = (
@@ -63,10 +66,9 @@ class Nibbles:
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """Codes; scales."""
         n = num_elements(shape)
-        dtype = "U8" if self.scale == "E8M0" else self.scale
         return (
             Part("codes", "U8", (-(-n // 2),)),
-            Part("scales", dtype, (-(-n // self.block),)),
+            Part("scales", file_dtype(self.scale), (-(-n // self.block),)),
         )
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
@@ -220,11 +222,20 @@ def _slabs(out: torch.Tensor, block: int) -> Iterator[tuple[slice, slice]]:
         yield slice(first, stop), slice(first // block, -(-stop // block))
 
 
+def file_dtype(kind: str) -> str:
+    """What safetensors calls scales of that kind: bytes, where it has no name for them."""
+    return "U8" if SCALE_DTYPES[kind] == torch.uint8 else kind
+
+
 def scale_of(scales: torch.Tensor, kind: str) -> torch.Tensor:
     """Stored scales as float32: exact."""
-    if kind != "E8M0":
+    if SCALE_DTYPES[kind] != torch.uint8:
         return scales.float()
-    # 2^-127, e = 0, is below float32's normal numbers: its bits are written down, not shifted.
     bits = scales.to(torch.int32)
+    if kind == "UE5M3":
+        normal = ((bits << 20) + (127 - 15 << 23)).view(torch.float32)
+        value = torch.where(bits < 8, bits * 2.0**-17, normal)
+        return torch.where(bits == 255, torch.nan, value)
+    # 2^-127, e = 0, is below float32's normal numbers: its bits are written down, not shifted.
     bits = torch.where(bits == 0, 0x00400000, torch.where(bits == 255, 0x7FC00000, bits << 23))
     return bits.view(torch.float32)

@@ -13,7 +13,7 @@ struct affine {
     int64_t num_slices, widths; /* widths: of slices, a hexadecimal digit each, the first one's the lowest */
     const uint8_t *scales;      /* bfloat16, at any address */
     const uint8_t *zeros;
-    int64_t n, group, bits, dtype, nan, is_streamed;
+    int64_t n, group, bits, is_rotated, dtype, nan, is_streamed;
     int64_t part, next; /* part: elements, a multiple of 4096; next: that nobody has taken yet */
 };
 

@@ -29,6 +29,7 @@ import torch
 from ssdtune.kernels.affine import Affine, split_codes, widths
 from ssdtune.kernels.formats import Part
 from ssdtune.kernels.nibbles import SCALE_DTYPES, Nibbles, scale_of
+from ssdtune.kernels.rotated import rotated
 
 CHUNK = 1 << 18  # elements at a time: a temporary takes 1 MB, all of them less than 16 MB
 DTYPES = {"U8": torch.uint8, **SCALE_DTYPES}
@@ -43,6 +44,7 @@ NUM_REFITS = 2
 FACTORS = (1.0, 0.7, 0.8, 0.87, 0.94, 1.07, 1.15, 1.3, 1.5)
 SMALLEST = 2.0**-126  # normal bfloat16 number; some processors take what is smaller for 0
 LARGEST = 0.99 * torch.finfo(torch.bfloat16).max  # a decoded value may be; less what rounding adds
+UE5M3_LARGEST = 114_688  # code 254
 TINY = 1e-30  # where it takes part, a sum of squares of numbers near 1 is zero
 
 
@@ -50,7 +52,12 @@ TINY = 1e-30  # where it takes part, a sum of squares of numbers near 1 is zero
 
 
 def quantize_affine(
-    values: torch.Tensor, bits_order: tuple[int, ...], group: int = 64, *, is_nested: bool = True
+    values: torch.Tensor,
+    bits_order: tuple[int, ...],
+    group: int = 64,
+    *,
+    is_nested: bool = True,
+    is_rotated: bool = False,
 ) -> dict[str, torch.Tensor]:
     """All parts of a file of `Affine(..., bits_order, group, is_nested)`, by suffix: every slice, scales and zeros of
     every width that can be read.
@@ -58,12 +65,16 @@ def quantize_affine(
     values: any shape and floating dtype, on any device, taken as float32; where not contiguous, copied whole. At least
     as good as rounding to nearest on the range from least to largest value, where there is one width. Values of a group
     are kept within the range that has 0 in it: one of equal values far from 0 has few codes in use. A group whose scale
-    would be below 2^-126 becomes zeros, and no finite value becomes infinite. Raises ValueError, naming their number,
-    where values are not finite."""
+    would be below 2^-126 becomes zeros, and no finite value becomes infinite. is_rotated: for `Rotated`; values are then
+    below 10^36. Raises ValueError, naming their number, where values are not finite."""
     format = Affine(sum(bits_order), bits_order, group, is_nested)
     readings = [dataclasses.replace(format, bits=width) for width in format.readings]
     parts = [part for reading in readings for part in reading.parts(tuple(values.shape))]
-    return _by_chunks(values, parts, CHUNK, lambda chunk: _affine_chunk(chunk, format))
+
+    def encode(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _affine_chunk(rotated(chunk, group) if is_rotated else chunk, format)
+
+    return _by_chunks(values, parts, CHUNK, encode)
 
 
 def _affine_chunk(chunk: torch.Tensor, format: Affine) -> dict[str, torch.Tensor]:
@@ -265,7 +276,8 @@ def quantize_nibbles(
     those tried; else each is the block's largest magnitude / the table's, rounded, as bitsandbytes has it, and for
     e8m0 2^(floor(log2(magnitude)) - 2), as OCP Microscaling 1.0, 6.3, has it for FP4. Codes are those of the nearest
     entries; halfway between two, the one of even index; of equal entries (0, -0) the first.
-    e4m3 scales reach down to 2^-9: smaller weights need a scale of the whole tensor, which the caller divides by.
+    e4m3 scales reach down to 2^-9: smaller weights need a scale of the whole tensor, which the caller divides by. ue5m3
+    scales reach down to 2^-17.
     Raises ValueError, naming their number, where values are not finite."""
     format = Nibbles(table, block, is_high_first, scale)
     book = _Codebook.of(table, values.device)
@@ -385,8 +397,18 @@ def _stored(scale: torch.Tensor, kind: str) -> torch.Tensor:
     """Scales in the file's dtype, the nearest there is; for e8m0 the power of two at or below."""
     if kind == "E8M0":
         return (torch.frexp(scale).exponent + 126).clamp(0, 254).to(torch.uint8)
+    if kind == "UE5M3":
+        return _ue5m3(scale)
     dtype = SCALE_DTYPES[kind]
     return scale.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def _ue5m3(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest there is, ties to even, at most 114,688: uint8. scale: not negative."""
+    bits = scale.clamp(max=float(UE5M3_LARGEST)).view(torch.int32)
+    normal = (bits + 0x7FFFF + (bits >> 20 & 1) >> 20) - (127 - 15 << 3)
+    small = (scale * 2.0**17).round().to(torch.int32)  # 8 is where normal numbers begin
+    return torch.where(scale < 2.0**-14, small, normal).to(torch.uint8)
 
 
 # ----------------------------------------------------------------------------------------- both

@@ -1,4 +1,5 @@
-/* Packed tensors to float32 or bfloat16: the fast twin of affine.py and nibbles.py, which define every bit of it.
+/* Packed tensors to float32 or bfloat16: the fast twin of affine.py, rotated.py and nibbles.py, which define every bit
+ * of it.
  *
  * Compiled once for each instruction set, with the names' ending in SUFFIX; nothing is fused or reordered (noise.c).
  *
@@ -7,6 +8,7 @@
  * code has more than four bits, and for float32, every element is computed.
  */
 #include "pieces.h"
+#include "rotate.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -672,13 +674,13 @@ static void affine_slowly(uint16_t *to, const uint8_t *codes, const struct group
         to[i] = nearest(((float)codes[i] - of->zero[i / group]) * of->scale[i / group], nan);
 }
 
-/* Elements first ... first + n - 1, whole tiles. to: where they go. */
-INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int64_t n, int is_streamed)
+/* Elements first ... first + n - 1, whole tiles. to: where they go, as `dtype`. */
+INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int64_t n, int64_t dtype, int is_streamed)
 {
     _Alignas(64) uint8_t space[STRETCH];
     struct groups of;
     get_groups(&of, job, first / job->group, n / job->group);
-    const int is_looked_up = job->dtype == BFLOAT16 && job->bits <= LOOKUP_BITS && of.is_finite;
+    const int is_looked_up = dtype == BFLOAT16 && job->bits <= LOOKUP_BITS && of.is_finite;
     if (is_looked_up && job->bits <= 4) {
         const uint8_t *codes = halves_of(job, first / TILE, n / TILE, space);
         switch (job->group) {
@@ -691,7 +693,7 @@ INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int6
     const uint8_t *codes = bytes_of(job, first / TILE, n / TILE, space);
     if (is_looked_up)
         affine_looked_up_32(to, codes, &of, n, job->group, is_streamed);
-    else if (job->dtype == FLOAT32)
+    else if (dtype == FLOAT32)
         affine_floats(to, codes, &of, n, job->group, is_streamed);
     else if (of.is_finite)
         affine_computed(to, codes, &of, n, job->group, is_streamed);
@@ -705,13 +707,13 @@ static void affine_stretch(const struct affine *job, void *to, int64_t first, in
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2, whole = (n + TILE - 1) / TILE * TILE;
     if (n < whole) {
         _Alignas(64) float made[STRETCH];
-        affine_tiles(job, made, first, whole, 0);
+        affine_tiles(job, made, first, whole, job->dtype, 0);
         memcpy(to, made, (size_t)(n * size));
     } else if (CAN_STREAM && is_streamed) {
         find_pages(to, n * size);
-        affine_tiles(job, to, first, n, 1);
+        affine_tiles(job, to, first, n, job->dtype, 1);
     } else {
-        affine_tiles(job, to, first, n, 0);
+        affine_tiles(job, to, first, n, job->dtype, 0);
     }
 }
 
@@ -729,6 +731,22 @@ const uint8_t *NAME(ssdtune_affine_codes, SUFFIX)(
     return bytes_of(job, tile, num_tiles, space);
 }
 
+/* The same of groups that are rotated. */
+static void rotated_stretch(const struct affine *job, int64_t first, int64_t n)
+{
+    _Alignas(64) float made[STRETCH];
+    affine_tiles(job, made, first, (n + TILE - 1) / TILE * TILE, FLOAT32, 0);
+    rotate_all(made, n, job->group);
+    if (job->dtype == FLOAT32) {
+        memcpy((float *)job->to + first, made, (size_t)(n * 4));
+        return;
+    }
+    uint16_t *to = (uint16_t *)job->to + first;
+    const uint16_t nan = (uint16_t)job->nan;
+    for (int64_t i = 0; i < n; i++)
+        to[i] = nearest(made[i], nan);
+}
+
 void NAME(ssdtune_unpack_affine, SUFFIX)(struct affine *job)
 {
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
@@ -737,9 +755,13 @@ void NAME(ssdtune_unpack_affine, SUFFIX)(struct affine *job)
         if (first >= job->n)
             break;
         const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
-        for (int64_t at = first; at < stop; at += STRETCH)
-            affine_stretch(job, (char *)job->to + at * size, at, stop - at < STRETCH ? stop - at : STRETCH,
-                           job->is_streamed != 0);
+        for (int64_t at = first; at < stop; at += STRETCH) {
+            const int64_t n = stop - at < STRETCH ? stop - at : STRETCH;
+            if (job->is_rotated)
+                rotated_stretch(job, at, n);
+            else
+                affine_stretch(job, (char *)job->to + at * size, at, n, job->is_streamed != 0);
+        }
     }
     finish(job->is_streamed != 0);
 }

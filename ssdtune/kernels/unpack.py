@@ -14,6 +14,7 @@ from ssdtune.kernels.decoding import DTYPES
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.native import has_triton, library
+from ssdtune.kernels.rotated import Rotated
 
 TRITON = "_triton"
 Decoder = Callable[[Format, Sequence[torch.Tensor], torch.Tensor], None]
@@ -75,6 +76,10 @@ def _natives() -> dict[type, Callable[..., None]]:
 
 def _kernels() -> dict[type, Callable[..., None]]:
     """What Triton's kernels decode: (format, parts, out)."""
-    from ssdtune.kernels import lossless_triton, unpack_triton
+    from ssdtune.kernels import lossless_triton, rotated_triton, unpack_triton
 
-    return {**unpack_triton.DECODERS, Lossless: lossless_triton.decode_lossless}
+    return {
+        **unpack_triton.DECODERS,
+        Rotated: rotated_triton.decode_rotated,
+        Lossless: lossless_triton.decode_lossless,
+    }

@@ -17,8 +17,9 @@ import torch
 from ssdtune.kernels.affine import TILE, Affine
 from ssdtune.kernels.decoding import ALIGNMENT, DTYPES, check, is_streamed, nan_bits, run
 from ssdtune.kernels.nibbles import SCALE_DTYPES, Nibbles, scale_of
+from ssdtune.kernels.rotated import Rotated
 
-SCALE_KINDS = {"F32": 0, "BF16": 1, "F16": 2, "F8_E4M3": 3, "E8M0": 3}
+SCALE_KINDS = {"F32": 0, "BF16": 1, "F16": 2, "F8_E4M3": 3, "E8M0": 3, "UE5M3": 3}
 MAX_SLICES = 8
 PART = 512 * TILE  # elements, about, that a thread takes at a time
 
@@ -36,6 +37,7 @@ class _Affine(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int64),
+        ("is_rotated", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
         ("nan", ctypes.c_int64),
         ("is_streamed", ctypes.c_int64),
@@ -65,7 +67,9 @@ class _Nibbles(ctypes.Structure):
     )
 
 
-def affine_job(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor) -> _Affine:
+def affine_job(
+    format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, *, is_rotated: bool = False
+) -> _Affine:
     """What native code needs; the tensors must stay alive. out: where to, and the dtype and size of what is made."""
     check(format, parts, out)
     *slices, scales, zeros = parts
@@ -79,6 +83,7 @@ def affine_job(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor)
         n=out.numel(),
         group=format.group,
         bits=format.bits,
+        is_rotated=is_rotated,
         dtype=DTYPES[out.dtype],
         nan=nan_bits(),
         is_streamed=is_streamed(out),
@@ -94,6 +99,13 @@ def _affine(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, su
 def has_fast_paths(format: Nibbles) -> bool:
     """Whether native code decodes it: its fast paths take it that only scales can make NaNs."""
     return all(map(math.isfinite, format.table))
+
+
+def _rotated(
+    format: Rotated, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str
+) -> None:
+    job = affine_job(format.stored, parts, out, is_rotated=True)
+    run("ssdtune_unpack_affine", suffix, job, -(-out.numel() // PART))
 
 
 def _nibbles(
@@ -135,6 +147,7 @@ def nibbles_job(format: Nibbles, parts: Sequence[torch.Tensor], out: torch.Tenso
 
 DECODERS: dict[type, Callable[[Any, Sequence[torch.Tensor], torch.Tensor, str], None]] = {
     Affine: _affine,
+    Rotated: _rotated,
     Nibbles: _nibbles,
 }
 

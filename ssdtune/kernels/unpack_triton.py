@@ -111,6 +111,18 @@ def _affine_values(
 
 
 @triton.jit
+def _e4m3(byte):
+    """e4m3's numbers as float32; 127 and 255 are none."""
+    bits = byte.to(tl.uint32)
+    size = bits & 0x7F
+    small = size.to(tl.float32) * 2.0**-9
+    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    size = tl.where(size < 8, small, normal).to(tl.uint32, bitcast=True)
+    size = tl.where((bits & 0x7F) == 0x7F, 0x7FC00000, size)
+    return (size | (bits >> 7 << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _scale(scales, at, is_there, KIND: tl.constexpr):
     """Stored scales as float32, as `nibbles.scale_of`."""
     found = tl.load(scales + at, mask=is_there)
@@ -119,13 +131,12 @@ def _scale(scales, at, is_there, KIND: tl.constexpr):
     elif KIND == "F16":
         found = found.to(tl.float32)
     elif KIND == "F8_E4M3":
+        found = _e4m3(found)
+    elif KIND == "UE5M3":
         bits = found.to(tl.uint32)
-        size = bits & 0x7F
-        small = size.to(tl.float32) * 2.0**-9
-        normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-        size = tl.where(size < 8, small, normal).to(tl.uint32, bitcast=True)
-        size = tl.where((bits & 0x7F) == 0x7F, 0x7FC00000, size)
-        found = (size | (bits >> 7 << 31)).to(tl.float32, bitcast=True)
+        normal = ((bits << 20) + (112 << 23)).to(tl.float32, bitcast=True)
+        found = tl.where(bits < 8, bits.to(tl.float32) * 2.0**-17, normal)
+        found = tl.where(bits == 255, float("nan"), found)
     elif KIND == "E8M0":
         bits = found.to(tl.uint32)
         bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
@@ -167,12 +178,12 @@ def _lanes(TILES: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _store(to, value, is_there, TO_BF16: tl.constexpr):
-    """float32 values, rounded as the output wants them."""
-    if TO_BF16:
+def _store(to, value, is_there):
+    """float32 values, rounded as the output wants them: bfloat16 where it is int16."""
+    if to.dtype.element_ty == tl.int16:
         tl.store(to, _nearest(value), mask=is_there)
     else:
-        tl.store(to, value, mask=is_there)
+        tl.store(to, value.to(to.dtype.element_ty), mask=is_there)
 
 
 @triton.jit
@@ -231,7 +242,7 @@ def _affine(
                 read, scales, zeros, first_tile, at + first_lane, left, v, BITS, WIDTHS, GROUP
             )
             value = _moved(value, words, tables, depth * 8, v, FIELD_BITS, TO_BF16)
-            _store(to + first + (at + lane), value, at + lane < left, TO_BF16)
+            _store(to + first + (at + lane), value, at + lane < left)
 
 
 @triton.jit(do_not_specialize=KEYS)
@@ -257,7 +268,7 @@ def _nibbles(
                 read[v], lane, scales, table, first, at + first_lane, left, HIGH_FIRST, BLOCK, KIND
             )
             value = _moved(value, words, tables, depth * 8, v, FIELD_BITS, TO_BF16)
-            _store(to + first + (at + lane), value, at + lane < left, TO_BF16)
+            _store(to + first + (at + lane), value, at + lane < left)
 
 
 # ------------------------------------------------------------------ launches

@@ -20,6 +20,7 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles
 from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
+from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
 from ssdtune.packing.shards import PARTIAL, ShardWriter, data_offset
@@ -264,6 +265,11 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
         if isinstance(format, Affine):
             return format, quantize_affine(
                 values, format.order, format.group, is_nested=format.is_nested
+            )
+        if isinstance(format, Rotated):
+            stored = format.stored
+            return format, quantize_affine(
+                values, stored.order, stored.group, is_nested=stored.is_nested, is_rotated=True
             )
         assert isinstance(format, Nibbles)
         return format, quantize_nibbles(values, format.table, format.block, format.scale)

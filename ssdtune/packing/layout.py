@@ -10,6 +10,7 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format, Part
 from ssdtune.kernels.lossless import Lossless
+from ssdtune.kernels.rotated import Rotated
 from ssdtune.swap.header import DTYPE_BITS, TensorEntry
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint
@@ -96,12 +97,13 @@ def file_parts(format: Format, shape: tuple[int, ...]) -> list[Part]:
 
 def stages(format: Format, shape: tuple[int, ...]) -> list[list[Part]]:
     """The parts by the reading that needs them first, the narrowest first: what k bits need lies before the rest."""
-    if not isinstance(format, Affine):
+    affine = format.stored if isinstance(format, Rotated) else format
+    if not isinstance(affine, Affine):
         return [list(format.parts(shape))]
     made: list[list[Part]] = []
     num_before = 0
-    for bits in format.readings:
-        *slices, scales, zeros = dataclasses.replace(format, bits=bits).parts(shape)
+    for bits in affine.readings:
+        *slices, scales, zeros = dataclasses.replace(affine, bits=bits).parts(shape)
         made.append([scales, zeros, *slices[num_before:]])
         num_before = len(slices)
     return made

@@ -9,6 +9,7 @@ from ssdtune.kernels.affine import GROUPS, ORDERS, SLICE_WIDTHS, Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import E2M1, NF4, NestedNibbles, Nibbles, Nvfp4, TurnedMxfp4
+from ssdtune.kernels.rotated import Rotated
 
 AFFINE = "affine"
 # So many bits read of a nested file of 8, which is packed once and can be read at other widths later.
@@ -19,18 +20,25 @@ NESTED = {
     "3/8": (2, 1, 1, 2, 2),
     "2/8": (2, 1, 1, 2, 2),
 }
-FORMATS = (AFFINE, "nf4", "mxfp4", "nvfp4", "lossless")
+FIXED: dict[str, Format] = {  # nothing about them can be chosen
+    "mxfp4": Nibbles(E2M1, 32, is_high_first=False, scale="E8M0"),
+    "nvfp4": Nibbles(E2M1, 16, is_high_first=False, scale="F8_E4M3"),
+    "fp4-ue5m3": Nibbles(E2M1, 16, is_high_first=False, scale="UE5M3"),
+    "lossless": Lossless(bits=4, num_escapes=0),  # how many there are is known once it is packed
+}
+FORMATS = (AFFINE, "nf4", *FIXED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
     """bits: of affine codes; order: of their slices, None: the usual one for these bits; group: elements that share a
-    scale, of affine codes and nf4."""
+    scale, of affine codes and nf4; is_rotated: whether groups of affine codes are rotated first."""
 
     format: str = AFFINE
     bits: int = 4
     order: tuple[int, ...] | None = None
     group: int = 64
+    is_rotated: bool = False
 
     @staticmethod
     def of(quantization: str) -> Wanted:
@@ -48,14 +56,15 @@ class Wanted:
             if self.format == "auto":
                 way_out = "`ssdtune plan` and `ssdtune train` choose it; here give the one that they print."
             raise SSDTuneError(f"quantization {self.format!r} is not known.\n{way_out}")
+        if self.is_rotated and self.format != AFFINE:
+            raise SSDTuneError(
+                f"--rotate is for affine codes, not for {self.format}.\nLeave out one of --rotate and --format."
+            )
         if self.format == "nf4":
             return Nibbles(NF4, self.group, is_high_first=False, scale="BF16")
-        if self.format == "mxfp4":
-            return Nibbles(E2M1, 32, is_high_first=False, scale="E8M0")
-        if self.format == "nvfp4":
-            return Nibbles(E2M1, 16, is_high_first=False, scale="F8_E4M3")
-        if self.format == "lossless":
-            return Lossless(bits=4, num_escapes=0)  # how many there are is known once it is packed
+        return FIXED[self.format] if self.format in FIXED else self._affine()
+
+    def _affine(self) -> Format:
         if self.bits not in ORDERS:
             raise SSDTuneError(f"--bits {self.bits}: 1 to 8 are possible.")
         if self.group not in GROUPS:
@@ -66,7 +75,8 @@ class Wanted:
                 f"--order {','.join(map(str, order))}: slices of 1, 2, 4 or 8 bits that add up to --bits {self.bits}.\n"
                 "Write for instance --bits 8 --order 4,1,1,2: read at 4, 5, 6 or 8 bits."
             )
-        return Affine(self.bits, order, self.group)
+        affine = Affine(self.bits, order, self.group)
+        return Rotated(affine) if self.is_rotated else affine
 
 
 def bits_of(quantization: str) -> int | None:
@@ -77,6 +87,8 @@ def bits_of(quantization: str) -> int | None:
 
 def word_of(format: Format) -> str | None:
     """What the key `quantization` calls a format, whoever packed it: "4", "nf4"; None: it has no word for it."""
+    if isinstance(format, Rotated):
+        format = format.stored
     if isinstance(format, Affine):
         return str(format.bits)
     if isinstance(format, Lossless):
@@ -86,5 +98,6 @@ def word_of(format: Format) -> str | None:
     if isinstance(format, Nibbles | NestedNibbles) and format.table == NF4:
         return "nf4"  # at any block
     if isinstance(format, Nibbles) and format.table == E2M1:
-        return {(32, "E8M0"): "mxfp4", (16, "F8_E4M3"): "nvfp4"}.get((format.block, format.scale))
+        words = {(f.block, f.scale): word for word, f in FIXED.items() if isinstance(f, Nibbles)}
+        return words.get((format.block, format.scale))
     return None

@@ -15,6 +15,7 @@ from ssdtune.kernels.affine import GROUPS, SLICE_WIDTHS, Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles
+from ssdtune.kernels.rotated import Rotated
 from ssdtune.swap.header import FileState, TensorEntry, quoted, refuse
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint
@@ -22,6 +23,7 @@ from ssdtune.swap.source import Checkpoint
 METHOD: Final = "ssdtune"  # quantization_config's quant_method in config.json
 METADATA_KEY: Final = "ssdtune.packed"
 VERSION: Final = 1
+ROTATED: Final = "rotated affine"
 TABLES: Final = {"nf4": nibbles.NF4, "fp4": nibbles.E2M1}
 
 
@@ -30,6 +32,8 @@ def written_format(format: Format) -> dict[str, Any]:
     if isinstance(format, Affine):
         written = {"kind": "affine", "order": list(format.order), "group": format.group}
         return written if format.is_nested else {**written, "nested": False}
+    if isinstance(format, Rotated):
+        return {**written_format(format.stored), "kind": ROTATED}
     if isinstance(format, Nibbles):
         kind = next(name for name, table in TABLES.items() if table == format.table)
         return {"kind": kind, "block": format.block, "scale": format.scale}
@@ -44,7 +48,7 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
     Raises ValueError that says what is wrong.
     """
     kind = written.get("kind")
-    if kind == "affine":
+    if kind in ("affine", ROTATED):
         order, group = tuple(written["order"]), written["group"]
         is_nested = written.get("nested", True)
         if (
@@ -56,7 +60,8 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
         ):
             raise ValueError(f"affine codes of order {order} in groups of {group}")
         whole = Affine(sum(order), order, group, is_nested)
-        return dataclasses.replace(whole, bits=_readable(whole, bits))
+        affine = dataclasses.replace(whole, bits=_readable(whole, bits))
+        return Rotated(affine) if kind == ROTATED else affine
     if kind in TABLES:
         block, scale = written["block"], written["scale"]
         if type(block) is not int or block < 1 or scale not in nibbles.SCALE_DTYPES:
