@@ -4,7 +4,8 @@
 
 A random Llama is written to a scratch folder, 2 GB in bfloat16 as it stands. Both train the same adapters on the same
 rows, take turns, and their losses are compared before any time is. Beside them stand the drive's and the link's rates,
-measured here, and the floor they make. With --json the last line printed is the JSON.
+measured here, and the floor they make; then decoders of packed weights beside a copy within the device, as
+unpack_device.py has them. With --json the last line printed is the JSON.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import unpack_device  # noqa: E402
+
 ROWS = (1, 8)  # of one step, each a micro-batch
 VOCABULARY = 32_000
 PREFETCH = 2
 LEARNING_RATE = 1e-4
+DECODED_MB, DECODING_ROUNDS = 256, 9  # written by a decoder in a turn; turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = measure(setting, Path(folder))
     for line in lines(result):
         print(line)
+    if setting.device != "cpu":
+        result["unpack"] = unpack_device.measure(setting.device, DECODED_MB, DECODING_ROUNDS)
+        print("\n".join(unpack_device.lines(result["unpack"])))
     if options.json:
         print(json.dumps(result))
     return 0

@@ -297,6 +297,15 @@ def run_script(name: str, *flags: object) -> str:
     return done.stdout
 
 
+def test_decoders_of_a_device_are_checked_and_measured_without_one() -> None:
+    flags = ("--device", "cpu", "--megabytes", 1, "--rounds", 1)
+    rows = json.loads(run_script("unpack_device.py", *flags, "--json").splitlines()[-1])
+    assert {row["bar"] for row in rows} == {0.7, 0.6}
+    assert all(row["of_copy"]["n"] == 1 and row["bytes_per_s"] > 0 for row in rows)
+    named = {row["contestant"].split(",")[0] for row in rows}
+    assert {"GPTQ", "AWQ", "FP8", "GGUF Q4_K", "NF4", "FP4"} <= named
+
+
 def test_the_benchmark_of_a_device_runs_without_one(tmp_path: Path) -> None:
     flags = ("--layers", 3, "--width", 128, "--length", 16, "--rounds", 1, "--scratch", tmp_path)
     printed = run_script("gpu.py", "--device", "cpu", *flags, "--json")

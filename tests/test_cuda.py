@@ -26,8 +26,12 @@ from transformers import AutoModelForCausalLM
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
-from ssdtune.kernels.noise import KINDS, Direction, add_directions
+from ssdtune.kernels.noise import GAUSSIAN, KINDS, Direction, add_directions
+from ssdtune.kernels.quantize import quantize_affine
+from ssdtune.kernels.requantize import requantize
+from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.unpack import unpack
+from ssdtune.kernels.unpack_add import Move
 from ssdtune.schedule import trace as traces
 from ssdtune.schedule.plan import Budgets, Kind, Lane, Tier
 from ssdtune.swap.engine import Engine
@@ -470,6 +474,7 @@ PACKED = {
     "odd": Nibbles(NF4, 7, is_high_first=False, scale="F16"),
 }
 packed = pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
+ROTATED = Rotated(Affine(4, (4, 1, 1, 2), 128))
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -503,7 +508,7 @@ def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.cpu().view(bits), b.cpu().view(bits))
 
 
-@packed
+@pytest.mark.parametrize("format", [*PACKED.values(), ROTATED], ids=[*PACKED, "rotated"])
 @floats
 def test_packed_tensors_have_the_bits_of_their_definition(
     dtype: torch.dtype, format: Format
@@ -606,3 +611,39 @@ def test_a_block_comes_back_from_the_device_as_it_was_changed(tmp_path: Path) ->
         model.ssdtune.close()
         method.close()
     assert found[0] == found[1]
+
+
+def test_what_other_libraries_quantized_has_the_bits_of_its_definition() -> None:
+    pytest.importorskip("triton")
+    import test_device_decoders as decoders
+    from test_gguf import blocks_of
+
+    cases = [
+        (f, d, decoders.random_parts(f, decoders.SHAPE), decoders.SHAPE) for f, d in decoders.CASES
+    ]
+    for kind in decoders.KERNELS:
+        blocks = blocks_of(kind, 150).reshape(-1)
+        shape = (150 * decoders.KINDS[kind].block,)
+        cases.append((decoders.Ggml(kind), torch.bfloat16, [blocks], shape))
+    for format, dtype, parts, shape in cases:
+        expected, found = (
+            torch.empty(shape, dtype=dtype),
+            torch.empty(shape, dtype=dtype, device=DEVICE),
+        )
+        format.by_torch(parts, expected)
+        unpack(format, [part.to(DEVICE) for part in parts], found)
+        bits = decoders.BITS[dtype]
+        known = ~expected.isnan()
+        assert torch.equal(found.cpu().isnan(), ~known), format
+        assert torch.equal(found.cpu().view(bits)[known], expected.view(bits)[known]), format
+
+
+def test_codes_take_a_step_as_on_a_processor() -> None:
+    format, size = Affine(8, (4, 1, 1, 2)), 100_000
+    made = quantize_affine(torch.randn(size), format.order)
+    here = [made[part.suffix] for part in format.parts((size,))]
+    there = [part.to(DEVICE) for part in here]
+    move = Move((Direction(5, 0.01, GAUSSIAN),), 0.999, 7)
+    for parts in (here, there):
+        requantize(format, parts, (size,), move)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(there, here, strict=True))

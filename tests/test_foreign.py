@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssdtune.kernels import integers, integers_native, nibbles
+from ssdtune.kernels import integers, integers_native, nibbles, scaled_rows
 from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format, Part
 from ssdtune.kernels.integers import GPTQ_BITS, Awq, Gptq, PackQuantized
@@ -656,15 +656,34 @@ def test_native_code_has_the_bits_of_its_definition(
 ) -> None:
     """Several parts for threads, several slices of rows, tiles of columns; neither whole."""
     monkeypatch.setattr(integers_native, "PART", 1 << 16)
-    monkeypatch.setattr(integers_native, "NUM_SCALES", 1 << 10)
+    monkeypatch.setattr(scaled_rows, "NUM_SCALES", 1 << 10)
     shape = (136, 2100)
     parts = [random_part(part, shape[1]) for part in format.parts(shape)]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in OUTPUTS:
         expected, out = torch.empty(shape, dtype=dtype), torch.full(shape, 7, dtype=dtype)
         format.by_torch(parts, expected)
         unpack(format, parts, out, suffix=suffix)
         assert torch.equal(expected.isnan(), out.isnan())
         assert same_bits(expected.nan_to_num(5), out.nan_to_num(5))
+
+
+@pytest.mark.skipif(library() is None, reason="there is no compiler here")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float16_outputs_are_rounded_as_torch_rounds_them(bits: int) -> None:
+    """Scales of every power of two: ties, numbers below the normal ones, overflow to infinity, zeros of both signs."""
+    format = PackQuantized(bits, 32, scale="F32")
+    exponents = torch.arange(-40, 24, dtype=torch.float32)
+    factors = torch.tensor([1.0, -1.0, 1 + 2**-11, 1 + 2**-12, 1.5, 1 / 3])
+    scales = (factors.unsqueeze(1) * 2.0**exponents).view(-1, 1)
+    shape = (len(scales), 32)
+    words = random_part(format.parts(shape)[0], 32)
+    expected, out = (torch.empty(shape, dtype=torch.float16) for _ in range(2))
+    format.by_torch((words, scales), expected)
+    for suffix in library().suffixes:  # type: ignore[union-attr]
+        unpack(format, (words, scales), out, suffix=suffix)
+        assert same_bits(out, expected), suffix
+    assert expected.isinf().any()
+    assert expected.abs().lt(2**-14).logical_and(expected != 0).any()
 
 
 def test_native_code_does_not_look_beyond_its_scales() -> None:

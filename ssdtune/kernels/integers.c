@@ -1,5 +1,5 @@
-/* Integer codes and codes of a byte to float32 or bfloat16: the fast twin of integers.py and float8.py, which define
- * every bit of it.
+/* Integer codes and codes of a byte to float32, bfloat16 or float16: the fast twin of integers.py and float8.py, which
+ * define every bit of it.
  *
  * Compiled once for each instruction set, with the names' ending in SUFFIX; nothing fused, nothing reordered, as noise.c.
  * Loops are such that compilers vectorize them; intrinsics are for what they don't find. Rows are taken BLOCK at a time and
@@ -14,7 +14,7 @@
 
 enum { BLOCK = 32, TILE = 1024 }; /* rows; columns: whole words of a stream, whatever its codes' width */
 enum { ALONG = 0, ACROSS = 1, AWQ = 2, INT8 = 3, FP8 = 4 };
-enum { FLOAT32 = 0, BFLOAT16 = 1, FINITE = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FINITE = 3 };
 /* Where in a word of AWQ's the outputs are: 4 bits from here on. */
 static const int AWQ_SHIFTS[8] = {0, 16, 4, 20, 8, 24, 12, 28};
 
@@ -52,6 +52,19 @@ static inline uint16_t nearest_finite(float value)
 static inline uint16_t nearest(float value, uint16_t nan)
 {
     return (bits_of(value) & 0x7FFFFFFFu) > 0x7F800000u ? nan : nearest_finite(value);
+}
+
+/* To float16, ties to even. Without branches, so that compilers vectorize it. */
+static inline uint16_t half_of(float value)
+{
+    const uint32_t bits = bits_of(value), size = bits & 0x7FFFFFFFu, sign = bits >> 16 & 0x8000u;
+    const uint32_t normal = (size - (112u << 23) + 0xFFFu + (size >> 13 & 1u)) >> 13;
+    /* Below 2^-14 float16 has steps of 2^-24, as float32 has from 1/2 on. */
+    const uint32_t small = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
+    const uint32_t is_small = 0u - (size < 113u << 23), is_large = 0u - (size >= 0x477FF000u);
+    const uint32_t is_none = 0u - (size > 0x7F800000u);
+    const uint32_t finite = (small & is_small) | (normal & ~is_small);
+    return (uint16_t)(sign | (0x7C00u & is_large) | (finite & ~is_large) | (0x200u & is_none));
 }
 
 /* ----------------------------------------------------------------------------------------------- words to a byte a code */
@@ -155,11 +168,13 @@ INLINE float value_of(uint8_t code, int layout)
     return float_of(sign | no_number | (small & is_small) | (large & ~is_small));
 }
 
-/* What comes out, in `to`. kind: FLOAT32, BFLOAT16, or FINITE for bfloat16 where nothing can be no number. */
+/* What comes out, in `to`. kind: FLOAT32, BFLOAT16, FLOAT16, or FINITE for bfloat16 where nothing can be no number. */
 INLINE void keep(void *to, int64_t i, float value, int kind, uint16_t nan)
 {
     if (kind == FLOAT32)
         ((float *)to)[i] = value;
+    else if (kind == FLOAT16)
+        ((uint16_t *)to)[i] = half_of(value);
     else
         ((uint16_t *)to)[i] = kind == FINITE ? nearest_finite(value) : nearest(value, nan);
 }
@@ -172,13 +187,14 @@ INLINE void scale_run(void *restrict to, const uint8_t *restrict codes, int64_t 
         keep(to, i, (value_of(codes[i], layout) - zero) * scale, kind, nan);
 }
 
-/* The same for bfloat16 and codes below 16, which stand for as many values: back: how many were looked up in a table. */
+/* The same to 16 bits and for codes below 16, which stand for as many values. Back: how many were looked up in a table.
+ * kind: FLOAT16 or FINITE. */
 #if defined(__AVX2__)
-INLINE int64_t look_up_run(uint16_t *to, const uint8_t *codes, int64_t count, float zero, float scale)
+INLINE int64_t look_up_run(uint16_t *to, const uint8_t *codes, int64_t count, float zero, float scale, int kind)
 {
     _Alignas(32) uint16_t values[16];
     for (int q = 0; q < 16; q++)
-        values[q] = nearest_finite(((float)q - zero) * scale);
+        keep(values, q, ((float)q - zero) * scale, kind, 0);
     const __m256i all = _mm256_load_si256((const __m256i *)values);
     const __m256i halves = _mm256_packus_epi16(_mm256_and_si256(all, _mm256_set1_epi16(255)), _mm256_srli_epi16(all, 8));
     /* Of either half of the 16 values: their low bytes, their high bytes. */
@@ -194,7 +210,10 @@ INLINE int64_t look_up_run(uint16_t *to, const uint8_t *codes, int64_t count, fl
     return i;
 }
 #else
-INLINE int64_t look_up_run(uint16_t *to, const uint8_t *codes, int64_t count, float zero, float scale) { return 0; }
+INLINE int64_t look_up_run(uint16_t *to, const uint8_t *codes, int64_t count, float zero, float scale, int kind)
+{
+    return 0;
+}
 #endif
 
 /* The same, each column with its group's zero and scale. */
@@ -220,14 +239,15 @@ INLINE void scale_row(void *to, const struct integers *job, const uint8_t *codes
         const int64_t g = (from + i) / job->group, end = (g + 1) * job->group - from;
         const int64_t num = (end < count ? end : count) - i;
         const int is_number = dtype == BFLOAT16 && layout != FP8 && is_finite(scales[g]);
-        const int64_t done = is_number && layout != INT8 && job->bits <= 4
-            ? look_up_run((uint16_t *)to + i, codes + i, num, zeros[g], scales[g])
+        const int can_look_up = layout < INT8 && job->bits <= 4 && (is_number || dtype == FLOAT16);
+        const int64_t done = can_look_up
+            ? look_up_run((uint16_t *)to + i, codes + i, num, zeros[g], scales[g], dtype == FLOAT16 ? FLOAT16 : FINITE)
             : 0;
         void *at = (uint8_t *)to + (i + done) * size;
         if (is_number)
             scale_run(at, codes + i + done, num - done, zeros[g], scales[g], layout, FINITE, nan);
         else
-            scale_run(at, codes + i, num, zeros[g], scales[g], layout, dtype, nan);
+            scale_run(at, codes + i + done, num - done, zeros[g], scales[g], layout, dtype, nan);
         i += num;
     }
 }
@@ -252,6 +272,8 @@ INLINE void put_row(float *made, const struct integers *job, const uint8_t *code
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
     if (job->dtype == FLOAT32)
         scale_row(made, job, codes, row, from, count, layout, FLOAT32);
+    else if (job->dtype == FLOAT16)
+        scale_row(made, job, codes, row, from, count, layout, FLOAT16);
     else
         scale_row(made, job, codes, row, from, count, layout, BFLOAT16);
     put((uint8_t *)job->to + (row * job->width + from) * size, made, count * size, job->is_streamed);

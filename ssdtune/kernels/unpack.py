@@ -51,13 +51,20 @@ def _decoder(format: Format, out: torch.Tensor, suffix: str | None) -> Decoder:
 
 def _best(format: Format, out: torch.Tensor) -> str:
     """What is fastest for this format and output."""
-    if out.dtype not in DTYPES:
+    if out.dtype not in DTYPES and not (out.dtype == torch.float16 and _has_float16(format)):
         return ""
     if out.device.type == "cpu":
         native = library()
         return native.suffixes[0] if native is not None and type(format) in _natives() else ""
     is_known = out.device.type == "cuda" and has_triton() and type(format) in _kernels()
     return TRITON if is_known else ""
+
+
+def _has_float16(format: Format) -> bool:
+    """Whether fast code decodes it to float16 too: other libraries' models are often computed in it."""
+    from ssdtune.kernels.scaled_rows import FORMATS
+
+    return isinstance(format, FORMATS)
 
 
 @cache
@@ -76,10 +83,18 @@ def _natives() -> dict[type, Callable[..., None]]:
 
 def _kernels() -> dict[type, Callable[..., None]]:
     """What Triton's kernels decode: (format, parts, out)."""
-    from ssdtune.kernels import lossless_triton, rotated_triton, unpack_triton
+    from ssdtune.kernels import (
+        ggml_triton,
+        integers_triton,
+        lossless_triton,
+        rotated_triton,
+        unpack_triton,
+    )
 
     return {
         **unpack_triton.DECODERS,
+        **integers_triton.DECODERS,
+        **ggml_triton.DECODERS,
         Rotated: rotated_triton.decode_rotated,
         Lossless: lossless_triton.decode_lossless,
     }
