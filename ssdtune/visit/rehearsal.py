@@ -387,6 +387,7 @@ class _Rehearsal:
 
     def _workspace(self, kind: Any, point: _Point, args: Any, kwargs: Any) -> int:
         """Bytes beyond the inputs that recompute and backward hold at once."""
+        self._furnish(point.module.modules())
         before = self.live.peak = self.live.now
         leaves: list[torch.Tensor] = []
 
