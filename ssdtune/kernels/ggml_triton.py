@@ -81,10 +81,13 @@ def _large(block, run, i, is_there, KIND: tl.constexpr):
         scale = _half(block + 208, is_there) * _signed(_byte(block + 192 + run, is_there))
         value = (code - 32).to(tl.float32) * scale
     else:
-        BEGIN: tl.constexpr = 16 if KIND == "Q4_K" else 48
-        code = (_byte(block + BEGIN + run // 2 * 32 + i, is_there) >> (run % 2 * 4)) & 15
-        if KIND == "Q5_K":
-            code = code | (((_byte(block + 16 + i, is_there) >> run) & 1) << 4)
+        at = block + 16 + run // 2 * 32 + i
+        shift = run % 2 * 4
+        if KIND == "Q5_K":  # 32 bytes of fifth bits lie before the nibbles
+            fifth = (_byte(block + 16 + i, is_there) >> run) & 1
+            code = ((_byte(at + 32, is_there) >> shift) & 15) | (fifth << 4)
+        else:
+            code = (_byte(at, is_there) >> shift) & 15
         scale, minimum = _scale_and_minimum(block, run, is_there)
         value = code.to(tl.float32) * scale - minimum
     return value

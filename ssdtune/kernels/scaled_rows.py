@@ -56,10 +56,9 @@ def _of_words(format: Words, parts: Sequence[torch.Tensor], out: torch.Tensor) -
     groups = num_groups(out.shape[1], format.group)
     for some in row_slices(len(out), groups, NUM_SCALES):
         codes = words[some.start :] if layout == ALONG else words[:, some.start // per_word :]
-        scaling = (x.float().contiguous() for x in format.scaling(parts, some))
-        yield Rows(
-            out[some], codes, words.shape[1], *scaling, order, format.group, format.bits, layout
-        )
+        zeros, scales = (x.float().contiguous() for x in format.scaling(parts, some))
+        stride, group, bits = words.shape[1], format.group, format.bits
+        yield Rows(out[some], codes, stride, zeros, scales, order, group, bits, layout)
 
 
 def _of_bytes(
@@ -68,7 +67,6 @@ def _of_bytes(
     layout = BYTES[format.codes]
     for codes, scales, matrix in zip(*format.matrices(parts, out), strict=True):
         for some in row_slices(len(matrix), scales.shape[1], NUM_SCALES):
-            scaling = format.scaling(scales, some)
-            yield Rows(
-                matrix[some], codes[some], out.shape[-1], *scaling, None, format.block[1], 8, layout
-            )
+            zeros, found = format.scaling(scales, some)
+            stride, group = out.shape[-1], format.block[1]
+            yield Rows(matrix[some], codes[some], stride, zeros, found, None, group, 8, layout)
