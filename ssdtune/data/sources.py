@@ -296,12 +296,13 @@ def _quiet_datasets() -> Iterator[None]:
     """Its own error lines would stand before ours and say less; and a file of the user's is nobody's download to be
     counted, which it would ask a server to do, waiting for it where there is no way out."""
     import datasets
+    import datasets.config as settings
 
-    level, counts = datasets.logging.get_verbosity(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    level, counts = datasets.logging.get_verbosity(), settings.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    settings.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        settings.HF_UPDATE_DOWNLOAD_COUNTS = counts
         datasets.logging.set_verbosity(level)

@@ -74,9 +74,8 @@ def measure(
     """
     streamer: Streamer = model.ssdtune
     outputs = Outputs(streamer)
-    if accepts(
-        model.forward.inner, "use_cache"
-    ):  # keys and values of every layer and row, for nobody
+    if accepts(model.forward.inner, "use_cache"):
+        # Keys and values of every layer and row would be kept for nobody.
         rows = [{**row, "use_cache": False} for row in rows]
     with StandIn(streamer, packed, storage) as stand_in, outputs.watched(), torch.no_grad():
         model.eval()
@@ -105,7 +104,8 @@ class StandIn:
     """The packed model's weights, a block at a time, in memory of their own. Use as a context."""
 
     def __init__(self, streamer: Streamer, packed: MetaModel, storage: Storage) -> None:
-        self._device = streamer.engine.slots.device
+        self._engine = streamer.engine
+        self._device = self._engine.slots.device
         options = Options(device=self._device, budgets=Budgets(ram_bytes=0), storage=storage)
         self._recipes = draft(packed, options).recipes
         self._check_pair(streamer)
@@ -125,18 +125,18 @@ class StandIn:
     def refresh(self, block: int, slot: int) -> None:
         """The source stays as it is."""
 
-    def read(self, block: int, index: int, stored: torch.Tensor) -> torch.Tensor:
+    def read(self, block: int, index: int) -> torch.Tensor:
         """The source's."""
-        return stored
+        return self._engine.read_stored(block, index)
 
     def outside(self, variant: int | None) -> None:
         """What lies outside of blocks is not packed: it is the same in both."""
 
     def stand_in(
-        self, block: int, tensors: Sequence[torch.Tensor], variant: int
+        self, block: int, tensors: Sequence[torch.Tensor], variant: int | None
     ) -> Sequence[torch.Tensor]:
         """The packed block's tensors for PACKED, compared with the source's the first time."""
-        if variant == SOURCE:
+        if variant != PACKED:
             return tensors
         found = self._read(self._recipes[block])
         if self._names[block] not in self.errors:

@@ -88,7 +88,7 @@ def check_aloud(
         f"checking  {reading} against {model} on {len(rows.counts)} rows, {sum(rows.counts):,} tokens of {rows.name}"
     )
     started = perf_counter()
-    source = stream(model, micro_batch_size=1)
+    source: Any = stream(model, micro_batch_size=1)
     try:
         storage = choose("auto", packed.checkpoint.files)
         found = measure(source, packed, rows.batches, storage)

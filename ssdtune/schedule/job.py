@@ -215,10 +215,7 @@ def job_from(text: str) -> Job:
     made: dict[str, Any] = {
         **raw,
         "blocks": _blocks_from(raw["blocks"]),
-        "readings": tuple(
-            Reading(**{**reading, "blocks": _blocks_from(reading["blocks"])})
-            for reading in raw["readings"]
-        ),
+        "readings": tuple(map(_reading_from, raw["readings"])),
         "orders": {
             kind: [(block, Direction(direction)) for block, direction in order]
             for kind, order in raw["orders"].items()
@@ -229,6 +226,11 @@ def job_from(text: str) -> Job:
         "work": work,
     }
     return Job(**made)
+
+
+def _reading_from(raw: dict[str, Any]) -> Reading:
+    typed: dict[str, Any] = {**raw, "blocks": _blocks_from(raw["blocks"])}
+    return Reading(**typed)
 
 
 def _blocks_from(raw: Sequence[dict[str, Any]]) -> tuple[BlockShape, ...]:
