@@ -195,10 +195,8 @@ def roundpipe_point(name: str) -> Point:
 MEGATRAIN = {1: 272.0, 4: 1290.0}  # GPUs -> TFLOPS
 MEGATRAIN_SEQUENCES, MEGATRAIN_TOKENS = 158, 1024
 QWEN_LAYERS, QWEN_HIDDEN, QWEN_LAYER, QWEN_TOTAL = 28, 3584, 233.1e6, 7.616e9  # parameters
-H100_FLOPS, PCIE5 = (
-    0.87 * 794.5 * TFLOP,
-    50 * GB,
-)  # measured (stas00/ml-engineering), as machine.py uses it; assumed
+# Of the H100 as measured (stas00/ml-engineering), in the share that machine.py takes; the link is assumed.
+H100_FLOPS, PCIE5 = 0.87 * 794.5 * TFLOP, 50 * GB
 
 
 def megatrain_flop(num_gpus: int) -> float:
@@ -220,9 +218,8 @@ def megatrain_s() -> float:
         flop_per_token=2 * (QWEN_LAYER + 0.75 * (QWEN_TOTAL / QWEN_LAYERS - QWEN_LAYER) / 2),
         input_bytes_per_token=2 * QWEN_HIDDEN,
     )
-    machine = Rates(
-        flops=H100_FLOPS, h2d=PCIE5, d2h=PCIE5
-    )  # the update is added: nothing runs beside it
+    # Without an update, which is added: nothing runs beside it.
+    machine = Rates(flops=H100_FLOPS, h2d=PCIE5, d2h=PCIE5)
     found = foresee_full(shape, Full(weights=Tier.RAM, states=Tier.RAM), machine)
     return found.step_s + QWEN_TOTAL / LOHAN_ADAM
 
@@ -320,16 +317,8 @@ def footer_lines() -> Iterator[str]:
 def main() -> int:
     """Prints the table, what it sums up to, wear, and what is missing."""
     points = all_points()
-    for line in (
-        *table_lines(points),
-        "",
-        *summary_lines(points),
-        "",
-        *wear_lines(),
-        "",
-        *footer_lines(),
-    ):
-        print(line)
+    parts = (table_lines(points), summary_lines(points), wear_lines(), footer_lines())
+    print("\n\n".join("\n".join(part) for part in parts))
     return 0
 
 
