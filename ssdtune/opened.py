@@ -118,6 +118,8 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     def reopened(bits: int) -> MetaModel:
         return build_planned(model, quantization=str(bits), **arguments)
 
+    path = source.config.offload.path
+    readings = readings_of(meta, options, path, reopened) if chooses else ()  # no adapters yet
     base: Any = meta.model
     parameters = list(base.parameters())
     resident = _resident_bytes(meta, {n for group in drafted.groups for n in group.parameters})
@@ -137,9 +139,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         rows=rows,
         lengths=lengths,
         sequences=sequences,
-        readings=readings_of(meta, options, source.config.offload.path, reopened)
-        if chooses
-        else (),
+        readings=readings,
         # Of a config.json alone there are headers, no weights.
         lossless_ratio=lossless_ratio(meta) if model == source.name else None,
     )

@@ -13,7 +13,7 @@ from ssdtune.config import ConfigError, load_config, to_yaml
 from ssdtune.planning import settle
 from ssdtune.planning.settle import with_rows_at_once
 from ssdtune.planning.ways import decide
-from ssdtune.schedule.cost import StepWork, Work
+from ssdtune.schedule.cost import Operator, StepWork, Work
 from ssdtune.schedule.grid import (
     WORTH,
     Point,
@@ -61,7 +61,7 @@ def a_job(rows_at_once: int, *, kept: int = 12 * MB, workspace: int = 6 * MB) ->
         BlockShape(name=f"layers.{i}", slot_bytes=10 * MB, file_bytes=10 * MB) for i in range(NUM)
     )
     orders = plain_orders(NUM, first_trained=1)
-    one = Work({("matmul", 1000.0 * rows_at_once, 0.0): 1})
+    one = Work({Operator("matmul", 1000.0 * rows_at_once): 1})
     passes = {key: [one] for key in dict.fromkeys(orders["train"])}
     return Job(
         model="m",

@@ -128,7 +128,6 @@ def test_with_a_profile_it_tells_times_limits_and_alternatives(run) -> None:
 
 def test_packing_without_loss_is_named_where_it_pays(config_path: Path) -> None:
     """The same bits in fewer bytes, where the drive is the bound and decoding would not be."""
-    config = load_config(config_path, []).config
     job = dataclasses.replace(a_job(config_path), dtype="bfloat16", lossless_ratio=2.0)
     # A budget with room for the buffers that bytes to be decoded pass.
     packed = [
@@ -137,11 +136,11 @@ def test_packing_without_loss_is_named_where_it_pays(config_path: Path) -> None:
     least = smallest_budgets(packed, on_device=False).ram_bytes
     budget = Choices(micro_batches=MICRO, ram_bytes=least + 10_000)
 
-    def found(job: Job, quantization: str = "none", **rates: float) -> Saving | None:
+    def found(job: Job, **rates: float) -> Saving | None:
         machine = a_machine(profile=a_profile(flop_s=1e-12, **rates))
         now = outcome(job, machine, budget)
         assert isinstance(now, Outcome)
-        return saving(job, machine, dataclasses.replace(config, quantization=quantization), now)
+        return saving(job, machine, now)
 
     saved = found(job, read_rate=1e6)
     assert saved is not None
@@ -150,7 +149,8 @@ def test_packing_without_loss_is_named_where_it_pays(config_path: Path) -> None:
     assert "1/1.35 of the bytes (assumed)" in Saving(1.35, False, 2.0, 1.5).line()
     assert found(job, read_rate=1e12) is None, "something else is the bound"
     assert found(job, read_rate=1e6, decode_rate=1e6) is None, "decoding would be the bound"
-    assert found(job, "4", read_rate=1e6) is None
+    blocks = tuple(dataclasses.replace(b, is_packed=True) for b in packed)
+    assert found(dataclasses.replace(job, blocks=blocks), read_rate=1e6) is None
     assert found(dataclasses.replace(job, dtype="float32"), read_rate=1e6) is None
 
 
@@ -307,7 +307,12 @@ def test_it_fits_from_the_memory_on_that_it_says(config_path: Path) -> None:
 def test_where_inputs_are_too_many_nvme_holds_them(config_path: Path) -> None:
     job = a_job(config_path)
     many = Choices(micro_batches=4096)
-    machine = a_machine(int(1.2 * job.fixed.base_bytes) + 70 * MB)
+    peaks: list[int] = []
+    for tier in (Tier.DEVICE, Tier.NVME):
+        found = outcome(job, a_machine(), dataclasses.replace(many, block_inputs=tier))
+        assert isinstance(found, Outcome)
+        peaks.append(found.peak.ram_bytes)
+    machine = a_machine(sum(peaks) // 2)
     assert isinstance(outcome(job, machine, many), Refusal)
     change = smallest_change(job, machine, many)
     assert change is not None

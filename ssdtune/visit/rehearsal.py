@@ -141,6 +141,16 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
+        self._counts = True
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is made in a `with` block counts as having been there."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts what it made."""
@@ -155,7 +165,7 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._known or tensor.is_meta:
             return
-        num_bytes = storage.nbytes() if is_made else 0
+        num_bytes = storage.nbytes() if is_made and self._counts else 0
         self._known.add(key)
         self.now += num_bytes
         self.peak = max(self.peak, self.now)
@@ -296,7 +306,7 @@ class _Rehearsal:
             (point.module, _Stage(self, point)) for point in self.cast.points
         ]
         if self.cast.head is not None:
-            stages.append((self.cast.head.module, _NoLogits(self.cast.head.module)))
+            stages.append((self.cast.head.module, _NoLogits(self.cast.head.module, self._alive)))
         seen: set[Any] = set()
         later: set[nn.Module] = set()
         for point in self.cast.points:
@@ -327,9 +337,10 @@ class _Rehearsal:
             if module in self._before:
                 continue
             self._before[module] = dict(module._parameters)
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = _without_memory(parameter, self.cast.device)
+            with self.live.uncounted():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = _without_memory(parameter, self.cast.device)
 
     def play(self, point: _Point, args: Any, kwargs: Any) -> Any:
         """One block's forward."""
@@ -469,14 +480,16 @@ class _Stage:
 
 class _NoLogits:
     """The forward of a head whose logits are counted chunk by chunk: as wide as they are, for a bias that is added to
-    them, and without their memory."""
+    them, and without their memory. What they would be made of stays alive, as it does until the head's visit."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, alive: list[torch.Tensor]) -> None:
         weight = getattr(head, "weight", None)
         self._width = None if weight is None else weight.shape[0]
+        self._alive = alive
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See above."""
+        self._alive.append(hidden)
         if self._width is None:
             return hidden[..., :0]
         return hidden[..., :1].expand(*hidden.shape[:-1], self._width)
