@@ -48,7 +48,9 @@ def half(name: str, folder: Path, stream: Stream) -> int:
 # ------------------------------------------------------------------ bits
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if i % 2 else n for i, n in enumerate(EXACT)]
+)
 def test_training_equals_training_in_memory(name: str, tmp_path: Path, stream: Stream) -> None:
     pair = make_pair(name, tmp_path, stream, activation_bytes=PLENTY)
     assert_same_training(pair, batches(name, 3))

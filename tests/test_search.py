@@ -150,7 +150,7 @@ def test_small_models_on_a_device_too(seed: int) -> None:
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_longer_search_of_a_large_model_finds_nothing_much_better(
     seed: int, on_device: bool
 ) -> None:

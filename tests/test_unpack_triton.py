@@ -436,6 +436,7 @@ def compiled_for(
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_kernels_compile_and_nothing_is_fused(compiled: dict[str, Any]) -> None:
     assert [list(seen) for seen in compiled.values()] == [
         ["_affine"],

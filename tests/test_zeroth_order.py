@@ -203,7 +203,14 @@ def test_adapters_train_as_in_memory(
 
 
 @pytest.mark.parametrize(
-    ("name", "every"), [("llama", 1), ("llama", 3), ("llama", 7), ("gpt2", 3), ("mixtral", 1)]
+    ("name", "every"),
+    [
+        ("llama", 1),
+        ("llama", 3),
+        ("gpt2", 3),
+        pytest.param("llama", 7, marks=pytest.mark.slow),
+        pytest.param("mixtral", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_working_copy_changes_no_bit(
     name: str, every: int, tmp_path: Path, stream: Stream

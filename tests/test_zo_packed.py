@@ -45,7 +45,8 @@ def assert_same_weights(pair: Any, trained: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("kind", "estimator", "num_steps"),
     [
-        ("4", "mezo", NUM_STEPS),
+        ("4", "mezo", 3),
+        pytest.param("4", "mezo", NUM_STEPS, marks=pytest.mark.slow),
         ("nf4", "fzoo", 2),
         ("4", "lozo", 2),
         *(

@@ -111,7 +111,7 @@ def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None
             train_from_config(load("stopped", trains, *FLAGS[trains]))
 
 
-@pytest.mark.parametrize("trains", ["all", "adapters"])
+@pytest.mark.parametrize("trains", ["all", pytest.param("adapters", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     trains: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
