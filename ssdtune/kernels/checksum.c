@@ -4,13 +4,7 @@
 #include "native.h"
 
 enum { LANES = 64, ROW = 4 * LANES, BLOCK = 64 * ROW }; /* words; bytes; bytes */
-#if defined(__AVX512F__)
-enum { WIDE = 16 };
-#elif defined(__AVX2__)
-enum { WIDE = 8 };
-#else
-enum { WIDE = 4 };
-#endif
+enum { WIDE = WIDE_WORDS };
 typedef uint32_t wide __attribute__((vector_size(4 * WIDE)));
 enum { PER_ROW = LANES / WIDE };
 

@@ -474,11 +474,7 @@ static void put_tile(struct tile *t, const struct ggml *job, int64_t first, int6
 void NAME(ssdtune_unpack_ggml, SUFFIX)(struct ggml *job)
 {
     struct tile t = {0};
-    for (;;) {
-        const int64_t begin = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (begin >= job->n)
-            break;
-        const int64_t end = begin + job->part < job->n ? begin + job->part : job->n;
+    for (int64_t begin, end; take_part(&job->next, job->part, job->n, &begin, &end);) {
         for (int64_t first = begin; first < end; first += TILE)
             put_tile(&t, job, first, end - first < TILE ? end - first : TILE);
     }

@@ -301,11 +301,7 @@ static void put_block(struct space *s, const struct integers *job, int64_t first
 void NAME(ssdtune_unpack_integers, SUFFIX)(struct integers *job)
 {
     struct space s;
-    for (;;) {
-        const int64_t begin = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (begin >= job->rows)
-            break;
-        const int64_t end = begin + job->part < job->rows ? begin + job->part : job->rows;
+    for (int64_t begin, end; take_part(&job->next, job->part, job->rows, &begin, &end);) {
         for (int64_t first = begin; first < end; first += BLOCK)
             put_block(&s, job, first, end - first < BLOCK ? end - first : BLOCK);
     }

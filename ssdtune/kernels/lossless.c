@@ -330,11 +330,7 @@ void NAME(ssdtune_decode_lossless, SUFFIX)(struct job *job)
     struct state s = {.readable = job->escapes + job->num_escapes};
     memcpy(s.table, job->dictionary, (size_t)(1 << job->bits) - 1);
     const int64_t num_chunks = (job->n + CHUNK - 1) / CHUNK;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (first >= num_chunks)
-            break;
-        const int64_t stop = first + job->part < num_chunks ? first + job->part : num_chunks;
+    for (int64_t first, stop; take_part(&job->next, job->part, num_chunks, &first, &stop);) {
         for (int64_t chunk = first; chunk < stop; chunk++)
             if (!decode_chunk(&s, job, chunk))
                 __atomic_store_n(&job->is_damaged, 1, __ATOMIC_RELAXED);

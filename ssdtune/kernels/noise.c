@@ -205,11 +205,7 @@ void NAME(ssdtune_noise_piece, SUFFIX)(const struct noise *job, void *to, const 
 void NAME(ssdtune_add_noise, SUFFIX)(struct noise *job)
 {
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (first >= job->n)
-            return;
-        const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
+    for (int64_t first, stop; take_part(&job->next, job->part, job->n, &first, &stop);) {
         for (int64_t at = first; at < stop; at += PIECE)
             NAME(ssdtune_noise_piece, SUFFIX)(
                 job, (char *)job->to + at * size, (const char *)job->base + at * size, at,

@@ -85,11 +85,7 @@ static void move_piece(const struct requantize *job, int64_t first, int64_t n)
 void NAME(ssdtune_requantize, SUFFIX)(struct requantize *job)
 {
     const int64_t n = job->packed->n;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (first >= n)
-            return;
-        const int64_t stop = n - first < job->part ? n : first + job->part;
+    for (int64_t first, stop; take_part(&job->next, job->part, n, &first, &stop);) {
         for (int64_t at = first; at < stop; at += PIECE)
             move_piece(job, at, stop - at < PIECE ? stop - at : PIECE);
     }

@@ -3,13 +3,7 @@
 #define SSDTUNE_ROTATE_H
 #include "native.h"
 
-#if defined(__AVX512F__)
-enum { WIDE = 16 };
-#elif defined(__AVX2__)
-enum { WIDE = 8 };
-#else
-enum { WIDE = 4 };
-#endif
+enum { WIDE = WIDE_WORDS };
 enum { MAX_ROTATED = 128 };
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef int32_t places __attribute__((vector_size(4 * WIDE)));

@@ -750,11 +750,7 @@ static void rotated_stretch(const struct affine *job, int64_t first, int64_t n)
 void NAME(ssdtune_unpack_affine, SUFFIX)(struct affine *job)
 {
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (first >= job->n)
-            break;
-        const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
+    for (int64_t first, stop; take_part(&job->next, job->part, job->n, &first, &stop);) {
         for (int64_t at = first; at < stop; at += STRETCH) {
             const int64_t n = stop - at < STRETCH ? stop - at : STRETCH;
             if (job->is_rotated)
@@ -930,11 +926,7 @@ void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
 {
     _Alignas(64) lookup tables[256];
     get_tables(tables, job);
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (first >= job->n)
-            break;
-        const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
+    for (int64_t first, stop; take_part(&job->next, job->part, job->n, &first, &stop);) {
         const int64_t done = CAN_STREAM && job->is_streamed ? nibbles_fast(job, first, stop, tables, 1)
                                                             : nibbles_fast(job, first, stop, tables, 0);
         nibbles_slowly(job, done, stop);

@@ -27,11 +27,7 @@ static void make_piece(const struct unpack_add *job, int64_t first, int64_t n)
 
 void NAME(ssdtune_unpack_add, SUFFIX)(struct unpack_add *job)
 {
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&job->next, job->part, __ATOMIC_RELAXED);
-        if (first >= job->n)
-            return;
-        const int64_t stop = job->n - first < job->part ? job->n : first + job->part;
+    for (int64_t first, stop; take_part(&job->next, job->part, job->n, &first, &stop);) {
         for (int64_t at = first; at < stop; at += PIECE)
             make_piece(job, at, stop - at < PIECE ? stop - at : PIECE);
     }
