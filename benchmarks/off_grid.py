@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from ssdtune.assets import built_beside, prepare_model, prepare_text  # noqa: E402
 from ssdtune.cache import cache_folder  # noqa: E402
 from ssdtune.kernels.affine import Affine  # noqa: E402
-from ssdtune.kernels.quantize import quantize_affine  # noqa: E402
+from ssdtune.kernels.quantize import decoded, quantize_affine  # noqa: E402
 
 NAME = "smollm2-135m-off-grid"
 LENGTH = 128  # tokens a step
@@ -147,8 +147,7 @@ def grid_error(tensors: Iterable[tuple[str, torch.Tensor]], every: int = 1) -> f
     for matrix in itertools.islice(matrices, 0, None, every):
         weight = matrix.float()
         parts = quantize_affine(weight, format.order, format.group)
-        found = torch.empty_like(weight)
-        format.by_torch([parts[p.suffix] for p in format.parts(weight.shape)], found)
+        found = decoded(format, parts, tuple(weight.shape))
         wrong += float((found - weight).square().sum())
         right += float(weight.square().sum())
     return wrong / right

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from ssdtune.kernels import quantize
 from ssdtune.kernels.affine import ORDERS, Affine, widths
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
-from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 
 GROUP = 64
@@ -62,8 +62,8 @@ def _affine(order: tuple[int, ...], group: int, *, is_rotated: bool = False) -> 
     formats: list[Format] = [Rotated(format) if is_rotated else format for format in plain]
 
     def decoded(weight: torch.Tensor) -> list[torch.Tensor]:
-        made = quantize_affine(weight, order, group, is_rotated=is_rotated)
-        return [_decoded(format, made, weight) for format in formats]
+        made = quantize.quantize_affine(weight, order, group, is_rotated=is_rotated)
+        return [quantize.decoded(format, made, tuple(weight.shape)) for format in formats]
 
     readings = tuple((format.bits, format.bits + 24 / group) for format in plain)
     kind = "rotated groups" if is_rotated else "groups"
@@ -75,16 +75,10 @@ def _table(name: str, format: Nibbles) -> Contestant:
     bits = 4 + 8 * SCALE_DTYPES[format.scale].itemsize / format.block
 
     def decoded(weight: torch.Tensor) -> list[torch.Tensor]:
-        made = quantize_nibbles(weight, format.table, format.block, format.scale)
-        return [_decoded(format, made, weight)]
+        made = quantize.quantize_nibbles(weight, format.table, format.block, format.scale)
+        return [quantize.decoded(format, made, tuple(weight.shape))]
 
     return Contestant(f"{name}, blocks of {format.block}", format.block, ((4, bits),), decoded)
-
-
-def _decoded(format: Format, made: dict[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(like)
-    format.by_torch([made[part.suffix] for part in format.parts(tuple(like.shape))], out)
-    return out
 
 
 # ----------------------------------------------------------------------------------------- others

@@ -92,7 +92,11 @@ class InMemory:
             self.shift(pristine, shift)
             found = [self.model(**piece, num_items_in_batch=items).loss for piece in pieces]
             losses.append(math.fsum(map(float, found)))
-        gradients = self.estimator.gradients(losses)
+        self.update(pristine, self.estimator.gradients(losses))
+        self.num_steps += 1
+        return losses
+
+    def update(self, pristine: dict[str, torch.Tensor], gradients: Sequence[float]) -> None:
         for name, p in self.parameters.items():
             total = pristine[name].float()
             if p.dim() > 1:
@@ -102,8 +106,6 @@ class InMemory:
                 for term in terms(name, p, self.num_steps, j, scale, self.estimator.family):
                     total = total + term
             p.copy_(rounded(total, name, self.num_steps, p.dtype))
-        self.num_steps += 1
-        return losses
 
     def shift(self, pristine: dict[str, torch.Tensor], shift: Shift | None) -> None:
         for name, p in self.parameters.items():

@@ -157,13 +157,8 @@ class PackedInMemory(InMemory):
                 codes = join_slices(slices, entry.format.slices)[:n].float()
                 self.codes[name] = (codes.view(entry.shape), scale, zero.view(entry.shape), entry.format.bits)  # fmt: skip
 
-    @torch.no_grad()
-    def step(self, pieces: Sequence[dict[str, Any]], items: int) -> list[float]:
-        number = self.num_steps
-        losses = super().step(
-            pieces, items
-        )  # moves what is not packed; the rest is put right below
-        gradients = self.estimator.gradients(losses)
+    def update(self, pristine: dict[str, torch.Tensor], gradients: Sequence[float]) -> None:
+        super().update(pristine, gradients)  # what is not packed; the rest is put right
         for name, (codes, scale, zero, bits) in self.codes.items():
             decay = torch.tensor(1 - test_zeroth_order.LEARNING_RATE * test_zeroth_order.DECAY - 1)
             by = (codes - zero) * scale * decay.float()
@@ -172,15 +167,14 @@ class PackedInMemory(InMemory):
                     continue
                 size = -(test_zeroth_order.LEARNING_RATE * g)
                 family = self.estimator.family
-                for term in test_zeroth_order.terms(name, by, number, j, size, family):
+                for term in test_zeroth_order.terms(name, by, self.num_steps, j, size, family):
                     by = by + term
-            key = philox.key_of(SEED, number, philox.number_of(name))
+            key = philox.key_of(SEED, self.num_steps, philox.number_of(name))
             cpu = torch.device("cpu")
             fields = philox.fields(key, 0, by.numel(), bits=32, domain=philox.CODES, device=cpu)
             u = ((fields >> 8).double() / 2**24).float().view(by.shape)
             codes.add_((by / scale + u).floor()).clamp_(0, 2**bits - 1)
             self.parameters[name].copy_((codes - zero) * scale)
-        return losses
 
 
 @pytest.mark.parametrize(

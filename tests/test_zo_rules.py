@@ -73,15 +73,8 @@ class Ruled(InMemory):
                 moved = (base.float() + z).to(p.dtype)
                 p.copy_(torch.where(self.moving(name, base), moved, base))
 
-    @torch.no_grad()
-    def step(self, pieces: Sequence[dict[str, Any]], items: int) -> list[float]:
-        pristine = {name: p.clone() for name, p in self.parameters.items()}
-        losses = []
-        for shift in self.estimator.variants:
-            self.shift(pristine, shift)
-            found = [self.model(**piece, num_items_in_batch=items).loss for piece in pieces]
-            losses.append(sum(map(float, found)))
-        self.pasts.append((self.num_steps, self.estimator.gradients(losses)))
+    def update(self, pristine: dict[str, torch.Tensor], gradients: Sequence[float]) -> None:
+        self.pasts.append((self.num_steps, list(gradients)))
         for name, p in self.parameters.items():
             base = pristine[name]
             total = base.float()
@@ -89,8 +82,6 @@ class Ruled(InMemory):
                 total = total * torch.tensor(1 - LEARNING_RATE * DECAY)
             moved = rounded(self.updated(total, name, p), name, self.num_steps, p.dtype)
             p.copy_(torch.where(self.moving(name, base), moved, base))
-        self.num_steps += 1
-        return losses
 
     def updated(self, total: torch.Tensor, name: str, p: torch.Tensor) -> torch.Tensor:
         rule = self.rule

@@ -1,9 +1,9 @@
 """From a file of rows to labelled token ids, with nothing lost in silence.
 
 Read in this order: `rows` opens the file and knows where every row came from; `formats` turns a
-row into a text or a chat, `options` one with a label into texts;
-`template` finds what the assistant said in a rendered chat; `tokens`
-tokenises, labels, cuts and counts; `collate` pads one micro-batch. `faults` words the errors.
+row into a text or a chat, `options` one with a label into texts; `template` finds what the assistant
+said in a rendered chat; `tokens` tokenises, labels, cuts and counts; `collate` pads one micro-batch.
+`faults` words the errors.
 
     rows = load_dataset_rows({"path": "chats.jsonl", "split": "train[:98%]"})
     tokenized = tokenize_rows(rows, tokenizer, max_length=2048)

@@ -21,13 +21,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ssdtune.kernels.affine import Affine, split_codes, widths
-from ssdtune.kernels.formats import Part
+from ssdtune.kernels.formats import Format, Part
 from ssdtune.kernels.nibbles import SCALE_DTYPES, Nibbles, scale_of
 from ssdtune.kernels.rotated import rotated
 
@@ -412,6 +412,15 @@ def _ue5m3(scale: torch.Tensor) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------- both
+
+
+def decoded(
+    format: Format, made: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """What the parts that an encoder made stand for, float32 of that shape, by the definition."""
+    out = torch.empty(shape)
+    format.by_torch([made[part.suffix] for part in format.parts(shape)], out)
+    return out
 
 
 def _by_chunks(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ssdtune.kernels.affine import ORDERS, Affine
-from ssdtune.kernels.quantize import quantize_affine
+from ssdtune.kernels.quantize import decoded, quantize_affine
 from ssdtune.packing.layout import Group, PackError
 from ssdtune.packing.reading import GroupReader
 from ssdtune.swap.readers import ReaderPool
@@ -64,9 +64,7 @@ def sampled(values: torch.Tensor) -> torch.Tensor:
 def relative_error(values: torch.Tensor, format: Affine) -> float:
     """|decoded - values|^2 / |values|^2; 0 for zeros. values: float32, flat."""
     parts = quantize_affine(values, format.order, format.group, is_nested=format.is_nested)
-    decoded = torch.empty_like(values)
-    shape = tuple(values.shape)
-    format.by_torch([parts[part.suffix] for part in format.parts(shape)], decoded)
+    found = decoded(format, parts, tuple(values.shape))
     square = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-    error = float(torch.linalg.vector_norm(decoded.sub_(values), dtype=torch.float64)) ** 2
+    error = float(torch.linalg.vector_norm(found.sub_(values), dtype=torch.float64)) ** 2
     return error / square if square else 0.0

@@ -1,9 +1,10 @@
-"""`ssdtune probe`: measures this machine for the planner, in under a minute, and writes a profile.
+"""`ssdtune probe`: measures this machine for the planner, and writes a profile.
 
 Each operator and transfer is timed at several sizes, the sizes in turn, a few rounds of each; a point of a curve is the
-median of its rounds, and the time that nine tenths of them stay below is kept beside it. What is measured is what training does: matrix products of blocks' shapes in the number formats
-that models come in, fused attention and its backward, passes over values, reads of a model's files by the engine's own
-readers, writes past the page cache, copies, the optimizer, perturbing weights.
+median of its rounds, and the time that nine tenths of them stay below is kept beside it. What is measured is what
+training does: matrix products of blocks' shapes in the number formats that models come in, fused attention and its
+backward, passes over values, reads of a model's files by the engine's own readers, writes past the page cache, copies,
+the optimizer, perturbing weights.
 """
 
 from __future__ import annotations

@@ -22,9 +22,8 @@ HOLES_SHARE = 0.07
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
 NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 MOST_STATES = 2  # of all others
-STAGING_BYTES = (
-    32 * 2**20
-)  # of RAM, through which block inputs go to NVMe and back (swap/inputs.py)
+# Of RAM, through which block inputs go to NVMe and back (swap/inputs.py).
+STAGING_BYTES = 32 * 2**20
 SMALL_SHARE = 0.02  # of a total: smaller parts are not told
 
 

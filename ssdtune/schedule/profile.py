@@ -35,9 +35,8 @@ PERTURB, PERTURB_SIGNS = "perturb", "perturb_signs"
 MAY_LACK = (FRESH, PERTURB, PERTURB_SIGNS)  # in older profiles, and FRESH on devices: take no time
 TRANSFERS = ("nvme_read", "nvme_write", "unpack", "decode", "h2d", "d2h", "d2d")
 MIXED = "nvme_mixed"  # bytes of the drive, half of them read while the others are written
-SUSTAINED = (
-    "nvme_write_sustained"  # bytes written beyond a drive's cache; only where it was asked for
-)
+# Bytes written beyond a drive's cache; only where it was asked for.
+SUSTAINED = "nvme_write_sustained"
 DEVICE_DECODE = "device_decode"  # bytes that a device decodes packed weights to
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
 STAND_INS = {"decode": "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}

@@ -90,7 +90,8 @@ class Rule:
 
     def linked(self, updates: Sequence[Update]) -> list[Update]:
         """Updates as a log has them, each with those that it hangs on."""
-        return [self.after(update, updates[:i]) for i, update in enumerate(updates)]
+        num = self.num_earlier
+        return [self.after(u, updates[max(0, i - num) : i]) for i, u in enumerate(updates)]
 
     def terms(self, update: Update) -> list[Term]:
         """What is added to theta x decay, in this order; of a linear rule."""
