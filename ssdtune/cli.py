@@ -207,7 +207,7 @@ def _probe(words: list[str]) -> object:
 
     parser = argparse.ArgumentParser(
         prog="ssdtune probe",
-        description="Measure this machine's processor, memory and drive, in about a minute.",
+        description="Measure this machine's processor, memory and drive, in a minute or two.",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -1,6 +1,7 @@
 """The probe's arithmetic, and one whole small measurement."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from ssdtune.probe import (
     operators,
     optimizer,
     perturbing,
+    text,
     timing,
 )
 from ssdtune.probe.timing import time_all
@@ -193,6 +195,28 @@ def test_a_sustained_write_that_fails_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         drive.measure_sustained(tmp_path, 4 * drive.SUSTAINED_CHUNK, lambda line: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_would_take_too_long_are_left_out_and_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one kind of product, so that the two have not the same rows."""
+    monkeypatch.setattr(few_rows, "ROWS", (1, 4))
+    monkeypatch.setattr(few_rows, "WIDTHS", (64,))
+    monkeypatch.setattr(few_rows, "LONGEST_S", 0.05)
+    plain = torch.matmul
+
+    def slow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return plain(left, right)
+
+    monkeypatch.setattr(torch, "matmul", slow)
+    grids = few_rows.measure_few_rows(torch.device("cpu"), torch.float32)
+    assert {kind: list(grid) for kind, grid in grids.items()} == {
+        "matmul": [1],
+        "matmul_transposed": [1, 4],
+    }
+    assert re.search(r" 1: \S+ / \S+, 4: \S+ / -$", text._few_rows_line(grids))
 
 
 def test_pieces_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

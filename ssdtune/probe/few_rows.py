@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.memory import free_ram
 from ssdtune.probe.timing import Run, time_all
+from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.products import Grid
 
 if TYPE_CHECKING:
@@ -32,18 +33,19 @@ def measure_few_rows(device: torch.device, dtype: torch.dtype) -> dict[str, Grid
     memory = _memory(max(widths) ** 2 * dtype.itemsize, device).view(dtype).fill_(0.01)
     grids = {"matmul_transposed": torch.nn.functional.linear, "matmul": torch.matmul}
     with torch.no_grad():
-        return {
-            kind: {
-                rows: time_all(
-                    _pieces(function, memory, rows, widths),
-                    device,
-                    rounds=GRID_ROUNDS,
-                    longest_s=LONGEST_S,
-                )
-                for rows in ROWS
-            }
-            for kind, function in grids.items()
-        }
+        return {kind: _grid(function, memory, widths, device) for kind, function in grids.items()}
+
+
+def _grid(function: Product, memory: torch.Tensor, widths: list[int], device: torch.device) -> Grid:
+    """Rows -> its curve. More rows than those whose smallest matrix takes LONGEST_S are left out: the rest of their FLOP
+    goes by the rate of many rows."""
+    grid: dict[int, Curve] = {}
+    for rows in ROWS:
+        pieces = _pieces(function, memory, rows, widths)
+        grid[rows] = time_all(pieces, device, rounds=GRID_ROUNDS, longest_s=LONGEST_S)
+        if grid[rows].points[0][1] > LONGEST_S:
+            break
+    return grid
 
 
 def _pieces(

@@ -43,12 +43,14 @@ def _operators_line(curves: Mapping[str, Curve], inside: InModel) -> str:
 
 
 def _few_rows_line(grids: Mapping[str, Grid]) -> str:
-    """Rates of the largest matrices."""
-    told = ", ".join(
-        f"{rows}: {' / '.join(f'{grids[kind][rows].rate / 1e9:.3g}' for kind in grids)}"
-        for rows in next(iter(grids.values()))
-    )
-    return f"few tokens by a large matrix, GFLOP/s: {told}"
+    """Rates of the largest matrices; a kind of product may have been measured at fewer rows than another."""
+
+    def told(rows: int) -> str:
+        rates = [f"{g[rows].rate / 1e9:.3g}" if rows in g else "-" for g in grids.values()]
+        return f"{rows}: {' / '.join(rates)}"
+
+    measured = sorted({rows for grid in grids.values() for rows in grid})
+    return f"few tokens by a large matrix, GFLOP/s: {', '.join(map(told, measured))}"
 
 
 def _transfer(name: str, curve: Curve) -> str:
