@@ -10,6 +10,7 @@ import contextlib
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -136,17 +137,23 @@ def _kernels() -> Iterator[str]:
     """Who decodes packed weights and draws random directions, and how fast the former is."""
     import torch
 
-    from ssdtune.kernels.native import library
+    from ssdtune.kernels.native import SlowKernelsWarning, live
 
-    native = library()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", SlowKernelsWarning
+        )  # what it would say stands in these lines
+        native = live()
     out = torch.empty(DECODED, dtype=torch.bfloat16)
     best = best_of(decoding(out), DECODE_S)
-    who = "torch: no C compiler was found, install gcc for several times the speed"
-    if native is not None:
-        who = f"compiled for {native.suffixes[0].removeprefix('_')}"
+    who = f"torch ({native.reason})"
+    if native.library is not None:
+        who = f"C for {native.library.suffixes[0].removeprefix('_')}, {native.reason}"
     yield _row(
         "kernels", f"{who} · 4-bit weights at {out.nbytes / best / 1e9:.1f} GB/s of bfloat16"
     )
+    if native.library is None:
+        yield _row("", f"C is several times as fast. {native.way_out}")
     if torch.cuda.is_available():
         has_triton = version_of("triton") is not None
         yield _row(

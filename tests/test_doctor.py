@@ -1,5 +1,6 @@
 """The doctor says what is live, at what rate, and why; and leaves nothing behind."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from ssdtune import doctor, memory
 from ssdtune.doctor import DoctorError, matmul_rate, print_doctor
+from ssdtune.kernels import native
 from ssdtune.probe import files
 from ssdtune.swap import gds
 
@@ -118,6 +120,23 @@ def test_slow_bfloat16_is_named_with_the_remedy(
     rates[torch.bfloat16] = 2e12
     print_doctor(tmp_path)
     assert "slower than" not in capsys.readouterr().out
+
+
+def test_slow_kernels_are_named_with_the_reason_and_the_remedy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Of the C library itself: tests/test_native.py."""
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native, "_found", functools.cache(native._found.__wrapped__))
+    print_doctor(tmp_path)
+    text = capsys.readouterr().out
+    assert "torch (no C compiler was found) · 4-bit weights at" in row(text, "kernels")
+    assert "C is several times as fast. Install gcc." in text
+    assert not [warning for warning in recwarn if warning.category is native.SlowKernelsWarning]
 
 
 def test_the_rate_is_of_the_width_asked_for() -> None:

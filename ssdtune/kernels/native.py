@@ -1,55 +1,38 @@
-"""Compiles the C sources beside this file once, for every instruction set that this processor may have, and loads them.
+"""Loads the C library: the one that came with the wheel, else one that is compiled once, at first use, into the cache.
 
-A plain C library behind ctypes: no torch headers, seconds to build, and calls let go of the interpreter's lock. Where
-there is no compiler, `library()` is None and torch does the work, several times slower.
+It is called through ctypes; calls let go of the interpreter's lock. Where it cannot be had, `library()` is None and
+torch does the work, several times slower: that is warned of once, and `ssdtune doctor` says it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
+import fcntl
 import functools
-import hashlib
 import importlib.util
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ssdtune.cache import cache_folder
-
-SOURCES = (
-    "checksum.c",
-    "ggml.c",
-    "integers.c",
-    "lossless.c",
-    "noise.c",
-    "requantize.c",
-    "unpack.c",
-    "unpack_add.c",
+from ssdtune.errors import reason_of
+from ssdtune.kernels.compiling import (
+    FOLDER,
+    CompileError,
+    compile_into,
+    library_name,
+    variants,
 )
-HEADERS = ("native.h", "pieces.h", "rotate.h")
-# No value may depend on who compiled it: nothing fused, nothing reordered.
-FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall")
-# ending of the functions' names -> flags; the best first. The last one runs everywhere.
-VARIANTS = {
-    "x86_64": {
-        "_avx512": (
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-            "-mprefer-vector-width=512",
-        ),
-        "_avx2": ("-mavx2",),
-        "_plain": (),
-    }
-}
+
+# What a processor must have to run the functions with these endings.
 NEEDS = {"_avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "_avx2": {"avx2"}}
-BUILD_S = 120.0
+
+
+class SlowKernelsWarning(UserWarning):
+    """Torch does what the C library would do."""
 
 
 class Library:
@@ -64,61 +47,94 @@ class Library:
         return getattr(self._loaded, name + (suffix or self.suffixes[0]))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Live:
+    """Who does the work. library: None where it is torch. reason: where the library is from, or why there is none.
+    way_out: what to do about that."""
+
+    library: Library | None
+    reason: str
+    way_out: str = ""
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether kernels for a GPU can be compiled."""
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def library() -> Library | None:
-    """The library, built at first use into the cache; None where nothing here can build it."""
-    folder = Path(__file__).parent
-    compiler = next((c for c in ("gcc", "cc", "g++", "clang") if shutil.which(c)), None)
-    variants = VARIANTS.get(platform.machine(), {"_plain": ()})
-    sources = [(folder / name).read_bytes() for name in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256(repr((FLAGS, variants, compiler, sources)).encode()).hexdigest()[:16]
-    path = cache_folder() / f"kernels-{key}.so"
-    if not path.exists():
-        if compiler is None:
-            return None
-        try:
-            _build(compiler, folder, variants, path)
-        except (OSError, subprocess.SubprocessError):
-            return None
-    has = _processor_flags()
-    return Library(path, tuple(s for s in variants if NEEDS.get(s, set()) <= has))
+    """The library; None where it cannot be had. The first call may take as long as compiling takes."""
+    return live().library
 
 
-def _build(compiler: str, folder: Path, variants: dict[str, tuple[str, ...]], path: Path) -> None:
-    """Writes the library beside its place and moves it there: another process may do the same at once."""
+_finding = threading.Lock()  # threads of one process need it at the same moment
+
+
+def live() -> Live:
+    """The same, with the reason."""
+    with _finding:
+        return _found()
+
+
+@functools.cache
+def _found() -> Live:
+    try:
+        return _from_wheel() or _from_cache()
+    except CompileError as error:
+        found = Live(None, str(error), error.way_out)
+    except OSError as error:
+        found = Live(
+            None,
+            f"no library can be made and loaded in {cache_folder()}: {reason_of(error)}",
+            "Name another folder: SSDTUNE_CACHE.",
+        )
+    warnings.warn(
+        f"ssdtune's C code is not in use: {found.reason}. Torch decodes packed weights and draws random directions "
+        f"instead, with the same results, several times slower. {found.way_out}",
+        SlowKernelsWarning,
+        stacklevel=4,
+    )
+    return found
+
+
+def _from_wheel() -> Live | None:
+    """None where there is none for these sources and this machine, or it needs another C library than there is."""
+    found = _loaded(FOLDER / library_name())
+    return None if found is None else Live(found, "built into the package")
+
+
+def _from_cache() -> Live:
+    path = cache_folder() / library_name()
+    found = _loaded(path)
+    if found is None:
+        with _alone(path):
+            found = _loaded(path) or _load(compile_into(path.parent))
+    return Live(found, "compiled here")
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no other process makes this file: each of them would take as many times longer as there are. Where files
+    cannot be locked, nobody waits, and the last one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        commands: dict[str, list[str]] = {}
-        for suffix, flags in variants.items():
-            for name in SOURCES:
-                made = str(Path(scratch) / f"{name}{suffix}.o")
-                language = ("-x", "c") if compiler == "g++" else ()
-                commands[made] = [
-                    compiler,
-                    *language,
-                    *FLAGS,
-                    *flags,
-                    f"-DSUFFIX={suffix}",
-                    "-c",
-                    str(folder / name),
-                    "-o",
-                    made,
-                ]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(_run, commands.values()))
-        built = Path(scratch) / path.name
-        _run([compiler, "-shared", "-o", str(built), *commands])
-        os.replace(built, path)
+    with path.with_suffix(".lock").open("w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=BUILD_S)
+def _loaded(path: Path) -> Library | None:
+    """None where there is no such file, or it is damaged."""
+    try:
+        return _load(path)
+    except OSError:
+        return None
+
+
+def _load(path: Path) -> Library:
+    has = _processor_flags()
+    return Library(path, tuple(s for s in variants() if NEEDS.get(s, set()) <= has))
 
 
 def _processor_flags() -> set[str]:

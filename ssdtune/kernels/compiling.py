@@ -1,0 +1,147 @@
+"""Makes one shared library of the C sources beside this file: each of them for every instruction set that a processor
+of this kind may have, one file of its own for each, chosen from when it is loaded (`native.py`).
+
+A plain C library: no torch headers and no interpreter's, so that it fits any of them, and seconds to build. Nothing but
+the standard library is imported here, for a wheel is built by this code too (`setup.py`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SOURCES = (
+    "checksum.c",
+    "ggml.c",
+    "integers.c",
+    "lossless.c",
+    "noise.c",
+    "requantize.c",
+    "unpack.c",
+    "unpack_add.c",
+)
+HEADERS = ("native.h", "pieces.h", "rotate.h")
+# How Python calls the library. One more where a ctypes structure or a call changes and no source does: then a library
+# that was built before is not taken any more.
+ABI = 1
+# No value may depend on who compiled it: nothing fused, nothing reordered.
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall")
+# ending of the functions' names -> flags; the best first. The last one runs everywhere.
+VARIANTS = {
+    "x86_64": {
+        "_avx512": (
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mprefer-vector-width=512",
+        ),
+        "_avx2": ("-mavx2",),
+        "_plain": (),
+    }
+}
+COMPILERS = ("gcc", "cc", "g++", "clang")
+BUILD_S = 600.0  # for all of it; alone on two slow cores it takes some 30 s
+PROGRESS_S = 10.0  # from one line that says how far it is to the next
+
+
+class CompileError(Exception):
+    """What failed, and in `way_out` what to do about it."""
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        super().__init__(problem)
+        self.way_out = way_out
+
+
+def variants(machine: str | None = None) -> Mapping[str, tuple[str, ...]]:
+    """Flags by ending, the best first. machine: as `platform.machine()` names it; None: this one."""
+    return VARIANTS.get(machine or platform.machine(), {"_plain": ()})
+
+
+def library_name() -> str:
+    """The file name of the library for this kind of machine, which says what it is made of: ABI, flags, sources. Any
+    file of that name will do, whoever compiled it."""
+    contents = [(FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    made_of = (ABI, platform.machine(), FLAGS, dict(variants()), contents)
+    return f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+
+
+def compile_into(folder: Path) -> Path:
+    """The library, compiled into `folder` under its name: wholly there or not at all.
+
+    It may be made by several processes at once. Says on standard error how far it is where it takes longer than a
+    moment. Raises CompileError, and OSError where the folder cannot be written.
+    """
+    compiler = next((c for c in COMPILERS if shutil.which(c)), None)
+    if compiler is None:
+        raise CompileError("no C compiler was found", "Install gcc.")
+    path = folder / library_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        commands = dict(_commands(compiler, Path(scratch)))
+        stop = time.monotonic() + BUILD_S
+        _run_all(list(commands.values()), stop)
+        built = Path(scratch) / path.name
+        # Nothing but the C library, though g++ would add its own.
+        _run([compiler, "-shared", "-Wl,--as-needed", "-o", str(built), *commands], stop)
+        os.replace(built, path)
+    return path
+
+
+def _commands(compiler: str, scratch: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each object file, and what makes it."""
+    language = ("-x", "c") if compiler == "g++" else ()
+    for suffix, flags in variants().items():
+        for name in SOURCES:
+            made = str(scratch / f"{name}{suffix}.o")
+            options = [*language, *FLAGS, *flags, f"-DSUFFIX={suffix}"]
+            yield made, [compiler, *options, "-c", str(FOLDER / name), "-o", made]
+
+
+def _run_all(commands: Sequence[Sequence[str]], stop: float) -> None:
+    """All of them, as many at a time as there are cores. stop: as `_run` has it."""
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        waiting = {pool.submit(_run, command, stop) for command in commands}
+        try:
+            while waiting:
+                done, waiting = concurrent.futures.wait(
+                    waiting, PROGRESS_S, concurrent.futures.FIRST_EXCEPTION
+                )
+                for one in done:
+                    one.result()
+                if waiting:
+                    num_done = len(commands) - len(waiting)
+                    sys.stderr.write(
+                        f"ssdtune compiles its C code, once: {num_done} of {len(commands)} files\n"
+                    )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(command: Sequence[str], stop: float) -> None:
+    """stop: when everything must be done, by time.monotonic()."""
+    compiler, what = command[0], Path(command[-3]).name if "-c" in command else "the library"
+    try:
+        left = max(stop - time.monotonic(), 0.0)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(
+            f"{compiler} was not done with {what} after {BUILD_S:g} s",
+            "Run `ssdtune doctor` when the machine is less busy: what is compiled stays.",
+        ) from error
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip() or str(error)).splitlines()[0]
+        raise CompileError(
+            f"{compiler} failed on {what}: {said}", f"Mend or replace {shutil.which(compiler)}."
+        ) from error
