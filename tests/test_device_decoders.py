@@ -19,7 +19,7 @@ from ssdtune.kernels.unpack import TRITON, unpack
 
 pytest.importorskip("triton")
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-KERNELS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+KERNELS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 FORMATS: list[Format] = [
     *(Gptq(bits, 96, is_ordered=is_ordered) for bits in GPTQ_BITS for is_ordered in (False, True)),
     Gptq(4, 128, is_v1=False),

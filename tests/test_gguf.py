@@ -17,16 +17,18 @@ import tiny_models
 import torch
 import transformers as tf
 
-from ssdtune.kernels import decoding, ggml, ggml_native
+from ssdtune.kernels import decoding, ggml, ggml_moved, ggml_native
 from ssdtune.kernels.formats import Format
-from ssdtune.kernels.ggml import KINDS, Ggml, PairedRows
+from ssdtune.kernels.ggml import KINDS, Ggml
+from ssdtune.kernels.ggml_moved import PairedRows
 from ssdtune.kernels.native import library
 from ssdtune.kernels.unpack import unpack
 from ssdtune.swap import gguf as container
 from ssdtune.swap.gguf import PACKED, PLAIN, Gguf, Omitted, open_gguf
 from ssdtune.swap.header import CheckpointError, TensorEntry
 from ssdtune.swap.packed import PackedEntry
-from ssdtune.visit.gguf_names import gguf_config, hf_checkpoint
+from ssdtune.visit.gguf_config import gguf_config
+from ssdtune.visit.gguf_names import hf_checkpoint
 from ssdtune.visit.placement import fill, place
 
 QUANTIZED = [kind for kind, described in KINDS.items() if described.block > 1]
@@ -238,8 +240,8 @@ def test_paired_rows_are_brought_apart(
     blocks = blocks_of(kind, math.prod(shape) // KINDS[kind].block)
     stored = decoded(Ggml(kind), blocks, torch.empty(shape))
     order = [head * 8 + 2 * i + j for head in range(3) for j in range(2) for i in range(4)]
-    for chunk in (32, 2 * 8 * math.prod(shape[1:]), ggml.CHUNK):
-        monkeypatch.setattr(ggml, "CHUNK", chunk)
+    for chunk in (32, 2 * 8 * math.prod(shape[1:]), ggml_moved.CHUNK):
+        monkeypatch.setattr(ggml_moved, "CHUNK", chunk)
         found = torch.empty(shape)
         PairedRows(Ggml(kind), 3).by_torch([blocks.reshape(-1)], found)
         assert torch.equal(found, stored[order])
@@ -400,16 +402,21 @@ def values_of(gguf: Gguf, name: str) -> torch.Tensor:
 
 def read_entry(entry: TensorEntry | PackedEntry) -> torch.Tensor:
     """The values that an entry stands for, float32."""
-    [part] = entry.parts if isinstance(entry, PackedEntry) else [entry]
-    with entry.path.open("rb") as file:
-        file.seek(part.start)
-        raw = torch.frombuffer(bytearray(file.read(part.num_bytes)), dtype=torch.uint8)
+    parts = entry.parts if isinstance(entry, PackedEntry) else [entry]
+    raw = [read_part(part) for part in parts]
     if isinstance(entry, PackedEntry):
         out = torch.empty(entry.shape)
-        unpack(entry.format, [raw], out)
+        unpack(entry.format, raw, out)
         return out
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.dtype]
-    return raw.view(dtype).view(entry.shape).float()
+    return raw[0].view(dtype).view(entry.shape).float()
+
+
+def read_part(part: TensorEntry) -> torch.Tensor:
+    """Its bytes."""
+    with part.path.open("rb") as file:
+        file.seek(part.start)
+        return torch.frombuffer(bytearray(file.read(part.num_bytes)), dtype=torch.uint8)
 
 
 def info(name: str, sizes: tuple[int, ...], number: int, offset: int) -> bytes:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -169,11 +170,13 @@ def test_a_missing_compiler_is_said_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_compiler_that_takes_too_long_is_said(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler(tmp_path / "bin", monkeypatch, "exec sleep 20")
+    compiler(tmp_path / "bin", monkeypatch, f"sleep 0.6; touch {tmp_path}/late")
     monkeypatch.setattr(compiling, "BUILD_S", 0.2)
     message = warned()
     assert "gcc was not done with checksum.c after 0.2 s" in message
     assert "`ssdtune doctor`" in message
+    time.sleep(0.6)
+    assert not (tmp_path / "late").exists()  # nothing that it started goes on
     assert {path.suffix for path in cache.iterdir()} == {".lock"}
 
 

@@ -12,10 +12,10 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -51,7 +51,7 @@ VARIANTS = {
     }
 }
 COMPILERS = ("gcc", "cc", "g++", "clang")
-BUILD_S = 600.0  # for all of it; alone on two slow cores it takes some 30 s
+BUILD_S = 600.0  # for one file; alone on a slow core the longest takes some 10 s
 PROGRESS_S = 10.0  # from one line that says how far it is to the next
 
 
@@ -89,11 +89,10 @@ def compile_into(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         commands = dict(_commands(compiler, Path(scratch)))
-        stop = time.monotonic() + BUILD_S
-        _run_all(list(commands.values()), stop)
+        _run_all(list(commands.values()))
         built = Path(scratch) / path.name
         # Nothing but the C library, though g++ would add its own.
-        _run([compiler, "-shared", "-Wl,--as-needed", "-o", str(built), *commands], stop)
+        _run([compiler, "-shared", "-Wl,--as-needed", "-o", str(built), *commands])
         os.replace(built, path)
     return path
 
@@ -108,10 +107,10 @@ def _commands(compiler: str, scratch: Path) -> Iterator[tuple[str, list[str]]]:
             yield made, [compiler, *options, "-c", str(FOLDER / name), "-o", made]
 
 
-def _run_all(commands: Sequence[Sequence[str]], stop: float) -> None:
-    """All of them, as many at a time as there are cores. stop: as `_run` has it."""
+def _run_all(commands: Sequence[Sequence[str]]) -> None:
+    """All of them, as many at a time as there are cores."""
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        waiting = {pool.submit(_run, command, stop) for command in commands}
+        waiting = {pool.submit(_run, command) for command in commands}
         try:
             while waiting:
                 done, waiting = concurrent.futures.wait(
@@ -129,19 +128,24 @@ def _run_all(commands: Sequence[Sequence[str]], stop: float) -> None:
             raise
 
 
-def _run(command: Sequence[str], stop: float) -> None:
-    """stop: when everything must be done, by time.monotonic()."""
+def _run(command: Sequence[str]) -> None:
     compiler, what = command[0], Path(command[-3]).name if "-c" in command else "the library"
-    try:
-        left = max(stop - time.monotonic(), 0.0)
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=left)
-    except subprocess.TimeoutExpired as error:
+    # In a group of its own: what a compiler starts must end with it.
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=BUILD_S)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise CompileError(
+                f"{compiler} was not done with {what} after {BUILD_S:g} s",
+                "Run `ssdtune doctor` when the machine is less busy: what is compiled stays.",
+            ) from error
+    if process.returncode:
+        reason = (said.strip() or f"it ended with {process.returncode}").splitlines()[0]
         raise CompileError(
-            f"{compiler} was not done with {what} after {BUILD_S:g} s",
-            "Run `ssdtune doctor` when the machine is less busy: what is compiled stays.",
-        ) from error
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr.strip() or str(error)).splitlines()[0]
-        raise CompileError(
-            f"{compiler} failed on {what}: {said}", f"Mend or replace {shutil.which(compiler)}."
-        ) from error
+            f"{compiler} failed on {what}: {reason}", f"Mend or replace {shutil.which(compiler)}."
+        )

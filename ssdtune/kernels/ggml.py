@@ -5,7 +5,7 @@
 Q4_0 ... Q8_0 store s (and m) as float16 for blocks of 32. The K kinds have blocks of 256, in which s and m are products
 of a float16 and an integer: two roundings, to float32 each, before those of w. A row of a tensor is whole blocks.
 
-F32, F16 and BF16 are kinds too, with blocks of one value: for tensors whose rows must be moved (`PairedRows`).
+F32, F16 and BF16 are kinds too, with blocks of one value: for tensors that were moved (`ggml_moved.py`).
 
 ggml: ggml-common.h (what lies in a block) and ggml-quants.c, `dequantize_row_*`; the bits are those of its Python
 package, `gguf.quants`. MXFP4 there has no NaN: a scale of 255 is 2^128, its half times a table of whole numbers.
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 
 from ssdtune.kernels.formats import Part, num_elements
-from ssdtune.kernels.unpack import unpack
 
 CHUNK = 1 << 19  # elements that torch's operators take at a time: a few MB of float32
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -63,61 +62,6 @@ class Ggml:
         for first in range(0, len(blocks), step):
             some = slice(first, first + step)
             values[some] = decode(blocks[some])
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PairedRows:
-    """Rows of query and key projections as llama.cpp turns them: it rotates neighbours, where Hugging Face rotates rows
-    that are half a head apart. Row 2 i + j of a head there is row i + j * half here.
-
-    num_heads: what the first dimension is made of.
-    """
-
-    stored: Ggml
-    num_heads: int
-
-    @property
-    def label(self) -> str:
-        """For messages and tables."""
-        return f"{self.stored.label}, rotated pairs of rows"
-
-    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """As the stored format. The first dimension is a multiple of twice the heads."""
-        return self.stored.parts(shape)
-
-    def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """As `Format.by_torch` says. Rows are moved while they are packed, some heads at a time."""
-        half = out.shape[0] // self.num_heads // 2
-        pairs = parts[0].view(self.num_heads, half, 2, -1)
-        heads = out.view(self.num_heads, -1)
-        step = max(1, CHUNK // heads.shape[1])
-        for first in range(0, self.num_heads, step):
-            some = slice(first, first + step)
-            blocks = pairs[some].transpose(1, 2).reshape(-1)
-            unpack(self.stored, (blocks,), heads[some])
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LessOne:
-    """Weights of Gemma's norms: Hugging Face has w and multiplies by 1 + w, llama.cpp's files have 1 + w. One is taken
-    away in float32, before the rounding to the output."""
-
-    stored: Ggml
-
-    @property
-    def label(self) -> str:
-        """For messages and tables."""
-        return f"{self.stored.label}, less one"
-
-    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """As the stored format."""
-        return self.stored.parts(shape)
-
-    def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """As `Format.by_torch` says: norms are small, all at once."""
-        values = torch.empty(out.shape, device=out.device)
-        unpack(self.stored, parts, values)
-        out.copy_(values - 1)
 
 
 def spread(packed: torch.Tensor, width: int, run: int) -> torch.Tensor:

@@ -22,7 +22,9 @@ from ssdtune.kernels.unpack_triton import _store
 CHUNKS = 16  # of one program
 WARPS = 4
 # Elements of a run. Kinds that are not here torch decodes.
-RUNS = {"Q4_0": 32, "Q4_1": 32, "Q8_0": 32, "Q4_K": 32, "Q5_K": 32, "Q6_K": 16}
+RUNS = {
+    "Q4_0": 32, "Q4_1": 32, "Q8_0": 32, "Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "MXFP4": 32,
+}  # fmt: skip
 
 
 @triton.jit
@@ -53,6 +55,18 @@ def _scale_and_minimum(block, run, is_there):
     minimum = tl.where(run < 4, later & 63, (later >> 4) | (here >> 6 << 4))
     scale = _half(block, is_there) * scale.to(tl.float32)
     return scale, _half(block + 2, is_there) * minimum.to(tl.float32)
+
+
+@triton.jit
+def _e2m1(block, i, is_there):
+    """Blocks of MXFP4: w of element i. The table is doubled and the scale halved, as `ggml._mxfp4` has them."""
+    exponent = _byte(block, is_there)
+    bits = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
+    code = (_byte(block + 1 + i % 16, is_there) >> (i // 16 * 4)) & 15
+    size = code & 7
+    size = tl.where(size < 2, size, (2 + (size & 1)) << (tl.maximum(size >> 1, 1) - 1))
+    size = tl.where(code > 7, -size, size)
+    return size.to(tl.float32) * bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -106,7 +120,9 @@ def _ggml(
     first = chunk * 256 + run * RUN
     is_there = first < num_elements
     block = blocks + first // BLOCK * NUM_BYTES
-    if BLOCK == 32:
+    if KIND == "MXFP4":
+        value = _e2m1(block, i, is_there)
+    elif BLOCK == 32:
         value = _small(block, i, is_there, KIND)
     else:
         value = _large(block, run, i, is_there, KIND)

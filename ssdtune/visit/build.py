@@ -33,7 +33,8 @@ from ssdtune.swap.gguf import open_gguf
 from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint, open_checkpoint
-from ssdtune.visit.gguf_names import gguf_config, hf_checkpoint
+from ssdtune.visit.gguf_config import gguf_config
+from ssdtune.visit.gguf_names import hf_checkpoint
 from ssdtune.visit.placement import CASTABLE, FILE_DTYPES, plain_targets
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A GGUF model under Hugging Face's names: which tensor of the file is which parameter, and the config by its keys.
+"""A GGUF model under Hugging Face's names: which tensor of the file is which parameter.
 
     gguf = open_gguf(path)
     config = gguf_config(gguf)                              # or the config.json of the model that was converted
@@ -6,26 +6,25 @@
 
 Names are by the table of the package `gguf`, which llama.cpp's converter goes by. What the converter does to values is
 undone: query and key rows of llama (`PairedRows`), experts stacked to one tensor, dimensions of one left out, the one
-that Gemma's norms have more (`LessOne`). An architecture whose values it changes otherwise is refused by name.
+that Gemma's norms have more (`LessOne`), gpt-oss's experts cut into gate and up (`TurnedExperts`). An architecture
+whose values it changes otherwise is refused by name.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from ssdtune.kernels.formats import num_elements
-from ssdtune.kernels.ggml import Ggml, LessOne, PairedRows
+from ssdtune.kernels.ggml import Ggml
+from ssdtune.kernels.ggml_moved import LessOne, PairedRows, TurnedExperts
 from ssdtune.swap.foreign.pile import weight_dtype
 from ssdtune.swap.gguf import Gguf
-from ssdtune.swap.header import TensorEntry, opened, pread_exactly, quoted, refuse
+from ssdtune.swap.header import TensorEntry, quoted, refuse
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint
 
@@ -39,9 +38,10 @@ Entry = TensorEntry | PackedEntry
 class Architecture:
     """What llama.cpp calls one. model_types: of configs whose models it is; the first, of the config that is made of
     the file's keys. is_paired: whether query and key rows were moved. is_shifted: whether norms have one more. experts:
-    their module in a layer, in the names of files that have each for itself; projections: of an expert there. keys:
-    beside KEYS, more that the config needs. fixed: values that no key has. untold: what the config must say and no key
-    does."""
+    their module in a layer, in the names of files that have each for itself; projections: of an expert there.
+    is_turned: whether experts are what `TurnedExperts` says. keys: beside `gguf_config.KEYS`, more that the config
+    needs. fixed: values that no key has; yarn: the same of rotations, where YaRN may scale them. untold: what the
+    config must say and no key does."""
 
     model_types: tuple[str, ...]
     is_paired: bool = False
@@ -50,9 +50,11 @@ class Architecture:
     projections: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"gate": "gate_proj", "up": "up_proj"}
     )
+    is_turned: bool = False
     untold: str = ""
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    yarn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 EXPERT_KEYS: Final = {
@@ -61,6 +63,10 @@ EXPERT_KEYS: Final = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 SHARED_KEYS: Final = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+LOCAL_EXPERT_KEYS: Final = {
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+}
 ARCHITECTURES: Final = {
     "llama": Architecture(("llama", "mistral"), is_paired=True),
     "qwen2": Architecture(("qwen2",)),
@@ -77,6 +83,15 @@ ARCHITECTURES: Final = {
     "gemma3": Architecture(
         ("gemma3_text",), is_shifted=True, untold="what queries are divided by, which layers slide"
     ),
+    # llama.cpp has the experts' activation as constants, and every other layer slides, as transformers has it by
+    # default. YaRN's bounds are not rounded in any model of OpenAI's (`truncate` in config.json).
+    "gpt-oss": Architecture(
+        ("gpt_oss",),
+        is_turned=True,
+        keys=LOCAL_EXPERT_KEYS | {"attention.sliding_window": "sliding_window"},
+        fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        yarn={"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    ),
 }
 # What says llama and has experts.
 MIXTRAL: Final = Architecture(
@@ -84,7 +99,7 @@ MIXTRAL: Final = Architecture(
     is_paired=True,
     experts="block_sparse_moe.experts",
     projections={"gate": "w1", "up": "w3"},
-    keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    keys=LOCAL_EXPERT_KEYS,
 )
 # What the converter computes for others, so that no move gives it back.
 COMPUTED: Final = {
@@ -93,30 +108,17 @@ COMPUTED: Final = {
     "qwen35moe": "adds one to the weights of norms",
     "mamba": "stores -exp(A_log)",
 }
-KEYS: Final = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-TOKEN_KEYS: Final = {"bos": "bos", "eos": "eos", "padding": "pad"}
-DEFAULT_ROPE_BASE: Final = 10000.0  # llama.cpp's, where a file has none
-# What Llama 3.1 and later have beside the factor, to which the file's own values are compared.
-LLAMA3_ROPE: Final = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 # Tables that llama.cpp computes rotations by; for transformers they are in the config.
 ROPE_TABLES: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _PAIRED: Final = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)")
 _EXPERTS: Final = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<which>gate|up)_exps\.weight")
+_TURNED: Final = re.compile(
+    r"blk\.(?P<layer>\d+)\.ffn_(?P<which>gate|up|down)_exps\.(?P<kind>weight|bias)"
+)
 _OTHER_FILE: Final = (
     "Nothing was loaded. Use the safetensors of this model: as published, or by `ssdtune pack`."
 )
-_GIVE_CONFIG: Final = (
+GIVE_CONFIG: Final = (
     "Nothing was loaded. Use the config.json of the model that the file was made of."
 )
 
@@ -130,7 +132,7 @@ def hf_checkpoint(
     meta device for its names. Raises CheckpointError for an architecture that is not read, a tensor that the model has
     no place for, and where rotations are scaled but the config does not say so.
     """
-    architecture = _architecture(gguf)
+    architecture = architecture_of(gguf)
     if config.model_type not in architecture.model_types:
         refuse(
             gguf.path,
@@ -144,6 +146,8 @@ def hf_checkpoint(
     for name, entry in gguf.tensors.items():
         if name in ROPE_TABLES:
             _check_is_scaled(gguf, config, name)
+        elif architecture.is_turned and (match := _TURNED.fullmatch(name)):
+            tensors |= _turned(gguf, match, dtype)
         elif architecture.experts and (match := _EXPERTS.fullmatch(name)):
             prefix = f"model.layers.{match['layer']}.{architecture.experts}"
             for number, one in enumerate(_each(entry)):
@@ -163,7 +167,7 @@ def hf_checkpoint(
     return Checkpoint(gguf.path.parent, tensors, gguf.files, gguf.states)
 
 
-def _architecture(gguf: Gguf) -> Architecture:
+def architecture_of(gguf: Gguf) -> Architecture:
     name = gguf.architecture
     if name in COMPUTED:
         refuse(
@@ -291,111 +295,33 @@ def _paired(entry: Entry, config: PretrainedConfig, which: str) -> PackedEntry:
     return dataclasses.replace(stored, format=PairedRows(stored.format, num_heads))
 
 
-# ----------------------------------------------------------------------------------------- config
-
-
-def gguf_config(gguf: Gguf) -> PretrainedConfig:
-    """The config that the file's keys describe, with a dtype: the files', bfloat16 where weights are quantized.
-
-    Raises CheckpointError for an architecture that is not read, a key that is missing or not of its kind, and rotations
-    that are scaled in a way that the keys do not say in full.
-    """
-    from transformers import AutoConfig
-
-    architecture = _architecture(gguf)
-    if architecture.untold:
+def _turned(gguf: Gguf, match: re.Match[str], dtype: str) -> dict[str, PackedEntry]:
+    """gpt-oss's experts as the model has them: what the file has as gate and up is one tensor. Of these two, either one
+    gives it. match: of the tensor's name."""
+    layer, which, kind = match["layer"], match["which"], match["kind"]
+    sources, leaf = ["down"], "down_proj"
+    if which != "down":
+        sources, leaf = ["gate", "up"], "gate_up_proj"
+    stored = [_stored(needed(gguf, f"blk.{layer}.ffn_{one}_exps.{kind}")) for one in sources]
+    shapes = [list(one.shape) for one in stored]
+    if len(shapes[0]) != (3 if kind == "weight" else 2) or shapes[0] != shapes[-1]:
         refuse(
-            gguf.path,
-            f"its keys do not say all that the config must: {architecture.untold}.",
-            way_out="Nothing was loaded. Give config= of the model that the file was made of to ssdtune.stream.",
+            stored[0].path,
+            f"{' and '.join(map(str, shapes))} are no shapes of experts.",
+            tensor=stored[0].name,
         )
-    of = _Keys(gguf)
-    keys = {**KEYS, **architecture.keys}
-    values: dict[str, Any] = {name: of.number(key) for key, name in keys.items()}
-    num_heads = values["num_attention_heads"]
-    values["num_key_value_heads"] = of.number("attention.head_count_kv", num_heads)
-    head_dim = values["hidden_size"] // num_heads
-    if architecture.is_paired:  # its models rotate whole heads
-        head_dim = of.number("rope.dimension_count", head_dim)
-    values["head_dim"] = of.number("attention.key_length", head_dim)
-    values["rope_parameters"] = _rope(gguf, of, values["head_dim"])
-    values["vocab_size"] = _needed(gguf, "token_embd.weight").shape[0]
-    # llama.cpp's converter leaves it out where it is the embedding.
-    values["tie_word_embeddings"] = "output.weight" not in gguf.tensors
-    for key, name in TOKEN_KEYS.items():
-        values[f"{name}_token_id"] = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    values["dtype"] = _dtype(gguf)
-    return AutoConfig.for_model(architecture.model_types[0], **values, **architecture.fixed)
+    name = f"model.layers.{layer}.mlp.experts.{leaf}{'_bias' if kind == 'bias' else ''}"
+    experts, rows, *columns = shapes[0]
+    shape = (experts, *columns, rows * len(stored))
+    format = TurnedExperts(tuple(one.format for one in stored if isinstance(one.format, Ggml)))
+    parts = [
+        dataclasses.replace(one.parts[0], name=f"{name}.{part.suffix}")
+        for one, part in zip(stored, format.parts(shape), strict=True)
+    ]
+    return {name: PackedEntry(name, stored[0].path, dtype, shape, format, tuple(parts))}
 
 
-class _Keys:
-    """What the file says under its architecture's name."""
-
-    def __init__(self, gguf: Gguf) -> None:
-        self._gguf = gguf
-
-    def number(self, key: str, default: float | None = None) -> Any:
-        """A positive number. Refuses where there is none and no default, and lists: one for each layer."""
-        name = f"{self._gguf.architecture}.{key}"
-        found = self._gguf.metadata.get(name, default)
-        if type(found) not in (int, float) or not 0 < found < math.inf:  # type: ignore[operator]
-            refuse(
-                self._gguf.path,
-                f"{name} is {quoted(found)}, not a number above zero.",
-                way_out=_GIVE_CONFIG,
-            )
-        return found
-
-    def text(self, key: str, default: str) -> str:
-        """A string."""
-        return str(self._gguf.metadata.get(f"{self._gguf.architecture}.{key}", default))
-
-
-def _rope(gguf: Gguf, of: _Keys, head_dim: int) -> dict[str, Any]:
-    """rope_parameters: plain rotations, or Llama 3.1's."""
-    base = of.number("rope.freq_base", DEFAULT_ROPE_BASE)
-    rotated = of.number("rope.dimension_count", head_dim)
-    scaling = of.text("rope.scaling.type", "none")
-    if rotated != head_dim or scaling != "none":
-        refuse(
-            gguf.path,
-            f"it rotates {rotated} of {head_dim} columns of a head, scaled by {quoted(scaling)}: its keys do not say "
-            "all that the config must.",
-            way_out=_GIVE_CONFIG,
-        )
-    plain = {"rope_type": "default", "rope_theta": base}
-    tables = [name for name in ROPE_TABLES if name in gguf.tensors]
-    if not tables:
-        return plain
-    found = _values(gguf, tables[0]) if tables == ["rope_freqs.weight"] else []
-    scaled = {"rope_type": "llama3", "rope_theta": base, "factor": max(found, default=1.0)}
-    scaled |= LLAMA3_ROPE
-    expected = _llama3_divisors(scaled, head_dim)
-    if len(found) != len(expected) or not all(map(_is_close, found, expected)):
-        refuse(
-            gguf.path,
-            "it scales rotations by a table that is not Llama 3's.",
-            tensor=tables[0],
-            way_out=_GIVE_CONFIG,
-        )
-    return scaled
-
-
-def _llama3_divisors(rope: Mapping[str, Any], head_dim: int) -> list[float]:
-    """By what Llama 3.1 divides the frequency of each pair: 1 for short waves, the factor for long ones, and between
-    them the harmonic mean of both that goes with the wave's length (transformers, `_compute_llama3_parameters`)."""
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    divisors: list[float] = []
-    for i in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
-        turns = rope["original_max_position_embeddings"] / wavelength
-        share = min(max((turns - low) / (high - low), 0.0), 1.0)
-        divisors.append(1 / ((1 - share) / rope["factor"] + share))
-    return divisors
-
-
-def _is_close(found: float, expected: float) -> bool:
-    return math.isclose(found, expected, rel_tol=1e-3)  # float32's powers, in another order
+# ---------------------------------------------------------------------------------------- checks
 
 
 def _check_is_scaled(gguf: Gguf, config: PretrainedConfig, table: str) -> None:
@@ -405,34 +331,13 @@ def _check_is_scaled(gguf: Gguf, config: PretrainedConfig, table: str) -> None:
             gguf.path,
             "it scales rotations by this table, and the config says that they are not scaled.",
             tensor=table,
-            way_out=_GIVE_CONFIG,
+            way_out=GIVE_CONFIG,
         )
 
 
-def _values(gguf: Gguf, name: str) -> list[float]:
-    """Of a small tensor."""
-    entry = gguf.tensors[name]
-    if entry.dtype != "F32" or isinstance(entry, PackedEntry) or num_elements(entry.shape) > 4096:
-        refuse(entry.path, "it is no small float32 tensor.", tensor=name)
-    with opened(entry.path) as fd:
-        raw = pread_exactly(entry.path, fd, entry.num_bytes, entry.start)
-    return list(struct.unpack(f"<{num_elements(entry.shape)}f", raw))
-
-
-def _needed(gguf: Gguf, name: str) -> Entry:
+def needed(gguf: Gguf, name: str) -> Entry:
+    """The file's tensor of that name. Raises CheckpointError where there is none."""
     found = gguf.tensors.get(name)
     if found is None:
         refuse(gguf.path, "it is missing.", tensor=name)
     return found
-
-
-def _dtype(gguf: Gguf) -> str:
-    """Of weights that are not quantized, if all matrices are alike; bfloat16 if one is quantized."""
-    found = {
-        "BF16" if isinstance(entry, PackedEntry) else entry.dtype
-        for entry in gguf.tensors.values()
-        if len(entry.shape) > 1
-    }
-    return {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(
-        frozenset(found), "bfloat16"
-    )
