@@ -21,17 +21,24 @@ from ssdtune.kernels import (
     integers_native,
     lossless_native,
     noise,
+    requantize,
     unpack_native,
 )
 
 JOBS: dict[str, type[ctypes.Structure]] = {
     "ssdtune_checksum": checksum._Job,
     "ssdtune_add_noise": noise._Job,
+    "ssdtune_requantize": requantize._Requantize,
     "ssdtune_decode_lossless": lossless_native._Job,
     "ssdtune_unpack_affine": unpack_native._Affine,
     "ssdtune_unpack_ggml": ggml_native._Job,
     "ssdtune_unpack_integers": integers_native._Job,
     "ssdtune_unpack_nibbles": unpack_native._Nibbles,
+}
+# What lies behind addresses of these names, where it has addresses too.
+NESTED: dict[str, type[ctypes.Structure]] = {
+    "packed": unpack_native._Affine,
+    "move": noise._Job,
 }
 CARRIED = 1 << 18  # bytes behind an address; the tests' tensors are smaller
 PAGE = 4096
@@ -81,6 +88,8 @@ class Memory:
             for name, at, target in _addresses(one):
                 if name == "directions":
                     to = self.add_structure(noise._Direction * one.num_directions, target)
+                elif name in NESTED:
+                    to = self.add_structure(NESTED[name], target)
                 else:
                     to = self._add(target, min(CARRIED, _readable(target)))
                 place = i * ctypes.sizeof(one) + at

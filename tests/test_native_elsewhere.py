@@ -1,4 +1,4 @@
-"""Native code on a processor that is no x86: no intrinsics, the bits of the formats' definitions."""
+"""Native code on a processor that is no x86: no intrinsics, the bits of what torch's operators define."""
 
 import functools
 import sys
@@ -9,10 +9,11 @@ import emulated
 import pytest
 import torch
 
-from ssdtune.kernels import compiling, decoding, lossless, native, noise
+from ssdtune.kernels import compiling, lossless, native
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
 from ssdtune.kernels.compiling import compile_into
+from ssdtune.kernels.decoding import run
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.ggml import KINDS, Ggml
 from ssdtune.kernels.integers import PackQuantized
@@ -21,8 +22,10 @@ from ssdtune.kernels.nibbles import NF4, Nibbles
 from ssdtune.kernels.noise import KINDS as KINDS_OF_NOISE
 from ssdtune.kernels.noise import Direction, add_directions
 from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
+from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.unpack import unpack
+from ssdtune.kernels.unpack_add import Move
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Library]:
     """The library as another kind of processor would build and load it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(compiling.platform, "machine", lambda: "aarch64")
+        patch.setattr(compiling.platform, "machine", lambda: "riscv64")
         patch.setattr(compiling, "FLAGS", (*compiling.FLAGS, "-U__SSE2__"))
         patch.setattr(native, "_found", functools.cache(native._found.__wrapped__))
         found = library()
@@ -62,7 +65,7 @@ def packed() -> Iterator[tuple[Format, list[torch.Tensor]]]:
 
 
 def check_bits(suffix: str | None) -> None:
-    """All formats, as their definitions have them; float32 and bfloat16."""
+    """Of all that is decoded, float32 and bfloat16; of checksums, directions, and codes that take a step."""
     for format, parts in packed():
         for dtype in (torch.bfloat16, torch.float32):
             if isinstance(format, lossless.Lossless) and dtype == torch.float32:
@@ -83,6 +86,13 @@ def check_bits(suffix: str | None) -> None:
         add_directions(expected, base, directions, decay=0.9, rounding_key=key, suffix="")
         add_directions(found, base, directions, decay=0.9, rounding_key=key, suffix=suffix)
         assert torch.equal(found, expected)
+    affine, parts = next(packed())
+    assert isinstance(affine, Affine)
+    moved = {by: [part.clone() for part in parts] for by in (suffix, "")}
+    for by, codes in moved.items():
+        requantize(affine, codes, (24, 512), Move(tuple(directions), 0.9, 77), suffix=by)
+    assert torch.equal(moved[suffix][0], moved[""][0])
+    assert not torch.equal(moved[""][0], parts[0])
 
 
 @pytest.mark.slow  # compiles all sources
@@ -103,7 +113,7 @@ def test_arm_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     arm = emulated.Emulated(
         compile_into(tmp_path), tmp_path, compiler=compiler, command=command, suffix=suffix
     )
-    for module in (decoding, noise, sys.modules[checksum.__module__]):
-        monkeypatch.setattr(module, "library", lambda: arm)
+    for function in (run, checksum, add_directions, requantize):
+        monkeypatch.setattr(sys.modules[function.__module__], "library", lambda: arm)
     check_bits(suffix)
     assert arm.names == set(emulated.JOBS)

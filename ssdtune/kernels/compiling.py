@@ -48,7 +48,8 @@ VARIANTS = {
         ),
         "_avx2": ("-mavx2",),
         "_plain": (),
-    }
+    },
+    "aarch64": {"_neon": ()},  # which all of them have; by the compiler's own vectors
 }
 COMPILERS = ("gcc", "cc", "g++", "clang")
 BUILD_S = 600.0  # for one file; alone on a slow core the longest takes some 10 s
