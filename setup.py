@@ -48,7 +48,9 @@ class WheelOfOneMachine(bdist_wheel):
         """As bdist_wheel, whose choice of a tag must know what was built."""
         if not self.skip_build:
             self.run_command("build")
-        self.root_is_pure = not self.get_finalized_command("build_py").libraries()
+        if self.get_finalized_command("build_py").libraries():
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # installed where those go
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
