@@ -139,10 +139,8 @@ def _kernels() -> Iterator[str]:
 
     from ssdtune.kernels.native import SlowKernelsWarning, live
 
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", SlowKernelsWarning
-        )  # what it would say stands in these lines
+    with warnings.catch_warnings():  # what it would say stands in these lines
+        warnings.simplefilter("ignore", SlowKernelsWarning)
         native = live()
     out = torch.empty(DECODED, dtype=torch.bfloat16)
     best = best_of(decoding(out), DECODE_S)

@@ -64,9 +64,9 @@ class CompileError(Exception):
         self.way_out = way_out
 
 
-def variants(machine: str | None = None) -> Mapping[str, tuple[str, ...]]:
-    """Flags by ending, the best first. machine: as `platform.machine()` names it; None: this one."""
-    return VARIANTS.get(machine or platform.machine(), {"_plain": ()})
+def variants() -> Mapping[str, tuple[str, ...]]:
+    """Flags by ending for this kind of machine, the best first."""
+    return VARIANTS.get(platform.machine(), {"_plain": ()})
 
 
 def library_name() -> str:
