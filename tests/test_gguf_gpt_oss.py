@@ -243,7 +243,10 @@ def test_the_config_is_that_of_the_model(path: Path) -> None:
 
 def test_the_bounds_of_yarn_are_read_and_what_is_unknown_of_it_refused(tmp_path: Path) -> None:
     bounds = [("rope_scaling_yarn_beta_fast", 16.0), ("rope_scaling_yarn_beta_slow", 2.0)]
-    rope = gguf_config(open_gguf(saved(tmp_path / "a.gguf", {"token_embd.weight": torch.ones(199, 64)}, config(), *bounds))).rope_parameters  # fmt: skip
+    told = saved(
+        tmp_path / "a.gguf", {"token_embd.weight": torch.ones(199, 64)}, config(), *bounds
+    )
+    rope = gguf_config(open_gguf(told)).rope_parameters
     assert (rope["beta_fast"], rope["beta_slow"]) == (16.0, 2.0)
     unknown = saved(tmp_path / "b.gguf", {}, config(), ("rope_scaling_yarn_ext_factor", 1.0))
     with pytest.raises(CheckpointError, match=r"rope.scaling.yarn_ext_factor scales rotations"):
