@@ -1,4 +1,4 @@
-"""gpt-oss in GGUF files: written by ggml's own package, experts in MXFP4 as llama.cpp's converter packs and cuts them."""
+"""gpt-oss in GGUF files, written by ggml's own package: experts as llama.cpp's converter packs and cuts them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -243,9 +243,7 @@ def test_the_config_is_that_of_the_model(path: Path) -> None:
 
 def test_the_bounds_of_yarn_are_read_and_what_is_unknown_of_it_refused(tmp_path: Path) -> None:
     bounds = [("rope_scaling_yarn_beta_fast", 16.0), ("rope_scaling_yarn_beta_slow", 2.0)]
-    told = saved(
-        tmp_path / "a.gguf", {"token_embd.weight": torch.ones(199, 64)}, config(), *bounds
-    )
+    told = saved(tmp_path / "a.gguf", {"token_embd.weight": torch.ones(199, 64)}, config(), *bounds)
     rope = gguf_config(open_gguf(told)).rope_parameters
     assert (rope["beta_fast"], rope["beta_slow"]) == (16.0, 2.0)
     unknown = saved(tmp_path / "b.gguf", {}, config(), ("rope_scaling_yarn_ext_factor", 1.0))
@@ -270,7 +268,9 @@ def test_experts_that_do_not_fit_are_refused(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str
 ) -> None:
     package("gguf")
-    tensors = {f"blk.0.ffn_{which}_exps.weight": tensor("MXFP4", *shape) for which, shape in shapes.items()}  # fmt: skip
+    tensors = {
+        f"blk.0.ffn_{which}_exps.weight": tensor("MXFP4", *shape) for which, shape in shapes.items()
+    }
     path = write(tmp_path / "m.gguf", tensors, {"general.architecture": "gpt-oss"})
     with pytest.raises(CheckpointError, match=message) as refused:
         hf_checkpoint(open_gguf(path), config(), tf.GptOssForCausalLM)

@@ -1,4 +1,4 @@
-"""ggml's types of tensors whose values llama.cpp's converter has moved, or changed by a constant: as the model has them.
+"""ggml's types of tensors that llama.cpp's converter has moved, or changed by a constant: as the model has them.
 
 Decoding is that of the stored types (`ggml.py`); here is what comes before or after it.
 """
