@@ -119,6 +119,8 @@ class Streamed:
 
     def noise_s(self) -> float:
         """Seconds of all that is drawn and added in a step: each block's update and its two variants."""
+        from ssdtune.zeroth_order.rules import Term
+
         weights, engine = self.method.weights, self.streamer.engine
         if not weights.trains_blocks:
             return 0.0
@@ -131,7 +133,7 @@ class Streamed:
             for name, tensor in zip(names, made, strict=True):
                 weights.directions.apply(tensor, name, [update])
                 for side in (EPS, -EPS):
-                    weights.directions.shift(tensor, tensor, name, step=0, j=0, scale=side)
+                    weights.directions.make(tensor, tensor, name, Term(0, 0, side))
         return perf_counter() - start
 
     def written_bytes(self) -> int:

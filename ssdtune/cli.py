@@ -301,7 +301,7 @@ def _replay(words: list[str]) -> object:
 
     parser = argparse.ArgumentParser(
         prog="ssdtune replay",
-        description="Make the weights of a run with method: zo and zo_trains: all again, from the base and its log.",
+        description="Make the weights of a run with method: zo and zo_trains: all or low_rank again, from the base and its log.",
     )
     parser.add_argument("run", type=Path, help="the output_dir of a run, or one of its checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")

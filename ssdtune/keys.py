@@ -310,8 +310,11 @@ class TrainConfig:
 
     # Zeroth order
     zo_trains: str = key(
-        OneOf(("adapters", "all")),
-        "what method: zo moves: an adapter of the lora_* keys, or all weights, whose files stay as they are",
+        OneOf(("adapters", "all", "low_rank")),
+        "what method: zo moves: an adapter of the lora_* keys; all weights, whose files stay as they are; or all weights by "
+        "lozo, the steps of a window held as one matrix of low rank for each: one product for a block that is read however "
+        "many steps it has missed, and nothing written before the window is over. Other weights than those of all, where "
+        "each step is rounded by itself",
         default="adapters",
     )
     zo_estimator: str = key(
@@ -334,15 +337,16 @@ class TrainConfig:
         Whole(1, 2**24), "steps for which one factor of lozo's directions stays", default=50
     )
     zo_update: str = key(
-        OneOf(("sgd", "sign", "momentum", "adam")),
+        OneOf(("sgd", "sign", "momentum", "adam", "lozo_m")),
         "what is done with an estimate: followed; its sign; it and zo_horizon - 1 earlier ones, weighted (ZO-SGD-MMT, "
         "arXiv 2402.11592); their moments (AdaMeZO, arXiv 2605.00650). Earlier ones are made again from the log, so that "
-        "momentum and adam draw zo_horizon times as many random numbers for a step",
+        "momentum and adam draw zo_horizon times as many random numbers for a step. lozo_m: LOZO-M, lozo's momentum in its "
+        "factor of low rank, with zo_trains: low_rank",
         default="sgd",
     )
     zo_momentum: float | None = key(
         Or("auto", Number(maximum=1, excludes_maximum=True)),
-        "decay of the first moment of momentum and adam; auto: 0.9 and 0.7",
+        "decay of the first moment of momentum, adam and lozo_m; auto: 0.9, 0.7 and 0.7",
         default=None,
         example="0.9",
     )
@@ -372,8 +376,15 @@ class TrainConfig:
     zo_fold_steps: int | None = key(
         Or("never", Whole(1, 2**24)),
         "with zo_trains: all, after so many steps a block is written back to a working copy in offload.path, since until "
-        "then it takes all of them again each time it is read; the weights are the same either way",
+        "then it takes all of them again each time it is read; the weights are the same either way. With low_rank, rounded "
+        "up to whole windows",
         default=10,
+    )
+    zo_master: bool = key(
+        YesNo(),
+        "with zo_trains: all, keep weights of 16 bits in float32, in slots and working copy, which are twice as large then; "
+        "compute reads them rounded to 16 bits. Without it steps are rounded to 16 bits at random",
+        default=False,
     )
     zo_packed: str = key(
         OneOf(("decoded", "kept", "moved")),
@@ -671,9 +682,27 @@ def _conflicts(config: TrainConfig) -> Iterator[ConfigError]:
 
 
 def _zo_conflicts(config: TrainConfig) -> Iterator[ConfigError]:
-    for name, plain in (("zo_update", "sgd"), ("zo_mask", "none")):
-        value = getattr(config, name)
-        if config.zo_estimator == "lozo" and value != plain:
+    is_low_rank = config.zo_trains == "low_rank"
+    if is_low_rank and config.zo_estimator != "lozo":
+        yield ConfigError(
+            f"zo_trains: low_rank holds the steps of lozo's windows, and {config.zo_estimator} has none.\n"
+            "Write zo_estimator: lozo, or zo_trains: all.",
+            keys=("zo_trains",),
+        )
+    if config.zo_update == "lozo_m" and not is_low_rank:
+        yield ConfigError(
+            "zo_update: lozo_m is the momentum of windows that are held as matrices of low rank.\n"
+            "Write zo_estimator: lozo and zo_trains: low_rank, or another zo_update.",
+            keys=("zo_update",),
+        )
+    if config.zo_master and (config.zo_trains != "all" or config.zo_packed != "decoded"):
+        yield ConfigError(
+            "zo_master: true is for zo_trains: all on a base that is not packed.\nLeave it out, or change those.",
+            keys=("zo_master",),
+        )
+    for name, known in (("zo_update", ("sgd", "lozo_m")), ("zo_mask", ("none",))):
+        value, plain = getattr(config, name), known[0]
+        if config.zo_estimator == "lozo" and value not in known:
             yield ConfigError(
                 f"{name}: {value} does not go with zo_estimator: lozo.\n"
                 f"Write {name}: {plain}, or take another estimator.",

@@ -233,8 +233,10 @@ class _Steps:
 
 def _blocks(source: Source, drafted: Draft) -> tuple[BlockShape, ...]:
     """As slots hold them."""
-    from ssdtune.swap.recipe import kept_packed
+    from ssdtune.swap.recipe import kept_packed, widened
 
+    if source.config.method == "zo" and source.config.zo_master:
+        return tuple(widened(recipe).shape for recipe in drafted.recipes)
     if source.config.method != "zo" or source.config.zo_packed == "decoded":
         return tuple(drafted.replanner.request.blocks)
     return tuple(
@@ -250,12 +252,15 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
         return _Steps(words)
     from ssdtune.trainer.run import trains_all
     from ssdtune.trainer.zeroth_order import estimator_of
-    from ssdtune.zeroth_order.weights import extra_bytes, inside_bytes
+    from ssdtune.zeroth_order.residents import inside_bytes
+    from ssdtune.zeroth_order.weights import extra_bytes
     from ssdtune.zeroth_order.work import moves_of
 
     estimator = estimator_of(config)
     shifts = estimator.variants
     is_of_all = trains_all(config)
+    is_low_rank = config.zo_trains == "low_rank"
+    places = {"all": "all weights", "low_rank": "all weights, windows of low rank"}
     is_kept = config.zo_packed != "decoded"
     made = [r.slot_bytes for r in drafted.recipes if is_of_all or (is_kept and r.packed)]
     held = {id(p) for p in adapter}
@@ -263,21 +268,45 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
     inside = [[p for p in group if id(p) in held] for group in every]
     moved = [list({id(p): p for p in group}.values()) for group in (every if is_of_all else inside)]
     return _Steps(
-        words=f"{config.zo_estimator.upper()} over {'all weights' if is_of_all else words}",
+        words=f"{config.zo_estimator.upper()} over {places.get(config.zo_trains, words)}",
         kind="forward",
         variants=len(shifts),
-        fold_steps=(config.zo_fold_steps or 0) if is_of_all else 0,
+        fold_steps=_fold_steps(config),
         more=extra_bytes(
             shifts,
             block=max(made, default=0) + max(map(inside_bytes, inside), default=0),
             outside=outside_bytes,
+            held=_held_bytes(config, drafted, outside_bytes),
         ),
         moves=moves_of(
             {block: [tuple(p.shape) for p in group] for block, group in enumerate(moved)},
             estimator,
             trains_blocks=is_of_all,
+            low_rank=is_low_rank,
         ),
     )
+
+
+def _fold_steps(config: TrainConfig) -> int:
+    """From one working copy of all weights to the next; 0: there is none."""
+    if config.zo_fold_steps is None or config.zo_trains == "adapters":
+        return 0
+    window = config.zo_window if config.zo_trains == "low_rank" else 1
+    return -(-config.zo_fold_steps // window) * window
+
+
+def _held_bytes(config: TrainConfig, drafted: Draft, outside_bytes: int) -> int:
+    """What masters and windows of low rank hold beside what compute reads: what lies outside of blocks once more, at most
+    twice as large, and the windows' sums; those of vectors outside of blocks are left out."""
+    from ssdtune.trainer.zeroth_order import estimator_of, rule_of
+    from ssdtune.zeroth_order.windows import sums_bytes
+
+    if config.zo_master:
+        return 2 * outside_bytes
+    if config.zo_trains != "low_rank":
+        return 0
+    shapes = [view.shape for recipe in drafted.recipes for view in recipe.tensors]
+    return outside_bytes + sums_bytes(shapes, estimator_of(config).family, rule_of(config))
 
 
 def _options(source: Source, meta: MetaModel) -> Any:

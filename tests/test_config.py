@@ -62,6 +62,7 @@ OTHER_VALUES = {
     "zo_mask_ratio": ("0.5", 0.5),
     "zo_clip": ("10", 10.0),
     "zo_fold_steps": ("50", 50),
+    "zo_master": ("true", True),
     "zo_packed": ("kept", "kept"),
     "dataset": (
         '[{path: a.jsonl, split: "train[:98%]"}, b.csv]',

@@ -14,6 +14,7 @@ from ssdtune.data import CausalCollator
 from ssdtune.trainer import SSDConfig, ZOTrainer
 from ssdtune.trainer.generations import Drawn, Generation, GenerationError, answers, prompts
 from ssdtune.zeroth_order import MeZO
+from ssdtune.zeroth_order.rules import Term
 
 NEW = 4
 
@@ -94,7 +95,7 @@ def test_variants_answer_as_in_memory(temperature: float, model: Path, tmp_path:
         groups = [collate(rows()[4 * step + 2 * k : 4 * step + 2 * k + 2]) for k in range(2)]
         for scale in (5e-2, -5e-2):
             for name, p in parameters.items():
-                directions.shift(p.data, pristine[name], name, step=step, j=0, scale=scale)
+                directions.make(p.data, pristine[name], name, Term(step, 0, scale))
             for batch in groups:
                 made = answers(plain, batch, how, seed=3, step=step, pad_token_id=0)
                 expected.append(made.tolist())

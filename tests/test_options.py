@@ -18,6 +18,7 @@ from ssdtune.data import DataError, OptionsCollator, load_dataset_rows, preview,
 from ssdtune.trainer import SSDConfig, SSDTrainer, ZOTrainer, train_from_config
 from ssdtune.trainer.options import option_scores
 from ssdtune.zeroth_order import MeZO
+from ssdtune.zeroth_order.rules import Term
 
 TEMPLATE = "{text} It was {label}"
 WORDS = {"0": "terrible", "1": "great"}
@@ -294,7 +295,7 @@ def test_losses_alone_train_the_choice_as_in_memory(
     losses = []
     for scale in (1e-2, -1e-2):
         for name, parameter in plain.named_parameters():
-            directions.shift(parameter.data, base_values[name], name, step=0, j=0, scale=scale)
+            directions.make(parameter.data, base_values[name], name, Term(0, 0, scale))
         with torch.no_grad():
             losses.append(sum(float(plain_loss(plain, part, 6)) for part in parts))
     base.ssdtune.close()

@@ -512,3 +512,16 @@ def test_a_zeroth_order_jobs_perturbing_is_counted_and_kept(config_path: Path) -
     assert plain.simulation is not None
     assert slower.simulation is not None
     assert slower.simulation.step_s > plain.simulation.step_s + moved * 1e-6
+
+
+def test_a_job_of_low_rank_counts_whole_windows_and_what_they_hold(config_path: Path) -> None:
+    words = (
+        "method: zo\nzo_trains: low_rank\nzo_estimator: lozo\nzo_window: 20\nzo_fold_steps: 25\n"
+    )
+    words += "max_steps: 100\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    job = a_job(config_path)
+    assert job.fold_steps == 40, "rounded up to whole windows"
+    assert job.missed_steps(MICRO) == pytest.approx(0.5 + 1 / 20)
+    assert 0 < job.fixed.more["held beside the weights"] < job.fixed.more["a variant of a block"]
+    assert job_from(job.to_json()) == job

@@ -67,7 +67,7 @@ def test_the_elements_that_move_are_those_predicted(
     moves = method.moves(5)
     assert moves.num_missed == 2, "half of the run's five steps; the third has missed two"
     # What lies outside of blocks moves between visits: once for each variant, and in the update.
-    outside = sum(p.numel() for p in method.weights._outside.values())
+    outside = sum(p.numel() for p in method.weights.residents.outside.values())
     num_shifts = sum(shift is not None for shift in estimator.variants)
     wanted = predicted(moves, method)
     wanted[next(iter(wanted))] += outside * (num_shifts + estimator.num_directions)

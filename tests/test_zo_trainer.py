@@ -93,7 +93,9 @@ class StopAt(TrainerCallback):
 # Steps that hang on earlier ones: what a run that goes on must have again.
 ADAM = ("--zo_update", "adam", "--zo_horizon", "3", "--zo_mask", "magnitude")
 MOMENTUM = ("--zo_update", "momentum", "--zo_horizon", "4", "--zo_mask", "random")
-FLAGS = {"all": ADAM, "adapters": MOMENTUM}
+# A window that ends in the midst of the run, after the crash, and the next.
+LOW_RANK = ("--zo_estimator", "lozo", "--zo_window", "4", "--zo_fold_steps", "4", "--zo_update", "lozo_m")  # fmt: skip
+FLAGS = {"all": ADAM, "adapters": MOMENTUM, "low_rank": LOW_RANK}
 
 
 def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None:
@@ -111,7 +113,9 @@ def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None
             train_from_config(load("stopped", trains, *FLAGS[trains]))
 
 
-@pytest.mark.parametrize("trains", ["all", pytest.param("adapters", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "trains", ["all", "low_rank", pytest.param("adapters", marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     trains: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,9 +135,12 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_all_weights_are_replayed_from_the_log(load: Any, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trains", ["all", pytest.param("low_rank", marks=pytest.mark.slow)])
+def test_all_weights_are_replayed_from_the_log(
+    trains: str, load: Any, model: Path, tmp_path: Path
+) -> None:
     before = support.digests(model)
-    train_from_config(load("run", "all", *ADAM))
+    train_from_config(load("run", trains, *FLAGS[trains]))
     assert support.digests(model) == before
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 0
@@ -174,6 +181,7 @@ def test_a_working_copy_leaves_nothing_behind(load: Any, tmp_path: Path) -> None
     [
         (2, "all"),
         pytest.param(4, "all", marks=pytest.mark.slow),
+        pytest.param(2, "low_rank", marks=pytest.mark.slow),
         pytest.param(2, "adapters", marks=pytest.mark.slow),
         pytest.param(4, "adapters", marks=pytest.mark.slow),
     ],
@@ -184,8 +192,9 @@ def test_several_processes_take_the_same_steps_as_one(
     """They exchange losses alone; the log, hence every weight, is the same to the bit, and a resumed run's too."""
     root = Path(__file__).parent.parent
     flags = ["--eval_strategy", "no", "--lr_scheduler_type", "constant"]
+    flags += LOW_RANK if trains == "low_rank" else ()
     train_from_config(load("one", trains, "--gradient_accumulation_steps", "4", *flags))
-    loaded = load("more", trains)
+    loaded = load("more", trains, *flags)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num}"]
     script = ["--standalone", str(root / "launch" / "train.py"), "--config", str(loaded.path)]
@@ -337,6 +346,8 @@ def test_a_step_that_is_missing_is_named(tmp_path: Path) -> None:
         (("--zo_update", "adam", "--zo_estimator", "lozo"), "zo_update: adam does not go with"),
         (("--zo_mask", "random", "--zo_estimator", "lozo"), "zo_mask: random does not go with"),
         (("--zo_mask", "magnitude"), "an adapter's are none of them"),
+        (("--zo_trains", "low_rank"), "windows, and mezo has none"),
+        (("--zo_update", "lozo_m", "--zo_estimator", "lozo"), "zo_update: lozo_m is the momentum"),
     ],
 )
 def test_keys_that_do_not_go_together_are_named(

@@ -95,17 +95,41 @@ def add_directions(  # noqa: PLR0913 - the last two are for parts of a tensor, a
 ) -> None:
     """to = round(base * decay + directions), element by element; `to` may be `base`.
 
-    to, base: of one shape and dtype; elements are numbered in row-major order, whatever the strides. decay: rounded to
-    float32. rounding_key: rounds bfloat16 at random by this key instead of to nearest; means nothing for others.
+    to, base: of one shape; elements are numbered in row-major order, whatever the strides. Of one dtype, or base is float32
+    and `to` what that is rounded to. decay: rounded to float32. rounding_key: rounds bfloat16 at random by this key instead
+    of to nearest; means nothing for others, and is for one dtype.
     first: number of the first element, a multiple of TILE, where these are parts of a tensor.
     suffix: of the native function; None: the best there is; "" for torch; TRITON for its kernels.
     """
     assert to.shape == base.shape
-    assert to.dtype == base.dtype
+    if to.dtype != base.dtype:
+        assert rounding_key is None
+        _by_way_of_float32(
+            to,
+            base,
+            partial(add_directions, directions=directions, decay=decay, suffix=suffix),
+            first,
+        )
+        return
     is_plain = base.dtype in DTYPES and base.is_contiguous() and to.is_contiguous()
     if suffix is None:
         suffix = _best(base.device) if is_plain and directions else ""
     _adder(suffix)(to, base, directions, decay, rounding_key, first)
+
+
+def _by_way_of_float32(
+    to: torch.Tensor, base: torch.Tensor, add: Callable[..., None], first: int
+) -> None:
+    """What is added to a float32 base, then rounded to nearest; a part at a time, since it takes memory."""
+    assert base.dtype == torch.float32
+    source, out = base.reshape(-1), to.contiguous().view(-1)
+    for at in range(0, source.numel(), PART):
+        part = source[at : at + PART]
+        moved = torch.empty_like(part)
+        add(moved, part, first=first + at)
+        out[at : at + PART] = moved
+    if not to.is_contiguous():
+        to.copy_(out.view(to.shape))
 
 
 def _adder(suffix: str) -> Adder:
@@ -145,12 +169,13 @@ def add_low_rank(
     rounding_key: int | None = None,
 ) -> None:
     """to = round(base * decay + sum over factors (U, V) and k of U_k V_k^T), element by element; `to` may be `base`.
+    Dtypes as `add_directions` has them.
 
     base: as a matrix [first dimension, all others]. U: float32 [rank, rows]; V: float32 [rank, columns]. Products and
     sums are rounded to float32 one by one, from left to right: no matrix product, whose order of sums is its library's.
     """
     matrix = base.reshape(base.shape[0], -1)
-    out = torch.empty_like(matrix)
+    out = to.view(matrix.shape) if to.is_contiguous() else torch.empty_like(matrix, dtype=to.dtype)
     rows, columns = matrix.shape
     # Parts begin where a tile of fields for rounding does.
     step = ROUNDING_TILE // math.gcd(columns, ROUNDING_TILE)
@@ -161,8 +186,9 @@ def add_low_rank(
         for left, right in factors:
             for u, v in zip(left[:, part], right, strict=True):
                 total = total + u.unsqueeze(1) * v
-        out[part] = _rounded(total, base.dtype, rounding_key, first * columns)
-    to.copy_(out.view(base.shape))
+        out[part] = _rounded(total, to.dtype, rounding_key, first * columns)
+    if not to.is_contiguous():
+        to.copy_(out.view(base.shape))
 
 
 def add_values(
@@ -176,7 +202,7 @@ def add_values(
 ) -> None:
     """to = round(base * decay + values), as `add_directions` has it. values: float32, of the same shape."""
     total = _decayed(base, decay) + values
-    to.copy_(_rounded(total, base.dtype, rounding_key, first))
+    to.copy_(_rounded(total, to.dtype, rounding_key, first))
 
 
 def _decayed(part: torch.Tensor, decay: float) -> torch.Tensor:

@@ -87,19 +87,25 @@ class Work:
 class Moves:
     """What a zeroth-order step does to a block's weights in a visit, however many micro-batches pass.
 
-    shifts: block -> making all variants of its weights. updates: block -> one step that it has missed. num_missed: such
-    steps, on average over the run, of a block that comes from the drive; one that has stayed in its slot missed one.
+    shifts: block -> making all variants of its weights. updates: block -> one change of what is stored of them. window:
+    steps that make one such change together. num_missed: changes, on average over the run, that a block from the drive
+    has missed; one that has stayed in its slot missed those of one step.
     """
 
     shifts: Mapping[int, Work]
     updates: Mapping[int, Work] = dataclasses.field(default_factory=dict[int, Work])
     num_missed: float = 1.0
+    window: int = 1
 
 
-def missed_steps(num_steps: int, fold_steps: int) -> float:
+def missed_steps(num_steps: int, fold_steps: int, window: int = 1) -> float:
     """Steps that a block from the drive has missed when it comes, on average over a run: half of the run, or half of
-    the way from one working copy of it to the next. fold_steps: from one to the next; 0: there is none."""
-    return (fold_steps + 1) / 2 if 0 < fold_steps < num_steps else (num_steps - 1) / 2
+    the way from one working copy of it to the next. fold_steps: from one to the next; 0: there is none. window: steps
+    that change what is stored together, and count as one; what `fold_steps` is a multiple of."""
+    if 0 < fold_steps < num_steps:
+        return (fold_steps / window - 1) / 2 + 1 / window
+    whole, rest = divmod(num_steps, window)
+    return whole * (window * (whole - 1) / 2 + rest) / num_steps
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +171,7 @@ class Pricing:
             {block: each.curves_s(profile, work.dtype) for block, each in works.items()}
             for works in (moves.shifts, moves.updates)
         )
-        self._num_missed = moves.num_missed
+        self._num_missed, self._num_of_step = moves.num_missed, 1 / moves.window
 
     def simulation(self, plan: Plan) -> Simulation:
         """A steady step of the plan."""
@@ -203,7 +209,7 @@ class Pricing:
     def _moving_weights_s(self, visit: Visit, *, is_first: bool) -> float:
         """Seconds of making variants of a block, and of the steps that it has missed. is_first: of its visits in the
         step."""
-        num = self._num_missed if visit.is_filled_for else float(is_first)
+        num = self._num_missed if visit.is_filled_for else is_first * self._num_of_step
         return self._shift_s.get(visit.block, 0.0) + num * self._update_s.get(visit.block, 0.0)
 
     def _transfer_s(self, op: Op) -> float:

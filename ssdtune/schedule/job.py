@@ -124,8 +124,10 @@ class Job:
         )
 
     def missed_steps(self, micro_batches: int) -> float:
-        """Of a block when it comes from the drive, on average over the run."""
-        return missed_steps(self.steps(micro_batches), self.fold_steps)
+        """Of a block when it comes from the drive, on average over the run; of low rank, whole windows."""
+        moves = None if self.work is None else self.work.moves
+        window = 1 if moves is None else moves.window
+        return missed_steps(self.steps(micro_batches), self.fold_steps, window)
 
     def to_json(self) -> str:
         """All of it; `job_from` gives an equal one."""
@@ -177,6 +179,7 @@ class _Numbered:
             "shifts": [[block, self.place(work)] for block, work in moves.shifts.items()],
             "updates": [[block, self.place(work)] for block, work in moves.updates.items()],
             "num_missed": moves.num_missed,
+            "window": moves.window,
         }
 
 
@@ -244,6 +247,7 @@ def _moves_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Moves | N
         shifts={int(block): listed[int(i)] for block, i in raw["shifts"]},
         updates={int(block): listed[int(i)] for block, i in raw["updates"]},
         num_missed=float(raw["num_missed"]),
+        window=int(raw["window"]),
     )
 
 

@@ -20,6 +20,8 @@ from ssdtune.schedule.plan import BlockShape
 from ssdtune.swap.storage import Extent, StorageError
 
 Slices = tuple[tuple[int, int], ...]
+SLOT_ALIGNMENT = 256  # what CUDA kernels expect of a tensor's start
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +228,20 @@ def kept_packed(recipe: BlockRecipe, *, on_device: bool) -> BlockRecipe:
         unpacking=Unpacking(
             tensors=recipe.tensors, copies=recipe.copies, num_bytes=recipe.slot_bytes
         ),
+    )
+
+
+def widened(recipe: BlockRecipe) -> BlockRecipe:
+    """The same block, whose tensors of 16-bit floats lie in its slot in float32."""
+    tensors: list[TensorView] = []
+    end = 0
+    for view in recipe.tensors:
+        dtype = torch.float32 if view.dtype in HALVES else view.dtype
+        tensors.append(dataclasses.replace(view, dtype=dtype, offset=end))
+        end += -(-tensors[-1].num_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    in_place = (Copy(source=view, target=index) for index, view in enumerate(recipe.tensors))
+    return dataclasses.replace(
+        recipe, tensors=tuple(tensors), copies=recipe.copies or tuple(in_place), slot_bytes=end
     )
 
 

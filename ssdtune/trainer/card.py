@@ -21,7 +21,7 @@ SHOWN = (
 ).split()
 ZO_SHOWN = (
     "method zo_trains zo_estimator zo_eps zo_num_directions zo_rank zo_window zo_update zo_momentum zo_beta2 "
-    "zo_horizon zo_mask zo_mask_ratio zo_clip zo_fold_steps zo_packed train_on "
+    "zo_horizon zo_mask zo_mask_ratio zo_clip zo_fold_steps zo_master zo_packed train_on "
     "max_length per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
     "learning_rate lr_scheduler_type warmup_steps weight_decay seed dtype bf16 fp16"
 ).split()
@@ -34,7 +34,7 @@ def model_card(config: TrainConfig, stats: DataStats, metrics: Mapping[str, Any]
     stats: of the training rows. metrics: as `TrainResult.metrics` has them.
     """
     name = str(config.model_name_or_path)
-    is_log = config.method == "zo" and config.zo_trains == "all"
+    is_log = config.method == "zo" and config.zo_trains != "adapters"
     header: dict[str, Any] = {"base_model": name, "pipeline_tag": "text-generation"}
     if not is_log:
         header["library_name"] = "peft"
@@ -117,7 +117,9 @@ def _data(config: TrainConfig, stats: DataStats) -> dict[str, Any]:
 def _hyper_parameters(config: TrainConfig) -> dict[str, Any]:
     shown = list(SHOWN)
     if config.method == "zo":
-        adapter = [name for name in SHOWN if "lora" in name] if config.zo_trains != "all" else []
+        adapter = (
+            [name for name in SHOWN if "lora" in name] if config.zo_trains == "adapters" else []
+        )
         shown = [*ZO_SHOWN[:1], *adapter, *ZO_SHOWN[1:]]
     values = {name: getattr(config, name) for name in shown}
     return {

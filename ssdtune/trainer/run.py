@@ -280,7 +280,7 @@ def _begin_at_residual(config: TrainConfig, args: SSDConfig, model: Any, say: Sa
 
 def trains_all(config: TrainConfig) -> bool:
     """Whether all weights train, not an adapter."""
-    return config.method == "zo" and config.zo_trains == "all"
+    return config.method == "zo" and config.zo_trains != "adapters"
 
 
 def open_model(config: TrainConfig) -> Any:
@@ -466,6 +466,8 @@ def _trainer_of(config: TrainConfig) -> Callable[..., SSDTrainer]:
         clip=config.zo_clip,
         fold=fold_of(config),
         packed=config.zo_packed,
+        low_rank=config.zo_trains == "low_rank",
+        master=config.zo_master,
     )
 
 

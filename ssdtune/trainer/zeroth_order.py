@@ -32,10 +32,20 @@ from ssdtune.trainer.generations import Generation, answers
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.rehearsal import base_of as model_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
-from ssdtune.zeroth_order.log import ADAPTERS, ALL, CODES, Header, LogError, LogWriter, read_log
+from ssdtune.zeroth_order.log import (
+    ADAPTERS,
+    ALL,
+    CODES,
+    LOW_RANK,
+    MASTERS,
+    Header,
+    LogError,
+    LogWriter,
+    read_log,
+)
 from ssdtune.zeroth_order.masks import NONE
 from ssdtune.zeroth_order.packed import DECODED, MOVED
-from ssdtune.zeroth_order.rules import ADAM, MOMENTUM
+from ssdtune.zeroth_order.rules import ADAM, LOZO_M, MOMENTUM
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
@@ -63,10 +73,12 @@ def estimator_of(config: TrainConfig) -> Estimator:
 def rule_of(config: TrainConfig) -> Rule:
     """As zo_update and its keys say."""
     kind, beta1 = config.zo_update, config.zo_momentum
-    if kind not in (MOMENTUM, ADAM):
+    if kind not in (MOMENTUM, ADAM, LOZO_M):
         return Rule(kind=kind)
     if beta1 is None:
         beta1 = 0.9 if kind == MOMENTUM else 0.7
+    if kind == LOZO_M:
+        return Rule(kind=kind, beta1=beta1)
     beta2 = config.zo_beta2 if kind == ADAM else 0.0
     return Rule(kind=kind, beta1=beta1, beta2=beta2, horizon=config.zo_horizon)
 
@@ -80,6 +92,8 @@ class ZOTrainer(SSDTrainer):
         clip: bounds each projected gradient; None: as it comes.
         fold: where and how often a working copy of all weights is written; None: never.
         packed: what slots hold of a packed base, and what trains: "decoded", "kept" or "moved".
+        low_rank: whether LOZO's windows are held as matrices of low rank beside all weights.
+        master: whether all weights of 16 bits train in float32.
         objective: (the model's output, a micro-batch) -> a value of each row, the more the better, [rows]: accuracy, a
             reward; it needs no gradient. With `generation` it gets the answers to the micro-batch's prompts instead of an
             output: a list of texts, of lists of ids where there is no processing_class. None: the model's own loss.
@@ -98,6 +112,8 @@ class ZOTrainer(SSDTrainer):
         clip: float | None = None,
         fold: Fold | None = None,
         packed: str = DECODED,
+        low_rank: bool = False,
+        master: bool = False,
         objective: Callable[[Any, Any], Any] | None = None,
         generation: Generation | None = None,
         **kwargs: Any,
@@ -120,6 +136,8 @@ class ZOTrainer(SSDTrainer):
             fold=fold,
             exchange=_gathered if self.args.world_size > 1 else None,
             packed=packed,
+            low_rank=low_rank,
+            master=master,
         )
         if self.args.world_size > 1:  # there is no gradient that DistributedDataParallel could sum
             self.accelerator.prepare_model = lambda model, **_: model  # type: ignore[method-assign]
@@ -129,11 +147,21 @@ class ZOTrainer(SSDTrainer):
             seed=self.args.seed,
             **{f.name: getattr(family, f.name) for f in dataclasses.fields(family)},
             rule=self.method.rule,
-            trains=(CODES if packed == MOVED else ALL) if self.method.trains_blocks else ADAPTERS,
+            trains=self._what_trains(packed),
         )
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)
         self.last_step: Step | None = None
         self.num_skipped = 0  # steps whose loss was infinite or no number
+
+    def _what_trains(self, packed: str) -> str:
+        """As the log names it."""
+        if not self.method.trains_blocks:
+            return ADAPTERS
+        if self.method.low_rank:
+            return LOW_RANK
+        if self.method.master:
+            return MASTERS
+        return CODES if packed == MOVED else ALL
 
     def passes(self) -> Passes:
         """All micro-batches pass every variant."""

@@ -8,12 +8,11 @@ import torch
 
 from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.packed import PackedEntry
-from ssdtune.swap.recipe import BlockRecipe, Copy, PackedView, TensorView
+from ssdtune.swap.recipe import SLOT_ALIGNMENT, BlockRecipe, Copy, PackedView, TensorView
 from ssdtune.swap.source import ExtentMap, merge_extents
 from ssdtune.visit.placement import FILE_DTYPES, Piece, Placement, is_identity
 
 MAX_GAP_BYTES = 256 * 1024  # a read of its own costs about what 256 KiB more cost at 2-7 GB/s
-SLOT_ALIGNMENT = 256  # what CUDA kernels expect of a tensor's start
 CACHE_LINE = 64
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.noise import GAUSSIAN, RADEMACHER
 from ssdtune.zeroth_order.masks import ALL_MOVE, NONE, Mask
+from ssdtune.zeroth_order.rules import Term
 from ssdtune.zeroth_order.updates import Family
 
 
@@ -29,6 +30,10 @@ class Shift:
 
     direction: int
     scale: float
+
+    def term(self, step: int) -> Term:
+        """What it adds in a step."""
+        return Term(step, self.direction, self.scale)
 
 
 class Estimator(Protocol):

@@ -28,8 +28,11 @@ from ssdtune.zeroth_order.updates import Family
 FORMAT = "ssdtune zeroth-order log 2"
 # What z and rounding are made from: another would make other weights from the same log.
 GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles, BLAKE2b keys"
-# What trains; codes: all weights, those of packed ones.
-ALL, CODES, ADAPTERS = "all", "codes", "adapters"
+# What trains; codes: all weights, those of packed ones; masters: all weights, those of 16 bits in float32; low_rank: all
+# weights, LOZO's windows as matrices of low rank.
+ALL, CODES, MASTERS, LOW_RANK = "all", "codes", "masters", "low_rank"
+ADAPTERS = "adapters"
+TRAINS = (ALL, CODES, MASTERS, LOW_RANK, ADAPTERS)
 
 
 class LogError(SSDTuneError):
@@ -39,8 +42,7 @@ class LogError(SSDTuneError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
     """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
-    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: "all" weights, all
-    with packed ones by their "codes", or "adapters"."""
+    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: one of TRAINS."""
 
     base: str | None
     seed: int
@@ -148,7 +150,7 @@ def _header(record: dict[str, Any], where: str) -> Header:
     told: dict[str, Any] = {f.name: record.get(f.name) for f in dataclasses.fields(Header)}
     told |= {"mask": Mask(**record["mask"]), "rule": Rule(**record["rule"])}
     header = Header(**told)
-    if header.kind not in KINDS or header.trains not in (ALL, CODES, ADAPTERS):
+    if header.kind not in KINDS or header.trains not in TRAINS:
         raise LogError(
             f"{where}, line 1: unknown kind {header.kind!r} or trains {header.trains!r}."
         )

@@ -15,12 +15,14 @@ import torch
 from ssdtune.schedule.cost import Moves, missed_steps
 from ssdtune.visit.rehearsal import base_of
 from ssdtune.visit.streamer import Streamer
-from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
-from ssdtune.zeroth_order.log import CODES, Log
-from ssdtune.zeroth_order.packed import DECODED, KEPT, MOVED, PackedError
-from ssdtune.zeroth_order.rules import SGD, Rule, Update
+from ssdtune.zeroth_order.compatible import Place, check_estimator, check_place
+from ssdtune.zeroth_order.estimators import Estimator
+from ssdtune.zeroth_order.log import CODES, LOW_RANK, MASTERS, Log
+from ssdtune.zeroth_order.packed import DECODED, MOVED
+from ssdtune.zeroth_order.rules import Rule, Update
 from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.weights import MovingWeights
+from ssdtune.zeroth_order.windows import Windows
 from ssdtune.zeroth_order.work import moves_of
 from ssdtune.zeroth_order.working_copy import WorkingCopy
 
@@ -32,6 +34,10 @@ class Fold:
 
     folder: Path
     num_steps: int
+
+    def whole(self, window: int) -> Fold:
+        """After whole windows of so many steps."""
+        return dataclasses.replace(self, num_steps=-(-self.num_steps // window) * window)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +67,9 @@ class ZerothOrder:
         exchange: gives every process the shares of all of them: a flat list of numbers -> one such list of each
             process. All that they exchange: with the same seed each makes the same update. None: there is one process.
         packed: what slots hold of a packed base, and what trains: "decoded", "kept" or "moved" (`packed.py`).
+        low_rank: whether the steps of each of LOZO's windows are held as one matrix of low rank for each weight, and what
+            is stored of all weights changes when a window is over (`windows.py`).
+        master: whether all weights of 16 bits train in float32, and compute reads what that is rounded to (`masters.py`).
     """
 
     def __init__(  # noqa: PLR0913 - each has its default, and stands alone
@@ -74,36 +83,39 @@ class ZerothOrder:
         fold: Fold | None = None,
         exchange: Callable[[list[float]], list[list[float]]] | None = None,
         packed: str = DECODED,
+        low_rank: bool = False,
+        master: bool = False,
     ) -> None:
         self._exchange = exchange or (lambda shares: [shares])
         self.rule = rule or Rule()
-        if estimator.family.rank and self.rule.kind != SGD:
-            raise EstimatorError(f"LOZO goes with the rule {SGD}, not with {self.rule.kind}.")
+        check_estimator(estimator, self.rule, low_rank=low_rank)
         self._recent: deque[Update] = deque(maxlen=self.rule.num_earlier)
         self.model, self.estimator, self.seed, self.clip = model, estimator, seed, clip
         self.streamer: Streamer = base_of(model).ssdtune
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trains_blocks = not trained
+        check_place(
+            Place(
+                trains_blocks=trains_blocks,
+                has_copy=fold is not None,
+                packed=packed,
+                low_rank=low_rank,
+                master=master,
+            )
+        )
         if trains_blocks:
             trained = outside_of_blocks(model, self.streamer)
-            if packed == KEPT and fold is not None:
-                raise PackedError(
-                    "packed: kept leaves all weights as they are stored, and a working copy would replace them.\n"
-                    "Set zo_fold_steps: never, or packed: moved."
-                )
-        elif packed == MOVED:
-            raise PackedError(
-                "packed: moved trains all weights, and here an adapter trains.\n"
-                "Take packed: kept, or train all weights: zo_trains: all."
-            )
         self.weights = MovingWeights(
             self.streamer,
             trained,
-            Directions(seed, estimator.family, self.rule),
+            (Windows if low_rank else Directions)(seed, estimator.family, self.rule),
             trains_blocks=trains_blocks,
             packed=packed,
+            master=master,
         )
-        self.trains_blocks = trains_blocks
+        self.trains_blocks, self.low_rank, self.master = trains_blocks, low_rank, master
+        # Steps that change together what is stored.
+        self._window = estimator.family.window if low_rank else 1
         self.num_trained = sum(p.numel() for p in trained.values()) + (
             sum(w.placeholder.numel() for w in self.streamer.weights if w.placeholder is not None)
             if trains_blocks
@@ -111,7 +123,7 @@ class ZerothOrder:
         )
         self.streamer.method = self.weights
         self.num_steps = 0
-        self.fold = fold if trains_blocks else None
+        self.fold = fold.whole(self._window) if fold is not None and trains_blocks else None
         self.copy = None if self.fold is None else WorkingCopy(self.streamer, self.fold.folder)
 
     def extra_bytes(self) -> dict[str, int]:
@@ -124,7 +136,10 @@ class ZerothOrder:
             self.weights.shapes(),
             self.estimator,
             trains_blocks=self.trains_blocks,
-            num_missed=missed_steps(num_steps, self.fold.num_steps if self.fold else 0),
+            num_missed=missed_steps(
+                num_steps, self.fold.num_steps if self.fold else 0, self._window
+            ),
+            low_rank=self.low_rank,
         )
 
     def resume(self, updates: Sequence[Update], num_steps: int) -> None:
@@ -132,7 +147,7 @@ class ZerothOrder:
         self.num_steps = num_steps
         self._recent.extend(updates)
         if self.trains_blocks:
-            self.weights.replay(self.rule.linked(updates))
+            self.weights.replay(self.rule.linked(updates), num_steps)
 
     def close(self) -> None:
         """Removes the working copy, where there is one; the model can't be read afterwards."""
@@ -173,15 +188,17 @@ class ZerothOrder:
         slots nothing is taken twice and there is nothing to save."""
         if self.fold is None or self.copy is None or self.copy.is_there:
             return
-        is_due = len(self.weights.updates) >= self.fold.num_steps
+        period = self.fold.num_steps // self._window
+        is_due = len(self.weights.updates) >= period
         if is_due and self.streamer.engine.plan.sequences["forward"].read_bytes:
             self.copy.write()
-            self.weights.all_stored(self.fold.num_steps)
+            self.weights.all_stored(period)
 
     def _update(self, losses: list[float], learning_rate: float, weight_decay: float) -> Step:
         loss = math.fsum(losses) / len(losses)
         number, self.num_steps = self.num_steps, self.num_steps + 1
         if not all(map(math.isfinite, losses)):
+            self.weights.ended(self.num_steps)
             return Step(loss, tuple(losses), (), None)
         gradients = self.estimator.gradients(losses)
         if self.clip is not None:
@@ -189,6 +206,7 @@ class ZerothOrder:
         decay = 1.0 - learning_rate * weight_decay
         update = Update(number, tuple(gradients), learning_rate, decay)
         self.weights.take(self.rule.after(update, list(self._recent)))
+        self.weights.ended(self.num_steps)
         self._recent.append(update)
         return Step(loss, tuple(losses), tuple(gradients), update)
 
@@ -196,16 +214,19 @@ class ZerothOrder:
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     """From now on the streamed model has the weights after so many steps of a log of all weights; None: all."""
     linked, header = log.header.rule.linked(log.updates), log.header
-    updates = [u for u in linked if num_steps is None or u.step < num_steps]
+    num_steps = log.num_steps if num_steps is None else num_steps
+    updates = [u for u in linked if u.step < num_steps]
+    kind = Windows if header.trains == LOW_RANK else Directions
     streamer: Streamer = model.ssdtune
     weights = MovingWeights(
         streamer,
         outside_of_blocks(model, streamer),
-        Directions(header.seed, header.family, header.rule),
+        kind(header.seed, header.family, header.rule),
         trains_blocks=True,
-        packed=MOVED if log.header.trains == CODES else DECODED,
+        packed=MOVED if header.trains == CODES else DECODED,
+        master=header.trains == MASTERS,
     )
-    weights.replay(updates)
+    weights.replay(updates, num_steps)
     streamer.method = weights
 
 

@@ -26,7 +26,7 @@ from ssdtune.kernels.unpack_add import unpack_add
 from ssdtune.swap.recipe import Copy, PackedView, TensorView, Unpacking, kept_packed
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.estimators import Shift
-from ssdtune.zeroth_order.rules import Update
+from ssdtune.zeroth_order.rules import Term, Update
 from ssdtune.zeroth_order.updates import Directions
 
 DECODED, KEPT, MOVED = "decoded", "kept", "moved"
@@ -44,6 +44,11 @@ class At:
     updates: tuple[Update, ...] = ()
     shift: Shift | None = None
     step: int = 0
+
+    @property
+    def term(self) -> Term | None:
+        """What the shift adds."""
+        return None if self.shift is None else self.shift.term(self.step)
 
 
 class PackedBlocks:
@@ -81,9 +86,8 @@ class PackedBlocks:
         for copy in copies:
             dataclasses.replace(copy, target=0).run(raw, [to])
         self._directions.apply(to, name, at.updates)
-        if at.shift is not None:
-            shift = at.shift
-            self._directions.shift(to, to, name, step=at.step, j=shift.direction, scale=shift.scale)
+        if at.term is not None or self._directions.is_apart:
+            self._directions.make(to, to, name, at.term)
 
     def _unpack_moved(
         self, source: PackedView, raw: torch.Tensor, to: torch.Tensor, name: str, at: At

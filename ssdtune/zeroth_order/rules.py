@@ -11,6 +11,8 @@ is still its few numbers. With G_t = sum_j g_{t,j} z_{t,j}, theta_{t+1} = theta_
     adam       m_t / sqrt(v_t + epsilon), m_t = (1 - beta1) sum_{i < horizon} beta1^i G_{t-i}, v_t = (1 - beta2)
                sum_{i < horizon} beta2^i G_{t-i}^2: AdaMeZO (Cai et al., arXiv 2605.00650). Their code has neither
                1 - beta nor epsilon under the root, multiplies by 100 and takes MeZO's steps until the horizon is full.
+    lozo_m     N_t V^T, N kept in LOZO's other factor: LOZO-M; only where windows are held as matrices of low rank
+               (`windows.py`, which has the equations)
 
 Ages i count steps that were taken; one that was skipped is none.
 """
@@ -24,8 +26,8 @@ import torch
 
 from ssdtune.errors import SSDTuneError
 
-SGD, SIGN, MOMENTUM, ADAM = "sgd", "sign", "momentum", "adam"
-KINDS = (SGD, SIGN, MOMENTUM, ADAM)
+SGD, SIGN, MOMENTUM, ADAM, LOZO_M = "sgd", "sign", "momentum", "adam", "lozo_m"
+KINDS = (SGD, SIGN, MOMENTUM, ADAM, LOZO_M)
 
 
 class RuleError(SSDTuneError):

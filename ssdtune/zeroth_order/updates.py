@@ -44,7 +44,8 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """All random directions of a run, and what steps make of them."""
+    """All random directions of a run, and what steps make of them: here each one changes what is stored of the weights.
+    `Windows` (`windows.py`) has another way."""
 
     seed: int
     family: Family
@@ -55,16 +56,27 @@ class Directions:
         """Which elements move."""
         return Masks(self.seed, self.family.mask)
 
-    def shift(
-        self, to: torch.Tensor, base: torch.Tensor, name: str, *, step: int, j: int, scale: float
-    ) -> None:
-        """to = round(base + scale z_j), to nearest."""
-        self._add(to, base, name, [Term(step, j, scale)])
+    @property
+    def is_apart(self) -> bool:
+        """Whether the weights are something else by now than what is stored of them after all changes."""
+        return False
+
+    def take(self, update: Update) -> list[Update]:
+        """One more step; the changes of stored weights that come of it."""
+        return [update]
+
+    def ended(self, num_steps: int) -> list[Update]:
+        """So many steps are over, those that were skipped too; the changes of stored weights that come of it."""
+        return []
+
+    def make(self, to: torch.Tensor, base: torch.Tensor, name: str, term: Term | None) -> None:
+        """to = round(theta + term), to nearest; None: theta itself. base: what is stored of theta, after all changes."""
+        self._add(to, base, name, [] if term is None else [term])
 
     def apply(self, parameter: torch.Tensor, name: str, updates: Sequence[Update]) -> None:
-        """Takes these steps with a parameter, in place, each rounded by itself."""
+        """Takes these changes with what is stored of a parameter, in place, each rounded by itself."""
         for update in updates:
-            decay, key = _decay(update, parameter.dim()), self._key(update, name)
+            decay, key = decay_of(update, parameter.dim()), self._key(update, name)
             if self.rule.is_linear:
                 terms = self.rule.terms(update)
                 self._add(parameter, parameter, name, terms, decay=decay, rounding_key=key)
@@ -77,13 +89,13 @@ class Directions:
         return is_whole and self.rule.is_linear
 
     def shift_move(self, name: str, *, step: int, j: int, scale: float) -> Move:
-        """What `shift` does, for whoever decodes on the way; of a parameter that `has_moves`."""
+        """What `make` does, for whoever decodes on the way; of a parameter that `has_moves`."""
         return Move(tuple(self._directions(name, [Term(step, j, scale)])), 1.0, None)
 
     def update_move(self, name: str, dim: int, update: Update) -> Move:
         """What `apply` does for one step, likewise. dim: of the parameter."""
         directions = self._directions(name, self.rule.terms(update))
-        return Move(tuple(directions), _decay(update, dim), self._key(update, name))
+        return Move(tuple(directions), decay_of(update, dim), self._key(update, name))
 
     def _key(self, update: Update, name: str) -> int:
         """For rounding at random."""
@@ -137,7 +149,7 @@ class Directions:
                 continue
             moved, moves = torch.empty_like(part), self.masks.of(name, part, first)
             move(moved, part, first)
-            torch.where(moves, moved, part, out=out)
+            out.copy_(torch.where(moves, moved, part))
         if not to.is_contiguous():
             to.copy_(target.view(to.shape))
 
@@ -151,16 +163,18 @@ class Directions:
         """scale x U [rank, rows] of a step and V [rank, columns] of its window."""
         rows = base.shape[0]
         (left,) = self._directions(name, [term])
-        window = key_of(self.seed, term.step // self.family.window, number_of(name + WINDOW))
-        right = Direction(window, 1.0, self.family.kind)
         return (
             values(left, self.family.rank * rows, base.device).view(-1, rows),
-            values(right, self.family.rank * (base.numel() // rows), base.device).view(
-                self.family.rank, -1
-            ),
+            self._right(base, name, term.step // self.family.window),
         )
 
+    def _right(self, base: torch.Tensor, name: str, window: int) -> torch.Tensor:
+        """V [rank, columns] of a window."""
+        key, rank = key_of(self.seed, window, number_of(name + WINDOW)), self.family.rank
+        numel = rank * (base.numel() // base.shape[0])
+        return values(Direction(key, 1.0, self.family.kind), numel, base.device).view(rank, -1)
 
-def _decay(update: Update, dim: int) -> float:
+
+def decay_of(update: Update, dim: int) -> float:
     """Of a parameter of so many dimensions."""
     return update.decay if dim > 1 else 1.0

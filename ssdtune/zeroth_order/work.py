@@ -13,46 +13,78 @@ from ssdtune.zeroth_order.estimators import Estimator
 from ssdtune.zeroth_order.updates import Family
 
 Shapes = Mapping[int, Sequence[tuple[int, ...]]]  # block -> of its tensors that train
+Counts = Mapping[Operator, int]
 
 
 def moves_of(
-    shapes: Shapes, estimator: Estimator, *, trains_blocks: bool, num_missed: float = 1.0
+    shapes: Shapes,
+    estimator: Estimator,
+    *,
+    trains_blocks: bool,
+    num_missed: float = 1.0,
+    low_rank: bool = False,
 ) -> Moves:
     """Making all variants of each block's tensors, and each update that a streamed block has missed.
 
     trains_blocks: whether the tensors are streamed weights; adapters take their updates between steps. num_missed: as
-    in `Moves`. Rounding bfloat16 at random, which updates do, is not counted.
+    in `Moves`. low_rank: whether windows are held as matrices of low rank. Rounding bfloat16 at random, which updates
+    do, is not counted, nor is drawing again what the steps of an earlier window came to.
     """
+    family = estimator.family
     shifts = sum(shift is not None for shift in estimator.variants)
     directions = len({shift.direction for shift in estimator.variants if shift is not None})
-
-    def times(num: int) -> dict[int, Work]:
-        return {
-            block: Work(
-                _counted([shape for shape in each if math.prod(shape)], estimator.family, num)
-            )
-            for block, each in shapes.items()
-        }
-
+    tensors = {block: [s for s in each if math.prod(s)] for block, each in shapes.items()}
+    if not low_rank:
+        return Moves(
+            shifts={b: Work(_moved(each, family, shifts)) for b, each in tensors.items()},
+            updates={b: Work(_moved(each, family, directions)) for b, each in tensors.items()}
+            if trains_blocks
+            else {},
+            num_missed=num_missed,
+        )
+    # A step draws what it adds to the window's sum; a window that is over is one product.
     return Moves(
-        shifts=times(shifts),
-        updates=times(directions) if trains_blocks else {},
+        shifts={
+            b: Work(_both(_moved(each, family, shifts), _drawn(each, family, directions)))
+            for b, each in tensors.items()
+        },
+        updates={
+            b: Work(_moved([s for s in each if len(s) > 1], family, 1))
+            for b, each in tensors.items()
+        },
         num_missed=num_missed,
+        window=family.window,
     )
 
 
-def _counted(tensors: Sequence[tuple[int, ...]], family: Family, num: int) -> dict[Operator, int]:
+def _moved(tensors: Sequence[tuple[int, ...]], family: Family, num: int) -> dict[Operator, int]:
     """Moving all of these along so many directions."""
-    perturb = PERTURB if family.kind == GAUSSIAN else PERTURB_SIGNS
     counts: Counter[Operator] = Counter()
     for shape in tensors:
         numel = math.prod(shape)
         if not family.rank or len(shape) < 2:
-            counts[Operator(perturb, float(numel))] += num
+            counts[_perturb(family, numel)] += num
             continue
-        counts[Operator(perturb, float(family.rank * (shape[0] + numel // shape[0])))] += num
+        counts[_perturb(family, family.rank * (shape[0] + numel // shape[0]))] += num
         # A product of two vectors and a sum for each rank (`noise.add_low_rank`): one pass writes, one reads two and
         # writes one, in float32, a part at a time.
         part = min(numel, PART)
         counts[Operator("pointwise", 4.0 * 4 * part)] += num * family.rank * -(-numel // part)
     return dict(counts)
+
+
+def _drawn(tensors: Sequence[tuple[int, ...]], family: Family, num: int) -> dict[Operator, int]:
+    """Adding so many directions to the sums of a window."""
+    counts: Counter[Operator] = Counter()
+    for shape in tensors:
+        numel = family.rank * shape[0] if len(shape) > 1 else math.prod(shape)
+        counts[_perturb(family, numel)] += num
+    return dict(counts)
+
+
+def _both(one: Counts, other: Counts) -> dict[Operator, int]:
+    return dict(Counter(one) + Counter(other))
+
+
+def _perturb(family: Family, numel: int) -> Operator:
+    return Operator(PERTURB if family.kind == GAUSSIAN else PERTURB_SIGNS, float(numel))

@@ -1,0 +1,61 @@
+"""Which estimators, rules and places for what trains go together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
+from ssdtune.zeroth_order.masters import MasterError
+from ssdtune.zeroth_order.packed import DECODED, KEPT, MOVED, PackedError
+from ssdtune.zeroth_order.rules import LOZO_M, SGD, Rule
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where what trains lives. trains_blocks: all weights, not an adapter. has_copy: with a working copy. packed,
+    low_rank, master: as `ZerothOrder` has them."""
+
+    trains_blocks: bool
+    has_copy: bool
+    packed: str
+    low_rank: bool
+    master: bool
+
+
+def check_estimator(estimator: Estimator, rule: Rule, *, low_rank: bool) -> None:
+    """Raises EstimatorError where these do not go together."""
+    has_windows = bool(estimator.family.rank)
+    if low_rank and not has_windows:
+        raise EstimatorError(
+            "low_rank holds the steps of LOZO's windows, and other estimators have none.\nTake LOZO, or leave it out."
+        )
+    known = (SGD, LOZO_M) if low_rank else (SGD,)
+    if has_windows and rule.kind not in known:
+        more = ", unless its windows are of low_rank" if rule.kind == LOZO_M else ""
+        raise EstimatorError(f"LOZO goes with the rule {SGD}, not with {rule.kind}{more}.")
+    if rule.kind == LOZO_M and not has_windows:
+        raise EstimatorError(f"{LOZO_M} is LOZO's momentum: take LOZO, or another rule.")
+
+
+def check_place(place: Place) -> None:
+    """Raises PackedError, EstimatorError or MasterError where what trains can't be held so."""
+    if place.trains_blocks and place.packed == KEPT and place.has_copy:
+        raise PackedError(
+            "packed: kept leaves all weights as they are stored, and a working copy would replace them.\n"
+            "Set zo_fold_steps: never, or packed: moved."
+        )
+    if not place.trains_blocks and place.packed == MOVED:
+        raise PackedError(
+            "packed: moved trains all weights, and here an adapter trains.\n"
+            "Take packed: kept, or train all weights: zo_trains: all."
+        )
+    if not place.trains_blocks and place.low_rank:
+        raise EstimatorError(
+            "low_rank is how steps of all weights are held, and here an adapter trains.\n"
+            "Leave the adapter out, or low_rank."
+        )
+    if place.master and (place.low_rank or place.packed != DECODED or not place.trains_blocks):
+        raise MasterError(
+            "float32 masters are for steps of all weights, one by one: an adapter has its own, codes of packed weights are "
+            "rounded at random, and windows of low rank add up in float32.\nLeave out master."
+        )
