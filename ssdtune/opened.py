@@ -114,12 +114,11 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     meta = build_planned(model, **arguments)
     options = _options(source, meta)
     drafted = draft(meta, options)
-
-    def reopened(bits: int) -> MetaModel:
-        return build_planned(model, quantization=str(bits), **arguments)
-
+    has_weights = model == source.name  # of a config.json alone there are headers
     path = source.config.offload.path
-    readings = readings_of(meta, options, path, reopened) if chooses else ()  # no adapters yet
+    readings = ()
+    if chooses:  # before there are adapters
+        readings = readings_of(meta, options, path, has_weights=has_weights)
     base: Any = meta.model
     parameters = list(base.parameters())
     resident = _resident_bytes(meta, {n for group in drafted.groups for n in group.parameters})
@@ -140,8 +139,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         lengths=lengths,
         sequences=sequences,
         readings=readings,
-        # Of a config.json alone there are headers, no weights.
-        lossless_ratio=lossless_ratio(meta) if model == source.name else None,
+        lossless_ratio=lossless_ratio(meta) if has_weights else None,
     )
 
 

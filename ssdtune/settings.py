@@ -338,6 +338,27 @@ class WordOr(Reader):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Also(Reader):
+    """What the first reader reads, and what the inner one does; whose refusal is the first one's."""
+
+    first: Reader
+    inner: Reader
+
+    @property
+    def allowed(self) -> str:
+        return f"{self.first.allowed}, {self.inner.allowed}"
+
+    def read(self, node: Node, key: str) -> Any:
+        try:
+            return self.first.read(node, key)
+        except Refused as refusal:
+            try:
+                return self.inner.read(node, key)
+            except Refused:
+                raise refusal from None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class YesNoOr(Reader):
     """true, false, or what the inner reader reads."""
 

@@ -53,9 +53,10 @@ def streamed(
 ) -> PreTrainedModel:
     """The model of `folder` streamed on the CPU, with `factor` times the smallest RAM that works.
 
-    activation_bytes: that may stay until backward. options: further fields of `draft.Options`. build: as `build_meta` takes them.
+    activation_bytes: that may stay until backward. options: further fields of `draft.Options`. build: as `build_meta`
+    takes them, or `meta`, what it has made.
     """
-    meta = build_meta(folder, **build)
+    meta = build.pop("meta", None) or build_meta(folder, **build)
     storage = choose_storage(folder).storage
     ram = int(smallest_ram(meta, storage) * factor)
     return assemble(

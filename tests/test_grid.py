@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ssdtune.config import ConfigError, load_config, to_yaml
+from ssdtune.config import ConfigError, TrainConfig, load_config, to_yaml
+from ssdtune.durable import commit_folder, new_temporary_folder
 from ssdtune.planning import settle
-from ssdtune.planning.settle import with_rows_at_once
+from ssdtune.planning.settle import settled
 from ssdtune.planning.ways import decide
 from ssdtune.schedule.cost import Operator, StepWork, Work
 from ssdtune.schedule.grid import (
@@ -251,17 +252,30 @@ def test_a_run_gets_a_number_and_keeps_it_when_it_is_resumed(
     monkeypatch.setattr(settle, "own_machine", lambda folder: machine)
     monkeypatch.setattr(settle, "Jobs", lambda source: jobs_of())
     loaded = load_config(config_path)
-    config = with_rows_at_once(loaded).config
+    config = settled(loaded).config
     assert config.offload.micro_batch_size == ROWS
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (ROWS, 1)
     assert "auto is 4 rows at once" in capsys.readouterr().out
     config.output_dir.mkdir()
     two = load_config(config_path, ["--offload.micro_batch_size", "2"]).config
     (config.output_dir / "ssdtune.yaml").write_text(to_yaml(two))
-    again = with_rows_at_once(loaded).config
-    assert again.per_device_train_batch_size == 2
+    assert settled(loaded).config.per_device_train_batch_size == ROWS, "nothing was saved yet"
+    checkpoint = saved(config.output_dir / "checkpoint-1", two)
+    (config.output_dir / "ssdtune.yaml").write_text(to_yaml(config))
+    assert settled(loaded).config.per_device_train_batch_size == 2, "the checkpoint's own"
     anew = load_config(config_path, ["--resume_from_checkpoint", "false"])
-    assert with_rows_at_once(anew).config.per_device_train_batch_size == ROWS
+    assert settled(anew).config.per_device_train_batch_size == ROWS
+    elsewhere = ["--resume_from_checkpoint", str(checkpoint), "--output_dir", f"{config_path}.run"]
+    named = load_config(config_path, elsewhere)
+    assert settled(named).config.per_device_train_batch_size == 2
+
+
+def saved(folder: Path, config: TrainConfig) -> Path:
+    """A checkpoint with nothing in it but its configuration."""
+    made = new_temporary_folder(folder)
+    (made / "ssdtune.yaml").write_text(to_yaml(config))
+    commit_folder(made, folder)
+    return folder
 
 
 def test_several_processes_do_not_decide_each_for_itself(
@@ -269,4 +283,4 @@ def test_several_processes_do_not_decide_each_for_itself(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="several must cut their rows alike"):
-        with_rows_at_once(load_config(config_path))
+        settled(load_config(config_path))

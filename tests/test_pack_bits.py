@@ -23,13 +23,21 @@ from ssdtune.config import load_config
 from ssdtune.jobs import Source, job_of
 from ssdtune.kernels.affine import Affine
 from ssdtune.pack.beside import measure
-from ssdtune.pack.check import load_text, paired
+from ssdtune.pack.check import paired
 from ssdtune.pack.record import checks_of, keep
+from ssdtune.pack.text import load_text
 from ssdtune.packing.choice import Option, choose, smallest
 from ssdtune.packing.convert import pack
-from ssdtune.packing.errors import WIDTHS, affine, relative_error, relative_errors, sampled
+from ssdtune.packing.errors import (
+    WIDTHS,
+    Sampled,
+    affine,
+    relative_error,
+    sampled,
+    sampled_errors,
+)
 from ssdtune.packing.layout import groups_of
-from ssdtune.packing.mixed import within
+from ssdtune.packing.mixed import weights_of, within
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.planning.bits import chosen_for
 from ssdtune.profiles import own_profile_path, save_profile
@@ -147,10 +155,12 @@ def test_nothing_is_left_that_could_be_used() -> None:
 def test_an_error_is_that_of_what_is_decoded(source: Path) -> None:
     meta = build_meta(source)
     groups = groups_of(meta, affine(2, 64))
-    errors = relative_errors(groups, 64, choose_storage(source).storage)
+    found = sampled_errors(groups, 64, choose_storage(source).storage)
+    errors = {name: each.errors for name, each in found.items()}
     values = decoded(meta.checkpoint, torch.float32)
     assert errors.keys() == {n for g in groups for n in g.formats}
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+        assert found[name].mean_square == pytest.approx(float(values[name].square().mean()))
         for bits, error in errors[name].items():
             assert error == relative_error(values[name].flatten(), affine(bits, 64))
         falling = [errors[name][bits] for bits in WIDTHS]
@@ -227,9 +237,10 @@ def test_what_loses_more_gets_more_bits(source: Path) -> None:
     groups = groups_of(meta, affine(2, 64))
     names = [n for g in groups for n in g.formats]
     usual = {bits: 4.0**-bits for bits in WIDTHS}
-    errors = dict.fromkeys(names, usual)
-    errors[names[3]] = {bits: 100 * error for bits, error in usual.items()}
-    formats = {n: f for g in within(groups, 5.5, 64, errors) for n, f in g.formats.items()}
+    found = dict.fromkeys(names, Sampled(usual, 1.0))
+    found[names[3]] = Sampled({bits: 100 * error for bits, error in usual.items()}, 1.0)
+    chosen = within(groups, 5.5, 64, found, weights_of(groups, found))
+    formats = {n: f for g in chosen for n, f in g.formats.items()}
     bits = [format.bits for format in formats.values() if isinstance(format, Affine)]
     assert formats[names[3]].bits > sum(bits) / len(bits) + 2
 
@@ -251,8 +262,9 @@ def test_a_target_above_all_widths_keeps_what_would_gain_nothing(
 ) -> None:
     meta = build_meta(source)
     groups = groups_of(meta, affine(2, 64))
-    errors = {n: dict.fromkeys(WIDTHS, 0.1) for g in groups for n in g.formats}
-    assert not any(g.formats for g in within(groups, 40.0, 64, errors))
+    found = {n: Sampled(dict.fromkeys(WIDTHS, 0.1), 1.0) for g in groups for n in g.formats}
+    weights = weights_of(groups, found)
+    assert not any(g.formats for g in within(groups, 40.0, 64, found, weights))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +275,7 @@ def test_a_target_above_all_widths_keeps_what_would_gain_nothing(
         (["--target_bpw", "4", "--group", "7"], "32, 64, 128"),
         (["--target_bpw", "nan"], "--target_bpw nan"),
         (["--check_bits", "4"], "--check"),
+        (["--bits", "4", "--text", "t.jsonl"], "--text is for --target_bpw"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -305,7 +318,7 @@ def test_the_check_measures_what_two_models_in_memory_differ_by(
     rows = load_text(str(text), str(source))
     model = streamed(source, micro_batch_size=1, factor=1.5)
     try:
-        found = measure(model, build_meta(there), rows.batches, choose_storage(there).storage)
+        found = measure(model, build_meta(there), rows, choose_storage(there).storage)
         assert model.ssdtune.method is None
     finally:
         model.ssdtune.close()
@@ -446,15 +459,16 @@ def test_a_reading_is_planned_as_the_key_with_its_value_is(
 ) -> None:
     config_path, job = planned
     monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path))
-    assert [r.bits for r in job.readings] == [16, 8, 6, 5, 4, 3, 2]
+    readings = [r for r in job.readings if not r.is_mixed]
+    assert [r.bits for r in readings] == [16, 8, 6, 5, 4, 3, 2]
     assert job_from(job.to_json()) == job
-    for reading in job.readings[3::2]:
+    for reading in readings[3::2]:
         alone = a_job_with_readings(config_path, "--quantization", reading.quantization)
         assert alone.blocks == reading.blocks
         assert not alone.readings
-    sizes = [sum(b.file_bytes for b in r.blocks) for r in job.readings]
+    sizes = [sum(b.file_bytes for b in r.blocks) for r in readings]
     assert sizes == sorted(sizes, reverse=True)
-    assert len({r.folder for r in job.readings[1:5]}) == 1, "one file for 8, 6, 5 and 4"
+    assert len({r.folder for r in readings[1:5]}) == 1, "one file for 8, 6, 5 and 4"
     assert not list(config_path.parent.glob("**/*.safetensors")), "a plan packs nothing"
 
 
@@ -519,7 +533,8 @@ def test_what_is_packed_is_chosen_among_its_own_widths(
     command = ["pack", str(source), "--out", str(nested), "--bits", "8", "--order", "4,1,1,2"]
     assert main(command) == 0
     job = a_job_with_readings(config_path, "--model_name_or_path", str(nested))
-    assert [r.quantization for r in job.readings] == ["8", "6", "5", "4"]
+    alike = [r.quantization for r in job.readings if not r.is_mixed]
+    assert alike == ["8", "6", "5", "4"]
     assert all(not r.packed_bytes for r in job.readings)
     job = a_job_with_readings(config_path, "--model_name_or_path", str(packed))
     assert [r.quantization for r in job.readings] == ["none"], (

@@ -80,10 +80,17 @@ def write_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
         writer.finish({"format": "pt"})
 
 
-def unpacked_twin(folder: Path, out: Path, dtype: torch.dtype, bits: int | None = None) -> Path:
-    """The same weights, plain, in a folder that from_pretrained reads."""
+def unpacked_twin(
+    folder: Path,
+    out: Path,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Path:
+    """The same weights, plain, in a folder that from_pretrained reads. checkpoint: the folder's as it is read, instead of
+    at so many bits."""
     out.mkdir()
-    checkpoint = build_meta(folder, bits=bits).checkpoint
+    checkpoint = checkpoint or build_meta(folder, bits=bits).checkpoint
     write_aligned(decoded(checkpoint, dtype), out / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]

@@ -16,41 +16,20 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ssdtune.pack.text import Text
 from ssdtune.packing.layout import PackError
+from ssdtune.packing.squares import Squares
 from ssdtune.schedule.plan import Budgets
 from ssdtune.swap.readers import ReaderPool
-from ssdtune.swap.recipe import BlockRecipe
+from ssdtune.swap.reading import read_tensors
 from ssdtune.swap.storage import Storage, aligned_bytes
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.draft import Options, draft
-from ssdtune.visit.front_door import accepts
 from ssdtune.visit.streamer import Streamer
 
 SOURCE, PACKED = 0, 1  # variants of the weights
 READ_TIMEOUT_S = 600.0
-COMPARED_AT_A_TIME = 1 << 22  # elements: 16 MB in float32
 _row: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("variant and row")
-
-
-@dataclasses.dataclass(slots=True)
-class Squares:
-    """Sums of squares: of a difference and of what it is a difference to."""
-
-    error: float = 0.0
-    whole: float = 0.0
-
-    @property
-    def relative(self) -> float:
-        """error / whole; 0 where nothing differs."""
-        return self.error / self.whole if self.error else 0.0
-
-    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Adds those of two tensors of one shape, a few megabytes at a time."""
-        pieces = (t.detach().reshape(-1).split(COMPARED_AT_A_TIME) for t in (found, wanted))
-        for one, other in zip(*pieces, strict=True):
-            reference = other.float()
-            self.error += float(torch.linalg.vector_norm(one.float() - reference)) ** 2
-            self.whole += float(torch.linalg.vector_norm(reference)) ** 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,20 +42,15 @@ class Measured:
     losses: tuple[Sequence[float], Sequence[float]]
 
 
-def measure(
-    model: Any, packed: MetaModel, rows: Sequence[Mapping[str, Any]], storage: Storage
-) -> Measured:
+def measure(model: Any, packed: MetaModel, text: Text, storage: Storage) -> Measured:
     """Runs all rows through both models in one pass over the blocks.
 
-    model: the source, streamed. packed: the packed model, built without weights. rows: micro-batches with labels.
-    storage: reads the packed files. Memory: the streamed model's, one block of the packed model and its bytes, and the
+    model: the source, streamed. packed: the packed model, built without weights. storage: reads the packed files. Memory: the streamed model's, one block of the packed model and its bytes, and the
     hidden states of all rows, twice. Raises PackError where the two are no pair.
     """
     streamer: Streamer = model.ssdtune
     outputs = Outputs(streamer)
-    if accepts(model.forward.inner, "use_cache"):
-        # Keys and values of every layer and row would be kept for nobody.
-        rows = [{**row, "use_cache": False} for row in rows]
+    rows = text.batches_for(model)
     with StandIn(streamer, packed, storage) as stand_in, outputs.watched(), torch.no_grad():
         model.eval()
         streamer.method = stand_in
@@ -105,15 +79,15 @@ class StandIn:
 
     def __init__(self, streamer: Streamer, packed: MetaModel, storage: Storage) -> None:
         self._engine = streamer.engine
-        self._device = self._engine.slots.device
-        options = Options(device=self._device, budgets=Budgets(ram_bytes=0), storage=storage)
+        device = self._engine.slots.device
+        options = Options(device=device, budgets=Budgets(ram_bytes=0), storage=storage)
         self._recipes = draft(packed, options).recipes
         self._check_pair(streamer)
         self._names = streamer.blocks
         self._pool = ReaderPool(storage)
         self._bytes = aligned_bytes(max(recipe.file_bytes for recipe in self._recipes))
         staged = [recipe.slot_bytes for recipe in self._recipes if recipe.is_staged]
-        self._memory = aligned_bytes(max(staged, default=1)).to(self._device)
+        self._memory = aligned_bytes(max(staged, default=1)).to(device)
         self.errors: dict[str, Squares] = {}
 
     def __enter__(self) -> StandIn:
@@ -138,25 +112,18 @@ class StandIn:
         """The packed block's tensors for PACKED, compared with the source's the first time."""
         if variant != PACKED:
             return tensors
-        found = self._read(self._recipes[block])
+        found = read_tensors(
+            self._recipes[block],
+            self._pool,
+            timeout_s=READ_TIMEOUT_S,
+            buffer=self._bytes,
+            slot=self._memory,
+        )
         if self._names[block] not in self.errors:
             squares = self.errors[self._names[block]] = Squares()
             for one, wanted in zip(found, tensors, strict=True):
                 squares.add(one, wanted)
         return found
-
-    def _read(self, recipe: BlockRecipe) -> list[torch.Tensor]:
-        read = self._bytes[: recipe.file_bytes]
-        self._pool.submit(recipe.extents, read, label=recipe.name).wait(READ_TIMEOUT_S)
-        for view in recipe.packed:
-            view.check(read)
-        if not recipe.is_staged:
-            return [view.of(read) for view in recipe.tensors]
-        targets = [view.of(self._memory) for view in recipe.tensors]
-        read = read.to(self._device)
-        for copy in recipe.copies:
-            copy.run(read, targets)
-        return targets
 
     def _check_pair(self, streamer: Streamer) -> None:
         """Raises PackError where blocks, names or shapes differ."""

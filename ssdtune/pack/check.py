@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,29 +13,17 @@ from ssdtune.api import choose, stream
 from ssdtune.kernels.affine import Affine
 from ssdtune.pack.beside import Measured, measure
 from ssdtune.pack.record import keep
+from ssdtune.pack.text import Text, load_text
 from ssdtune.packing.layout import PackError
+from ssdtune.packing.once import build_planned, listed
+from ssdtune.packing.widths import is_by_block, mean_of
 from ssdtune.report import duration, format_table, say
 from ssdtune.run_files import CHECK_NAME
 from ssdtune.swap.packed import PackedEntry
-from ssdtune.trainer.run import open_tokenizer
-from ssdtune.visit.build import build_meta
+from ssdtune.visit.build import MetaModel, build_meta
 
 if TYPE_CHECKING:
-    import torch
-
     from ssdtune.swap.source import Checkpoint
-
-MOST_TOKENS = 4096  # of the text; their hidden states are in memory, twice
-ROW_TOKENS = 1024  # of a row; the rest of it is left out
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Text:
-    """What both models are run on. batches: one row each. counts: tokens in each row's loss."""
-
-    name: str
-    batches: Sequence[Mapping[str, torch.Tensor]]
-    counts: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,16 +62,16 @@ def paired(losses: tuple[Sequence[float], Sequence[float]], counts: Sequence[int
 
 
 def check_aloud(
-    model: str, folder: Path, *, text: str | None = None, bits: int | None = None
+    model: str, folder: Path, *, text: str | None = None, bits: str | None = None
 ) -> None:
     """Compares the packed model in `folder` with `model`, prints a table, keeps it in `folder`/pack_check.json.
 
-    text: a data file, None: the quickstart's held-out text. bits: of nested codes, those that are read; None: all.
+    text: a data file, None: the quickstart's held-out text. bits: of nested codes, those that are read, "4", "4.5/8" or
+    "5,28x4,6/8"; None: all.
     Raises SSDTuneError for a folder that holds no packing of this model, and for data as training would.
     """
-    packed = build_meta(folder, bits=bits)
-    reading = reading_of(packed.checkpoint)
-    rows = load_text(text, model)
+    packed, reading = _opened(folder, bits)
+    rows = load_text(text or _default_text(), model)
     say(
         f"checking  {reading} against {model} on {len(rows.counts)} rows, {sum(rows.counts):,} tokens of {rows.name}"
     )
@@ -91,7 +79,7 @@ def check_aloud(
     source: Any = stream(model, micro_batch_size=1)
     try:
         storage = choose("auto", packed.checkpoint.files)
-        found = measure(source, packed, rows.batches, storage)
+        found = measure(source, packed, rows, storage)
     finally:
         source.ssdtune.close()
     costs = paired(found.losses, rows.counts)
@@ -99,6 +87,23 @@ def check_aloud(
         say(line)
     keep(folder, reading, _record(model, rows, found, costs))
     say(f"kept      {folder / CHECK_NAME}, in {duration(perf_counter() - started)}")
+
+
+def _opened(folder: Path, bits: str | None) -> tuple[MetaModel, str]:
+    """The packed model, and how it is read, in words: as `reading_of`, or the bits of blocks."""
+    if bits is not None and is_by_block(bits):
+        reading_of(build_meta(folder).checkpoint)  # refuses what is not packed
+        if mean_of(bits) is not None:
+            bits = listed(folder, quantization=bits).quantization
+        return build_planned(folder, quantization=bits), bits
+    packed = build_meta(folder, bits=None if bits is None else _whole(bits))
+    return packed, reading_of(packed.checkpoint)
+
+
+def _whole(bits: str) -> int:
+    if not bits.isdigit() or not 1 <= int(bits) <= 8:
+        raise PackError(f"--check_bits {bits}: 1 to 8, 4.5/8 or 5,28x4,6/8 are possible.")
+    return int(bits)
 
 
 def reading_of(checkpoint: Checkpoint) -> str:
@@ -114,31 +119,6 @@ def reading_of(checkpoint: Checkpoint) -> str:
     if len(widths) > 1 and kinds == {Affine}:
         return "mixed"
     return min(widths)
-
-
-# ------------------------------------------------------------------ the text
-
-
-def load_text(path: str | None, model: str) -> Text:
-    """The first rows of a data file, MOST_TOKENS at most, tokenized by the model's tokenizer; what trains has a loss."""
-    from ssdtune.data import CausalCollator, choose_pad_token, load_dataset_rows, tokenize_rows
-
-    if path is None:
-        path = _default_text()
-    tokenizer = open_tokenizer(model)
-    rows = load_dataset_rows({"path": path}).first(MOST_TOKENS)
-    dataset = tokenize_rows(rows, tokenizer, max_length=ROW_TOKENS).dataset
-    collate = CausalCollator(choose_pad_token(tokenizer).token_id)
-    batches: list[Mapping[str, torch.Tensor]] = []
-    num_tokens = 0
-    for row in dataset:
-        num_tokens += len(row["input_ids"])  # pyright: ignore[reportCallIssue, reportArgumentType]
-        if batches and num_tokens > MOST_TOKENS:
-            break
-        batches.append(collate([row]))  # pyright: ignore[reportArgumentType]
-    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
-    kept = [i for i, count in enumerate(counts) if count]
-    return Text(path, [batches[i] for i in kept], [counts[i] for i in kept])
 
 
 def _default_text() -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 from tqdm import tqdm
 
-from ssdtune.api import choose
+from ssdtune.api import choose, stream
 from ssdtune.packing.convert import is_packed_as
-from ssdtune.packing.errors import WIDTHS, affine, relative_errors
+from ssdtune.packing.errors import WIDTHS, Sampled, affine, sampled_errors
 from ssdtune.packing.layout import Group, PackError, groups_of
-from ssdtune.packing.mixed import shares, within
+from ssdtune.packing.mixed import shares, weights_of, within
 from ssdtune.packing.progress import pack_aloud
 from ssdtune.packing.wanted import AFFINE, Wanted
-from ssdtune.report import say
+from ssdtune.report import duration, say
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel, build_meta
 
@@ -27,7 +29,8 @@ class Request:
     Attributes:
         model: a folder or hub id. out: the folder to write, or one that is packed and is to be checked.
         wanted: the format; None: nobody said, 4 bits where there is something to pack.
-        target_bpw: bits a weight over the whole model, with widths by tensor; None: one width.
+        target_bpw: bits a weight over the whole model, with widths by tensor; None: one width. text: rows that tell what
+            tensors are multiplied with, of any data file that trains; None: tensors count by their number of weights.
         checks: whether to compare the packed model with its source afterwards. check_text: rows for it, of any data
             file that trains; None: the quickstart's held-out text. check_bits: of nested codes, those that are read;
             None: all.
@@ -37,9 +40,10 @@ class Request:
     out: Path
     wanted: Wanted | None = None
     target_bpw: float | None = None
+    text: str | None = None
     checks: bool = False
     check_text: str | None = None
-    check_bits: int | None = None
+    check_bits: str | None = None
 
 
 def run_pack(request: Request) -> int:
@@ -78,6 +82,16 @@ def _groups(request: Request, meta: MetaModel, storage: Storage) -> tuple[Sequen
         )
     wanted.chosen()  # refuses a group size that is not possible
     groups = groups_of(meta, affine(WIDTHS[0], wanted.group))
+    inputs = None if request.text is None else _inputs(request.model, meta, groups, request.text)
+    found = _sampled(groups, wanted.group, storage)
+    weights = weights_of(groups, found, inputs)
+    mixed = within(groups, request.target_bpw, wanted.group, found, weights)
+    told = ", ".join(f"{words} {share:.1%}" for words, share in shares(mixed).items())
+    return mixed, f"widths by tensor: {told} of the weights"
+
+
+def _sampled(groups: Sequence[Group], group_size: int, storage: Storage) -> dict[str, Sampled]:
+    """With a bar."""
     with tqdm(
         total=sum(t.num_bytes for g in groups for t in g.tensors),
         unit="B",
@@ -88,7 +102,23 @@ def _groups(request: Request, meta: MetaModel, storage: Storage) -> tuple[Sequen
         def advance(num_bytes: int) -> None:
             bar.update(num_bytes)
 
-        errors = relative_errors(groups, wanted.group, storage, advance)
-    mixed = within(groups, request.target_bpw, wanted.group, errors)
-    told = ", ".join(f"{words} {share:.1%}" for words, share in shares(mixed).items())
-    return mixed, f"widths by tensor: {told} of the weights"
+        return sampled_errors(groups, group_size, storage, advance)
+
+
+def _inputs(model: str, meta: MetaModel, groups: Sequence[Group], text: str) -> dict[str, float]:
+    """Mean squares of the inputs of all that is to be packed, on a text; says how long that took."""
+    from ssdtune.pack.inputs import check_seen, mean_squares
+    from ssdtune.pack.text import load_text
+
+    rows, started = load_text(text, model), perf_counter()
+    source: Any = stream(model, micro_batch_size=1)
+    try:
+        found = mean_squares(source, meta, rows)
+    finally:
+        source.ssdtune.close()
+    check_seen([name for group in groups for name in group.formats], found, rows)
+    took = duration(perf_counter() - started)
+    say(
+        f"inputs    of {len(found)} tensors on {rows.num_tokens:,} tokens of {rows.name}, in {took}"
+    )
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from ssdtune.kernels.affine import ORDERS, Affine
 from ssdtune.kernels.quantize import decoded, quantize_affine
 from ssdtune.packing.layout import Group, PackError
 from ssdtune.packing.reading import GroupReader
+from ssdtune.packing.squares import Squares
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.storage import Storage
 
@@ -17,33 +19,42 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 # A sample is runs of neighbours, spread evenly: 65,536 squared errors, of 1,024 groups of 64, whose mean is known to
 # some percent. The next width has a quarter of it.
 RUN, NUM_RUNS = 4096, 16
-Errors = Mapping[str, Mapping[int, float]]  # tensor -> width -> |decoded - w|^2 / |w|^2
+Errors = Mapping[int, float]  # width -> |decoded - w|^2 / |w|^2
 
 
-def relative_errors(
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampled:
+    """Of a tensor, by a sample. errors: by width. mean_square: of its weights."""
+
+    errors: Errors
+    mean_square: float
+
+
+def sampled_errors(
     groups: Sequence[Group],
     group_size: int,
     storage: Storage,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
-) -> Errors:
+) -> dict[str, Sampled]:
     """Of every tensor that `groups` would pack, at every one of WIDTHS; reads the model once, two groups in memory.
 
     group_size: elements that share a scale. on_progress: told how many bytes of the source are done. Raises PackError
     that names a tensor whose values are no numbers.
     """
-    errors: dict[str, dict[int, float]] = {}
+    found: dict[str, Sampled] = {}
     with ReaderPool(storage) as pool:
         for group, values in GroupReader(pool, storage.alignment).read(groups):
             for name in group.formats:
                 sample = sampled(values[name])
                 try:
-                    errors[name] = {
+                    errors = {
                         bits: relative_error(sample, affine(bits, group_size)) for bits in WIDTHS
                     }
                 except ValueError as error:
                     raise PackError(f"{name} can't be packed: {error}") from error
+                found[name] = Sampled(errors, float(sample.double().square().mean()))
             on_progress(sum(t.num_bytes for t in group.tensors))
-    return errors
+    return found
 
 
 def affine(bits: int, group_size: int) -> Affine:
@@ -51,20 +62,40 @@ def affine(bits: int, group_size: int) -> Affine:
     return Affine(bits, (8,) if bits == 8 else ORDERS[bits], group_size, is_nested=False)
 
 
+def runs_of(num_elements: int, num_runs: int) -> list[range]:
+    """Elements of a sample: so many runs of RUN, spread evenly, each beginning at a multiple of RUN; all of them where
+    there are no more."""
+    if num_elements <= RUN * num_runs:
+        return [range(num_elements)]
+    last = num_elements - RUN
+    firsts = [last * i // (num_runs - 1) // RUN * RUN for i in range(num_runs)]
+    return [range(first, first + RUN) for first in firsts]
+
+
 def sampled(values: torch.Tensor) -> torch.Tensor:
     """NUM_RUNS runs of RUN elements, float32, flat; all where there are no more. values: any shape, contiguous."""
     flat = values.reshape(-1)
-    if flat.numel() <= RUN * NUM_RUNS:
-        return flat.float()
-    last = flat.numel() - RUN
-    firsts = [last * i // (NUM_RUNS - 1) // RUN * RUN for i in range(NUM_RUNS)]
-    return torch.cat([flat[first : first + RUN] for first in firsts]).float()
+    runs = runs_of(flat.numel(), NUM_RUNS)
+    return torch.cat([flat[run.start : run.stop] for run in runs]).float()
 
 
 def relative_error(values: torch.Tensor, format: Affine) -> float:
     """|decoded - values|^2 / |values|^2; 0 for zeros. values: float32, flat."""
+    return errors_by_width([values], format)[0][format.bits]
+
+
+def errors_by_width(samples: Sequence[torch.Tensor], format: Affine) -> list[dict[int, float]]:
+    """The same of each sample, for each width that the format, all bits of it, can be read at. samples: float32, flat;
+    encoded together, since an encoder's calls cost more than some thousand values. Raises ValueError for what is no
+    number."""
+    # Groups are encoded each by itself; zeros change no group's range, which has 0 in it.
+    filled = [torch.nn.functional.pad(s, (0, -s.numel() % format.group)) for s in samples]
+    values = torch.cat(filled)
     parts = quantize_affine(values, format.order, format.group, is_nested=format.is_nested)
-    found = decoded(format, parts, tuple(values.shape))
-    square = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-    error = float(torch.linalg.vector_norm(found.sub_(values), dtype=torch.float64)) ** 2
-    return error / square if square else 0.0
+    errors: list[dict[int, float]] = [{} for _ in samples]
+    for bits in format.readings:
+        reading = dataclasses.replace(format, bits=bits)
+        found = decoded(reading, parts, tuple(values.shape)).split([f.numel() for f in filled])
+        for own, one, sample in zip(errors, found, samples, strict=True):
+            own[bits] = Squares.of(one[: sample.numel()], sample).relative
+    return errors

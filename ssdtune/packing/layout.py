@@ -50,16 +50,13 @@ class Group:
 
 def groups_of(meta: MetaModel, format: Format) -> list[Group]:
     """The model's file tensors, a group for each block and one for the rest; those of blocks that are worth it packed."""
-    placements = place(meta.model, meta.checkpoint.tensors)
     entries = _plain(meta.checkpoint)
     left = dict(entries)
     groups: list[Group] = []
-    for block in group_weights(meta.model, find_points(meta.model)):
-        placed = [placements[name] for name in block.parameters if name in placements]
-        names = dict.fromkeys(piece.source for p in placed for piece in p.pieces)
-        tensors = tuple(left.pop(name) for name in names if name in left)
+    for label, names in tensors_by_block(meta):
+        tensors = tuple(left.pop(name) for name in names)
         formats = {t.name: format for t in tensors if is_worth_packing(t, format)}
-        groups.append(Group(block.label, tensors, formats))
+        groups.append(Group(label, tensors, formats))
     if not any(group.formats for group in groups):
         kinds = ", ".join(sorted({entry.dtype for entry in entries.values()}))
         raise PackError(
@@ -67,6 +64,18 @@ def groups_of(meta: MetaModel, format: Format) -> list[Group]:
         )
     rest = tuple(left.values())
     return [*groups, Group("outside blocks", rest, {})] if rest else groups
+
+
+def tensors_by_block(meta: MetaModel) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields each block's name and its file tensors', packed or not; one of several blocks is the first's."""
+    placements = place(meta.model, meta.checkpoint.tensors)
+    seen: set[str] = set()
+    for block in group_weights(meta.model, find_points(meta.model)):
+        placed = [placements[name] for name in block.parameters if name in placements]
+        names = dict.fromkeys(piece.source for p in placed for piece in p.pieces)
+        own = tuple(name for name in names if name not in seen)
+        seen.update(own)
+        yield block.label, own
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, TensorEntry]:

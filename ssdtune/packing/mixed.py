@@ -1,9 +1,10 @@
 """Widths by tensor for a target in bits a weight over the whole model, scales, headers and what stays as it is counted.
 
-The widths are those with the least sum of the tensors' relative squared errors, each weighted by its number of weights
-(`choice.py`). No data are needed. That the loss grows, at medium widths, with a weighted sum of layers' relative squared
-errors is the linearity theorem of Malinovskii et al. (arXiv 2411.17525), who make this knapsack of it. Their weights
-want many evaluations of the model; the number of a layer's parameters stands for them here.
+The widths are those with the least sum of the tensors' relative squared errors, each weighted (`choice.py`). That the loss
+grows, at medium widths, with a weighted sum of layers' relative squared errors is the linearity theorem of Malinovskii
+et al. (arXiv 2411.17525), who make this knapsack of it. Their weights want many evaluations of the model. Here the number
+of a tensor's elements stands for them, which wants no data; or, with a text, its squares times the mean square of its
+inputs: then the sum is that of the squares by which the layers' outputs are off on this text (pack/inputs.py).
 """
 
 from __future__ import annotations
@@ -16,23 +17,41 @@ from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.packing.choice import Option, choose, smallest
 from ssdtune.packing.convert import header_bytes
-from ssdtune.packing.errors import WIDTHS, Errors, affine
+from ssdtune.packing.errors import WIDTHS, Errors, Sampled, affine
 from ssdtune.packing.layout import Group, PackError, file_parts, part_bytes, shards
 from ssdtune.swap.header import TensorEntry
 
 NOT_PACKED = 99  # behind all widths
 
 
+def weights_of(
+    groups: Sequence[Group], found: Mapping[str, Sampled], inputs: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """How much the relative error of each tensor that may be packed counts. inputs: mean squares of what tensors are
+    multiplied with, by name; None: there is no text."""
+    sizes = {t.name: math.prod(t.shape) for g in groups for t in g.tensors if t.name in g.formats}
+    if inputs is None:
+        return {name: float(numel) for name, numel in sizes.items()}
+    return {n: inputs[n] * found[n].mean_square * numel for n, numel in sizes.items()}
+
+
 def within(
-    groups: Sequence[Group], target_bpw: float, group_size: int, errors: Errors
+    groups: Sequence[Group],
+    target_bpw: float,
+    group_size: int,
+    found: Mapping[str, Sampled],
+    weights: Mapping[str, float],
 ) -> list[Group]:
     """The groups with the formats that are best within the target.
 
     groups: as `groups_of` makes them for any affine format: what they pack may be packed. Tensors may also stay as they
-    are, without an error. Raises PackError where even the smallest is larger, naming its bits a weight.
+    are, without an error. found: their errors. weights: as `weights_of` has them. Raises PackError where even the smallest is larger, naming its bits a weight.
     """
     entries = [t for g in groups for t in g.tensors if t.name in g.formats]
-    options = [_options(entry, group_size, errors[entry.name]) for entry in entries]
+    options = [
+        _options(entry, group_size, found[entry.name].errors, weights[entry.name])
+        for entry in entries
+    ]
     num_weights = sum(math.prod(t.shape) for g in groups for t in g.tensors)
     fixed = _fixed_bytes(groups, group_size)
     allowed = target_bpw * num_weights / 8 - fixed
@@ -57,10 +76,9 @@ def _most(options: Sequence[Sequence[Option]]) -> int:
     return sum(max(option.num_bytes for option in each) for each in options)
 
 
-def _options(entry: TensorEntry, group_size: int, errors: Mapping[int, float]) -> list[Option]:
+def _options(entry: TensorEntry, group_size: int, errors: Errors, weight: float) -> list[Option]:
     """A width of WIDTHS each, and the tensor as it is."""
-    numel = math.prod(entry.shape)
-    packed = [Option(_num_bytes(entry, bits, group_size), numel * errors[bits]) for bits in WIDTHS]
+    packed = [Option(_num_bytes(entry, bits, group_size), weight * errors[bits]) for bits in WIDTHS]
     return [*packed, Option(entry.num_bytes, 0.0)]
 
 

@@ -14,10 +14,18 @@ from typing import Any
 
 from ssdtune.cache import cache_folder
 from ssdtune.kernels.affine import Affine
+from ssdtune.packing.by_block import (
+    Listed,
+    file_to_be,
+    listed_best,
+    packed_file,
+    read_by_block,
+)
 from ssdtune.packing.convert import key_of
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.progress import pack_aloud
 from ssdtune.packing.wanted import Wanted, bits_of, word_of
+from ssdtune.packing.widths import is_by_block, mean_of
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel, build_meta
@@ -30,11 +38,43 @@ def build_planned(
 ) -> MetaModel:
     """`build_meta`; a model that is not packed has the entries that it would have once packed, for plans alone."""
     meta = _build(name, quantization, **build)
-    return meta if quantization == NONE or _is_packed(meta) else planned(meta, quantization)
+    if quantization == NONE:
+        return meta
+    quantization = _with_widths(meta, quantization)
+    return _read(meta, quantization) if is_packed(meta) else planned(meta, quantization)
+
+
+def listed(name: str | os.PathLike[str], *, quantization: str, **build: Any) -> Listed:
+    """What `build_planned` and `build_packed` of the same arguments read a model in for an average, "4.5/8"."""
+    return _listed(_build(name, quantization, **build), quantization)
+
+
+def _listed(meta: MetaModel, quantization: str) -> Listed:
+    """meta: as `build_meta` has it, so that the same is chosen before and after packing."""
+    mean = mean_of(quantization)
+    assert mean is not None, quantization
+    file = packed_file(meta) if is_packed(meta) else file_to_be(meta, quantization)
+    return listed_best(meta, file, mean)
+
+
+def _with_widths(meta: MetaModel, quantization: str) -> str:
+    """The value with an average replaced by widths of blocks."""
+    if mean_of(quantization) is None:
+        return quantization
+    return _listed(meta, quantization).quantization
+
+
+def _read(meta: MetaModel, quantization: str) -> MetaModel:
+    """A packed model, its blocks in the widths that are listed, where they are."""
+    if not is_by_block(quantization):
+        return meta
+    return read_by_block(meta, packed_file(meta), quantization)
 
 
 def planned(meta: MetaModel, quantization: str) -> MetaModel:
     """The model, which is not packed, with the entries that it would have once packed, for plans alone."""
+    if is_by_block(quantization):
+        return read_by_block(meta, file_to_be(meta, quantization), quantization)
     groups = groups_of(meta, Wanted.of(quantization).chosen())
     checkpoint = imagined(meta.checkpoint, groups, bits=bits_of(quantization))
     return dataclasses.replace(meta, checkpoint=checkpoint)
@@ -63,8 +103,11 @@ def build_packed(
     SSDTuneError as packing does.
     """
     meta = _build(name, quantization, **build)
-    if quantization == NONE or _is_packed(meta):
+    if quantization == NONE:
         return meta
+    quantization = _with_widths(meta, quantization)
+    if is_packed(meta):
+        return _read(meta, quantization)
     format = Wanted.of(quantization).chosen()
     groups = groups_of(meta, format)
     folder = folder_of(meta, quantization, beside)
@@ -72,7 +115,7 @@ def build_packed(
         if not (folder / "config.json").is_file():
             pack_aloud(meta, groups, folder, format.label, choose_storage(meta.checkpoint.files))
     build.pop("revision", None)
-    packed = build_meta(folder, bits=bits_of(quantization), **build)
+    packed = _read(build_meta(folder, bits=bits_of(quantization), **build), quantization)
     packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path
     origin = dataclasses.replace(meta.origin, source=meta.model.name_or_path)
     return dataclasses.replace(packed, origin=origin)
@@ -96,13 +139,16 @@ def _build(name: str | os.PathLike[str], quantization: str, **build: Any) -> Met
     return meta
 
 
-def _is_packed(meta: MetaModel) -> bool:
+def is_packed(meta: MetaModel) -> bool:
+    """Whether any of its tensors is, by whomever."""
     return any(isinstance(entry, PackedEntry) for entry in meta.checkpoint.tensors.values())
 
 
 def _check_agrees(meta: MetaModel, quantization: str) -> None:
     """Raises PackError where a packed model is asked for at other bits, or in another format, than it can be read in."""
     Wanted.of(quantization).chosen()
+    if is_by_block(quantization):
+        return  # `packed_file` and `read_by_block` see whether it can be
     word = quantization.split("/")[0]  # of "4/8" the bits that are read
     for entry in meta.checkpoint.tensors.values():
         if not isinstance(entry, PackedEntry) or word_of(entry.format) == word:

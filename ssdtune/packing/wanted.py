@@ -10,6 +10,7 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import E2M1, NF4, NestedNibbles, Nibbles, Nvfp4, TurnedMxfp4
 from ssdtune.kernels.rotated import Rotated
+from ssdtune.packing.widths import is_by_block, listed, mean_of
 
 AFFINE = "affine"
 # So many bits read of a nested file of 8, which is packed once and can be read at other widths later.
@@ -42,9 +43,12 @@ class Wanted:
 
     @staticmethod
     def of(quantization: str) -> Wanted:
-        """What the key `quantization` stands for: "4", "4/8" or "nf4"."""
+        """What the key `quantization` stands for: "4", "4/8", "4.5/8", "5,28x4,6/8" or "nf4"."""
         if quantization in NESTED:
             return Wanted(bits=8, order=NESTED[quantization])
+        if is_by_block(quantization):
+            least = mean_of(quantization) or min(listed(quantization))
+            return Wanted(bits=8, order=NESTED["4/8" if least >= 4 else "3/8"])
         if quantization.isdigit():
             return Wanted(bits=int(quantization))
         return Wanted(format=quantization)
@@ -52,7 +56,7 @@ class Wanted:
     def chosen(self) -> Format:
         """The format. Raises SSDTuneError that names the flag."""
         if self.format not in FORMATS:
-            way_out = f"Allowed: 1 to 8, {', '.join(FORMATS[1:])}."
+            way_out = f"Allowed: 1 to 8, 4/8, 4.5/8, 5,28x4,6/8, {', '.join(FORMATS[1:])}."
             if self.format == "auto":
                 way_out = "`ssdtune plan` and `ssdtune train` choose it; here give the one that they print."
             raise SSDTuneError(f"quantization {self.format!r} is not known.\n{way_out}")
@@ -80,7 +84,7 @@ class Wanted:
 
 
 def bits_of(quantization: str) -> int | None:
-    """Bits that are read of nested codes: of "4" or "4/8", 4; None: all that are there."""
+    """Bits that are read of nested codes: of "4" or "4/8", 4; None: all that are there, or blocks have their own."""
     bits = quantization.split("/")[0]
     return int(bits) if bits.isdigit() else None
 

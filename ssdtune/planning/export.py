@@ -58,10 +58,12 @@ def _bits(chosen: Chosen) -> dict[str, Any]:
     return {
         "quantization": chosen.reading.quantization,
         "bits": chosen.reading.bits,
+        "error": chosen.reading.error,
         "why": chosen.why,
         "tried": [
             {
                 "quantization": each.reading.quantization,
+                "error": each.reading.error,
                 "fits": each.found is not None,
                 "step_s": each.step_s,
                 "compute_s": each.compute_s,

@@ -1,69 +1,140 @@
 """Before a run: what a configuration leaves to prediction is decided as `ssdtune plan` decides it, and said. From then
-on bits are bits, and `offload.micro_batch_size` is a number."""
+on bits are bits, each block's where they differ, and `offload.micro_batch_size` is a number.
+
+A run that goes on keeps what its checkpoint was made with: other bits are other weights, and another cut of a step's
+rows has other bits in its sums.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssdtune.config import ConfigError, load_config
-from ssdtune.jobs import Jobs, Source
+from ssdtune.jobs import AUTO, Jobs, Source
 from ssdtune.machines import own_machine
-from ssdtune.planning.bits import with_bits
+from ssdtune.planning.bits import bits_lines, chosen_for, error_words, read_as
 from ssdtune.planning.ways import decide
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME
 
 if TYPE_CHECKING:
     from ssdtune.config import Loaded, TrainConfig
+    from ssdtune.schedule.job import Job
 
-KEY = "offload.micro_batch_size"
+BITS, ROWS = "quantization", "offload.micro_batch_size"
 
 
 def settled(loaded: Loaded) -> Loaded:
-    """The configuration with nothing left open. Raises SSDTuneError where several processes would have to agree."""
-    return with_rows_at_once(with_bits(loaded))
-
-
-def with_rows_at_once(loaded: Loaded) -> Loaded:
-    """The configuration with a number of rows at once; prints which. A run that is resumed keeps that of its first
-    start, since its checkpoints are of these micro-batches.
+    """The configuration with nothing left open; prints what was decided.
 
     Raises ConfigError where several processes train: each would decide by what is free when it looks.
     """
     config = loaded.config
-    if config.offload.micro_batch_size != "auto":
-        return loaded
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _is_open(config):
+        _check_alone(config)
+        config = _kept(config)
+    if _is_open(config):
+        config = _decided(config)
+    return dataclasses.replace(loaded, config=_listed(config))
+
+
+def _is_open(config: TrainConfig) -> bool:
+    return AUTO in (config.quantization, config.offload.micro_batch_size)
+
+
+def _check_alone(config: TrainConfig) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    if config.quantization == AUTO:
         raise ConfigError(
-            f"{KEY}: auto is for one process; several must cut their rows alike.\n"
-            f"Write a number; `ssdtune plan` on one of the machines says which is the fastest."
+            f"{BITS}: auto is chosen by one process, and there are several.\n"
+            f"Give the bits that `ssdtune plan` prints, for instance {BITS}: 4."
         )
-    before = _of_earlier_run(config)
-    if before is not None:
-        say(f"decided   {KEY}: auto is {before}, as when the run began")
-        return dataclasses.replace(loaded, config=_with(config, before))
+    raise ConfigError(
+        f"{ROWS}: auto is for one process; several must cut their rows alike.\n"
+        "Write a number; `ssdtune plan` on one of the machines says which is the fastest."
+    )
+
+
+# ------------------------------------------------------------------ a run that goes on
+
+
+def _kept(config: TrainConfig) -> TrainConfig:
+    """With what an earlier run settled on, where this one goes on with it; prints which."""
+    before = _earlier(config)
+    if before is None:
+        return config
+    is_same_model = before.model_name_or_path == config.model_name_or_path
+    if config.quantization == AUTO != before.quantization and is_same_model:
+        say(f"decided   {BITS}: auto is {before.quantization}, as when the run began")
+        config = dataclasses.replace(config, quantization=before.quantization)
+    if config.offload.micro_batch_size == AUTO and before.step_rows == config.step_rows:
+        rows = before.per_device_train_batch_size
+        say(f"decided   {ROWS}: auto is {rows}, as when the run began")
+        config = _with_rows(config, rows)
+    return config
+
+
+def _earlier(config: TrainConfig) -> TrainConfig | None:
+    """The resolved configuration of the checkpoint that this run goes on from; None: it begins, or none can be read."""
+    from ssdtune.trainer.checkpoint import newest
+
+    wanted = config.resume_from_checkpoint
+    if not wanted:
+        return None
+    folder = newest(config.output_dir) if wanted in (True, AUTO) else Path(str(wanted)).expanduser()
+    if folder is None:
+        return None
+    for record in (folder / CONFIG_NAME, config.output_dir / CONFIG_NAME):
+        try:
+            if record.is_file():
+                return load_config(record).config
+        except ConfigError:
+            return (
+                None  # another version's, or edited by hand: the checkpoint itself is checked later
+            )
+    return None
+
+
+# ------------------------------------------------------------------ what is decided
+
+
+def _decided(config: TrainConfig) -> TrainConfig:
+    """With what is predicted to be best on this machine; prints it. The model is opened once for both."""
     machine = own_machine(config.offload.path or config.output_dir)
     jobs = Jobs(Source.of(config, None, on_device=machine.device is not None))
-    decided = decide(jobs, machine, config)
-    say(f"decided   {decided.lines[0]}")
-    return dataclasses.replace(loaded, config=_with(config, decided.job.rows_at_once))
+    read: Callable[..., Job] = jobs
+    if config.quantization == AUTO:
+        chosen = chosen_for(jobs(), machine, config)
+        for line in bits_lines(chosen, str(config.model_name_or_path)):
+            say(f"decided   {line}")
+        config = dataclasses.replace(config, quantization=chosen.reading.quantization)
+        read = read_as(chosen.reading, jobs)
+    if config.offload.micro_batch_size == AUTO:
+        decided = decide(read, machine, config)
+        say(f"decided   {decided.lines[0]}")
+        config = _with_rows(config, decided.job.rows_at_once)
+    return config
 
 
-def _with(config: TrainConfig, rows_at_once: int) -> TrainConfig:
+def _with_rows(config: TrainConfig, rows_at_once: int) -> TrainConfig:
     offload = dataclasses.replace(config.offload, micro_batch_size=rows_at_once)
     return dataclasses.replace(config, offload=offload)
 
 
-def _of_earlier_run(config: TrainConfig) -> int | None:
-    """What a run in the same folder, with as many rows in a step, has settled on; None: there is none to go on with."""
-    path = config.output_dir / CONFIG_NAME
-    if config.resume_from_checkpoint is False or not path.is_file():
-        return None
-    try:
-        before = load_config(path).config
-    except ConfigError:
-        return None  # another version's, or edited by hand: the checkpoint itself is checked later
-    is_alike = before.step_rows == config.step_rows
-    return before.per_device_train_batch_size if is_alike else None
+def _listed(config: TrainConfig) -> TrainConfig:
+    """With bits on average replaced by those of each block; prints them. The same in every process."""
+    if "." not in config.quantization:
+        return config
+    from ssdtune.api import build_arguments
+    from ssdtune.packing.once import listed
+
+    found = listed(config.model_name_or_path, **build_arguments(config))
+    if os.environ.get("RANK", "0") == "0":
+        say(f"decided   {BITS}: {config.quantization} is {found.quantization}")
+        say(f"decided   {error_words(found.error, found.alike, found.reference)}")
+    return dataclasses.replace(config, quantization=found.quantization)

@@ -4,6 +4,9 @@ Of the ways that fit, the one with the most bits whose reading is hidden: whose 
 compute. Where none is, the fastest of at least LEAST_FOR_SPEED bits; of several as fast, the one with the most bits.
 Fewer bits than that are taken only where nothing wider fits: they cost the model too much for time alone. Where times
 are not known, the most bits that fit.
+
+Readings whose blocks have widths of their own lie between two of one width. They are tried once the rule has chosen
+among the latter: those between its choice and the next wider one of the same file, by the same rule.
 """
 
 from __future__ import annotations
@@ -63,28 +66,55 @@ def _known(seconds: float | None) -> float:
 
 def choose_bits(job: Job, machine: Machine, choices: Choices) -> Chosen:
     """The reading for a job whose `readings` are its possible ones, the widest first."""
+    alike = [reading for reading in job.readings if not reading.is_mixed]
     tried: list[Tried] = []
-    for each in _tried(job, machine, choices):
+    for each in _tried(job, alike, machine, choices):
         tried.append(each)
         if each.is_hidden:
-            return _chosen(each, tried, _hidden_words(each))
+            break  # no narrower one is wanted
+    best, why = _best(tried)
+    between = _between(job.readings, best, tried)
+    if best.found is not None and between:
+        tried += _tried(job, between, machine, choices)
+        tried.sort(key=lambda each: -each.reading.bits)
+        best, why = _best(tried)
+    return Chosen(reading=best.reading, why=why, tried=tuple(tried))
+
+
+def _best(tried: Sequence[Tried]) -> tuple[Tried, str]:
+    """The rule, and why in words. tried: the widest first."""
+    hidden = next((each for each in tried if each.is_hidden), None)
+    if hidden is not None:
+        return hidden, _hidden_words(hidden)
     fitting = [each for each in tried if each.found is not None]
     if not fitting:
-        return _chosen(tried[0], tried, "no number of bits makes it fit")
+        return tried[0], "no number of bits makes it fit"
     if fitting[0].compute_s is None:
-        return _chosen(
-            fitting[0], tried, "the most that fit; times are not known (`ssdtune probe`)"
-        )
+        return fitting[0], "the most that fit; times are not known (`ssdtune probe`)"
     wide = [each for each in fitting if each.reading.bits >= LEAST_FOR_SPEED]
     if not wide:
-        return _chosen(fitting[0], tried, "the most that fit")
+        return fitting[0], "the most that fit"
     least_s = min(_known(each.step_s) for each in wide)
     best = next(each for each in wide if _known(each.step_s) <= SAME_TIME * least_s)
-    return _chosen(best, tried, _bound_words(best))
+    return best, _bound_words(best)
 
 
-def _tried(job: Job, machine: Machine, choices: Choices) -> Iterator[Tried]:
-    for reading in job.readings:
+def _between(readings: Sequence[Reading], best: Tried, tried: Sequence[Tried]) -> list[Reading]:
+    """Those of the best one's file that are wider, and narrower than the next wider one that was tried."""
+    wider = [each.reading.bits for each in tried if each.reading.bits > best.reading.bits]
+    return [
+        reading
+        for reading in readings
+        if reading.is_mixed
+        and reading.folder == best.reading.folder
+        and best.reading.bits < reading.bits < min(wider, default=0)
+    ]
+
+
+def _tried(
+    job: Job, readings: Sequence[Reading], machine: Machine, choices: Choices
+) -> Iterator[Tried]:
+    for reading in readings:
         found = None
         if _has_room(reading, machine):
             come = outcome(dataclasses.replace(job, blocks=reading.blocks), machine, choices)
@@ -96,10 +126,6 @@ def _has_room(reading: Reading, machine: Machine) -> bool:
     """Whether the drive has room for the file that would have to be packed."""
     free = machine.drive.free_bytes
     return reading.is_there or free is None or reading.packed_bytes <= free
-
-
-def _chosen(best: Tried, tried: Sequence[Tried], why: str) -> Chosen:
-    return Chosen(reading=best.reading, why=why, tried=tuple(tried))
 
 
 def _hidden_words(each: Tried) -> str:

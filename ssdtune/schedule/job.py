@@ -39,23 +39,32 @@ def mean_padded(lengths: Sequence[int], rows_at_once: int) -> float:
     return sum(padded) / len(padded)
 
 
+# What errors of readings are to: the source's weights, or, where there is a packed file alone, what all of it says.
+WEIGHTS, ALL_BITS = "the weights", "all bits of the file"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """A way to read the model's weights.
 
     Attributes:
-        quantization: the key's value that stands for it. bits: of a weight, scales left out.
+        quantization: the key's value that stands for it. bits: of a weight, scales left out; an average where it
+            `is_mixed`: where blocks are read in widths of their own.
         blocks: as they are read then.
         packed_bytes: of the file that is packed for it; 0: none. folder: where that is, or would be. is_there: whether it
             is, for whoever has looked.
+        error: relative squared error, by a sample, to WEIGHTS, or ALL_BITS where nothing is packed for it; None: none, or
+            not known.
     """
 
     quantization: str
-    bits: int
+    bits: float
     blocks: tuple[BlockShape, ...]
     packed_bytes: int = 0
     folder: str = ""
     is_there: bool = False
+    is_mixed: bool = False
+    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

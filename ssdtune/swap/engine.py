@@ -23,6 +23,7 @@ from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.schedule.walk import Walk
 from ssdtune.swap.device_clock import DeviceClock
 from ssdtune.swap.fills import Fill, Lanes, Pools, SwapError
+from ssdtune.swap.reading import read_tensors
 from ssdtune.swap.recipe import BlockRecipe, alone
 from ssdtune.swap.slots import Slots
 from ssdtune.swap.storage import aligned_bytes
@@ -479,9 +480,11 @@ class Engine:
         if recipe.unpacking is None:  # else its bytes are one tensor already
             recipe = alone(recipe, index, self.pool.storage.alignment)
         start = perf_counter()
-        memory = aligned_bytes(recipe.file_bytes)
         try:
-            self.pool.submit(recipe.extents, memory, label=recipe.name).wait(self.timeout_s)
+            with torch.inference_mode(False), torch.no_grad():
+                (found,) = read_tensors(recipe, self.pool, timeout_s=self.timeout_s)
+                if not recipe.is_staged:
+                    found = found.clone()  # without the rest of the pages that it lies in
         except SSDTuneError as error:
             raise SwapError(f"could not read {recipe.name}: {error}") from error
         self._record(
@@ -497,15 +500,7 @@ class Engine:
                 num_bytes=recipe.file_bytes,
             )
         )
-        with torch.inference_mode(False), torch.no_grad():
-            view = recipe.tensors[0]
-            if recipe.is_staged:
-                found = torch.empty(view.shape, dtype=view.dtype)
-                for copy in recipe.copies:
-                    copy.run(memory, [found])
-            else:
-                found = view.of(memory).clone()
-            return found.to(self.slots.device)
+        return found.to(self.slots.device)
 
 
 def _homes(plan: Plan) -> list[tuple[int, ...]]:

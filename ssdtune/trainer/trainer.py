@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
+from ssdtune.swap.packed import reading_of
 from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity, base_of
 from ssdtune.trainer.config import SSDConfig
 from ssdtune.trainer.interrupt import Interruption
@@ -255,7 +256,10 @@ class SSDTrainer(OptionsTrainer):
 
     def identity(self) -> RunIdentity:
         """What a checkpoint of this run must agree with to be resumed."""
-        return RunIdentity.of(self, base_of(self.model) if self.streamer is not None else None)
+        if self.streamer is None:
+            return RunIdentity.of(self, None, None)
+        reading = reading_of(self.streamer.checkpoint.tensors)
+        return RunIdentity.of(self, base_of(self.model), reading)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.checkpoints.save(model, trial)

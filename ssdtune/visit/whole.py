@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ssdtune.swap.readers import ReaderPool
-from ssdtune.swap.storage import aligned_bytes
+from ssdtune.swap.reading import read_tensors
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.placement import Placements
 from ssdtune.visit.recipes import make_recipe
@@ -43,12 +43,5 @@ class WholeReader:
             alignment=self._alignment,
             on_device=False,
         )
-        memory = aligned_bytes(max(recipe.file_bytes, 1))
-        self._pool.submit(recipe.extents, memory, label=recipe.name).wait(self._timeout_s)
-        view = recipe.tensors[0]
-        if not recipe.is_staged:
-            return view.of(memory)  # aligned as in the file, as a memory-mapped load has it
-        out = torch.empty(view.shape, dtype=view.dtype)
-        for copy in recipe.copies:
-            copy.run(memory, [out])
-        return out
+        (found,) = read_tensors(recipe, self._pool, timeout_s=self._timeout_s)
+        return found
