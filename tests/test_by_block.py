@@ -239,7 +239,7 @@ def test_auto_fills_what_is_hidden_with_bits_of_single_blocks(
     job = a_job_with_readings(config_path)
     mixed = [reading for reading in job.readings if reading.is_mixed]
     assert mixed
-    chosen = [chosen_at(job, config_path, 4e7 * 0.8**k) for k in range(14)]
+    chosen = (chosen_at(job, config_path, 4e7 * 0.8**k) for k in range(14))
     found = next(each for each in chosen if each.reading.is_mixed)
     wider = [t for t in found.tried if t.reading.bits > found.reading.bits]
     (own,) = [t for t in found.tried if t.reading == found.reading]
@@ -261,7 +261,7 @@ def test_readings_of_single_widths_come_first(config_path: Path) -> None:
     """A mixed one is chosen only beside the one that is the best of those."""
     job = a_job_with_readings(config_path)
     alike = dataclasses.replace(job, readings=tuple(r for r in job.readings if not r.is_mixed))
-    for rate in (1e12, *(4e7 * 0.8**k for k in range(14)), 1e4):
+    for rate in (1e12, 1e7, 4e6, 1e4):
         bits, narrower = (chosen_at(j, config_path, rate).reading.bits for j in (job, alike))
         assert bits >= narrower
         wider = [r.bits for r in alike.readings if r.bits > narrower]

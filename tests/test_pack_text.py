@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ssdtune.cli import main
+from ssdtune.errors import SSDTuneError
 from ssdtune.pack.inputs import check_seen, mean_squares
 from ssdtune.pack.text import Text, load_text
 from ssdtune.packing.errors import WIDTHS, Sampled, affine
@@ -112,12 +113,14 @@ def test_inputs_move_bits_to_the_tensors_that_meet_larger_ones(source: Path) -> 
     groups = groups_of(build_meta(source), affine(2, 64))
     names = [n for g in groups for n in g.formats]
     found = dict.fromkeys(names, Sampled({bits: 4.0**-bits for bits in WIDTHS}, 1.0))
-    inputs = {**dict.fromkeys(names, 1.0), names[3]: 1000.0, names[4]: 0.001}
-    chosen = within(groups, 5.5, 64, found, weights_of(groups, found, inputs))
-    bits = {n: getattr(f, "bits", 16) for g in chosen for n, f in g.formats.items()}
-    others = [b for n, b in bits.items() if n not in (names[3], names[4])]
-    assert bits.get(names[3], 16) > max(others)
-    assert bits[names[4]] < min(others)
+    inputs = {**dict.fromkeys(names, 1.0), names[3]: 30.0, names[4]: 1 / 30}
+    bits: list[dict[str, int]] = []
+    for given in (None, inputs):
+        chosen = within(groups, 6.5, 64, found, weights_of(groups, found, given))
+        bits.append({n: getattr(f, "bits", 16) for g in chosen for n, f in g.formats.items()})
+    without, weighed = bits
+    assert weighed.get(names[3], 16) > without[names[3]]
+    assert weighed[names[4]] < without[names[4]]
 
 
 def with_large_inputs(source: Path, folder: Path) -> Path:
@@ -138,19 +141,18 @@ def widths(folder: Path) -> dict[str, int]:
 def test_the_command_weighs_errors_by_inputs(
     source: Path, text: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    there = with_large_inputs(source, tmp_path / "source")
+    there, out = with_large_inputs(source, tmp_path / "source"), tmp_path / "p"
     before = digests(there)
-    command = ["pack", str(there), "--target_bpw", "5.5"]
-    assert main([*command, "--out", str(tmp_path / "without")]) == 0
-    assert main([*command, "--out", str(tmp_path / "with"), "--text", str(text)]) == 0
+    command = ["pack", str(there), "--target_bpw", "5.5", "--out", str(out)]
+    assert main([*command, "--text", str(text)]) == 0
     assert digests(there) == before
     told = capsys.readouterr().out
     assert "inputs    of " in told
     assert f"tokens of {text}, in " in told
-    without, weighed = widths(tmp_path / "without"), widths(tmp_path / "with")
-    name = "model.layers.2.self_attn.q_proj.weight"
-    assert weighed[name] > without[name]
-    assert bits_per_weight(tmp_path / "with") <= 5.5
+    found = widths(out)
+    name = "model.layers.{}.self_attn.q_proj.weight"
+    assert found[name.format(2)] > found[name.format(0)], "alike, but for their inputs"
+    assert bits_per_weight(out) <= 5.5
 
 
 # ------------------------------------------------------------------ texts that are refused
@@ -182,11 +184,8 @@ def test_a_bad_text_is_refused_before_anything_is_packed(
 
 def test_rows_in_which_nothing_is_trained_are_refused(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
-    path.write_text(json.dumps({"prompt": "the sky is", "completion": " "}) + "\n")
-    rows = load_text(str(path), str(source))
-    assert rows.counts, "an end token is trained"
-    path.write_text(json.dumps({"text": "a"}) + "\n")
-    with pytest.raises(PackError, match="Give a text with longer rows"):
+    path.write_text(json.dumps({"prompt": "the sky is " * 999, "completion": "blue"}) + "\n")
+    with pytest.raises(SSDTuneError, match=str(path)):
         load_text(str(path), str(source))
 
 

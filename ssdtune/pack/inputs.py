@@ -24,9 +24,9 @@ from ssdtune.visit.build import MetaModel
 from ssdtune.visit.placement import place
 from ssdtune.visit.streamer import Streamer
 
-aten = torch.ops.aten
-# Operators that multiply two of their arguments, and the place of the first of them.
-PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten._grouped_mm: 0, aten.addmm: 1, aten.baddbmm: 1}
+# Operators that multiply two of their arguments, and the place of the first of them. The last is transformers' own, for
+# processors that lack the one before it.
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0, "grouped_mm_fallback": 0}
 
 
 def mean_squares(model: Any, meta: MetaModel, text: Text) -> dict[str, float]:
@@ -76,7 +76,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Looks at the operator's arguments, and runs it."""
-        for weight, inputs, axis in _factors(func._overloadpacket, args):
+        for weight, inputs, axis in _factors(func._schema.name.partition("::")[2], args):
             name = self._name_of(weight)
             if name is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + _mean_square(weight, inputs, axis)
@@ -93,10 +93,10 @@ class _Watch(TorchDispatchMode):
         return next(found, None)
 
 
-def _factors(operator: Any, args: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Yields pairs that are multiplied: what may be a weight, what is then its input, and the axis of the latter that is
+def _factors(operator: str, args: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """operator: its name without a namespace. Yields pairs that are multiplied: what may be a weight, what is then its input, and the axis of the latter that is
     summed over."""
-    if operator is aten.embedding:
+    if operator == "embedding":
         yield args[0], args[1], 0
     elif operator in PRODUCTS:
         left, right = args[PRODUCTS[operator] :][:2]
