@@ -45,8 +45,9 @@ class Measured:
 def measure(model: Any, packed: MetaModel, text: Text, storage: Storage) -> Measured:
     """Runs all rows through both models in one pass over the blocks.
 
-    model: the source, streamed. packed: the packed model, built without weights. storage: reads the packed files. Memory: the streamed model's, one block of the packed model and its bytes, and the
-    hidden states of all rows, twice. Raises PackError where the two are no pair.
+    model: the source, streamed. packed: the packed model, built without weights. storage: reads the packed files. Memory:
+    the streamed model's, one block of the packed model and its bytes, and the hidden states of all rows, twice.
+    Raises PackError where the two are no pair.
     """
     streamer: Streamer = model.ssdtune
     outputs = Outputs(streamer)

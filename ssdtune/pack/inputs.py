@@ -11,6 +11,7 @@ zeros), whatever the model's code calls them by. The experts of a stack share on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssdtune.pack.text import Text
 from ssdtune.packing.layout import PackError
 from ssdtune.visit.build import MetaModel
-from ssdtune.visit.placement import place
+from ssdtune.visit.placement import Piece, place
 from ssdtune.visit.streamer import Streamer
 
 # Operators that multiply two of their arguments, and the place of the first of them. The last is transformers' own, for
@@ -41,14 +42,24 @@ def mean_squares(model: Any, meta: MetaModel, text: Text) -> dict[str, float]:
     with torch.no_grad():
         streamer.run([partial(_seen, model, row, sums) for row in text.batches_for(model)])
     found: dict[str, float] = {}
-    for name, placement in place(meta.model, meta.checkpoint.tensors).items():
+    tensors = meta.checkpoint.tensors
+    for name, placement in place(meta.model, tensors).items():
         if name not in sums:
             continue
         num_stacked = placement.shape[0] if len(placement.shape) > 2 else 1
         mean = sums[name] / text.num_tokens / num_stacked
-        for source in {piece.source for piece in placement.pieces}:
-            found[source] = found.get(source, 0.0) + mean
+        for piece in placement.pieces:
+            # A file tensor that several parameters are cut from has each one's mean for its part.
+            share = _numel(piece, placement.shape) / math.prod(tensors[piece.source].shape)
+            found[piece.source] = found.get(piece.source, 0.0) + share * mean
     return found
+
+
+def _numel(piece: Piece, shape: tuple[int, ...]) -> int:
+    """Elements of the parameter, of that shape, that the piece fills."""
+    if piece.target_slices is None:
+        return math.prod(shape)
+    return math.prod(stop - start for start, stop in piece.target_slices)
 
 
 def check_seen(wanted: Sequence[str], found: Mapping[str, float], text: Text) -> None:
@@ -94,8 +105,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _factors(operator: str, args: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """operator: its name without a namespace. Yields pairs that are multiplied: what may be a weight, what is then its input, and the axis of the latter that is
-    summed over."""
+    """Yields pairs that are multiplied: what may be a weight, what is then its input, and the axis of the latter that is
+    summed over. operator: its name, without a namespace."""
     if operator == "embedding":
         yield args[0], args[1], 0
     elif operator in PRODUCTS:

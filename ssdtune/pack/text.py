@@ -13,9 +13,7 @@ from ssdtune.visit.front_door import accepts
 if TYPE_CHECKING:
     import torch
 
-MOST_TOKENS = (
-    4096  # of the text; their hidden states are in memory, twice where two models are compared
-)
+MOST_TOKENS = 4096  # of the text; their hidden states are in memory, once for each model
 ROW_TOKENS = 1024  # of a row; the rest of it is left out
 
 

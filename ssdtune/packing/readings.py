@@ -31,7 +31,7 @@ from ssdtune.swap.packed import PackedEntry
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.draft import Options, draft
 
-# Two nested files, and the values of the key that read all of each at one width; 8, 6 and 4 bits are the first's.
+# Two nested files, and the values of the key that read all of each at one width; 4 bits of all are the first's.
 FILES: tuple[Mapping[int, str], ...] = (
     {8: "8", 6: "6/8", 5: "5/8", 4: "4/8"},
     {4: "4/8", 3: "3/8", 2: "2/8"},

@@ -1,8 +1,9 @@
 """How `quantization` says that blocks of one bit-nested file are read in widths of their own.
 
-4.5/8          4.5 bits a weight on average, of a file of 8; which block is read in how many is chosen
-5,28x4,6/8     5 bits of the first block, 4 of the next 28, 6 of the last: of the blocks that hold nested weights, in
-               the model's order
+    4.5/8          4.5 bits a weight on average, of a file of 8; which block is read in how many is chosen
+    5,28x4,6/8     5 bits of the first block, 4 of the next 28, 6 of the last
+
+Blocks are those that hold nested weights, in the model's order.
 """
 
 from __future__ import annotations
