@@ -215,6 +215,7 @@ def options_for(
             ram_bytes=offload.ram or int(free_ram() * AUTO_RAM_SHARE),
             device_bytes=vram,
             activation_bytes=offload.activations or 0,
+            nvme_activation_bytes=offload.nvme_activations or 0,
         ),
         storage=choose("gds" if open_device_pool is not None else offload.storage, files),
         prefetch=DEFAULT_PREFETCH if offload.prefetch is None else offload.prefetch,

@@ -54,7 +54,7 @@ class Offload:
 
     path: Path | None = key(  # noqa: RUF009 - key() makes a dataclass field
         Or("auto", Text("a folder on a fast drive", is_folder=True)),
-        "folder for what ssdtune itself writes (block inputs on NVMe); auto: in output_dir",
+        "folder for what ssdtune itself writes (block inputs and activations on NVMe); auto: in output_dir",
         default=None,
         example="/nvme/ssdtune",
     )
@@ -90,6 +90,14 @@ class Offload:
         "auto: what is free beside the weights, where offload.ram (on a device offload.vram) is auto",
         default=None,
         example="2GB",
+    )
+    nvme_activations: int | None = key(
+        Size(none_word="none"),
+        "space of the drive (in offload.path) for activations that wait there until backward, as far as their blocks are "
+        "not computed twice and not kept in memory; auto: as much as `ssdtune train` finds free and predicts to be worth "
+        "it, which takes a profile. Every step writes them: none by default, for the drive's sake",
+        default=0,
+        example="50GB",
     )
     storage: str = key(
         OneOf(("auto", "direct", "buffered", "gds")),

@@ -48,13 +48,14 @@ def streamed(
     micro_batch_size: int | None = 2,
     timeout_s: float = 20.0,
     activation_bytes: int = 0,
+    nvme_activation_bytes: int = 0,
     options: Mapping[str, Any] | None = None,
     **build: Any,
 ) -> PreTrainedModel:
     """The model of `folder` streamed on the CPU, with `factor` times the smallest RAM that works.
 
-    activation_bytes: that may stay until backward. options: further fields of `draft.Options`. build: as `build_meta`
-    takes them, or `meta`, what it has made.
+    activation_bytes: that may stay until backward; nvme_activation_bytes: that may wait on a drive. options: further
+    fields of `draft.Options`. build: as `build_meta` takes them, or `meta`, what it has made.
     """
     meta = build.pop("meta", None) or build_meta(folder, **build)
     storage = choose_storage(folder).storage
@@ -63,7 +64,11 @@ def streamed(
         meta,
         cpu_options(
             storage,
-            Budgets(ram_bytes=ram, activation_bytes=activation_bytes),
+            Budgets(
+                ram_bytes=ram,
+                activation_bytes=activation_bytes,
+                nvme_activation_bytes=nvme_activation_bytes,
+            ),
             micro_batch_size=micro_batch_size,
             timeout_s=timeout_s,
             **(options or {}),

@@ -229,7 +229,7 @@ def test_a_plan_that_keeps_half_a_visit_or_too_much_is_refused() -> None:
     train = plan.sequences["train"]
     last = len(train.visits) - 1
     visits = [
-        dataclasses.replace(v, keeps=not v.keeps) if i == last else v
+        dataclasses.replace(v, keeps=None if v.keeps else Tier.DEVICE) if i == last else v
         for i, v in enumerate(train.visits)
     ]
     steps = dataclasses.replace(train, visits=tuple(visits))

@@ -110,6 +110,7 @@ OTHER_VALUES = {
     "offload.block_inputs": ("nvme", "nvme"),
     "offload.micro_batch_size": ("auto", "auto"),
     "offload.activations": ("2GB", 2 * 10**9),
+    "offload.nvme_activations": ("50GB", 50 * 10**9),
     "offload.storage": ("buffered", "buffered"),
     "offload.reader_threads": ("4", 4),
     "offload.loss_chunk_tokens": ("1024", 1024),

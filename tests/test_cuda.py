@@ -80,8 +80,15 @@ def where(request: pytest.FixtureRequest) -> Iterator[str]:
 # ------------------------------------------------------------------ whole models
 
 
-def streamed(folder: Path, dtype: torch.dtype, size: str, gds: GdsChoice | None = None) -> Any:
-    """The model of `folder` streamed to the device within a budget of that size; gds: with the buffers there."""
+def streamed(
+    folder: Path,
+    dtype: torch.dtype,
+    size: str,
+    gds: GdsChoice | None = None,
+    scratch: Path | None = None,
+) -> Any:
+    """The model of `folder` streamed to the device within a budget of that size; gds: with the buffers there; scratch:
+    with activations there."""
     meta = build_meta(folder, dtype=dtype)
     storage = choose_storage(folder).storage
     options = Options(
@@ -89,6 +96,7 @@ def streamed(folder: Path, dtype: torch.dtype, size: str, gds: GdsChoice | None 
         budgets=Budgets(ram_bytes=1, device_bytes=1),  # replaced below
         storage=storage,
         micro_batch_size=2,
+        scratch=scratch,
         timeout_s=30.0,
     )
     on_device, in_ram = SIZES[size]
@@ -98,7 +106,9 @@ def streamed(folder: Path, dtype: torch.dtype, size: str, gds: GdsChoice | None 
         in_ram -= 1.0
     least = smallest_budgets(meta, options)
     budgets = Budgets(
-        ram_bytes=int(buffer_bytes * in_ram), device_bytes=int(least.device_bytes * on_device)
+        ram_bytes=int(buffer_bytes * in_ram),
+        device_bytes=int(least.device_bytes * on_device),
+        nvme_activation_bytes=0 if scratch is None else 10**9,
     )
     return assemble(meta, dataclasses.replace(options, budgets=budgets))
 
@@ -164,6 +174,26 @@ def test_streamed_training_equals_training_in_memory(
             assert Tier.DEVICE in streamer.engine.plan.tiers
     finally:
         streamer.close()
+
+
+@pytest.mark.usefixtures("one_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_activations_that_wait_on_nvme_keep_every_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny_models.build("llama", dtype=dtype)
+    tiny_models.save(base, tmp_path / "model")
+    found = []
+    for scratch in (None, tmp_path / "scratch"):
+        model = streamed(tmp_path / "model", dtype, "smallest", scratch=scratch)
+        ours = adapted(model, tiny_models.lora_targets(base))
+        activations = ours.get_base_model().ssdtune.activations
+        if activations.store is not None:
+            activations.store.min_bytes = 1
+        loss = ours(**batch_on_device("llama", 0)).loss
+        loss.backward()
+        found.append({**gradients(ours), "loss": loss.detach()})
+        assert (activations.num_stored > 0) == (scratch is not None)
+        ours.get_base_model().ssdtune.close()
+    assert_equal(*found)
 
 
 def test_a_step_never_waits_for_the_whole_device(

@@ -525,3 +525,37 @@ def test_a_job_of_low_rank_counts_whole_windows_and_what_they_hold(config_path: 
     assert job.missed_steps(MICRO) == pytest.approx(0.5 + 1 / 20)
     assert 0 < job.fixed.more["held beside the weights"] < job.fixed.more["a variant of a block"]
     assert job_from(job.to_json()) == job
+
+
+# ------------------------------------------------------------------ activations on the drive
+
+
+def test_activations_on_the_drive_are_counted_where_they_wear_it(config_path: Path) -> None:
+    job, machine = a_job(config_path), a_machine(profile=a_profile(read_rate=1e12))
+    none, some = (
+        outcome(job, machine, Choices(micro_batches=MICRO, nvme_activation_bytes=n))
+        for n in (0, 10**9)
+    )
+    assert isinstance(none, Outcome)
+    assert isinstance(some, Outcome)
+    assert some.plan.stored_blocks
+    written = some.num_steps * some.plan.nvme_activation_bytes
+    assert some.written_bytes - none.written_bytes == written > 0
+    assert some.simulation is not None
+    assert none.simulation is not None
+    assert some.simulation.step_s < none.simulation.step_s
+
+
+def test_how_much_of_a_drive_is_left_open_only_where_it_is_known(config_path: Path) -> None:
+    job, profile = a_job(config_path), a_profile(read_rate=1e12)
+    choices = Choices(micro_batches=MICRO, nvme_activation_bytes=None)
+    roomy = Drive(name="/nvme", free_bytes=10**9)
+    for drive, timed, stored in (
+        (roomy, profile, True),
+        (roomy, None, False),
+        (Drive(name="/nvme"), profile, False),
+    ):
+        found = outcome(job, a_machine(profile=timed, drive=drive), choices)
+        assert isinstance(found, Outcome)
+        assert bool(found.plan.stored_blocks) == stored
+    assert found.plan.budgets.nvme_activation_bytes == 0

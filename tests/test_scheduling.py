@@ -36,16 +36,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def a_profile(read_rate: float = 1e9) -> Profile:
-    """A FLOP or a byte takes a nanosecond, but for reading: `read_rate` bytes a second."""
+def a_profile(read_rate: float = 1e9, write_rate: float | None = None) -> Profile:
+    """A FLOP or a byte takes a nanosecond, but for reading: `read_rate` bytes a second. write_rate: None: not measured."""
     rate = [[1, 1e-9], [10**9, 1.0]]
+    moves = {"nvme_read": read_rate} | ({"nvme_write": write_rate} if write_rate else {})
+    transfers = {name: [[1, 1 / each], [10**9, 10**9 / each]] for name, each in moves.items()}
     content = {
         "name": "made up",
         "operators": {"float32": dict.fromkeys(OPERATORS, rate)},
-        "transfers": {
-            "nvme_read": [[1, 1 / read_rate], [10**9, 10**9 / read_rate]],
-            "unpack": rate,
-        },
+        "transfers": {**transfers, "unpack": rate},
     }
     return profile_from(content, "here")
 
@@ -220,6 +219,24 @@ def test_activations_share_what_is_free_where_nobody_set_a_budget(
     activations = trainer.streamer.activations
     assert (activations.num_kept > 0) == stay
     assert activations.num_over == 0
+
+
+@pytest.mark.parametrize(("write_rate", "stored"), [(1e15, True), (1e3, False), (None, False)])
+def test_activations_go_to_the_drive_where_nobody_said_how_many_and_that_is_faster(
+    make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_rate: float | None, stored: bool
+) -> None:
+    trainer = make()
+    profile = a_profile(read_rate=1e15, write_rate=write_rate)
+    schedule = scheduled(trainer, profile, monkeypatch)
+    auto = Auto(ram=False, drive=tmp_path)
+    settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=10**8, auto=auto)
+    streamer = trainer.streamer
+    assert bool(streamer.engine.plan.stored_blocks) == stored
+    assert (streamer.activations.store is not None) == stored
+    assert bool(streamer.replanner.request.budgets.nvme_activation_bytes) == stored
+    trainer.train()
+    assert (streamer.activations.num_stored > 0) == stored
+    assert streamer.activations.num_over == 0
 
 
 # ------------------------------------------------------------------ where block inputs wait

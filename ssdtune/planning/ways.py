@@ -133,6 +133,7 @@ def configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
         ram_bytes=offload.ram,
         device_bytes=offload.vram,
         activation_bytes=offload.activations,
+        nvme_activation_bytes=offload.nvme_activations,
         prefetch=offload.prefetch,
     )
 

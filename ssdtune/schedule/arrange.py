@@ -1,9 +1,10 @@
 """Which blocks stay, once it is known how many: patterns over blocks that are alike, filling up, moves. And which keep
-their activations."""
+their activations, here or on NVMe."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
@@ -11,7 +12,7 @@ from ssdtune.schedule.counts import Counts
 from ssdtune.schedule.planner import Choice, Request, able_to_keep, room_for, spread
 
 NEAR = 3  # half of the moves look no further
-NUM_STAGES = 6  # how many numbers of blocks with kept activations are tried
+NUM_STAGES = 6  # how many numbers of blocks with activations that stay are tried
 
 Pattern = Callable[[Sequence[int], int], set[int]]  # blocks that are alike, how many -> which
 
@@ -89,6 +90,32 @@ def keeping(request: Request, choice: Choice) -> Iterator[Choice]:
         num = round(most * stage / NUM_STAGES)
         for pattern in (spread, first, last):
             yield dataclasses.replace(choice, kept=frozenset(pattern(able, num)))
+
+
+def storing(request: Request, choice: Choice) -> Iterator[Choice]:
+    """The same with the activations of more and more blocks that are not kept on NVMe: evenly, those met first, those met
+    last."""
+    able = [i for i in able_to_keep(request) if i not in choice.kept]
+    for stage in range(1, NUM_STAGES + 1 if able else 1):
+        num = round(len(able) * stage / NUM_STAGES)
+        for pattern in (spread, first, last):
+            yield dataclasses.replace(choice, stored=frozenset(pattern(able, num)))
+
+
+def elsewhere(request: Request, choice: Choice) -> Iterator[Choice]:
+    """The same with one block's activations elsewhere, or those of two blocks in each other's place."""
+    able = able_to_keep(request)
+    for i in able:
+        kept, stored = choice.kept - {i}, choice.stored - {i}
+        yield dataclasses.replace(choice, kept=kept, stored=stored)
+        yield dataclasses.replace(choice, kept=kept | {i}, stored=stored)
+        yield dataclasses.replace(choice, kept=kept, stored=stored | {i})
+    for one, other in itertools.combinations(able, 2):
+        yield dataclasses.replace(
+            choice,
+            kept=_exchanged(choice.kept, one, other),
+            stored=_exchanged(choice.stored, one, other),
+        )
 
 
 def moved(request: Request, choice: Choice, chance: Random) -> Choice | None:

@@ -9,12 +9,18 @@ from typing import NamedTuple
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
 from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
-from ssdtune.schedule.stored import with_stored_inputs
+from ssdtune.schedule.stored import (
+    ACTIVATIONS_ON_NVME,
+    with_stored_activations,
+    with_stored_inputs,
+)
 
 TRANSFER_OF = {
     Kind.LOAD: "nvme_read",
     Kind.FETCH: "nvme_read",
     Kind.STORE: "nvme_write",
+    Kind.FETCH_ACTIVATIONS: "nvme_read",
+    Kind.STORE_ACTIVATIONS: "nvme_write",
     Kind.UNPACK: "unpack",
     Kind.DECODE: "decode",
     Kind.UPLOAD: "h2d",
@@ -139,12 +145,14 @@ class Pricing:
         kind: of step.
         num_micro_batches: that pass a block in one visit.
         stored_bytes: block inputs of one step, which are moved where they do not stay (`stored.py`).
+        activation_bytes: of each block, what the visits of one step would keep, which is moved where the plan has it on
+            NVMe; empty: not known.
         factors: lane -> what its ops take beyond the profile's curves, as measured since; 1 where it is missing.
 
     Raises ProfileError for a curve that is missing.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the first two are what is priced, the others say how often and how
         self,
         work: StepWork,
         profile: Profile,
@@ -152,10 +160,11 @@ class Pricing:
         kind: str = "train",
         num_micro_batches: int,
         stored_bytes: int = 0,
+        activation_bytes: Sequence[int] = (),
         factors: Mapping[Lane, float] | None = None,
     ) -> None:
         self.kind, self.profile, self.factors = kind, profile, dict(factors or {})
-        self.stored_bytes = stored_bytes
+        self.stored_bytes, self.activation_bytes = stored_bytes, activation_bytes
         self.between_s = work.between_s(profile) if kind == "train" else 0.0
         self._visits = {
             key: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
@@ -180,17 +189,19 @@ class Pricing:
 
     def steps(self, plan: Plan) -> StepPlan:
         """The step of the plan with all that goes over its lanes."""
-        return with_stored_inputs(
+        steps = with_stored_inputs(
             plan.sequences[self.kind],
             self.stored_bytes,
             tier=plan.block_inputs,
             on_device=plan.on_device,
         )
+        return with_stored_activations(steps, self.activation_bytes, on_device=plan.on_device)
 
     def op_seconds(self, steps: StepPlan) -> list[float]:
         """Seconds of each op, by id."""
         turns: dict[tuple[int, Direction], int] = {}
         seconds: list[float] = []
+        copied = _copied_bytes(steps)
         for op in steps.ops:
             if op.kind is Kind.COMPUTE:
                 visit = steps.visits[op.visit]
@@ -201,6 +212,8 @@ class Pricing:
                     times = self._behind.get(visit.block, times)
                 one = times[turn] if turn < len(times) else 0.0
                 one += self._moving_weights_s(visit, is_first=not turn)
+                if op.visit in copied:
+                    one += self.profile.transfer("unpack").seconds(copied[op.visit])
             else:
                 one = self._transfer_s(op)
             seconds.append(one * self.factors.get(op.lane, 1.0))
@@ -233,6 +246,14 @@ def _transfer_of(op: Op) -> str:
     if op.lane is Lane.DEVICE_COPY:
         return DEVICE_DECODE if op.kind is Kind.DECODE else "d2d"
     return TRANSFER_OF[op.kind]
+
+
+def _copied_bytes(steps: StepPlan) -> dict[int, int]:
+    """By visit, bytes of activations that compute copies to the buffers on their way to the drive, or from them; none on
+    a device, where a stream of its own does."""
+    if any(op.lane is Lane.D2H for op in steps.ops):
+        return {}
+    return {op.visit: op.num_bytes for op in steps.ops if op.kind in ACTIVATIONS_ON_NVME}
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:

@@ -5,7 +5,7 @@ visits:
 
     block inputs          from the forward visit that needs them to the end of the backward visit that takes them
                           (on NVMe from when they are written)
-    activations           the same, of the blocks that keep them
+    activations           the same, of the blocks that keep them, here or on NVMe
     masks, tables, what is in flight    from the first visit to the end of the last
     workspace             during each visit: of a forward, of the loss, or of recompute and backward
     gradients             from the last forward visit on, in which the loss makes the first, to the step's end; whole,
@@ -25,6 +25,7 @@ from ssdtune.schedule.memory import (
     HELD,
     IN_FLIGHT,
     INPUTS,
+    STORED,
     WORKSPACE,
     Footprint,
     Passes,
@@ -34,7 +35,7 @@ from ssdtune.schedule.plan import Direction, Kind, Plan, Tier, Visit
 from ssdtune.schedule.simulate import SimulatedOp, Simulation
 from ssdtune.schedule.stored import pairs_of
 
-COME_AND_GO = frozenset({INPUTS, ACTIVATIONS, HELD, IN_FLIGHT, WORKSPACE, GRADIENTS})
+COME_AND_GO = frozenset({INPUTS, ACTIVATIONS, STORED, HELD, IN_FLIGHT, WORKSPACE, GRADIENTS})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +106,10 @@ class _Visits:
         self._plan, self._step, self._visits = plan, step, visits
         self._footprint, self._passes = footprint, passes
         self._computed = {e.op.visit: e for e in step.ops if e.op.kind is Kind.COMPUTE}
-        self._stored = {e.op.visit: e for e in step.ops if e.op.kind is Kind.STORE}
+        self._stored, self._left = (
+            {e.op.visit: e for e in step.ops if e.op.kind is kind}
+            for kind in (Kind.STORE, Kind.STORE_ACTIVATIONS)
+        )
         self._pairs = pairs_of(visits)  # backward visit -> forward visit
 
     def spans(self, peak: Peak) -> Iterator[_Span]:
@@ -117,7 +121,8 @@ class _Visits:
             yield _Span(name, first_s, last_s, parts.get(name, 0))
         yield _Span(GRADIENTS, self._loss.start_s, self._step.step_s, parts.get(GRADIENTS, 0))
         yield from self._inputs(parts.get(INPUTS, 0))
-        yield from self._activations(parts.get(ACTIVATIONS, 0))
+        for name, tier in ((ACTIVATIONS, Tier.DEVICE), (STORED, Tier.NVME)):
+            yield from self._activations(name, tier, parts.get(name, 0))
         yield from self._workspaces(parts.get(WORKSPACE, 0))
 
     @property
@@ -138,15 +143,15 @@ class _Visits:
             kept = self._stored.get(ahead, self._computed[ahead])
             yield _Span(INPUTS, kept.start_s, self._computed[back].end_s, share + (i == 0) * rest)
 
-    def _activations(self, total: int) -> Iterator[_Span]:
-        """Of the blocks that keep them, as far as the budget reaches."""
+    def _activations(self, name: str, tier: Tier, total: int) -> Iterator[_Span]:
+        """Of the blocks that keep them there, as far as the budget reaches."""
         known, left = self._footprint.activations_of(self._passes.num), total
         for back, ahead in self._pairs.items():
             block = self._visits[ahead].block
-            if self._visits[ahead].keeps and block < len(known):
+            if self._visits[ahead].keeps is tier and block < len(known):
                 num_bytes, left = min(known[block], left), max(left - known[block], 0)
-                start_s, end_s = self._computed[ahead].start_s, self._computed[back].end_s
-                yield _Span(ACTIVATIONS, start_s, end_s, num_bytes)
+                begun = self._left.get(ahead, self._computed[ahead])
+                yield _Span(name, begun.start_s, self._computed[back].end_s, num_bytes)
 
     def _workspaces(self, most: int) -> Iterator[_Span]:
         footprint, loss = self._footprint, self._loss.op.visit

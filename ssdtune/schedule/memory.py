@@ -8,7 +8,7 @@ micro-batch on tensors without memory (`visit/rehearsal.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ssdtune.schedule.plan import Plan, Tier
 from ssdtune.sizes import format_size
@@ -22,7 +22,7 @@ HOLES_SHARE = 0.07
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
 NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 MOST_STATES = 2  # of all others
-# Of RAM, through which block inputs go to NVMe and back (swap/inputs.py).
+# Of RAM, through which block inputs go to NVMe and back, and as much for activations (swap/inputs.py).
 STAGING_BYTES = 32 * 2**20
 SMALL_SHARE = 0.02  # of a total: smaller parts are not told
 
@@ -135,6 +135,7 @@ INPUTS, HELD = "block inputs kept for backward", "masks, tables and what lies be
 IN_FLIGHT = "hidden states and gradients in flight"
 HOLES = "holes in the heap, at most"
 ACTIVATIONS = "activations that stay until backward"
+STORED = "activations that wait for backward"  # on NVMe
 WORKSPACE = "workspace of one block or loss chunk"
 NATURAL = frozenset({ADAPTERS, GRADIENTS, STATES, INPUTS, HELD, ACTIVATIONS})
 
@@ -186,10 +187,19 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
     else:
         ram |= {"slots": plan.slot_bytes, **buffers, **compute}
         device = ram
-    nvme: dict[str, int] = {}
+    nvme = _stored(plan, footprint.activations_of(num_micro_batches))
+    if nvme:
+        ram["staging of activations"] = STAGING_BYTES
     {Tier.DEVICE: device, Tier.RAM: ram, Tier.NVME: nvme}[plan.block_inputs][INPUTS] = kept
     ram["staging of block inputs"] = fixed.staging_bytes
     if not plan.on_device:
         ram[HOLES] = int(HOLES_SHARE * sum(ram.values()))
         device = {}
     return Peak(ram=ram, device=device, nvme=nvme, how=footprint.how)
+
+
+def _stored(plan: Plan, known: Sequence[int]) -> dict[str, int]:
+    """What of activations waits on NVMe. known: bytes of each block; empty: unknown."""
+    stored = sum(known[i] for i in plan.stored_blocks if i < len(known))
+    budget = plan.budgets.nvme_activation_bytes
+    return {STORED: min(stored, budget)} if plan.stored_blocks else {}

@@ -13,6 +13,7 @@ from ssdtune.schedule.memory import (
     HOLES_SHARE,
     INPUTS,
     STAGING_BYTES,
+    STORED,
     Passes,
     Peak,
     predict_peak_of,
@@ -27,6 +28,7 @@ from ssdtune.sizes import format_size
 HIDDEN = 1.05  # reading is hidden where a step takes at most so many times its compute
 MOST_MICRO_BATCHES = 1024
 KEEP_FREE = 0.05  # of RAM and device memory: drivers, allocators, the desktop
+AUTO_DRIVE_SHARE = 0.5  # of what is free of a drive: checkpoints, other runs
 SAVES = 20  # checkpoints of a run, where nobody says how many
 SAVED_COPIES = 3  # adapters, and the optimizer's two states
 
@@ -41,6 +43,7 @@ class Choices:
         ram_bytes, device_bytes: for weights; None: what the rest of the peak leaves free.
         activation_bytes: for activations that stay until backward; None: a share of what is free for weights, where
             their budget is None too.
+        nvme_activation_bytes: of the drive, for activations that wait there; None: what is free of it.
         prefetch: how many fills may run ahead; None: as many as are best.
     """
 
@@ -49,6 +52,7 @@ class Choices:
     ram_bytes: int | None = None
     device_bytes: int | None = None
     activation_bytes: int | None = 0
+    nvme_activation_bytes: int | None = 0
     prefetch: int | None = None
 
     def shares(self, *, on_device: bool) -> bool:
@@ -112,6 +116,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         ram_bytes=max(ram, 0),
         device_bytes=max(device, 0) if on_device else 0,
         activation_bytes=choices.activation_bytes or 0,
+        nvme_activation_bytes=_drive_room(machine, choices),
     )
     if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
         return Refusal(choices=choices, why=_shortage(machine, room, least))
@@ -214,6 +219,7 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     least = dataclasses.replace(
         smallest_budgets(job.blocks, on_device=on_device),
         activation_bytes=choices.activation_bytes or 0,
+        nvme_activation_bytes=_drive_room(machine, choices),
     )
     plan = make_plan(_request(job, choices, least, on_device=on_device))
     peak = _peak(job, plan, choices.micro_batches)
@@ -221,6 +227,15 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     ram = ((1 - KEEP_FREE) * machine.ram_bytes - peak.ram_bytes) / holes + plan.ram_bytes
     device = (1 - KEEP_FREE) * machine.device_bytes - peak.device_bytes + plan.slot_bytes
     return Budgets(ram_bytes=int(ram), device_bytes=int(device) if on_device else 0)
+
+
+def _drive_room(machine: Machine, choices: Choices) -> int:
+    """Bytes of the drive for activations. None of a drive whose room is not known, or where no times tell what they are
+    worth."""
+    if choices.nvme_activation_bytes is not None:
+        return choices.nvme_activation_bytes
+    free = machine.drive.free_bytes
+    return 0 if free is None or machine.profile is None else int(AUTO_DRIVE_SHARE * free)
 
 
 def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:
@@ -253,11 +268,12 @@ def _over(peak: Peak, machine: Machine) -> str:
 
 
 def _written(job: Job, peak: Peak, num_steps: int) -> float:
-    """Block inputs of every step where NVMe holds them, checkpoints, and working copies of the weights."""
-    inputs = peak.nvme.get(INPUTS, 0)
+    """Block inputs and activations of every step where NVMe holds them, checkpoints, and working copies of the
+    weights."""
+    waiting = peak.nvme.get(INPUTS, 0) + peak.nvme.get(STORED, 0)
     saved = min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
     copies = num_steps // job.fold_steps if job.fold_steps else 0
-    return num_steps * inputs + saved + copies * sum(block.slot_bytes for block in job.blocks)
+    return num_steps * waiting + saved + copies * sum(block.slot_bytes for block in job.blocks)
 
 
 # ------------------------------------------------------------------ time
@@ -286,6 +302,7 @@ def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
         kind=job.kind,
         num_micro_batches=job.passes(micro_batches),
         stored_bytes=micro_batches * job.kept_bytes,
+        activation_bytes=job.footprint.activations_of(job.passes(micro_batches)),
     )
 
 

@@ -49,6 +49,8 @@ class Kind(StrEnum):
     COMPUTE = "compute"
     STORE = "store"  # a block input to NVMe, in forward
     FETCH = "fetch"  # and back, for backward
+    STORE_ACTIVATIONS = "store_activations"  # what autograd saved in a visit to NVMe, in forward
+    FETCH_ACTIVATIONS = "fetch_activations"  # and back, for backward
     # Of steps that are modelled (`steps.py`) and that the engine does not run yet:
     DOWNLOAD_INPUT = "download_input"  # what backward needs, device to RAM, in forward
     UPLOAD_INPUT = "upload_input"  # and back
@@ -60,7 +62,7 @@ class Kind(StrEnum):
     STORE_WEIGHTS = "store_weights"  # and on to NVMe
 
 
-# What moves and uses weights; a step's other ops are of its block inputs.
+# What moves and uses weights; a step's other ops are of its block inputs and activations.
 BLOCK_KINDS = (Kind.LOAD, Kind.UNPACK, Kind.DECODE, Kind.UPLOAD, Kind.COMPUTE)
 
 
@@ -99,15 +101,16 @@ class BlockShape:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
     """One passage of all micro-batches through a block: in which slot, and whether that must be
-    filled for it. `buffer`: the staging buffer that the fill passes, where it passes one. `keeps`: the
-    block's activations stay from forward to backward, which does not compute it again."""
+    filled for it. `buffer`: the staging buffer that the fill passes, where it passes one. `keeps`: where
+    the block's activations stay from forward to backward, which does not compute it again: where
+    compute is (`Tier.DEVICE`), or on NVMe; None: they don't."""
 
     block: int
     direction: Direction
     slot: int
     is_filled_for: bool
     buffer: int | None = None
-    keeps: bool = False
+    keeps: Tier | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +150,14 @@ class StepPlan:
 class Budgets:
     """What the plan may fill, in bytes. Without a device, slots live in RAM; `device_bytes` is 0.
 
-    `activation_bytes`: beside the others, of activations that stay where compute is.
+    `activation_bytes`: beside the others, of activations that stay where compute is;
+    `nvme_activation_bytes`: of a drive, of those that wait there.
     """
 
     ram_bytes: int
     device_bytes: int = 0
     activation_bytes: int = 0
+    nvme_activation_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +167,8 @@ class Plan:
     `tiers[i]`: where block i's weights stay between visits. `on_device`: slots live on a device;
     `buffers_on_device`: buffers too, files are read straight into them. `block_inputs`: where the
     inputs kept for backward stay. `chunk_tokens`: positions whose logits exist at once in the head's
-    loss. `activation_bytes`: of the visits that keep them, where that was known.
+    loss. `activation_bytes`, `nvme_activation_bytes`: of the visits that keep them where compute is, and
+    on NVMe, where that was known.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -176,11 +182,21 @@ class Plan:
     chunk_tokens: int = 4096
     buffers_on_device: bool = False
     activation_bytes: int = 0
+    nvme_activation_bytes: int = 0
 
     @property
     def kept_blocks(self) -> frozenset[int]:
-        """Those whose activations stay from forward to backward."""
-        return frozenset(v.block for s in self.sequences.values() for v in s.visits if v.keeps)
+        """Those whose activations stay from forward to backward where compute is."""
+        return self._keeping_in(Tier.DEVICE)
+
+    @property
+    def stored_blocks(self) -> frozenset[int]:
+        """Those whose activations wait on NVMe from forward to backward."""
+        return self._keeping_in(Tier.NVME)
+
+    def _keeping_in(self, tier: Tier) -> frozenset[int]:
+        visits = (v for steps in self.sequences.values() for v in steps.visits)
+        return frozenset(v.block for v in visits if v.keeps is tier)
 
     @property
     def slot_bytes(self) -> int:
@@ -248,6 +264,16 @@ class Plan:
                 f"activations of {len(self.kept_blocks)} blocks stay for backward{size}, within "
                 f"{format_size(self.budgets.activation_bytes)}"
             )
+        if self.stored_blocks:
+            size = (
+                f" ({format_size(self.nvme_activation_bytes)})"
+                if self.nvme_activation_bytes
+                else ""
+            )
+            yield (
+                f"activations of {len(self.stored_blocks)} blocks wait on NVMe for backward{size}, within "
+                f"{format_size(self.budgets.nvme_activation_bytes)}"
+            )
         yield (
             f"inputs    kept for backward in {self.block_inputs} · "
             f"loss in chunks of {self.chunk_tokens} tokens"
@@ -283,6 +309,7 @@ def _plan_from(raw: Mapping[str, Any]) -> Plan:
         chunk_tokens=raw["chunk_tokens"],
         buffers_on_device=raw["buffers_on_device"],
         activation_bytes=raw["activation_bytes"],
+        nvme_activation_bytes=raw["nvme_activation_bytes"],
     )
 
 
@@ -292,7 +319,11 @@ def _sequence_from(raw: Mapping[str, Any]) -> StepPlan:
 
 
 def _visit_from(raw: Mapping[str, Any]) -> Visit:
-    typed: dict[str, Any] = {"direction": Direction(raw["direction"])}
+    keeps = raw["keeps"]
+    typed: dict[str, Any] = {
+        "direction": Direction(raw["direction"]),
+        "keeps": None if keeps is None else Tier(keeps),
+    }
     return Visit(**{**raw, **typed})
 
 
@@ -460,6 +491,11 @@ def validate(plan: Plan) -> None:
             f"the activations that stay need {format_size(plan.activation_bytes)}, over the budget of "
             f"{format_size(plan.budgets.activation_bytes)}: raise offload.activations"
         )
+    if plan.nvme_activation_bytes > plan.budgets.nvme_activation_bytes:
+        raise PlanError(
+            f"the activations that wait on NVMe need {format_size(plan.nvme_activation_bytes)}, over the budget of "
+            f"{format_size(plan.budgets.nvme_activation_bytes)}: raise offload.nvme_activations"
+        )
     for kind, steps in plan.sequences.items():
         for v, visit in enumerate(steps.visits):
             _validate_visit(plan, visit, f"{kind} visit {v}")
@@ -495,12 +531,18 @@ def _validate_visit(plan: Plan, visit: Visit, where: str) -> None:
 
 
 def _validate_kept(plan: Plan, visits: Sequence[Visit], kind: str) -> None:
-    """What one direction keeps, the other has: of a block either all visits keep or none."""
+    """What one direction keeps, the other has, in the same place: of a block either all visits keep or none."""
     for block in {v.block for v in visits if v.keeps}:
-        its = [v for v in visits if v.block == block]
-        if {v.direction for v in its} != set(Direction) or not all(v.keeps for v in its):
+        name, its = plan.blocks[block].name, [v for v in visits if v.block == block]
+        places = {v.keeps for v in its}
+        if {v.direction for v in its} != set(Direction) or None in places:
+            raise PlanError(f"{kind}: the activations of {name} stay in some visits only")
+        if len(places) > 1:
+            raise PlanError(f"{kind}: the activations of {name} stay in several places")
+        if Tier.RAM in places:
             raise PlanError(
-                f"{kind}: the activations of {plan.blocks[block].name} stay in some visits only"
+                f"{kind}: the activations of {name} are to stay in RAM; they stay where compute is "
+                f'("{Tier.DEVICE}") or on NVMe'
             )
 
 

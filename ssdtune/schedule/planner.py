@@ -38,13 +38,14 @@ Classes = Sequence[Sequence[int]]  # blocks that share slots, the largest first
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Slots by class: `allowed[i]` is the slot indices that block i may use. `kept`: blocks whose
-    activations stay from forward to backward."""
+    activations stay from forward to backward where compute is; `stored`: those whose wait on NVMe."""
 
     slots: tuple[int, ...]
     allowed: tuple[tuple[int, ...], ...]
     buffers: tuple[int, ...]
     tiers: tuple[Tier, ...]
     kept: frozenset[int] = frozenset()
+    stored: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,8 @@ class Choice:
         prefetch: fills that run ahead; as many buffers, where fills pass buffers.
         residents: blocks with a slot of their own.
         cached: with a device, blocks whose file bytes stay in RAM.
-        kept: blocks whose activations stay from forward to backward.
+        kept: blocks whose activations stay from forward to backward where compute is.
+        stored: those whose activations wait on NVMe meanwhile.
     """
 
     classes: Classes
@@ -66,6 +68,7 @@ class Choice:
     residents: frozenset[int] = frozenset()
     cached: frozenset[int] = frozenset()
     kept: frozenset[int] = frozenset()
+    stored: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ class Request:
         chunk_tokens: positions whose logits exist at once.
         activation_bytes: of each block, what all micro-batches of a step would keep from forward to
             backward instead of computing it again; empty: not known. Where it is not, every block
-            may keep, and the budget decides when the bytes are there.
+            may keep, and the budgets decide when the bytes are there.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -115,9 +118,11 @@ def make_plan(request: Request) -> Plan:
 
 def plan_of(request: Request, layout: Layout) -> Plan:
     """The plan with this layout, not validated."""
-    keep = layout.kept & set(able_to_keep(request))  # a step may have turned out to visit less
+    able = set(able_to_keep(request))  # a step may have turned out to visit less
+    keep = dict.fromkeys(layout.kept & able, Tier.DEVICE)
+    keep |= dict.fromkeys(layout.stored & able, Tier.NVME)
     steps = {
-        kind: _step(request, layout, order, keep if kind == "train" else frozenset())
+        kind: _step(request, layout, order, keep if kind == "train" else {})
         for kind, order in request.orders.items()
     }
     return Plan(
@@ -131,7 +136,8 @@ def plan_of(request: Request, layout: Layout) -> Plan:
         block_inputs=request.block_inputs,
         chunk_tokens=request.chunk_tokens,
         buffers_on_device=request.buffers_on_device,
-        activation_bytes=_activation_bytes(request, keep),
+        activation_bytes=_activation_bytes(request, layout.kept & able),
+        nvme_activation_bytes=_activation_bytes(request, layout.stored & able),
     )
 
 
@@ -230,8 +236,13 @@ def static_choice(request: Request, classes: Classes, prefetch: int) -> Choice |
         if len(chosen) == len(members):  # nobody is left to share slots
             slot_left += n * blocks[members[0]].slot_bytes
     cached = _cached(blocks, residents, ram_left) if request.on_device else frozenset[int]()
+    kept = most_kept(request)
     return dataclasses.replace(
-        empty, residents=frozenset(residents), cached=cached, kept=most_kept(request)
+        empty,
+        residents=frozenset(residents),
+        cached=cached,
+        kept=kept,
+        stored=most_stored(request, kept),
     )
 
 
@@ -245,6 +256,18 @@ def most_kept(request: Request) -> frozenset[int]:
     largest = max(request.activation_bytes[i] for i in able)
     fit = min(request.budgets.activation_bytes // max(largest, 1), len(able))
     return frozenset(spread(able, fit))
+
+
+def most_stored(request: Request, kept: AbstractSet[int]) -> frozenset[int]:
+    """As many of the blocks that are not kept as the budget lets wait on NVMe, spread evenly."""
+    able = [i for i in able_to_keep(request) if i not in kept]
+    budget = request.budgets.nvme_activation_bytes
+    if not budget or not able:
+        return frozenset()
+    if not request.activation_bytes:
+        return frozenset(able)
+    largest = max(request.activation_bytes[i] for i in able)
+    return frozenset(spread(able, min(budget // max(largest, 1), len(able))))
 
 
 def able_to_keep(request: Request) -> list[int]:
@@ -265,6 +288,8 @@ def room_for(request: Request, choice: Choice) -> tuple[int, int] | None:
     where it is over budget."""
     blocks, budgets = request.blocks, request.budgets
     if _activation_bytes(request, choice.kept) > budgets.activation_bytes:
+        return None
+    if _activation_bytes(request, choice.stored) > budgets.nvme_activation_bytes:
         return None
     slots = sum(blocks[i].slot_bytes for i in choice.residents)
     for n, members in zip(choice.num_slots, choice.classes, strict=True):
@@ -295,7 +320,12 @@ def layout_of(request: Request, choice: Choice) -> Layout:
     ]
     buffers = _buffers(request, choice.prefetch)
     return Layout(
-        slots=slots, allowed=allowed, buffers=buffers, tiers=tuple(tiers), kept=choice.kept
+        slots=slots,
+        allowed=allowed,
+        buffers=buffers,
+        tiers=tuple(tiers),
+        kept=choice.kept,
+        stored=choice.stored,
     )
 
 
@@ -366,7 +396,8 @@ def _number_slots(
 # ------------------------------------------------------------------ visits
 
 
-def _step(request: Request, layout: Layout, order: Order, keep: AbstractSet[int]) -> StepPlan:
+def _step(request: Request, layout: Layout, order: Order, keep: Mapping[int, Tier]) -> StepPlan:
+    """keep: of each block whose activations stay, where."""
     num_buffered = 0
     visits: list[Visit] = []
     assigned = assign_slots(order, layout.allowed)
@@ -384,7 +415,7 @@ def _step(request: Request, layout: Layout, order: Order, keep: AbstractSet[int]
                 slot=slot,
                 is_filled_for=is_filled_for,
                 buffer=buffer,
-                keeps=block in keep,
+                keeps=keep.get(block),
             )
         )
     ops = make_ops(

@@ -3,8 +3,9 @@
 How many blocks stay is a small integer program for each way to share slots (`counts.py`), and greedy by kinds besides.
 Which ones stay is an arrangement: spread evenly is good where the drive is the limit (grouped residents leave it idle
 for a while, then overrun it), the ends of the step where slots already hold its turns. Candidates keep the activations
-of as many blocks as they may; the best are then tried with fewer, which is as fast where the drive is the limit. Every
-candidate is simulated; the best is polished by moves of one or two blocks. The seed is fixed: equal requests have equal plans.
+of as many blocks as they may; the best are then tried with fewer, which is as fast where the drive is the limit, and
+with those of other blocks on NVMe. Every candidate is simulated; the best is polished by moves of one or two blocks. The
+seed is fixed: equal requests have equal plans.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Protocol
 
-from ssdtune.schedule.arrange import PATTERNS, Pattern, arranged, keeping, moved
+from ssdtune.schedule.arrange import (
+    PATTERNS,
+    Pattern,
+    arranged,
+    elsewhere,
+    keeping,
+    moved,
+    storing,
+)
 from ssdtune.schedule.counts import BlockKind, Counts, best_counts
 from ssdtune.schedule.plan import (
     BLOCK_KINDS,
@@ -29,6 +38,7 @@ from ssdtune.schedule.planner import (
     Choice,
     Layout,
     Request,
+    able_to_keep,
     layout_of,
     plan_of,
     room_for,
@@ -36,10 +46,15 @@ from ssdtune.schedule.planner import (
     static_choice,
 )
 from ssdtune.schedule.simulate import Simulation, simulate
+from ssdtune.schedule.stored import written_bytes
 
 NUM_POLISHED = 3  # of the best candidates
 AT_LIMIT = 0.001  # beyond its compute: a step that has no time left to gain
-DIGITS = 4  # step times that agree so far are a tie: fewer bytes read, then less memory
+WORTH_WRITING = 0.02  # of a step's time: less does not pay for wearing a drive
+FEW_PLACES = 8  # blocks up to which every one is tried elsewhere
+DIGITS = (
+    4  # step times that agree so far are a tie: fewer bytes written, then read, then less memory
+)
 
 
 class Priced(Protocol):
@@ -111,6 +126,8 @@ def search(request: Request, pricing: Priced, effort: Effort | None = None) -> F
     for choice in hunt.ranked()[:NUM_POLISHED]:
         for other in keeping(hunt.request, choice):
             hunt.evaluate(other)
+    if request.budgets.nvme_activation_bytes and request.activation_bytes:
+        _try_the_drive(hunt)
     _polish(hunt, 10 + len(request.blocks) if effort.patience is None else effort.patience)
     best = hunt.best()
     validate(best.plan)
@@ -142,32 +159,40 @@ class _Hunt:
             return self.seen[name]
         if self.is_over or room_for(self.request, choice) is None:
             return None
-        found = self.simulated(choice)
+        found, written = self.simulated(choice)
         step_s = float(f"{found.simulation.step_s:.{DIGITS}g}")
         read = found.plan.sequences[self.pricing.kind].read_bytes
         memory = found.plan.slot_bytes + found.plan.ram_bytes + found.plan.activation_bytes
         compute_s = found.simulation.busy_s.get(Lane.COMPUTE, 0.0) + self.pricing.between_s
-        self.seen[name] = (step_s, read, memory, compute_s)
+        self.seen[name] = (step_s, written, read, memory, compute_s)
         self.choices[name] = choice
         return self.seen[name]
 
-    def simulated(self, choice: Choice) -> Found:
-        """The plan of a choice and its step."""
+    def simulated(self, choice: Choice) -> tuple[Found, int]:
+        """The plan of a choice and its step; the bytes that the step writes to NVMe."""
         layout = layout_of(self.request, choice)
         plan = plan_of(self.request, layout)
         steps = self.pricing.steps(plan)
         seconds = self.pricing.op_seconds(steps)
         simulation = simulate(steps, seconds, between_s=self.pricing.between_s)
-        return Found(plan=plan, layout=layout, simulation=simulation, num_tries=1)
+        found = Found(plan=plan, layout=layout, simulation=simulation, num_tries=1)
+        return found, written_bytes(steps)
 
     def ranked(self) -> list[Choice]:
         """All that were simulated, the best first."""
         return [self.choices[name] for name in sorted(self.seen, key=lambda n: self.seen[n])]
 
     def best(self) -> Found:
-        """The best of all, with the plan of every kind of step."""
-        found = self.simulated(self.ranked()[0])
+        """The best of all, with the plan of every kind of step. Activations go to NVMe where that is worth it."""
+        found, _ = self.simulated(self._worth_writing())
         return dataclasses.replace(found, plan=plan_of(self.whole, found.layout))
+
+    def _worth_writing(self) -> Choice:
+        ranked = self.ranked()
+        best = ranked[0]
+        without = next((c for c in ranked if not c.stored), best)
+        limit = (1 - WORTH_WRITING) * self.seen[_name(without)][0]
+        return best if self.seen[_name(best)][0] < limit else without
 
     @property
     def is_at_the_limit(self) -> bool:
@@ -185,6 +210,7 @@ def _name(choice: Choice) -> tuple[object, ...]:
         choice.residents,
         choice.cached,
         choice.kept,
+        choice.stored,
     )
 
 
@@ -203,6 +229,7 @@ def _candidates(hunt: _Hunt, depths: Sequence[int]) -> Iterator[Choice]:
         if static is None:
             continue
         found = True
+        static = dataclasses.replace(static, stored=frozenset())
         yield static
         empty = dataclasses.replace(static, residents=frozenset(), cached=frozenset())
         kinds = _kinds(hunt, empty)
@@ -287,6 +314,23 @@ def _worth(kind: BlockKind) -> float:
 
 
 # ------------------------------------------------------------------ local moves
+
+
+def _try_the_drive(hunt: _Hunt) -> None:
+    """The best with activations of more and more blocks on NVMe. Of few blocks, whose patterns are coarse, then with
+    those of one block or two elsewhere, while that helps."""
+    for choice in hunt.ranked()[:NUM_POLISHED]:
+        for other in storing(hunt.request, choice):
+            hunt.evaluate(other)
+    if len(able_to_keep(hunt.request)) > FEW_PLACES:
+        return
+    best = hunt.ranked()[0]
+    while not hunt.is_over:
+        for other in elsewhere(hunt.request, best):
+            hunt.evaluate(other)
+        if hunt.ranked()[0] is best:
+            return
+        best = hunt.ranked()[0]
 
 
 def _polish(hunt: _Hunt, patience: int) -> None:

@@ -69,5 +69,7 @@ def _with(request: Request, num_bytes: int) -> Request:
     budgets, weights = request.budgets, _here(request, request.budgets) - num_bytes
     ram = budgets.ram_bytes if request.on_device else weights
     device = weights if request.on_device else budgets.device_bytes
-    budgets = Budgets(ram_bytes=ram, device_bytes=device, activation_bytes=num_bytes)
+    budgets = dataclasses.replace(
+        budgets, ram_bytes=ram, device_bytes=device, activation_bytes=num_bytes
+    )
     return dataclasses.replace(request, budgets=budgets)

@@ -1,22 +1,28 @@
-"""A step's block inputs on their way off the device and back, as ops beside those of the weights.
+"""What waits off the device from forward to backward, on its way out and back, as ops beside those of the weights.
 
 What the engine's plan leaves out, since the bytes depend on the batch and no slot waits for them; the simulator needs
-it, because inputs and weights share the drive and a device's link:
+it, because they share the drive and a device's link with the weights:
 
-    to RAM beside a device    DOWNLOAD_INPUT after forward's visit, UPLOAD_INPUT before backward's
-    to NVMe                   STORE and FETCH; on a device a download before the one, an upload after the other
+    block inputs to RAM beside a device    DOWNLOAD_INPUT after forward's visit, UPLOAD_INPUT before backward's
+    block inputs to NVMe                   STORE and FETCH; on a device a download before the one, an upload after the
+                                           other
+    activations to NVMe                    STORE_ACTIVATIONS and FETCH_ACTIVATIONS, the same
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, StepPlan, Tier, Visit
 
-AHEAD = 1  # visits by which inputs are fetched before they are needed
+AHEAD = 1  # visits by which what waits is fetched before it is needed
 
 Move = tuple[Kind, Lane]
+Ways = tuple[Sequence[Move], Sequence[Move]]
+
+INPUTS_ON_NVME = (Kind.STORE, Kind.FETCH)
+ACTIVATIONS_ON_NVME = (Kind.STORE_ACTIVATIONS, Kind.FETCH_ACTIVATIONS)
 
 
 def with_stored_inputs(
@@ -28,20 +34,57 @@ def with_stored_inputs(
     the step as it is.
     """
     pairs = pairs_of(steps.visits)
-    out, back = _ways(tier, on_device=on_device)
-    if not num_bytes or not pairs or not out:
+    ways = _ways(tier, INPUTS_ON_NVME, on_device=on_device)
+    if not num_bytes or not pairs or not ways[0]:
         return steps
-    return _Inserted(steps, pairs, num_bytes // len(pairs), (out, back)).steps()
+    return _Inserted(
+        steps, pairs, dict.fromkeys(pairs.values(), num_bytes // len(pairs)), ways
+    ).steps()
 
 
-def _ways(tier: Tier, *, on_device: bool) -> tuple[list[Move], list[Move]]:
-    """What happens to an input after its forward visit, and before its backward visit, in order."""
+def with_stored_activations(
+    steps: StepPlan, num_bytes: Sequence[int], *, on_device: bool = False
+) -> StepPlan:
+    """The step with the activations of the visits that keep them on NVMe moved there and back.
+
+    num_bytes: of each block, those of all its visits. Without such visits, or where bytes are not known, the step as
+    it is.
+    """
+    all_pairs = pairs_of(steps.visits)
+    pairs = {
+        back: ahead
+        for back, ahead in all_pairs.items()
+        if steps.visits[ahead].keeps is Tier.NVME and steps.visits[ahead].block < len(num_bytes)
+    }
+    if not pairs:
+        return steps
+    turns: dict[int, int] = {}
+    for ahead in pairs.values():
+        block = steps.visits[ahead].block
+        turns[block] = turns.get(block, 0) + 1
+    shares = {
+        ahead: num_bytes[steps.visits[ahead].block] // turns[steps.visits[ahead].block]
+        for ahead in pairs.values()
+    }
+    ways = _ways(Tier.NVME, ACTIVATIONS_ON_NVME, on_device=on_device)
+    return _Inserted(steps, pairs, shares, ways).steps()
+
+
+def written_bytes(steps: StepPlan) -> int:
+    """Bytes that go to NVMe in a step."""
+    return sum(op.num_bytes for op in steps.ops if op.lane is Lane.NVME_WRITE)
+
+
+def _ways(tier: Tier, on_nvme: tuple[Kind, Kind], *, on_device: bool) -> Ways:
+    """What happens after the forward visit, and before the backward visit, in order. on_nvme: what moves there and
+    back."""
     out: list[Move] = []
     back: list[Move] = []
     if on_device and tier is not Tier.DEVICE:
         out, back = [(Kind.DOWNLOAD_INPUT, Lane.D2H)], [(Kind.UPLOAD_INPUT, Lane.H2D)]
     if tier is Tier.NVME:
-        out, back = [*out, (Kind.STORE, Lane.NVME_WRITE)], [(Kind.FETCH, Lane.NVME_READ), *back]
+        store, fetch = on_nvme
+        out, back = [*out, (store, Lane.NVME_WRITE)], [(fetch, Lane.NVME_READ), *back]
     return out, back
 
 
@@ -58,14 +101,10 @@ def pairs_of(visits: Sequence[Visit]) -> dict[int, int]:
 
 
 class _Inserted:
-    """The ops as they are numbered anew. ways: of an input, out and back."""
+    """The ops as they are numbered anew. num_bytes: by forward visit. ways: out and back."""
 
     def __init__(
-        self,
-        steps: StepPlan,
-        pairs: dict[int, int],
-        num_bytes: int,
-        ways: tuple[Sequence[Move], Sequence[Move]],
+        self, steps: StepPlan, pairs: dict[int, int], num_bytes: Mapping[int, int], ways: Ways
     ) -> None:
         self._steps, self._pairs, self._num_bytes = steps, pairs, num_bytes
         self._out, self._back = ways
@@ -76,7 +115,7 @@ class _Inserted:
         self._computed: dict[int, int] = {}  # visit -> new id of its COMPUTE
         self._stored: dict[
             int, int
-        ] = {}  # forward visit -> id of the last op that moves its input out
+        ] = {}  # forward visit -> id of the last op that moves out what it leaves
 
     def steps(self) -> StepPlan:
         """The step with all of them."""
@@ -98,7 +137,7 @@ class _Inserted:
         return StepPlan(visits=self._steps.visits, ops=tuple(self._ops))
 
     def _brought(self, v: int) -> int:
-        """Inputs of backward visit `v`, not before the visit AHEAD + 1 before it is over."""
+        """What backward visit `v` needs, not before the visit AHEAD + 1 before it is over."""
         after = [self._stored[self._pairs[v]]]
         before = self._computed.get(v - AHEAD - 1)
         if before is not None:
@@ -107,6 +146,7 @@ class _Inserted:
 
     def _moved(self, v: int, way: Sequence[Move], after: Sequence[int]) -> int:
         """One op after the other; the id of the last."""
+        num_bytes = self._num_bytes[self._pairs.get(v, v)]
         for kind, lane in way:
             op = Op(
                 id=-1,
@@ -115,7 +155,7 @@ class _Inserted:
                 visit=v,
                 block=self._names[v],
                 direction=self._steps.visits[v].direction,
-                num_bytes=self._num_bytes,
+                num_bytes=num_bytes,
             )
             after = [self._add(op, tuple(after), ())]
         return after[-1]

@@ -1,4 +1,5 @@
-"""Where the inputs of blocks wait for backward when they are not to stay on the device: RAM, or a scratch file.
+"""Where the inputs of blocks wait for backward when they are not to stay on the device: RAM, or a scratch file. And
+where activations do: a scratch file.
 
     kept = store.keep(hidden)     # in forward; `hidden` may be freed afterwards
     hidden = kept.take()          # in backward: fresh memory, the same bits, shape and strides
@@ -26,12 +27,15 @@ from time import perf_counter
 import torch
 
 from ssdtune.schedule.memory import STAGING_BYTES
-from ssdtune.schedule.plan import Direction, Kind, Lane, Tier
+from ssdtune.schedule.plan import Direction, Lane, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.kept import (
+    ACTIVATIONS,
+    INPUTS,
     MIB,
     MIN_BYTES,
     SEGMENT_BYTES,
+    Contents,
     InputsError,
     InputStore,
     Kept,
@@ -47,6 +51,7 @@ __all__ = [
     "Kept",
     "NvmeInputs",
     "RamInputs",
+    "make_activation_store",
     "make_input_store",
     "staging_bytes",
 ]
@@ -81,12 +86,36 @@ def make_input_store(
             "block inputs are to wait on NVMe (offload.block_inputs: nvme), but no folder is given.\n"
             "Set offload.path to a folder on a fast drive; nothing is left in it afterwards."
         )
+    file = _scratch(folder, INPUTS, "offload.block_inputs to device or ram")
+    return NvmeInputs(file, device=device, trace=trace, timeout_s=timeout_s)
+
+
+def make_activation_store(
+    *,
+    device: torch.device,
+    folder: Path | None = None,
+    trace: Callable[[TraceOp], None] = lambda op: None,
+    timeout_s: float = 600.0,
+) -> NvmeInputs:
+    """The store for activations that a plan has on NVMe, in a scratch file in `folder`. Raises ScratchError,
+    InputsError."""
+    if folder is None:
+        raise InputsError(
+            "activations are to wait on NVMe (offload.nvme_activations), but no folder is given.\n"
+            "Set offload.path to a folder on a fast drive; nothing is left in it afterwards."
+        )
+    file = _scratch(folder, ACTIVATIONS, "offload.nvme_activations to none")
+    return NvmeInputs(file, device=device, contents=ACTIVATIONS, trace=trace, timeout_s=timeout_s)
+
+
+def _scratch(folder: Path, contents: Contents, without: str) -> ScratchFile:
+    """The file in which they wait. without: what to set to do without."""
     if lies_in_ram(folder):
         raise InputsError(
-            f"{folder} lies in RAM (tmpfs): block inputs would take there what they are to free.\n"
-            "Set offload.path to a folder on a drive, or offload.block_inputs to device or ram."
+            f"{folder} lies in RAM (tmpfs): {contents.many} would take there what they are to free.\n"
+            f"Set offload.path to a folder on a drive, or {without}."
         )
-    return NvmeInputs(ScratchFile(folder), device=device, trace=trace, timeout_s=timeout_s)
+    return ScratchFile(folder, contents.many)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -119,6 +148,7 @@ class NvmeInputs(InputStore):
         file: ScratchFile,
         *,
         device: torch.device,
+        contents: Contents = INPUTS,
         trace: Callable[[TraceOp], None] = lambda op: None,
         timeout_s: float = 600.0,
         min_bytes: int = MIN_BYTES,
@@ -128,6 +158,7 @@ class NvmeInputs(InputStore):
         super().__init__(device=device, timeout_s=timeout_s, min_bytes=min_bytes)
         assert chunk_bytes % file.alignment == 0, (chunk_bytes, file.alignment)
         self.file, self.chunk_bytes, self._trace = file, chunk_bytes, trace
+        self.contents = contents
         pin = device.type != "cpu"
         # Those that nobody needs on the left, those that may be needed, the longest unused first, on the right.
         self._idle = deque(_Chunk(aligned_bytes(chunk_bytes, pin=pin)) for _ in range(num_chunks))
@@ -226,6 +257,12 @@ class NvmeInputs(InputStore):
     def _taken(self, record: Record) -> None:
         self.read_ahead()
 
+    def _passed_by(self, record: Record) -> None:
+        if record.is_done:
+            for piece in list(record.chunks):
+                self._disown(record, piece)
+        self.read_ahead()
+
     def _give_up(self, record: Record) -> None:
         for piece in list(record.chunks):
             self._disown(record, piece)
@@ -290,7 +327,7 @@ class NvmeInputs(InputStore):
         with self._changed:
             self._wait(
                 lambda: record.error is not None or (chunk is not None and chunk.is_filled),
-                f"for the input of {record.label or 'a block'} to be read",
+                f"for {self.contents.one} of {record.label or 'a block'} to be read",
             )
         if record.error is not None:
             raise record.error
@@ -303,7 +340,7 @@ class NvmeInputs(InputStore):
         self.waited_s += perf_counter() - start
         if not is_in_time:
             raise InputsError(
-                f"waited {self.timeout_s:.0f} s for block inputs {what}: {self.file.place} does not answer.\n"
+                f"waited {self.timeout_s:.0f} s for {self.contents.many} {what}: {self.file.place} does not answer.\n"
                 "The drive hangs or is slower than planned: see `ssdtune doctor`."
             )
 
@@ -369,7 +406,7 @@ class NvmeInputs(InputStore):
         number = getattr(error, "errno", None)
         reason = f"{getattr(error, 'strerror', None) or error} (errno {number})"
         explained = InputsError(
-            f"cannot {verb} {part.stop - part.start:,} bytes of the input of {job.record.label or 'a block'}, "
+            f"cannot {verb} {part.stop - part.start:,} bytes of {self.contents.one} of {job.record.label or 'a block'}, "
             f"{'to' if job.is_write else 'from'} {self.file.place}: {reason}.\n"
             "Look at the drive (dmesg), or point offload.path to another one."
         )
@@ -381,7 +418,7 @@ class NvmeInputs(InputStore):
         self._trace(
             TraceOp(
                 op_id=UNPLANNED,
-                kind=Kind.STORE if job.is_write else Kind.FETCH,
+                kind=self.contents.store if job.is_write else self.contents.fetch,
                 lane=Lane.NVME_WRITE if job.is_write else Lane.NVME_READ,
                 block=job.record.label,
                 direction=Direction.FORWARD if job.is_write else Direction.BACKWARD,

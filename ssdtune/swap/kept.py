@@ -1,4 +1,5 @@
-"""What block inputs that wait off the device have in common: which are kept, for how long, and what a tier must do."""
+"""What tensors that wait off the device for backward have in common: which are kept, for how long, and what a tier must
+do."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.schedule.plan import Kind
 from ssdtune.swap.scratch import Space
 from ssdtune.swap.storage import aligned_bytes
 
@@ -23,7 +25,37 @@ MOST_STRETCH = 2  # a view that spans more than so many times its own bytes is n
 
 
 class InputsError(SSDTuneError):
-    """A block input that could not be stored or brought back."""
+    """A block input, or an activation, that could not be stored or brought back."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a store holds, for messages and the trace.
+
+    one, many: of them in words. without: how to do without the store. store, fetch: the trace's ops.
+    """
+
+    one: str
+    many: str
+    without: str
+    store: Kind
+    fetch: Kind
+
+
+INPUTS = Contents(
+    one="the input",
+    many="block inputs",
+    without="set offload.block_inputs: device",
+    store=Kind.STORE,
+    fetch=Kind.FETCH,
+)
+ACTIVATIONS = Contents(
+    one="an activation",
+    many="activations",
+    without="set offload.nvme_activations: none",
+    store=Kind.STORE_ACTIVATIONS,
+    fetch=Kind.FETCH_ACTIVATIONS,
+)
 
 
 class Kept:
@@ -40,6 +72,10 @@ class Kept:
         May be called again until the next step begins.
         """
         return self._store._take(self._record)
+
+    def pass_by(self) -> None:
+        """Backward went by without it: nobody brings it back ahead any more. It may still be taken, as above."""
+        self._store._pass_by(self._record)
 
     def __del__(self) -> None:
         # Garbage may be collected anywhere, inside the store's own locks too: the store looks later.
@@ -75,7 +111,10 @@ class InputStore:
 
     `used_bytes`: what waits in the store now. `reserved_bytes`: what it holds for that. `waited_s`: how long
     compute stood still for it in this step. One thread at a time may call (forward's, then autograd's).
+    contents: what they are.
     """
+
+    contents: Contents = INPUTS
 
     def __init__(
         self, *, device: torch.device, timeout_s: float, min_bytes: int = MIN_BYTES
@@ -125,6 +164,12 @@ class InputStore:
         if known is not None and known._store is self and not known._record.is_released:
             known._record.times_kept += 1
             return known
+        kept = self.store(tensor, label)
+        tensor._ssdtune_kept = (tensor._version, weakref.ref(kept))  # type: ignore[attr-defined]
+        return kept
+
+    def store(self, tensor: torch.Tensor, label: str = "") -> Kept:
+        """Stores a tensor of any size and kind as it is now. Raises as `keep` does."""
         detached, span = tensor.detach(), span_of(tensor)
         record = Record(label, tensor.shape, tensor.stride(), tensor.dtype, span * tensor.itemsize)
         with self._calls, torch.no_grad():
@@ -135,9 +180,7 @@ class InputStore:
             except BaseException:
                 self._release(record)
                 raise
-        kept = Kept(self, record)
-        tensor._ssdtune_kept = (tensor._version, weakref.ref(kept))  # type: ignore[attr-defined]
-        return kept
+        return Kept(self, record)
 
     def close(self) -> None:
         """Gives everything back. What is kept can't be taken afterwards."""
@@ -160,9 +203,9 @@ class InputStore:
         with self._calls, torch.no_grad():
             if record.is_released:
                 raise InputsError(
-                    f"the input of {record.label or 'a block'} was taken back by an earlier backward and its space "
-                    "given to a later step.\nRun backward over a retained graph before the next forward, or set "
-                    "offload.block_inputs: device."
+                    f"{self.contents.one} of {record.label or 'a block'} was taken back by an earlier backward and its "
+                    "space given to a later step.\nRun backward over a retained graph before the next forward, or "
+                    f"{self.contents.without}."
                 )
             count = record.num_bytes // record.dtype.itemsize
             if self._back is None:
@@ -179,6 +222,12 @@ class InputStore:
             record.times_taken += 1
             self._taken(record)
             return flat.as_strided(record.shape, record.stride)
+
+    def _pass_by(self, record: Record) -> None:
+        with self._calls:
+            if not (record.is_released or record.is_done):
+                record.times_taken += 1
+                self._passed_by(record)
 
     def _release_forgotten(self) -> None:
         while self._forgotten:
@@ -206,6 +255,9 @@ class InputStore:
 
     def _taken(self, record: Record) -> None:
         """A tensor has just been taken; more may be brought nearer."""
+
+    def _passed_by(self, record: Record) -> None:
+        """Somebody has no need of it; more may be brought nearer where nobody has."""
 
     def _give_up(self, record: Record) -> None:
         raise NotImplementedError

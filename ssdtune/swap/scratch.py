@@ -67,7 +67,7 @@ class Space:
 
 
 class ScratchFile:
-    """A nameless file in `folder`, which is made where it is missing. Raises ScratchError.
+    """A nameless file in `folder`, which is made where it is missing. what: it is for, in messages. Raises ScratchError.
 
     Attributes:
         place: how messages name it.
@@ -77,8 +77,8 @@ class ScratchFile:
         num_bytes: reserved so far.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, what: str = "block inputs") -> None:
+        self.folder, self._what = Path(folder), what
         self.place = f"a scratch file in {self.folder}"
         self.num_bytes = 0
         self._plain, self._direct, self.alignment = _open_nameless(self.folder)
@@ -104,7 +104,7 @@ class ScratchFile:
             os.posix_fallocate(self._plain, self.num_bytes, num_bytes - self.num_bytes)
         except OSError as error:
             os.ftruncate(self._plain, self.num_bytes)  # a failed reservation may keep what it got
-            why = no_room(num_bytes, "block inputs", self.folder, error)
+            why = no_room(num_bytes, self._what, self.folder, error)
             raise ScratchError(f"{why} or train on fewer tokens a step.") from error
         self.num_bytes = num_bytes
 
@@ -193,7 +193,7 @@ def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
             f"cannot make a scratch file in {folder}: {reason_of(error)}.\n"
             "Set offload.path to a folder on a fast drive that you may write to."
         ) from error
-    path, plain = own / "block-inputs", None
+    path, plain = own / "scratch", None
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         plain = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)

@@ -12,7 +12,7 @@ import torch
 from ssdtune.memory import free_ram
 from ssdtune.profiles import own_profile
 from ssdtune.schedule.job import mean_padded
-from ssdtune.schedule.memory import ACTIVATIONS, INPUTS, MOST_STATES, NUM_STATES
+from ssdtune.schedule.memory import ACTIVATIONS, INPUTS, MOST_STATES, NUM_STATES, STORED
 from ssdtune.sizes import format_size
 from ssdtune.trainer.scheduling import Schedule
 from ssdtune.visit.memory import hold_to, predict, resident_set_bytes
@@ -85,7 +85,7 @@ def forecast(
     """The peak of a step whose micro-batches are all of the longest row.
 
     Where free RAM is short of it, the heap is held to it from now on, and where it is not enough that is said. Room for
-    block inputs on NVMe is reserved now. Raises ScratchError where the drive has no such room.
+    block inputs and activations on NVMe is reserved now. Raises ScratchError where the drive has no such room.
 
     longest_row: tokens. base_bytes: what the process held before the model was opened.
     """
@@ -98,6 +98,9 @@ def forecast(
     store = trainer.streamer.input_store
     if store is not None:
         store.reserve(_kept_bytes(peak))
+    activations = trainer.streamer.activations.store
+    if activations is not None:
+        activations.reserve(peak.nvme.get(STORED, 0))
     return peak
 
 

@@ -291,9 +291,10 @@ def open_model(config: TrainConfig) -> Any:
 
 
 def _with_folder(config: TrainConfig) -> TrainConfig:
-    """Block inputs on NVMe lie in output_dir where no folder was given."""
+    """Block inputs and activations on NVMe lie in output_dir where no folder was given."""
     offload = config.offload
-    if offload.block_inputs != "nvme" or offload.path is not None:
+    is_used = offload.block_inputs == "nvme" or offload.nvme_activations
+    if not is_used or offload.path is not None:
         return config
     offload = dataclasses.replace(offload, path=config.output_dir)
     return dataclasses.replace(config, offload=offload)
@@ -384,6 +385,7 @@ def _settled(
         ram=offload.ram is None,
         vram=offload.vram is None,
         activations=offload.activations is None,
+        drive=_drive_for(config),
         tiers=_tiers_for(config, trainer.streamer.engine.plan.on_device),
     )
     inputs = settle_inputs(
@@ -407,6 +409,15 @@ def _settled(
     watch = Watch(schedule, telemetry, say)
     trainer.add_callback(watch)
     return peak, watch
+
+
+def _drive_for(config: TrainConfig) -> Path | None:
+    """The folder whose free space activations may take, where nobody said how much; None: of none."""
+    from ssdtune.swap.scratch import lies_in_ram
+
+    folder = config.offload.path or config.output_dir
+    is_open = config.offload.nvme_activations is None and config.method != "zo"
+    return folder if is_open and not lies_in_ram(folder) else None
 
 
 def _tiers_for(config: TrainConfig, on_device: bool) -> tuple[Tier, ...]:

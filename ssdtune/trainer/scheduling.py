@@ -81,6 +81,7 @@ class Schedule:
             kind=self.passes.kind,
             num_micro_batches=self.passes.num,
             stored_bytes=self.stored_bytes,
+            activation_bytes=self.activation_bytes,
             factors=factors,
         )
 

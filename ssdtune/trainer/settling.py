@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ssdtune.schedule.grid import best_of, words_of
+from ssdtune.schedule.outcome import AUTO_DRIVE_SHARE
 from ssdtune.schedule.plan import Lane, Plan, Tier
 from ssdtune.schedule.planner import least_of
 from ssdtune.schedule.profile import ProfileError
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ssdtune.schedule.planner import Request
     from ssdtune.trainer.forecast import Rehearsals
     from ssdtune.trainer.scheduling import Schedule
+    from ssdtune.visit.streamer import Streamer
 
 AUTO_SHARE = 0.8  # of the memory that nothing else is predicted to take
 UNKNOWN = "was never measured"
@@ -28,11 +31,13 @@ UNKNOWN = "was never measured"
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Auto:
     """What nobody has set: budgets for weights (vram means nothing without a device) and for activations that stay;
-    tiers: where block inputs may wait, the nearest first; empty: where they do now."""
+    drive: a folder whose free space activations may take, None: what the plan says; tiers: where block inputs may wait,
+    the nearest first; empty: where they do now."""
 
     ram: bool
     vram: bool = False
     activations: bool = False
+    drive: Path | None = None
     tiers: tuple[Tier, ...] = ()
 
 
@@ -54,10 +59,11 @@ def settle(
     request, plan = settling.request(), streamer.engine.plan
     budgets = request.budgets
     # Before anything was known of activations, the plan let all blocks keep them.
-    must = bool(plan.kept_blocks)
+    must = bool(plan.kept_blocks or plan.stored_blocks)
     if schedule is not None:
         found = schedule.improve(request, shares=settling.shares, must=must)
         if found is not None:
+            _open_store(streamer, auto.drive)
             return True
     if plan.ram_bytes <= budgets.ram_bytes and (
         not plan.on_device or plan.device_bytes <= budgets.device_bytes
@@ -65,6 +71,19 @@ def settle(
         return False
     streamer.replanner.adopt(streamer, request, None)
     return True
+
+
+def _open_store(streamer: Streamer, drive: Path | None) -> None:
+    """Opens the store for activations where the plan has some on a drive that nobody named; where it has none, later
+    plans have none either."""
+    if drive is None:
+        return
+    if streamer.engine.plan.stored_blocks:
+        streamer.keep_activations_in(drive)
+        return
+    replanner = streamer.replanner
+    budgets = dataclasses.replace(replanner.request.budgets, nvme_activation_bytes=0)
+    replanner.request = dataclasses.replace(replanner.request, budgets=budgets)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +173,8 @@ class _Settling:
         request = dataclasses.replace(request, block_inputs=plan.block_inputs)
         if self.schedule is not None:
             request = dataclasses.replace(request, activation_bytes=self.schedule.activation_bytes)
+            if self.auto.drive is not None and "nvme_write" in self.schedule.profile.transfers:
+                request = _with_drive(request, self.auto.drive)
         if not (self.auto.ram or self.auto.vram):
             return request
         budgets, least = request.budgets, least_of(request)
@@ -204,3 +225,10 @@ class _Settling:
             spare = spare_vram(peak, self.streamer.engine.slots.device)
             device += int(AUTO_SHARE * spare)
         return ram, device
+
+
+def _with_drive(request: Request, folder: Path) -> Request:
+    """Activations may take a share of what is free there."""
+    num_bytes = int(AUTO_DRIVE_SHARE * shutil.disk_usage(folder).free)
+    budgets = dataclasses.replace(request.budgets, nvme_activation_bytes=num_bytes)
+    return dataclasses.replace(request, budgets=budgets)

@@ -200,7 +200,7 @@ def progress_line(
     if record.num_misses:
         parts.append(f"{record.num_misses} misses")
     if record.num_over:
-        parts.append(f"{record.num_over} passes over offload.activations")
+        parts.append(f"{record.num_over} passes over the budgets for activations")
     if left_s is not None and state.global_step < state.max_steps:
         parts.append(f"ETA {duration(left_s)}")
     return "  ".join(parts)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ssdtune.schedule.plan import Direction, Plan
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.fills import Pools
-from ssdtune.swap.inputs import make_input_store
+from ssdtune.swap.inputs import make_activation_store, make_input_store
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.visit.blocks import find_points
@@ -39,13 +39,18 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     plan = drafted.replanner.plan()
     streamer = Streamer([g.label for g in groups])
     streamer.micro_batch_size = options.micro_batch_size
-    streamer.make_input_store = partial(
-        make_input_store,
-        device=options.device,
-        trace=lambda op: streamer.engine.trace.append(op),
-        timeout_s=options.timeout_s,
+    streamer.make_input_store, streamer.make_activation_store = (
+        partial(
+            make,
+            device=options.device,
+            trace=lambda op: streamer.engine.trace.append(op),
+            timeout_s=options.timeout_s,
+        )
+        for make in (make_input_store, make_activation_store)
     )
     streamer.keep_inputs_in(options.block_inputs, options.scratch)
+    if options.budgets.nvme_activation_bytes:
+        streamer.keep_activations_in(options.scratch)
     with ReaderPool(options.storage, num_threads=options.reader_threads) as pool:
         _load_resident(model, drafted.placements, meta, pool, options)
     _install_placeholders(model, groups, streamer, options.device)

@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.schedule.plan import Direction
+from ssdtune.schedule.plan import Direction, Tier
+from ssdtune.swap.inputs import Kept
 from ssdtune.visit import records
 from ssdtune.visit.activations import Activations, Graph, saving
 from ssdtune.visit.thread_state import ThreadState
@@ -31,8 +32,9 @@ Inner = Callable[..., Any]
 
 class Host(Protocol):
     """What a visit needs of the streamer. `gradless`: by way of being called, a block's results without gradient.
-    `activations`: those that stay. `inputs_leave`: whether block inputs are kept off the device."""
+    `activations`: those that stay. `blocks`: names. `inputs_leave`: whether block inputs are kept off the device."""
 
+    blocks: list[str]
     gradless: dict[Any, tuple[int, ...]]
     activations: Activations
 
@@ -91,24 +93,37 @@ class _Call:
         self._note_gradless(key, outs)
         return outs if is_known else [_detached(o) for o in outs]
 
-    def forward_kept(self, flat: list[Any], elsewhere: list[Any]) -> tuple[list[Any], Graph | None]:
+    def forward_kept(
+        self, rest: list[Any], tier: Tier, left: dict[int, Kept]
+    ) -> tuple[list[Any], Graph | None]:
         """The flat results and their graph; None where it takes more than may be kept.
 
-        elsewhere: what is held anyway, and takes nothing here.
+        rest: trainable parameters and arguments, as they are held anyway. tier: where what autograd saves is to stay.
+        left: by position, arguments that wait off the device.
         """
-        key, host = self._key(flat), self.host
-        leaves = _leaves(flat)
-        held = [x for x in elsewhere if isinstance(x, torch.Tensor)]
-        if host.inputs_leave:  # others' do, this block's stays for its graph
+        host, n = self.host, self.num_trainable
+        flat = rest[n:]
+        key, leaves = self._key(flat), _leaves(flat)
+        held = [x for i, x in enumerate(rest) if isinstance(x, torch.Tensor) and i not in left]
+        if (
+            host.inputs_leave and tier is Tier.DEVICE
+        ):  # others' do, this block's stays for its graph
             held = [x for x in held if isinstance(x, nn.Parameter) or not x.requires_grad]
+        leaving = host.activations.leaving(tier, [(rest[i], kept) for i, kept in left.items()])
         with (
             torch.enable_grad(),
             _no_autocast_cache(),
-            saving(held, host.slot_memory) as sizes,
+            saving(held, host.slot_memory, leaving) as sizes,
         ):
             outs, self.out = self.run(leaves)
         self._note_gradless(key, outs)
-        return [_detached(o) for o in outs], host.activations.keep(leaves, outs, sum(sizes))
+        results = [_detached(o) for o in outs]
+        label = host.blocks[self.block]
+        graph = host.activations.keep(leaves, outs, sum(sizes), leaving, label)
+        for i in left:
+            # What accumulates its gradient holds a leaf as long as the graph is there.
+            leaves[i - n].data = leaves[i - n].new_empty(0)
+        return results, graph
 
     def _key(self, flat: list[Any]) -> Any:
         """By way of being called, what tells which results have a gradient."""
@@ -236,14 +251,14 @@ class _Visit(torch.autograd.Function):
         ctx.call = call
         ctx.graph = None
         ctx.set_materialize_grads(False)
-        n, stays = call.num_trainable, call.host.activations.wants(call.block)
-        held = _save(ctx, call, rest, may_leave=not stays)
-        if stays:
-            outs, ctx.graph = call.forward_kept(held[n:], held)
-            if ctx.graph is None:
-                _save(ctx, call, rest, may_leave=True)
+        tier = call.host.activations.place(call.block)
+        held = _save(ctx, call, rest, may_leave=tier is not Tier.DEVICE)
+        if tier is None:
+            outs = call.forward(list(rest[call.num_trainable :]))
         else:
-            outs = call.forward(list(rest[n:]))
+            outs, ctx.graph = call.forward_kept(held, tier, _left(ctx))
+            if ctx.graph is None and tier is Tier.DEVICE:
+                _save(ctx, call, rest, may_leave=True)
         ctx.mark_non_differentiable(*[outs[i] for i in call.gradless])
         return tuple(outs)
 
@@ -251,11 +266,11 @@ class _Visit(torch.autograd.Function):
     def backward(ctx: Any, *grad_outs: torch.Tensor | None) -> tuple[Any, ...]:
         call: _Call = ctx.call
         call.host.present(call.block, Direction.BACKWARD)
-        rest = _restore(ctx)
         n = call.num_trainable
-        trainable = rest[:n]
         # A second backward through a retained graph finds its activations gone, and recomputes.
         graph, ctx.graph = ctx.graph, None
+        rest = _restore(ctx, None if graph is None else n)
+        trainable = rest[:n]
         if graph is None:
             flat, ends = _recomputed(call, rest[n:])
         else:
@@ -264,7 +279,7 @@ class _Visit(torch.autograd.Function):
         wanted = [x for x in flat if isinstance(x, torch.Tensor) and x.requires_grad]
         inputs = [*trainable, *wanted]
         if not pairs or not inputs:
-            return (None,) * (1 + len(rest))
+            return (None,) * (1 + len(ctx.places))
         found = torch.autograd.grad(
             [end for end, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True
         )
@@ -274,7 +289,7 @@ class _Visit(torch.autograd.Function):
             for x in flat
         ]
         if graph is not None:
-            graph.release()
+            graph.finish()
         return (None, *found[:n], *grads)
 
 
@@ -318,9 +333,15 @@ def _save(ctx: Any, call: _Call, rest: tuple[Any, ...], *, may_leave: bool) -> l
     return held
 
 
-def _restore(ctx: Any) -> list[Any]:
+def _left(ctx: Any) -> dict[int, Kept]:
+    """By position, the arguments that `_save` gave to the host."""
+    return {i: value[0] for i, (how, value) in enumerate(ctx.places) if how == "kept"}
+
+
+def _restore(ctx: Any, num: int | None) -> list[Any]:
+    """The first so many of the trainable parameters and arguments; None: all."""
     saved, rest = ctx.saved_tensors, []
-    for how, value in ctx.places:
+    for how, value in ctx.places[:num]:
         if how == "saved":
             rest.append(saved[value])
         elif how == "kept":

@@ -145,6 +145,7 @@ class Streamer:
         self.origin: Origin  # where the weights are that they were packed from
         self.replanner: Replanner
         self.make_input_store: Callable[..., InputStore | None]  # tier, folder=…
+        self.make_activation_store: Callable[..., InputStore]  # folder=…
         self.blocks = list(blocks)
         self.step = 0
         self.micro_batch_size: int | None = (
@@ -256,6 +257,7 @@ class Streamer:
         self._variants.clear()
         if self.input_store is not None:
             self.input_store.begin_step(self.step)
+        self.activations.begin_step(self.step)
         if kind == "train":
             self.accumulation.begin(p for meeting in self.meetings for p in meeting.trainable())
         self.activations.follow(self.engine.plan)
@@ -364,6 +366,14 @@ class Streamer:
             self.input_store.close()
         self.input_store = store
 
+    def keep_activations_in(self, folder: Path | None) -> None:
+        """From now on activations that the plan has on NVMe wait in a scratch file there; between steps.
+
+        Raises ScratchError, InputsError, all as it was.
+        """
+        assert self._hub is None, "a forward is under way"
+        self.activations.wait_in(self.make_activation_store(folder=folder))
+
     @property
     def inputs_leave(self) -> bool:
         """Whether block inputs are kept off the device until backward."""
@@ -413,3 +423,4 @@ class Streamer:
         self.engine.close()
         if self.input_store is not None:
             self.input_store.close()
+        self.activations.close()
