@@ -263,7 +263,9 @@ def test_losses_and_weights_equal_a_plain_in_memory_trainer(load, model, data, t
 def test_activations_that_wait_on_the_drive_change_no_bit(load, finished, capsys):
     result = train_from_config(load("stored", "--offload.nvme_activations", "1GB"))
     told = capsys.readouterr().out
-    assert re.search(r"activations of \d blocks wait on NVMe for backward, within 1 GB", told), told
+    assert re.search(
+        r"activations of \d blocks wait on NVMe for backward, within 1\.00 GB", told
+    ), told
     expected, found = adapter(finished[0].output_dir), adapter(result.output_dir)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     kinds = {line["kind"] for line in lines_of(result.output_dir / "trace.jsonl")}

@@ -297,7 +297,7 @@ class NvmeInputs(InputStore):
                 "to be written, so that a chunk is free",
             )
             if self._error is not None:
-                raise self._error
+                raise _anew(self._error)
             return self._own(self._idle.popleft(), record, piece)
 
     def _own(self, chunk: _Chunk, record: Record, piece: int) -> _Chunk:
@@ -330,7 +330,7 @@ class NvmeInputs(InputStore):
                 f"for {self.contents.one} of {record.label or 'a block'} to be read",
             )
         if record.error is not None:
-            raise record.error
+            raise _anew(record.error)
         assert chunk is not None
         return chunk
 
@@ -428,3 +428,10 @@ class NvmeInputs(InputStore):
                 num_bytes=part.stop - part.start,
             )
         )
+
+
+def _anew(error: InputsError) -> InputsError:
+    """The same error, to be raised: what was raised holds the frames it passed, and with them what they kept."""
+    made = InputsError(str(error))
+    made.__cause__ = error.__cause__
+    return made

@@ -72,6 +72,7 @@ class Graph:
         self.edges, self.leaves = {}, []
         if self._leaving is not None:
             self._owner.stored_bytes -= self._leaving.num_bytes
+            self._leaving.let_go()
             self._leaving = None
 
     def __del__(self) -> None:
@@ -94,6 +95,7 @@ class Activations:
         self._kept: frozenset[int] = frozenset()
         self._stored: frozenset[int] = frozenset()
         self._budgets = Budgets(ram_bytes=0)
+        self._is_full = False  # a visit of this step found no room in memory
 
     def follow(self, plan: Plan) -> None:
         """From now on what this plan keeps."""
@@ -103,6 +105,7 @@ class Activations:
 
     def begin_step(self, step: int) -> None:
         """A step begins: what the last one has left in the store makes room."""
+        self._is_full = False
         if self.store is not None:
             self.store.begin_step(step)
 
@@ -117,7 +120,8 @@ class Activations:
         has no room for goes to NVMe where that has."""
         if block not in self._kept and block not in self._stored:
             return None
-        if block in self._kept and self.held_bytes < self._budgets.activation_bytes:
+        has_room = self.held_bytes < self._budgets.activation_bytes
+        if block in self._kept and has_room and not (self._is_full and self.store is not None):
             return Tier.DEVICE
         if self.store is not None and self.stored_bytes < self._budgets.nvme_activation_bytes:
             return Tier.NVME
@@ -151,6 +155,7 @@ class Activations:
             room = self._budgets.nvme_activation_bytes - self.stored_bytes
             fits = leaving.num_bytes <= room
         if not fits:
+            self._is_full = self._is_full or leaving is None
             self.num_over += 1
             return None
         if leaving is None:

@@ -16,6 +16,7 @@ elsewhere that begins in between stays in memory.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -46,6 +47,10 @@ class _Piece:
         assert self._memory is not None
         self.kept = store.store(self._memory, label)
         self._memory = None
+
+    def let_go(self) -> None:
+        """Out of the store, unless others hold it there."""
+        self.kept = self._memory = None
 
     def take(self) -> torch.Tensor:
         """Its bytes, uint8, for one of the views."""
@@ -79,18 +84,24 @@ class Leaving:
     """The storages of one micro-batch's visit of a block.
 
     store: where to. inputs: of the block, each with its place in a store where it waits anyway; what autograd saves of
-    them is found there. num_bytes: that go to the store.
+    them is found there. num_bytes: that leave.
     """
 
     def __init__(self, store: InputStore, inputs: Iterable[tuple[torch.Tensor, Kept]]) -> None:
         self._store = store
-        self._pieces: dict[int, _Piece] = {}  # storage -> piece, the one saved last at the end
+        # Storage -> piece, the one saved last at the end. What forward itself let go of again need not leave.
+        self._pieces: weakref.WeakValueDictionary[int, _Piece] = weakref.WeakValueDictionary()
         self._inputs = {
             x.untyped_storage()._cdata: _Piece(None, kept, span_of(x) * x.itemsize, x.data_ptr())
             for x, kept in inputs
             if x.data_ptr() % LINE_BYTES == 0
         }
-        self.num_bytes = 0
+        self._left: list[_Piece] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """See the class."""
+        return sum(piece.num_bytes for piece in (*self._left, *self._pieces.values()))
 
     def view(self, saved: torch.Tensor) -> InPiece | None:
         """What stands for the tensor; None where it is better left in memory: small, or not plain bytes on a line."""
@@ -113,7 +124,6 @@ class Leaving:
         piece = self._pieces.pop(storage._cdata, None)
         if piece is None:
             piece = _Piece(_bytes_of(saved), None, storage.nbytes(), storage.data_ptr())
-            self.num_bytes += piece.num_bytes
         self._pieces[storage._cdata] = piece
         return piece
 
@@ -123,6 +133,13 @@ class Leaving:
         self._pieces.clear()  # autograd has what it needs of them
         for piece in pieces:
             piece.leave(self._store, label)
+            self._left.append(piece)
+
+    def let_go(self) -> None:
+        """Nobody comes back for them: their space is free. Takes no lock."""
+        for piece in self._left:
+            piece.let_go()
+        self._left.clear()
 
     def pass_by(self) -> None:
         """Backward is over: inputs that it had no use for need not be brought back."""
