@@ -25,9 +25,11 @@ REFERENCE = {
     "num_hidden_layers": 4,
     "vocab_size": 1024,
 }
-REFERENCE_TOKENS = (16, 64, 128, 256, 512)
+REFERENCE_TOKENS = (16, 64, 128, 256)
 LEAST_FACTOR = 1.0  # within a model nothing is faster than alone
 PACE_PRODUCT = (128, 576, 1536)  # tokens, width, width of the result
+WARM_UPS = 2  # steps that allocate
+LONG_PASSES_S = 2.0  # all steps at a length: beyond it FEW_ROUNDS do
 REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more tokens
 
 
@@ -100,7 +102,10 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Itera
     engine = model.get_base_model().ssdtune.engine
     times: dict[Direction, list[float]] = {direction: [] for direction in Direction}
     dtype, paces = getattr(torch, work.dtype), list[float]()
-    for _ in range(timing.ROUNDS + 2):
+    start = perf_counter()
+    for num in range(WARM_UPS + timing.ROUNDS):
+        if num >= WARM_UPS + timing.FEW_ROUNDS and perf_counter() - start > LONG_PASSES_S:
+            break
         paces.append(_pace(operators, ids.device, dtype))
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
@@ -111,7 +116,7 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Itera
     curves = Profile(name="probe", operators={work.dtype: operators}, transfers={})
     for direction, measured in times.items():
         each = work.passes["train"][layer, direction][0]
-        steady = measured[2 * REFERENCE["num_hidden_layers"] :]  # the first steps allocate
+        steady = measured[WARM_UPS * REFERENCE["num_hidden_layers"] :]
         yield Point(
             each.num_calls - each.num_autograd_calls,
             each.num_autograd_calls,

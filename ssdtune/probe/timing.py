@@ -14,8 +14,9 @@ from ssdtune.schedule.curve import Curve, curve_of
 if TYPE_CHECKING:
     import torch
 
-ROUNDS = 5
-MAX_PIECE_S = 0.3  # larger sizes of what takes longer than this are left out: the last rate goes on
+ROUNDS, FEW_ROUNDS = 5, 3
+LONG_S = 0.08  # pieces that take longer vary less from round to round: FEW_ROUNDS do
+MAX_PIECE_S = 0.2  # larger sizes of what takes longer than this are left out: the last rate goes on
 TRIES = 3
 SLOW = 0.9  # of a piece's rounds are no slower than the second time of its point
 
@@ -43,9 +44,10 @@ def time_all(
         run()  # allocates, compiles, warms up
         wait()
         kept[size] = [timed(run, wait)]
-    for _ in range((rounds or ROUNDS) - 1):
+    for num in range(1, rounds or ROUNDS):
         for size, times in kept.items():
-            times.append(timed(pieces[size], wait))
+            if num < FEW_ROUNDS or times[0] <= LONG_S:
+                times.append(timed(pieces[size], wait))
     return curve_of((size, median(times), quantile(times, SLOW)) for size, times in kept.items())
 
 
