@@ -181,6 +181,7 @@ class Pricing:
             for works in (moves.shifts, moves.updates)
         )
         self._num_missed, self._num_of_step = moves.num_missed, 1 / moves.window
+        self._transfers_s: dict[tuple[Kind, Lane, int, int], float] = {}
 
     def simulation(self, plan: Plan) -> Simulation:
         """A steady step of the plan."""
@@ -226,7 +227,13 @@ class Pricing:
         return self._shift_s.get(visit.block, 0.0) + num * self._update_s.get(visit.block, 0.0)
 
     def _transfer_s(self, op: Op) -> float:
-        """Seconds of an op that moves bytes."""
+        """Seconds of an op that moves bytes; looked up, since a search asks for the same blocks' again and again."""
+        key = (op.kind, op.lane, op.num_bytes, op.decoded_bytes)
+        if key not in self._transfers_s:
+            self._transfers_s[key] = self._computed_transfer_s(op)
+        return self._transfers_s[key]
+
+    def _computed_transfer_s(self, op: Op) -> float:
         seconds = self.profile.transfer(_transfer_of(op)).seconds(op.num_bytes)
         if op.decoded_bytes:
             seconds += self.profile.transfer(DEVICE_DECODE).seconds(op.decoded_bytes)

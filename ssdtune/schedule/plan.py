@@ -403,6 +403,14 @@ def make_ops(
     return ops.linked()
 
 
+def _moved_bytes(kind: Kind, block: BlockShape) -> int:
+    if kind is Kind.COMPUTE:
+        return 0
+    if kind is Kind.LOAD:
+        return block.file_bytes
+    return block.uploaded_bytes if kind is Kind.UPLOAD else block.slot_bytes
+
+
 class _Ops:
     """The ops of a step as they are made, and who read each slot and each buffer last."""
 
@@ -427,11 +435,6 @@ class _Ops:
             after = [*after, self._last_reader[writes]]
         elif writes is not None:
             self._first_writers[op_id] = writes
-        num_bytes = {
-            Kind.LOAD: block.file_bytes,
-            Kind.COMPUTE: 0,
-            Kind.UPLOAD: block.uploaded_bytes,
-        }.get(kind, block.slot_bytes)
         is_decoded = kind is Kind.UPLOAD and block.is_packed
         self._ops.append(
             Op(
@@ -441,7 +444,7 @@ class _Ops:
                 visit=v,
                 block=block.name,
                 direction=self._visits[v].direction,
-                num_bytes=num_bytes,
+                num_bytes=_moved_bytes(kind, block),
                 decoded_bytes=block.slot_bytes if is_decoded else 0,
                 after=tuple(after),
             )

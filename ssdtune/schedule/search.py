@@ -45,11 +45,11 @@ from ssdtune.schedule.planner import (
     skeletons,
     static_choice,
 )
-from ssdtune.schedule.simulate import Simulation, simulate
+from ssdtune.schedule.simulate import Simulation, simulate, step_seconds
 from ssdtune.schedule.stored import written_bytes
 
 NUM_POLISHED = 3  # of the best candidates
-AT_LIMIT = 0.001  # beyond its compute: a step that has no time left to gain
+AT_LIMIT = 0.005  # of its compute, beyond it: a step that has next to no time left to gain
 WORTH_WRITING = 0.02  # of a step's time: less does not pay for wearing a drive
 FEW_PLACES = 8  # blocks up to which every one is tried elsewhere
 DIGITS = (
@@ -131,7 +131,7 @@ def search(request: Request, pricing: Priced, effort: Effort | None = None) -> F
     _polish(hunt, 10 + len(request.blocks) if effort.patience is None else effort.patience)
     best = hunt.best()
     validate(best.plan)
-    return dataclasses.replace(best, num_tries=len(hunt.seen))
+    return best
 
 
 class _Hunt:
@@ -159,24 +159,18 @@ class _Hunt:
             return self.seen[name]
         if self.is_over or room_for(self.request, choice) is None:
             return None
-        found, written = self.simulated(choice)
-        step_s = float(f"{found.simulation.step_s:.{DIGITS}g}")
-        read = found.plan.sequences[self.pricing.kind].read_bytes
-        memory = found.plan.slot_bytes + found.plan.ram_bytes + found.plan.activation_bytes
-        compute_s = found.simulation.busy_s.get(Lane.COMPUTE, 0.0) + self.pricing.between_s
-        self.seen[name] = (step_s, written, read, memory, compute_s)
+        plan = plan_of(self.request, layout_of(self.request, choice))
+        steps = self.pricing.steps(plan)
+        seconds, between_s = self.pricing.op_seconds(steps), self.pricing.between_s
+        step_s = float(f"{step_seconds(steps, seconds, between_s=between_s):.{DIGITS}g}")
+        read = plan.sequences[self.pricing.kind].read_bytes
+        memory = plan.slot_bytes + plan.ram_bytes + plan.activation_bytes
+        compute_s = between_s + sum(
+            s for op, s in zip(steps.ops, seconds, strict=True) if op.lane is Lane.COMPUTE
+        )
+        self.seen[name] = (step_s, written_bytes(steps), read, memory, compute_s)
         self.choices[name] = choice
         return self.seen[name]
-
-    def simulated(self, choice: Choice) -> tuple[Found, int]:
-        """The plan of a choice and its step; the bytes that the step writes to NVMe."""
-        layout = layout_of(self.request, choice)
-        plan = plan_of(self.request, layout)
-        steps = self.pricing.steps(plan)
-        seconds = self.pricing.op_seconds(steps)
-        simulation = simulate(steps, seconds, between_s=self.pricing.between_s)
-        found = Found(plan=plan, layout=layout, simulation=simulation, num_tries=1)
-        return found, written_bytes(steps)
 
     def ranked(self) -> list[Choice]:
         """All that were simulated, the best first."""
@@ -184,8 +178,15 @@ class _Hunt:
 
     def best(self) -> Found:
         """The best of all, with the plan of every kind of step. Activations go to NVMe where that is worth it."""
-        found, _ = self.simulated(self._worth_writing())
-        return dataclasses.replace(found, plan=plan_of(self.whole, found.layout))
+        layout = layout_of(self.request, self._worth_writing())
+        steps = self.pricing.steps(plan_of(self.request, layout))
+        seconds = self.pricing.op_seconds(steps)
+        return Found(
+            plan=plan_of(self.whole, layout),
+            layout=layout,
+            simulation=simulate(steps, seconds, between_s=self.pricing.between_s),
+            num_tries=len(self.seen),
+        )
 
     def _worth_writing(self) -> Choice:
         ranked = self.ranked()

@@ -30,14 +30,20 @@ def search_shares(request: Request, pricing: Priced, effort: Effort | None = Non
     request: its budget there is for both; of its budget for activations nothing is asked. Raises PlanError where
     nothing fits.
     """
-    best = search(_with(request, 0), pricing, effort)
+    rough = dataclasses.replace(effort or Effort(), patience=0)  # the best share alone is polished
+    best_share, step_s = (
+        _with(request, 0),
+        search(_with(request, 0), pricing, rough).simulation.step_s,
+    )
     for num_bytes in _tried(request):
+        share = _with(request, num_bytes)
         try:
-            found = search(_with(request, num_bytes), pricing, effort)
+            found_s = search(share, pricing, rough).simulation.step_s
         except PlanError:
             continue
-        if found.simulation.step_s < (1 - WORTH) * best.simulation.step_s:
-            best = found
+        if found_s < (1 - WORTH) * step_s:
+            best_share, step_s = share, found_s
+    best = search(best_share, pricing, effort)
     return _with_what_is_left(request, best) if best.plan.kept_blocks else best
 
 

@@ -11,7 +11,6 @@ it, because they share the drive and a device's link with the weights:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, StepPlan, Tier, Visit
@@ -109,32 +108,44 @@ class _Inserted:
         self._steps, self._pairs, self._num_bytes = steps, pairs, num_bytes
         self._out, self._back = ways
         self._names = {op.visit: op.block for op in steps.ops}
-        self._ops: list[Op] = []
-        self._previous: dict[int, tuple[int, ...]] = {}  # new id -> old ids in the step before
+        self._ops: list[
+            tuple[Op, Sequence[int]]
+        ] = []  # those of the step and new ones; new ids before them
         self._new: dict[int, int] = {}  # an op's id -> its new one
         self._computed: dict[int, int] = {}  # visit -> new id of its COMPUTE
-        self._stored: dict[
-            int, int
-        ] = {}  # forward visit -> id of the last op that moves out what it leaves
+        # Forward visit -> id of the last op that moves out what it leaves.
+        self._stored: dict[int, int] = {}
 
     def steps(self) -> StepPlan:
         """The step with all of them."""
         stored = set(self._pairs.values())
         for op in self._steps.ops:
-            extra = ()
+            after = [self._new[i] for i in op.after]
             if op.kind is Kind.COMPUTE and op.visit in self._pairs:
                 # After the weights of this visit, before those of the next: with three slots they wait for the same.
-                extra = (self._brought(op.visit),)
-            after = (*[self._new[i] for i in op.after], *extra)
-            self._new[op.id] = self._add(op, after, op.after_previous)
+                after.append(self._brought(op.visit))
+            self._new[op.id] = self._add(op, after)
             if op.kind is Kind.COMPUTE:
                 self._computed[op.visit] = self._new[op.id]
                 if op.visit in stored:
                     self._stored[op.visit] = self._moved(op.visit, self._out, [self._new[op.id]])
-        for i, previous in self._previous.items():
-            after = tuple(self._new[a] for a in previous)
-            self._ops[i] = dataclasses.replace(self._ops[i], after_previous=after)
-        return StepPlan(visits=self._steps.visits, ops=tuple(self._ops))
+        ops = (self._numbered(number, op, after) for number, (op, after) in enumerate(self._ops))
+        return StepPlan(visits=self._steps.visits, ops=tuple(ops))
+
+    def _numbered(self, number: int, op: Op, after: Sequence[int]) -> Op:
+        # Not dataclasses.replace, which takes several times as long: a search does this for every plan it looks at.
+        return Op(
+            id=number,
+            kind=op.kind,
+            lane=op.lane,
+            visit=op.visit,
+            block=op.block,
+            direction=op.direction,
+            num_bytes=op.num_bytes,
+            decoded_bytes=op.decoded_bytes,
+            after=tuple(after),
+            after_previous=tuple([self._new[i] for i in op.after_previous]),
+        )
 
     def _brought(self, v: int) -> int:
         """What backward visit `v` needs, not before the visit AHEAD + 1 before it is over."""
@@ -157,12 +168,9 @@ class _Inserted:
                 direction=self._steps.visits[v].direction,
                 num_bytes=num_bytes,
             )
-            after = [self._add(op, tuple(after), ())]
+            after = [self._add(op, after)]
         return after[-1]
 
-    def _add(self, op: Op, after: tuple[int, ...], previous: tuple[int, ...]) -> int:
-        op_id = len(self._ops)
-        if previous:
-            self._previous[op_id] = previous
-        self._ops.append(dataclasses.replace(op, id=op_id, after=after))
-        return op_id
+    def _add(self, op: Op, after: Sequence[int]) -> int:
+        self._ops.append((op, after))
+        return len(self._ops) - 1
