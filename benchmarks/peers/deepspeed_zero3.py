@@ -1,7 +1,10 @@
 """DeepSpeed ZeRO-3, parameters and optimizer states on NVMe: full fine-tuning in float32.
 
-Two settings stray from its defaults, because with them its losses are not those of training in
-memory (seen with 0.19.8 on a CPU with gloo): checkpointing is torch's reentrant one, and
+Three settings stray from its defaults, because with them its losses are not those of training in
+memory (0.19.8, CPU, gloo). It clips gradients to a norm of 1 where nothing is said (its pull request
+8068), which the twin does not. Non-reentrant checkpointing has wrong gradients: in a group of one
+process on a CPU a gathered parameter *is* the swap buffer (`partition_parameters.NoGatherHandle`), and
+what checkpointing saves of it is another parameter by the time backward reads it. And
 `stage3_max_reuse_distance` is 0. It trains LoRA with parameters on NVMe not at all.
 """
 
@@ -67,7 +70,8 @@ class DeepSpeedNvme(Base):
         return {
             "version": deepspeed.__version__,
             "trained_elements": self.elements,
-            "departs_from_defaults": "reentrant checkpointing, stage3_max_reuse_distance 0",
+            "departs_from_defaults": "no gradient clipping, reentrant checkpointing, "
+            "stage3_max_reuse_distance 0",
             "config": self.config,
         }
 
@@ -78,6 +82,7 @@ def zero3_config(spec: Spec, folder: Path, largest: int, num_micro: int) -> dict
     return {
         "train_micro_batch_size_per_gpu": spec["micro_rows"],
         "gradient_accumulation_steps": num_micro,
+        "gradient_clipping": 0.0,  # none, as its twin; left out, it clips to a norm of 1
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": spec["learning_rate"], "weight_decay": 0.0},
