@@ -1,6 +1,7 @@
 """Blocks that go back from their slots: every change arrives, nothing is read or filled too early, failures stop the run."""
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 
 from ssdtune.schedule.plan import Budgets, Direction, Kind, Lane
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.swap import engine as swap_engine
 from ssdtune.swap import stores
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.fills import Pools, SwapError
@@ -158,10 +160,58 @@ def test_a_store_that_fails_stops_the_visits(
     assert not told
 
 
+def test_what_a_failed_store_left_on_the_drive_is_not_read(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last store of a run: no visit comes after it, but the model is saved."""
+
+    def torn(fd: int, offset: int, content: memoryview) -> None:
+        os.pwrite(fd, content[: BYTES // 2], offset)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(stores, "write_all", torn)
+    engine.begin_step("forward")
+    slot, tensor = weight(engine, 0)
+    tensor += 1
+    assert engine.store(0, slot, nothing)
+    engine.leave()
+    with pytest.raises(SwapError, match=r"could not write layers\.0 .*EIO"):
+        engine.read_stored(0, 0)
+
+
 def test_what_was_begun_is_written_before_the_engine_is_gone(engine: Engine, path: Path) -> None:
     engine.begin_step("forward")
     slot, tensor = weight(engine, 0)
     tensor += 1
     engine.store(0, slot, nothing)
     engine.close()
+    assert on_drive(path)[0] == 1.0
+
+
+def test_a_store_that_outlasts_close_writes_to_no_other_file(
+    engine: Engine, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow drive: a file that is opened after `close` may get a closed one's descriptor."""
+    gate, write = threading.Event(), stores.write_all
+
+    def late(*given: Any) -> None:
+        assert gate.wait(10)
+        write(*given)
+
+    monkeypatch.setattr(stores, "write_all", late)
+    monkeypatch.setattr(swap_engine, "CLOSING_S", 0.1)
+    engine.begin_step("forward")
+    slot, tensor = weight(engine, 0)
+    tensor += 1
+    stored = threading.Event()
+    assert engine.store(0, slot, stored.set)
+    engine.close()
+    (tmp_path / "other").write_bytes(b"mine")
+    others = [os.open(tmp_path / "other", os.O_RDWR) for _ in range(32)]
+    gate.set()
+    done = stored.wait(5)
+    for fd in others:
+        os.close(fd)
+    assert (tmp_path / "other").read_bytes() == b"mine"
+    assert done
     assert on_drive(path)[0] == 1.0

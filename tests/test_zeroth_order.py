@@ -15,7 +15,9 @@ from support import cut, digests, make_pair, num_misses, with_lora
 
 from ssdtune.kernels import philox
 from ssdtune.kernels.noise import GAUSSIAN, QUANTILES, UNIT
-from ssdtune.schedule.plan import Lane
+from ssdtune.schedule.plan import Direction, Lane
+from ssdtune.swap import stores
+from ssdtune.swap.fills import SwapError
 from ssdtune.zeroth_order import FZOO, LOZO, EstimatorError, Fold, MeZO, ZerothOrder
 from ssdtune.zeroth_order.estimators import Shift
 from ssdtune.zeroth_order.updates import Directions, Family
@@ -285,6 +287,29 @@ def test_a_drive_without_room_changes_nothing(
             streamed_step(method, cut(batch, 2), num_trained(batch))
     assert not list((tmp_path / "scratch").iterdir())
     streamed_step(method, cut(batch, 2), num_trained(batch))
+    method.close()
+
+
+def test_a_block_that_was_not_stored_is_told_before_another_plan_reads_it(
+    tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda m: m)
+    method = ZerothOrder(pair.streamed, MeZO(), seed=SEED, fold=Fold(tmp_path / "scratch", 1))
+    for batch in batches("llama", 3):
+        streamed_step(method, cut(batch, 2), num_trained(batch))
+    streamer = pair.streamed.ssdtune
+    engine = streamer.engine
+    engine.await_stores()
+
+    def failing(*given: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(stores, "write_all", failing)
+    engine.begin_step("forward")
+    assert engine.store(0, engine.enter(0, Direction.FORWARD), lambda: None)
+    engine.leave()
+    with pytest.raises(SwapError, match="could not write"):
+        streamer.reopen(engine.plan)
     method.close()
 
 

@@ -194,7 +194,7 @@ class Engine:
 
     def read_stored(self, block: int, index: int) -> torch.Tensor:
         """The same, always from the file: what visits have made of a slot's content is left out, but for what was
-        stored."""
+        stored. Raises SwapError also where any store has failed."""
         self.await_stored(block)
         with torch.inference_mode(False), torch.no_grad():
             return self._read_from_file(block, index)
@@ -240,6 +240,12 @@ class Engine:
             if not self._changed.wait_for(lambda: block not in self._storing, self.timeout_s):
                 name = self.recipes[block].name
                 raise SwapError(f"{name} was not stored within {self.timeout_s:g} s")
+
+    def await_stores(self) -> None:
+        """Waits until nothing is being stored. Raises SwapError, also where a store has failed."""
+        for block in range(len(self.recipes)):
+            self.await_stored(block)
+        self._stores.check()
 
     def follow(self, plan: Plan) -> None:
         """From the next step on, another plan over the same slots: another order of visits."""
@@ -476,6 +482,7 @@ class Engine:
 
     def _read_from_file(self, block: int, index: int) -> torch.Tensor:
         """Reads what one tensor needs, into memory of its own."""
+        self._stores.check()
         recipe = self.recipes[block]
         if recipe.unpacking is None:  # else its bytes are one tensor already
             recipe = alone(recipe, index, self.pool.storage.alignment)

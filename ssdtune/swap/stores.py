@@ -104,13 +104,11 @@ class Stores:
             raise self._error
 
     def close(self, timeout_s: float) -> None:
-        """Ends the thread after what was begun; closes the files."""
+        """Ends the thread after what was begun. Files are closed by the thread itself: it may write for longer than
+        anybody waits here, and a descriptor that is closed under it could by then be another file's."""
         self._todo.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
 
     def free(self) -> None:
         """Gives memory back, once closed."""
@@ -127,6 +125,9 @@ class Stores:
                 self._is_staging_free.set()
                 self._on_ended(store.block)
             del store  # an idle thread must not keep memory alive
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
 
     def _write(self, store: Store) -> None:
         start = perf_counter()

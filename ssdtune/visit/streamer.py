@@ -400,11 +400,14 @@ class Streamer:
 
     def reopen(self, plan: Plan) -> None:
         """Another plan with other slots, between steps: the engine is closed, its memory freed, and a new one goes on
-        from its step. What was resident is read again."""
+        from its step. What was resident is read again.
+
+        Raises SwapError, all as it was, where a block was not stored: the new engine would read what the drive has."""
         assert self._hub is None, "a forward is under way"
         assert not self._awaits_end, "a backward is under way"
         self._take_out()
         before = self.engine
+        before.await_stores()
         before.close()
         before.free()
         self._parameters.clear()
