@@ -39,15 +39,13 @@ def assemble(meta: MetaModel, options: Options) -> PreTrainedModel:
     plan = drafted.replanner.plan()
     streamer = Streamer([g.label for g in groups])
     streamer.micro_batch_size = options.micro_batch_size
-    streamer.make_input_store, streamer.make_activation_store = (
-        partial(
-            make,
-            device=options.device,
-            trace=lambda op: streamer.engine.trace.append(op),
-            timeout_s=options.timeout_s,
-        )
-        for make in (make_input_store, make_activation_store)
-    )
+    how: dict[str, Any] = {
+        "device": options.device,
+        "trace": lambda op: streamer.engine.trace.append(op),
+        "timeout_s": options.timeout_s,
+    }
+    streamer.make_input_store = partial(make_input_store, **how)
+    streamer.make_activation_store = partial(make_activation_store, **how)
     streamer.keep_inputs_in(options.block_inputs, options.scratch)
     if options.budgets.nvme_activation_bytes:
         streamer.keep_activations_in(options.scratch)
