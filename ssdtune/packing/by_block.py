@@ -179,7 +179,7 @@ class Listed:
 
     quantization: str
     error: float
-    alike: Mapping[int, float]
+    alike: Mapping[float, float]
     reference: str
 
 
@@ -187,7 +187,9 @@ def listed_best(meta: MetaModel, file: NestedFile, mean: float) -> Listed:
     """The best widths with that average at most. Raises PackError as `best_widths` does."""
     blocks = blocks_of(meta, file)
     widths = best_widths(blocks, mean)
-    alike = {bits: error_of(blocks, [bits] * len(blocks)) for bits in file.widths}
+    alike: dict[float, float] = {
+        bits: error_of(blocks, [bits] * len(blocks)) for bits in file.widths
+    }
     return Listed(written(widths), error_of(blocks, widths), alike, file.reference)
 
 
