@@ -3,7 +3,8 @@
     python bounded_child.py '{"folder": …, "mode": "streamed", …}'     prints one JSON line of results
 
 With "group" it joins that memory cgroup first. When everything is imported and the math libraries have been used, it
-sets the group's limit to what it holds plus "headroom" bytes, then opens the model and trains.
+sets the group's limit to what it holds plus "headroom" bytes, then opens the model and trains. Before that it has
+freed "freed" bytes, as what comes before a run does.
 """
 
 import json
@@ -17,6 +18,14 @@ def held(what: str = "VmRSS") -> int:
     """Bytes, from /proc/self/status."""
     text = Path("/proc/self/status").read_text()
     return int(text.partition(what + ":")[2].split()[0]) * 1024
+
+
+def make_holes(num_bytes: int) -> bytes:
+    """Takes so much of the C library's heap and frees all but the last piece of it, which keeps the heap from shrinking.
+
+    Pieces are smaller than what malloc maps by itself (128 KiB: mallopt(3))."""
+    pieces = [b"x" * 100_000 for _ in range(num_bytes // 100_000)]
+    return pieces[-1]
 
 
 def limit(group: Path, headroom: int) -> None:
@@ -81,7 +90,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    base = held()
+    pinned = make_holes(job["freed"]) if job["freed"] else b""
+    before, base = held(), memory.settled_bytes()
     if group is not None:
         limit(group, job["headroom"])
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -90,7 +100,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(3, job["vocab"], (job["rows"], job["tokens"]))
-    result: dict[str, Any] = {"base": base, "trims": 0, "stored": 0}
+    result: dict[str, Any] = {"given_back": before - base, "base": base, "trims": 0, "stored": 0}
     keeper = None
     if job["mode"] == "streamed":
         footprint = rehearse(adapted, {"input_ids": ids[:1]}).footprint
@@ -105,6 +115,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         optimizer.zero_grad()
         result["loss"] = float(loss)
     result["peak"] = held("VmHWM")
+    del pinned
     if keeper is not None:
         store = model.ssdtune.input_store
         result["trims"] = keeper.num_trims

@@ -106,7 +106,7 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
     from ssdtune.config import to_yaml
     from ssdtune.trainer.config import training_arguments
     from ssdtune.trainer.telemetry import summary_lines
-    from ssdtune.visit.memory import resident_set_bytes
+    from ssdtune.visit.memory import settled_bytes
 
     config = loaded.config
     if config.offload.micro_batch_size == "auto":
@@ -125,9 +125,7 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
             write_file_atomically(config.output_dir / CONFIG_NAME, content)
         import peft  # noqa: F401 (its code is the process's own, no part of the model's)
 
-        start = Start(
-            base_bytes=resident_set_bytes(), resume_from=_resume_from(config, args) or None
-        )
+        start = Start(base_bytes=settled_bytes(), resume_from=_resume_from(config, args) or None)
         with _streamed_model(config, args, start, say) as model:
             result = _train(config, args, rows, model, start=start, say=say)
         if tells_summary and not result.was_interrupted:

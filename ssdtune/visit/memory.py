@@ -10,6 +10,7 @@ is so all the time, none where there is room. This is the one place where ssdtun
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import os
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def predict(
         model: a streamed model, adapters and all.
         footprint: what one micro-batch of the longest shape that will come takes (`rehearsal.rehearse`).
         passes: of each block.
-        base_bytes: what the process held before the model was opened (`resident_set_bytes`).
+        base_bytes: what the process held before the model was opened (`settled_bytes`).
         num_states: the optimizer's states per parameter, in its dtype; 2 for Adam.
         plan: another than the one that is carried out now.
     """
@@ -70,6 +71,20 @@ def resident_set_bytes() -> int:
     """Bytes of RAM that this process holds now."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * PAGE_BYTES
+
+
+def settled_bytes() -> int:
+    """The same once what is free is given back: unreachable objects, and holes that the C library's heap keeps.
+
+    What a run begins with: its own tensors will fill such holes, so that a base with holes in it counts them twice.
+    Under another C library than glibc the heap stays as it is.
+    """
+    gc.collect()
+    gc.collect()  # what the first pass finalizes (a streamed model's greenlets) lets go of its slots in a second
+    trim = _trimmer()
+    if trim is not None:
+        trim()
+    return resident_set_bytes()
 
 
 def _resident_bytes(model: nn.Module, streamer: Streamer) -> int:
