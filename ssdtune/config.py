@@ -3,7 +3,7 @@
     loaded = load_config(Path("train.yaml"), ["--lora_r", "32", "--offload.ram=300MB"])
     print(*loaded.notes, sep="\n")
 
-What the keys are stands in keys.py. A flag beats the file, the file beats the default. No key is
+What the keys are stand in keys/. A flag beats the file, the file beats the default. No key is
 ignored: it is used, translated with a note, or refused with its line.
 """
 

@@ -1,6 +1,6 @@
 """Keys of other tools: those that mean something else here, and those that are refused.
 
-Plain other names (`lora_rank` for lora_r) stand beside each key in keys.py. Here are the ones whose
+Plain other names (`lora_rank` for lora_r) stand beside each key in keys/. Here are the ones whose
 value changes too, and the known keys that do nothing yet, each with what to do instead.
 """
 

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from ssdtune.keys import BITS_BY_BLOCK
+from ssdtune.keys.model import BITS_BY_BLOCK
 
 
 def is_by_block(quantization: str) -> bool:
