@@ -1,6 +1,6 @@
 """Published figures beside the simulator's: `python benchmarks/papers.py`. Prints markdown; `docs/papers.md` keeps it.
 
-Nothing is measured here and nothing needs a GPU: shapes and constants below, ops from `ssdtune/schedule/steps.py`.
+Nothing is measured here and nothing needs a GPU: shapes and constants below, ops from `ssdtune/schedule/`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from ssdtune.schedule.decisions import ForwardOnly, Full, Shape, gpt_shape  # noqa: E402
 from ssdtune.schedule.outlook import (  # noqa: E402
     Outlook,
     Rates,
@@ -24,7 +25,6 @@ from ssdtune.schedule.outlook import (  # noqa: E402
     forward_memory,
 )
 from ssdtune.schedule.plan import Tier  # noqa: E402
-from ssdtune.schedule.steps import ForwardOnly, Full, Shape, gpt_shape  # noqa: E402
 
 GB, TFLOP, TB = 1e9, 1e12, 1e12
 TOLERANCE = 0.15  # what a point may be off; the test holds it

@@ -1,4 +1,4 @@
-"""Steps the engine does not run yet: bytes, waits read off the schedule, bounds worked out by hand, memory and wear."""
+"""Steps of plain shapes, most of which the engine does not run: bytes, waits read off the schedule, bounds worked out by hand, memory and wear."""
 
 import dataclasses
 import random
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ssdtune.schedule.decisions import ForwardOnly, Full, Shape, gpt_shape, share_of
+from ssdtune.schedule.full_step import NUM_INPUT_BUFFERS, full_step
 from ssdtune.schedule.outlook import (
     Outlook,
     Rates,
@@ -19,16 +21,7 @@ from ssdtune.schedule.outlook import (
 )
 from ssdtune.schedule.plan import Direction, Kind, Lane, PlanError, Tier
 from ssdtune.schedule.simulate import SimulatedOp, Simulation, simulate
-from ssdtune.schedule.steps import (
-    NUM_INPUT_BUFFERS,
-    NUM_STAGING_BUFFERS,
-    ForwardOnly,
-    Full,
-    Shape,
-    full_step,
-    gpt_shape,
-    share_of,
-)
+from ssdtune.schedule.steps import NUM_STAGING_BUFFERS
 
 GB, TFLOP = 1e9, 1e12
 DUPLEX = Rates(

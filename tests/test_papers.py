@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import papers  # noqa: E402
+from ssdtune.schedule.decisions import Full, gpt_shape  # noqa: E402
 from ssdtune.schedule.outlook import full_memory  # noqa: E402
-from ssdtune.schedule.steps import Full, gpt_shape  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from ssdtune.schedule.decisions import ForwardOnly, Full, Shape
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import UNPACK_SHARE, Machine
 from ssdtune.schedule.outlook import (
@@ -20,7 +21,6 @@ from ssdtune.schedule.outlook import (
 )
 from ssdtune.schedule.plan import Tier
 from ssdtune.schedule.profile import DEVICE_DECODE, MIXED, PERTURB, SUSTAINED, Profile
-from ssdtune.schedule.steps import ForwardOnly, Full, Shape
 
 NF4_BITS = 4.5  # 4 bits a weight, a 16-bit scale for every 32
 

@@ -1,6 +1,6 @@
-"""What a step that the engine does not run yet would take: time, memory, wear and energy, from a few constants.
+"""What a step of equal blocks would take without being planned: time, memory, wear and energy, from a few constants.
 
-`steps.py` says which ops there are. Here a machine of plain rates (a data sheet's or measured) gives their seconds and
+`full_step.py` and `forward_step.py` say which ops there are. Here a machine of plain rates (a data sheet's or measured) gives their seconds and
 what they demand of what lanes share; `fluid.py` or, where nothing is shared, `simulate.py` gives the step.
 
 Bytes per parameter of a full step (16-bit weights, 32-bit Adam, all on NVMe): forward reads 2; backward reads 2 + 12,
@@ -13,20 +13,18 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from ssdtune.schedule.decisions import ForwardOnly, Full, Shape
 from ssdtune.schedule.fluid import simulate_fluid
-from ssdtune.schedule.plan import Direction, Kind, Lane, Op, StepPlan, Tier
-from ssdtune.schedule.simulate import Simulation, simulate
-from ssdtune.schedule.steps import (
+from ssdtune.schedule.forward_step import forward_step
+from ssdtune.schedule.full_step import (
     GRADIENT_BYTES,
     NUM_GRADIENT_BUFFERS,
     NUM_INPUT_BUFFERS,
-    NUM_STAGING_BUFFERS,
-    ForwardOnly,
-    Full,
-    Shape,
-    forward_step,
     full_step,
 )
+from ssdtune.schedule.plan import Direction, Kind, Lane, Op, StepPlan, Tier
+from ssdtune.schedule.simulate import Simulation, simulate
+from ssdtune.schedule.steps import NUM_STAGING_BUFFERS
 
 # Of DRAM, per parameter: Adam reads three 32-bit states and a 16-bit gradient, writes the states and 16-bit weights.
 ADAM_DRAM_BYTES = 3 * 4 + 2 + 3 * 4 + 2
