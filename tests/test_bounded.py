@@ -26,7 +26,8 @@ from ssdtune.schedule.plan import BlockShape, Budgets, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit import memory
-from ssdtune.visit.rehearsal import LiveBytes, rehearse
+from ssdtune.visit.live_bytes import LiveBytes
+from ssdtune.visit.rehearsal import rehearse
 
 CHILD = Path(__file__).parent / "bounded_child.py"
 VOCAB = 1024

@@ -21,16 +21,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ssdtune.visit.chunked_loss import chunk_bytes
+from ssdtune.visit.head import find_head, install, refresh, uninstall
 from ssdtune.visit.lazy_logits import LazyLogits
-from ssdtune.visit.loss import (
-    HeadLoss,
-    LogitsError,
-    chunk_bytes,
-    find_head,
-    install,
-    refresh,
-    uninstall,
-)
+from ssdtune.visit.loss import HeadLoss, LogitsError
 
 SOFTCAP = 3.0
 SPECIAL: dict[str, Callable[[], Any]] = {

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, Trainer
 
 from ssdtune.data import OptionsCollator
+from ssdtune.visit.base import base_of
 from ssdtune.visit.front_door import accepts
-from ssdtune.visit.rehearsal import base_of
 
 COLUMNS = ("options", "option_lengths", "label")
 

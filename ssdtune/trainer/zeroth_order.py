@@ -30,7 +30,7 @@ from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.generations import Generation, answers
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
-from ssdtune.visit.rehearsal import base_of as model_of
+from ssdtune.visit.base import base_of as model_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
 from ssdtune.zeroth_order.log import (
     ADAPTERS,

@@ -20,7 +20,8 @@ from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.visit.blocks import find_points
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.draft import Group, Options, draft
-from ssdtune.visit.loss import HeadLoss, install, refresh
+from ssdtune.visit.head import install, refresh
+from ssdtune.visit.loss import HeadLoss
 from ssdtune.visit.model import stream_class
 from ssdtune.visit.placeholder import Placeholder
 from ssdtune.visit.placement import Placements

@@ -21,7 +21,7 @@ from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.blocks import Point, find_points
 from ssdtune.visit.build import MetaModel
-from ssdtune.visit.loss import find_head
+from ssdtune.visit.head import find_head
 from ssdtune.visit.placement import Placements, place
 from ssdtune.visit.recipes import make_recipe
 from ssdtune.visit.replanner import Replanner

@@ -28,7 +28,7 @@ from ssdtune.schedule.memory import (
 )
 from ssdtune.schedule.plan import Plan
 from ssdtune.swap.inputs import staging_bytes
-from ssdtune.visit.rehearsal import base_of
+from ssdtune.visit.base import base_of
 from ssdtune.visit.streamer import Streamer
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

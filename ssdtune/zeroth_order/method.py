@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ssdtune.schedule.cost import Moves, missed_steps
-from ssdtune.visit.rehearsal import base_of
+from ssdtune.visit.base import base_of
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.compatible import Place, check_estimator, check_place
 from ssdtune.zeroth_order.estimators import Estimator
