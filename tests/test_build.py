@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.swap.header import CheckpointError
-from ssdtune.visit.build import REFUSED, BuildError, build_meta
+from ssdtune.visit.asked import REFUSED, BuildError
+from ssdtune.visit.build import build_meta
 from ssdtune.visit.placement import fill, place
 
 transformers.logging.set_verbosity_error()

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ssdtune.visit.build import BuildError, choose_class, own_config
+from ssdtune.visit.asked import BuildError
+from ssdtune.visit.classes import choose_class, own_config
 from ssdtune.visit.placement import FILE_DTYPES
 
 HEADER_ALIGNMENT = 8
