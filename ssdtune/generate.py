@@ -15,7 +15,8 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME, LOG_NAME
 from ssdtune.trainer.checkpoint import base_of, newest, read_identity
-from ssdtune.trainer.run import load_tokenizer, open_model
+from ssdtune.trainer.opening import open_model
+from ssdtune.trainer.rows import load_tokenizer
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig

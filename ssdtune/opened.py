@@ -104,7 +104,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     from ssdtune.packing.readings import readings_of
     from ssdtune.packing.sample import lossless_ratio
     from ssdtune.peft import attach, lora_config
-    from ssdtune.trainer.run import trains_all
+    from ssdtune.trainer.opening import trains_all
     from ssdtune.visit.draft import draft
 
     arguments = build_arguments(source.config)
@@ -148,7 +148,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
     import torch
 
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
-    from ssdtune.trainer.run import trains_all
+    from ssdtune.trainer.opening import trains_all
     from ssdtune.visit.rehearsal import rehearse_draft
 
     config, drafted, adapted = source.config, opened.drafted, opened.adapted
@@ -248,7 +248,7 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
     words = f"{'DoRA' if config.use_dora else 'LoRA'} r{config.lora_r}"
     if config.method != "zo":
         return _Steps(words)
-    from ssdtune.trainer.run import trains_all
+    from ssdtune.trainer.opening import trains_all
     from ssdtune.trainer.zeroth_order import estimator_of
     from ssdtune.zeroth_order.residents import inside_bytes
     from ssdtune.zeroth_order.weights import extra_bytes
@@ -349,7 +349,7 @@ def _rows(source: Source, meta: MetaModel) -> tuple[Rows, list[int], int]:
         )
         return rows, [], 1
     from ssdtune.data import load_dataset_rows, tokenize_rows
-    from ssdtune.trainer.run import load_tokenizer
+    from ssdtune.trainer.rows import load_tokenizer
 
     opened = [load_dataset_rows(entry) for entry in config.dataset]
     num_rows = sum(len(rows) for rows in opened)

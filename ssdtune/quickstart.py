@@ -151,7 +151,8 @@ def peak_num_bytes() -> int:
 def ask_untrained(loaded: Loaded) -> None:
     """Prints the model's answer to QUESTION before training, its blocks streamed."""
     from ssdtune.generate import answer
-    from ssdtune.trainer.run import load_tokenizer, open_model
+    from ssdtune.trainer.opening import open_model
+    from ssdtune.trainer.rows import load_tokenizer
 
     model: Any = open_model(loaded.config)
     try:

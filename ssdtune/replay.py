@@ -19,7 +19,7 @@ from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
 from ssdtune.swap.beside import CONFIG, copy_beside
 from ssdtune.trainer.checkpoint import base_of
-from ssdtune.trainer.run import open_model
+from ssdtune.trainer.opening import open_model
 from ssdtune.zeroth_order.log import ADAPTERS, Log, read_log
 from ssdtune.zeroth_order.method import replayed
 

@@ -295,7 +295,7 @@ def loaded(folder: Path, tmp_path: Path, *flags: str) -> Any:
 def test_the_plan_is_made_of_the_keywords_that_training_uses(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssdtune.trainer.run import open_model
+    from ssdtune.trainer.opening import open_model
 
     seen: list[Any] = []
     monkeypatch.setattr(api, "stream", lambda *args, **kwargs: seen.append((args, kwargs)))

@@ -34,10 +34,10 @@ from ssdtune.data import CausalCollator, DataError, load_dataset_rows, tokenize_
 from ssdtune.durable import DurableError, lock_folder
 from ssdtune.generate import GenerateError, generate_from_run
 from ssdtune.report import duration
+from ssdtune.trainer import opening, train_from_config
 from ssdtune.trainer import run as run_module
-from ssdtune.trainer import train_from_config
 from ssdtune.trainer.checkpoint import CheckpointError, fault_of, steps_of
-from ssdtune.trainer.run import RunError
+from ssdtune.trainer.errors import RunError
 from ssdtune.trainer.telemetry import TRACED_STEPS
 
 STEPS = 5
@@ -378,7 +378,7 @@ def test_what_a_killed_run_left_half_written_goes(load):
 def test_a_data_error_comes_before_the_model_is_opened(load, tmp_path, monkeypatch):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    monkeypatch.setattr(run_module, "open_model", lambda config: pytest.fail("opened"))
+    monkeypatch.setattr(opening, "open_model", lambda config: pytest.fail("opened"))
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         train_from_config(load("bad", data=empty))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.packing.layout import PackError
-from ssdtune.trainer.run import open_tokenizer
+from ssdtune.trainer.rows import open_tokenizer
 from ssdtune.visit.front_door import accepts
 
 if TYPE_CHECKING:

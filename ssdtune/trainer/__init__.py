@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssdtune.trainer.config import SSDConfig
-    from ssdtune.trainer.run import TrainResult, train_from_config
+    from ssdtune.trainer.results import TrainResult
+    from ssdtune.trainer.run import train_from_config
     from ssdtune.trainer.trainer import SSDTrainer, TrainerError
     from ssdtune.trainer.zeroth_order import ZOTrainer
 
@@ -28,7 +29,7 @@ _HOMES = {
     "SSDTrainer": "ssdtune.trainer.trainer",
     "ZOTrainer": "ssdtune.trainer.zeroth_order",
     "TrainerError": "ssdtune.trainer.trainer",
-    "TrainResult": "ssdtune.trainer.run",
+    "TrainResult": "ssdtune.trainer.results",
     "train_from_config": "ssdtune.trainer.run",
 }
 

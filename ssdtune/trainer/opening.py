@@ -1,0 +1,76 @@
+"""A configuration's model, streamed, with its adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssdtune.config import TrainConfig
+    from ssdtune.trainer.config import SSDConfig
+
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def streamed_model(
+    config: TrainConfig, args: SSDConfig, say: Say, *, begins_anew: bool
+) -> Iterator[Any]:
+    """The streamed model with its adapter; its threads end with the `with` block."""
+    from transformers import set_seed
+
+    from ssdtune.peft import announce, attach, lora_config
+
+    base: Any = open_model(config)
+    try:
+        for line in base.ssdtune.engine.plan.lines():
+            say(line)
+        if trains_all(config):
+            say("training  all weights, by forward passes alone; their files stay as they are")
+            yield base
+            return
+        set_seed(args.seed)  # of the adapter's first values
+        model = attach(base, lora_config(config, base))
+        for line in announce(model):
+            say(line)
+        if config.init_lora_weights == "loftq" and begins_anew:
+            _begin_at_residual(config, args, model, say)
+        yield model
+    finally:
+        base.ssdtune.close()
+
+
+def _begin_at_residual(config: TrainConfig, args: SSDConfig, model: Any, say: Say) -> None:
+    """LoftQ's first values of the adapter, the same in every process."""
+    from ssdtune.peft import replace_lora_weights_loftq
+
+    say(replace_lora_weights_loftq(model, config.loftq_source).line())
+    if args.world_size > 1:
+        from accelerate.utils import broadcast
+
+        # Libraries of linear algebra round as threads and addresses have it.
+        broadcast([p.data for p in model.parameters() if p.requires_grad], from_process=0)
+
+
+def trains_all(config: TrainConfig) -> bool:
+    """Whether all weights train, not an adapter."""
+    return config.method == "zo" and config.zo_trains != "adapters"
+
+
+def open_model(config: TrainConfig) -> Any:
+    """`ssdtune.stream` with a configuration's keys; no adapter. Raises SSDTuneError."""
+    from ssdtune.api import stream, stream_arguments
+
+    return stream(config.model_name_or_path, **stream_arguments(_with_folder(config)))
+
+
+def _with_folder(config: TrainConfig) -> TrainConfig:
+    """Block inputs and activations on NVMe lie in output_dir where no folder was given."""
+    offload = config.offload
+    is_used = offload.block_inputs == "nvme" or offload.nvme_activations
+    if not is_used or offload.path is not None:
+        return config
+    offload = dataclasses.replace(offload, path=config.output_dir)
+    return dataclasses.replace(config, offload=offload)
