@@ -19,6 +19,7 @@ import functools
 import torch
 
 from ssdtune.kernels.native import library
+from ssdtune.kernels.structs import struct
 
 LANES = 64
 ROW = 4 * LANES  # bytes
@@ -41,7 +42,7 @@ def checksum(memory: torch.Tensor, *, suffix: str | None = None) -> int:
     if native is None:
         lanes = _by_torch(memory.reshape(-1))
     else:
-        job = _Job(memory.data_ptr(), memory.numel())
+        job = struct("checksum", "checksum.c")(memory.data_ptr(), memory.numel())
         native.function("ssdtune_checksum", suffix)(ctypes.c_void_p(ctypes.addressof(job)))
         lanes = list(job.total)
     return _joined(lanes, memory.numel())
@@ -54,16 +55,6 @@ def _joined(lanes: list[int], num_bytes: int) -> int:
         product = (result ^ lane) * LAST_FACTOR % 2**64
         result = product ^ product >> LAST_SHIFT
     return result
-
-
-class _Job(ctypes.Structure):
-    """struct checksum of checksum.c."""
-
-    _fields_ = (
-        ("memory", ctypes.c_void_p),
-        ("num_bytes", ctypes.c_int64),
-        ("total", ctypes.c_uint32 * LANES),
-    )
 
 
 def _by_torch(memory: torch.Tensor) -> list[int]:

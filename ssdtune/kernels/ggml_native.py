@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,26 +9,9 @@ import torch
 
 from ssdtune.kernels.decoding import DTYPES, check, is_streamed, nan_bits, run
 from ssdtune.kernels.ggml import KINDS, Ggml
+from ssdtune.kernels.structs import struct
 
 PART = 1 << 18  # elements that a thread takes at a time
-
-
-class _Job(ctypes.Structure):
-    """struct ggml of ggml.c."""
-
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-        ("block", ctypes.c_int64),
-        ("num_bytes", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("nan", ctypes.c_int64),
-        ("is_streamed", ctypes.c_int64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-    )
 
 
 def decode_ggml(
@@ -41,7 +23,7 @@ def decode_ggml(
         format.by_torch(parts, out)
         return
     check(format, parts, out)
-    job = _Job(
+    job = struct("ggml", "ggml.c")(
         to=out.data_ptr(),
         blocks=parts[0].data_ptr(),
         n=out.numel(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,33 +11,10 @@ from ssdtune.kernels.decoding import DTYPES, check, is_streamed, nan_bits, run
 from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.integers import RUN, num_groups
 from ssdtune.kernels.scaled_rows import FORMATS, Rows, Words, rows_of
+from ssdtune.kernels.structs import struct
 
 KINDS = {**DTYPES, torch.float16: 2}  # of outputs
 PART = 1 << 18  # elements, about, that a thread takes at a time
-
-
-class _Job(ctypes.Structure):
-    """struct integers of integers.c."""
-
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("order", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
-        ("layout", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("nan", ctypes.c_int64),
-        ("is_streamed", ctypes.c_int64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-    )
 
 
 def decode_rows(
@@ -65,7 +41,7 @@ DECODERS: dict[type, Callable[[Any, Sequence[torch.Tensor], torch.Tensor, str], 
 def _run(rows: Rows, suffix: str) -> None:
     num_rows, width = rows.out.shape
     part = max(1, PART // (RUN * width)) * RUN
-    job = _Job(
+    job = struct("integers", "integers.c")(
         to=rows.out.data_ptr(),
         codes=rows.codes.data_ptr(),
         zeros=rows.zeros.data_ptr(),

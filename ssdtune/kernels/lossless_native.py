@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 
 from ssdtune.kernels.decoding import DTYPES, check, is_streamed, run
 from ssdtune.kernels.lossless import CHUNK, Lossless, damaged
+from ssdtune.kernels.structs import struct
 
 NATIVE_PART = 64  # chunks that a thread takes at a time
-
-
-class _Job(ctypes.Structure):
-    """struct job of lossless.c."""
-
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
-        ("lower", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p * 2),
-        ("dictionary", ctypes.c_void_p),
-        ("escapes", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("num_escapes", ctypes.c_int64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-        ("is_streamed", ctypes.c_int64),
-        ("is_damaged", ctypes.c_int64),
-    )
 
 
 def decode_lossless(
@@ -40,13 +19,13 @@ def decode_lossless(
     """As `Lossless.by_torch`. out: on the CPU, float32 or bfloat16. suffix: of the native function."""
     check(format, parts, out)
     lower, *slices, dictionary, escapes, offsets = parts
-    job = _Job(
+    job = struct("job", "lossless.c")(
         to=out.data_ptr(),
         n=out.numel(),
         dtype=DTYPES[out.dtype],
         bits=format.bits,
         lower=lower.data_ptr(),
-        codes=(ctypes.c_void_p * 2)(*(packed.data_ptr() for packed in slices)),
+        codes=tuple(packed.data_ptr() for packed in slices),
         dictionary=dictionary.data_ptr(),
         escapes=escapes.data_ptr(),
         offsets=offsets.data_ptr(),

@@ -25,6 +25,7 @@ import torch
 
 from ssdtune.kernels import philox
 from ssdtune.kernels.native import has_triton, library
+from ssdtune.kernels.structs import struct
 from ssdtune.kernels.team import run_by_all
 
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
@@ -258,30 +259,6 @@ def _stochastic(values: torch.Tensor, key: int, first: int) -> torch.Tensor:
     return torch.where(values.isnan(), values, moved.view(torch.float32)).to(torch.bfloat16)
 
 
-class _Direction(ctypes.Structure):
-    """struct direction of pieces.h."""
-
-    _fields_ = (("key", ctypes.c_uint64), ("table", ctypes.c_void_p), ("kind", ctypes.c_int64))
-
-
-class _Job(ctypes.Structure):
-    """struct noise of pieces.h."""
-
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("base", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("directions", ctypes.c_void_p),
-        ("num_directions", ctypes.c_int64),
-        ("is_stochastic", ctypes.c_int64),
-        ("rounding_key", ctypes.c_uint64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-        ("decay", ctypes.c_float),
-    )
-
-
 class NativeNoise:
     """What native code needs to move a tensor of a dtype (float32 or bfloat16), kept alive. decay, rounding_key: as
     `add_directions` has them."""
@@ -295,14 +272,15 @@ class NativeNoise:
         rounding_key: int | None,
     ) -> None:
         tables = [_table(d.scale, d.kind) for d in directions]
-        listed = (_Direction * len(directions))(
+        of_one = struct("direction", "pieces.h")
+        listed = (of_one * len(directions))(
             *(
-                _Direction(d.key, ctypes.addressof(table), KINDS.index(d.kind))
+                of_one(d.key, ctypes.addressof(table), KINDS.index(d.kind))
                 for d, table in zip(directions, tables, strict=True)
             )
         )
         self._alive = tables, listed
-        self.job = _Job(
+        self.job = struct("noise", "pieces.h")(
             dtype=DTYPES[dtype],
             directions=ctypes.addressof(listed),
             num_directions=len(directions),

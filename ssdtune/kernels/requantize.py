@@ -24,6 +24,7 @@ from ssdtune.kernels import philox
 from ssdtune.kernels.affine import CHUNK, LANES, TILE, Affine, join_slices, split_codes
 from ssdtune.kernels.native import has_triton, library
 from ssdtune.kernels.noise import NATIVE_PART, NativeNoise, add_directions
+from ssdtune.kernels.structs import struct
 from ssdtune.kernels.team import run_by_all
 from ssdtune.kernels.unpack import TRITON
 from ssdtune.kernels.unpack_add import Move
@@ -31,18 +32,6 @@ from ssdtune.kernels.unpack_native import affine_job
 
 UNIT = 2.0**-24
 MOST = 1024.0  # steps that a code can be moved by; there are fewer codes
-
-
-class _Requantize(ctypes.Structure):
-    """struct requantize of requantize.c."""
-
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("move", ctypes.c_void_p),
-        ("key", ctypes.c_uint64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-    )
 
 
 def requantize(
@@ -123,7 +112,7 @@ def _natively(
     like = torch.empty(tuple(shape), device="meta")  # decoded to scratch, never there
     packed = affine_job(format, parts, like)
     noise = NativeNoise(move.directions, torch.float32, decay=move.decay - 1, rounding_key=None)
-    job = _Requantize(
+    job = struct("requantize", "requantize.c")(
         packed=ctypes.addressof(packed),
         move=noise.address,
         key=move.rounding_key,

@@ -22,6 +22,7 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import has_triton, library
 from ssdtune.kernels.nibbles import NestedNibbles, Nibbles, Nvfp4, Slab
 from ssdtune.kernels.noise import NATIVE_PART, TILE, Direction, NativeNoise, add_directions
+from ssdtune.kernels.structs import struct
 from ssdtune.kernels.team import run_by_all
 from ssdtune.kernels.unpack import TRITON, unpack
 from ssdtune.kernels.unpack_native import affine_job, has_fast_paths, nibbles_job
@@ -36,23 +37,6 @@ class Move:
     directions: tuple[Direction, ...]
     decay: float = 1.0
     rounding_key: int | None = None
-
-
-class _UnpackAdd(ctypes.Structure):
-    """struct unpack_add of unpack_add.c."""
-
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("decode", ctypes.c_void_p),
-        ("packed", ctypes.c_void_p),
-        ("moves", ctypes.c_void_p),
-        ("num_moves", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-    )
 
 
 def unpack_add(
@@ -161,7 +145,7 @@ def _natively(slab: Slab | _Whole, moves: Sequence[Move], suffix: str) -> None:
         for m in moves
     ]
     addresses = (ctypes.c_void_p * len(noises))(*(noise.address for noise in noises))
-    job = _UnpackAdd(
+    job = struct("unpack_add", "unpack_add.c")(
         to=out.data_ptr(),
         decode=ctypes.cast(native.function(name, suffix), ctypes.c_void_p),  # type: ignore[arg-type]
         packed=ctypes.addressof(packed),

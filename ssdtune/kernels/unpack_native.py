@@ -18,64 +18,21 @@ from ssdtune.kernels.affine import TILE, Affine
 from ssdtune.kernels.decoding import ALIGNMENT, DTYPES, check, is_streamed, nan_bits, run
 from ssdtune.kernels.nibbles import SCALE_DTYPES, Nibbles, scale_of
 from ssdtune.kernels.rotated import Rotated
+from ssdtune.kernels.structs import struct
 
 SCALE_KINDS = {"F32": 0, "BF16": 1, "F16": 2, "F8_E4M3": 3, "E8M0": 3, "UE5M3": 3}
-MAX_SLICES = 8
 PART = 512 * TILE  # elements, about, that a thread takes at a time
-
-
-class _Affine(ctypes.Structure):
-    """struct affine of pieces.h."""
-
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("slices", ctypes.c_void_p * MAX_SLICES),
-        ("num_slices", ctypes.c_int64),
-        ("widths", ctypes.c_int64),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
-        ("is_rotated", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("nan", ctypes.c_int64),
-        ("is_streamed", ctypes.c_int64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-    )
-
-
-class _Nibbles(ctypes.Structure):
-    """struct nibbles of unpack.c."""
-
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("by_scale", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("block", ctypes.c_int64),
-        ("is_high_first", ctypes.c_int64),
-        ("scale_kind", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("nan", ctypes.c_int64),
-        ("is_streamed", ctypes.c_int64),
-        ("part", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-    )
 
 
 def affine_job(
     format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, *, is_rotated: bool = False
-) -> _Affine:
+) -> ctypes.Structure:
     """What native code needs; the tensors must stay alive. out: where to, and the dtype and size of what is made."""
     check(format, parts, out)
     *slices, scales, zeros = parts
-    return _Affine(
+    return struct("affine", "pieces.h")(
         to=out.data_ptr(),
-        slices=(ctypes.c_void_p * MAX_SLICES)(*(packed.data_ptr() for packed in slices)),
+        slices=tuple(packed.data_ptr() for packed in slices),
         num_slices=len(slices),
         widths=sum(width << 4 * s for s, width in enumerate(format.slices)),
         scales=scales.data_ptr(),
@@ -118,14 +75,16 @@ def _nibbles(
     run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // job.part))
 
 
-def nibbles_job(format: Nibbles, parts: Sequence[torch.Tensor], out: torch.Tensor) -> _Nibbles:
+def nibbles_job(
+    format: Nibbles, parts: Sequence[torch.Tensor], out: torch.Tensor
+) -> ctypes.Structure:
     """As `affine_job`; of a format that has fast paths."""
     check(format, parts, out)
     codes, scales = parts
     unit = math.lcm(format.block, ALIGNMENT)
     part = max(1, PART // unit) * unit
     table, by_scale = _tables(format, out.dtype)
-    job = _Nibbles(
+    job = struct("nibbles", "unpack.c")(
         to=out.data_ptr(),
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
