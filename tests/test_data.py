@@ -10,8 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tiny_runs import CHATML, make_tokenizer
 
 from ssdtune.data import (
     CausalCollator,
@@ -24,11 +23,6 @@ from ssdtune.data import (
 from ssdtune.data.formats import FORMATS, to_sample
 from ssdtune.data.splits import parse_split
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>"
@@ -67,8 +61,6 @@ ALTERNATING = (
 NO_END_TOKEN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|return|>", "<s>"]
-CORPUS = ["the sky is blue and the grass is green", "what colour is it", "user assistant system"]
 
 TWO_TURNS = [
     {"role": "system", "content": "Be kind."},
@@ -82,29 +74,6 @@ THREE_TURNS = [
     {"role": "user", "content": "Thanks!"},
     {"role": "assistant", "content": "  Any time.\n"},
 ]
-
-
-def make_tokenizer(template=CHATML, *, bos=False, trim_offsets=False, **special):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
-    if bos:
-        pair = ("<s>", backend.token_to_id("<s>"))
-        steps.append(processors.TemplateProcessing(single="<s> $A", special_tokens=[pair]))
-    backend.post_processor = processors.Sequence(steps)
-    special = {"eos_token": "<|im_end|>", **special}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.fixture(autouse=True)

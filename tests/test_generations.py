@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import tiny_models
+import tiny_runs
 import torch
 from support import streamed
-from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig
 
 from ssdtune.data import CausalCollator
-from ssdtune.trainer import SSDConfig, ZOTrainer
+from ssdtune.trainer import ZOTrainer
 from ssdtune.trainer.generations import Drawn, Generation, GenerationError, answers, prompts
 from ssdtune.zeroth_order import MeZO
 from ssdtune.zeroth_order.rules import Term
@@ -21,11 +20,7 @@ NEW = 4
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(1)
-    config = tiny_models.small(LlamaConfig, vocab_size=60)
-    tiny_models.save(tiny_models.auto_class("llama").from_config(config), folder)
-    return folder
+    return tiny_models.save(tiny_runs.llama(vocab_size=60), tmp_path_factory.mktemp("model"))
 
 
 def rows() -> list[dict[str, list[int]]]:
@@ -38,18 +33,7 @@ def rows() -> list[dict[str, list[int]]]:
 
 
 def made_trainer(model: Path, folder: Path, generation: Generation, objective: Any) -> Any:
-    arguments = SSDConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        report_to="none",
-        use_cpu=True,
-        save_strategy="no",
-        seed=3,
-    )
+    arguments = tiny_runs.arguments(folder, per_device_train_batch_size=2, seed=3)
     trainer = ZOTrainer(
         streamed(model, micro_batch_size=None),
         arguments,
@@ -59,8 +43,7 @@ def made_trainer(model: Path, folder: Path, generation: Generation, objective: A
         objective=objective,
         generation=generation,
     )
-    trainer._get_train_sampler = lambda rows=None: SequentialSampler(trainer.train_dataset)  # type: ignore
-    return trainer
+    return tiny_runs.in_order(trainer)
 
 
 def test_prompts_stand_before_the_labels_and_end_together() -> None:

@@ -1,17 +1,15 @@
 """Rows with a label: put into words, trained as a choice among options, by gradients and without, accuracy told."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+import tiny_runs
 import torch
 from support import streamed, with_lora
-from test_data import make_tokenizer
+from tiny_runs import in_order, make_tokenizer, write_rows
 from torch.nn import functional as F
-from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig
 
 from ssdtune.config import ConfigError, load_config, to_yaml
 from ssdtune.data import DataError, OptionsCollator, load_dataset_rows, preview, tokenize_rows
@@ -44,17 +42,7 @@ save_strategy: "no"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(1)
-    config = tiny_models.small(LlamaConfig, vocab_size=400)
-    tiny_models.save(tiny_models.auto_class("llama").from_config(config), folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny_runs.save(tiny_runs.llama(), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -217,26 +205,8 @@ def plain_loss(model: Any, batch: dict[str, torch.Tensor], num_rows: int) -> tor
 
 
 def arguments(folder: Path, **more: Any) -> SSDConfig:
-    return SSDConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        save_strategy="no",
-        data_seed=0,
-        max_grad_norm=0.0,
-        **more,
-    )
-
-
-def in_order(trainer: Any) -> Any:
-    trainer._get_train_sampler = lambda rows=None: SequentialSampler(trainer.train_dataset)
-    return trainer
+    more |= {"per_device_train_batch_size": 4, "data_seed": 0, "max_grad_norm": 0.0}
+    return tiny_runs.arguments(folder, logging_steps=1, **more)
 
 
 @pytest.mark.parametrize("words", [WORDS, {"0": "grey at last", "1": "blue"}])

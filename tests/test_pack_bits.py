@@ -9,14 +9,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import datasets
 import pytest
 import tiny_models
+import tiny_runs
 import torch
 from support import Pair, assert_same_training, digests, num_misses, streamed, with_lora
-from test_data import make_tokenizer
 from test_packing import batches, decoded, unpacked_twin
-from transformers import LlamaConfig
 
 from ssdtune.cli import main
 from ssdtune.config import load_config
@@ -50,39 +48,29 @@ from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
 
 Stream = Callable[..., Any]
-VOCAB = 400  # what make_tokenizer needs
 
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Tokenized rows are cached; not in the user's cache."""
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
+    with tiny_runs.own_datasets_cache(tmp_path_factory.mktemp("datasets-cache")):
+        yield
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with a tokenizer, bfloat16; one layer's weights are far from normal, so that few bits cost it more."""
-    folder = tmp_path_factory.mktemp("source")
-    torch.manual_seed(3)
-    config = tiny_models.small(LlamaConfig, vocab_size=VOCAB, num_hidden_layers=3)
-    model = tiny_models.auto_class("llama").from_config(config, dtype=torch.bfloat16)
+    model = tiny_runs.llama(3, dtype=torch.bfloat16, num_hidden_layers=3)
     with torch.no_grad():
         weight = model.model.layers[1].mlp.up_proj.weight
         weight.mul_(weight.square())
-    tiny_models.save(model, folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_runs.save(model, tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = [{"text": "the sky is blue and the grass is green " * (1 + k % 3)} for k in range(5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny_runs.write_rows(path, tiny_runs.texts(5))
 
 
 # ------------------------------------------------------------------ the choice
@@ -390,10 +378,7 @@ def test_a_folder_that_is_not_packed_has_nothing_to_check(
 def test_another_models_packing_is_refused(
     packed: Path, text: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    other = tmp_path / "other"
-    config = tiny_models.small(LlamaConfig, vocab_size=VOCAB, intermediate_size=96)
-    tiny_models.save(tiny_models.auto_class("llama").from_config(config), other)
-    make_tokenizer().save_pretrained(other)
+    other = tiny_runs.save(tiny_runs.llama(intermediate_size=96), tmp_path / "other")
     there = packed
     assert main(["pack", str(other), "--out", str(there), "--check", "--check_text", str(text)]) == 2  # fmt: skip
     assert "Give the model that it was packed from" in capsys.readouterr().err

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import support
 import tiny_models
+import tiny_runs
 import torch
 from test_trainer import arguments, in_memory, make_rows
-from transformers import LlamaConfig, TrainerCallback
+from transformers import TrainerCallback
 
 from ssdtune.data import CausalCollator
 from ssdtune.durable import MARKER_NAME, remove_abandoned
@@ -60,9 +61,7 @@ class SignalAt(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    config = tiny_models.small(LlamaConfig, num_hidden_layers=2)
-    torch.manual_seed(1)
-    model = tiny_models.auto_class("llama").from_config(config)
+    model = tiny_runs.llama(num_hidden_layers=2, vocab_size=tiny_models.VOCAB)
     return tiny_models.save(model, tmp_path_factory.mktemp("llama"))
 
 

@@ -10,18 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import support
 import tiny_models
-import torch
+import tiny_runs
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_data import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -65,22 +62,16 @@ offload: {{ram: 2500KB}}
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
     """Tokenized rows are cached; not in the user's cache."""
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
+    with tiny_runs.own_datasets_cache(tmp_path_factory.mktemp("datasets-cache")):
+        yield
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
-    torch.manual_seed(1)
-    config = tiny_models.small(LlamaConfig, vocab_size=400, **sizes)
-    made = tiny_models.auto_class("llama").from_config(config)
-    tiny_models.save(made, folder, max_shard_size="2MB")
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_runs.save(
+        tiny_runs.llama(**sizes), tmp_path_factory.mktemp("model"), max_shard_size="2MB"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +82,7 @@ def data(tmp_path_factory):
         answer = "the sky is blue and the grass is green " * (1 + k % 3)
         turns = [{"role": "user", "content": f"what colour is it {k}"}]
         rows.append({"messages": [*turns, {"role": "assistant", "content": answer}]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny_runs.write_rows(path, rows)
 
 
 @pytest.fixture
@@ -386,8 +376,7 @@ def test_a_data_error_comes_before_the_model_is_opened(load, tmp_path, monkeypat
 def test_a_tokenizer_of_another_model_is_refused(load, model, tmp_path):
     small = tmp_path / "small"
     shutil.copytree(model, small)
-    config = tiny_models.small(LlamaConfig, vocab_size=64, num_hidden_layers=2)
-    tiny_models.save(tiny_models.auto_class("llama").from_config(config), tmp_path / "m")
+    tiny_models.save(tiny_runs.llama(vocab_size=64, num_hidden_layers=2), tmp_path / "m")
     for path in [*small.glob("*.safetensors"), *small.glob("*.index.json"), small / "config.json"]:
         path.unlink()
     for path in (tmp_path / "m").iterdir():

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import support
 import tiny_models
+import tiny_runs
 import torch
 from peft import LoraConfig
-from test_data import make_tokenizer
+from tiny_runs import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -65,9 +65,7 @@ def save_tiny(name, folder, dtype=torch.float32):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """Two layers are enough for what a trainer does."""
-    config = tiny_models.small(LlamaConfig, num_hidden_layers=2)
-    torch.manual_seed(1)
-    model = tiny_models.auto_class("llama").from_config(config)
+    model = tiny_runs.llama(num_hidden_layers=2, vocab_size=tiny_models.VOCAB)
     return tiny_models.save(model, tmp_path_factory.mktemp("llama"))
 
 

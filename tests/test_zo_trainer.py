@@ -1,6 +1,5 @@
 """Zeroth-order runs from a YAML file: learned, logged, resumed to the same bits, replayed."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,19 +8,19 @@ from typing import Any
 
 import pytest
 import support
-import tiny_models
+import tiny_runs
 import torch
 from safetensors.torch import load_file
-from test_data import make_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+from tiny_runs import make_tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ssdtune.cli import main
 from ssdtune.config import load_config
 from ssdtune.generate import generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.strict_yaml import ConfigError
-from ssdtune.trainer import SSDConfig, train_from_config
 from ssdtune.trainer import run as run_module
+from ssdtune.trainer import train_from_config
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
@@ -46,25 +45,18 @@ eval_steps: 3
 save_steps: 2
 offload: {{ram: 2500KB}}
 """
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
-    torch.manual_seed(1)
-    config = tiny_models.small(LlamaConfig, vocab_size=400, **sizes)
-    tiny_models.save(tiny_models.auto_class("llama").from_config(config), folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_runs.save(tiny_runs.llama(**SIZES), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"text": "the sky is blue and the grass is green " * (1 + k % 3)} for k in range(16)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny_runs.write_rows(path, tiny_runs.texts(16))
 
 
 @pytest.fixture
@@ -227,17 +219,8 @@ def test_an_objective_without_a_gradient_trains(model: Path, tmp_path: Path) -> 
 
     rows = [{"input_ids": [5 + (k + j) % 7 for j in range(8)]} for k in range(4)]
     streamed = support.streamed(model)
-    arguments = SSDConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=30,
-        learning_rate=3e-4,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        save_strategy="no",
+    arguments = tiny_runs.arguments(
+        tmp_path, per_device_train_batch_size=2, max_steps=30, learning_rate=3e-4, logging_steps=1
     )
     trainer = ZOTrainer(
         streamed,
@@ -279,12 +262,7 @@ def test_a_log_of_other_weights_is_refused(
     load: Any, tmp_path: Path, model: Path, capsys: Any
 ) -> None:
     train_from_config(load("run", "all"))
-    other = tmp_path / "other"
-    torch.manual_seed(2)
-    config = tiny_models.small(
-        LlamaConfig, vocab_size=400, hidden_size=128, intermediate_size=512, num_hidden_layers=3
-    )
-    tiny_models.save(tiny_models.auto_class("llama").from_config(config), other)
+    other = tiny_runs.save(tiny_runs.llama(2, **SIZES), tmp_path / "other")
     path = tmp_path / "run" / "ssdtune.yaml"
     path.write_text(path.read_text().replace(str(model), str(other)))
     assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 2
