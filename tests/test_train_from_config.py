@@ -14,6 +14,7 @@ import pytest
 import support
 import tiny_models
 import tiny_runs
+import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (

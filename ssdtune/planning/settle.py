@@ -136,5 +136,6 @@ def _listed(config: TrainConfig) -> TrainConfig:
     found = listed(config.model_name_or_path, **build_arguments(config))
     if os.environ.get("RANK", "0") == "0":
         say(f"decided   {BITS}: {config.quantization} is {found.quantization}")
-        say(f"decided   {error_words(found.error, found.alike, found.reference)}")
+        alike = {float(bits): error for bits, error in found.alike.items()}
+        say(f"decided   {error_words(found.error, alike, found.reference)}")
     return dataclasses.replace(config, quantization=found.quantization)

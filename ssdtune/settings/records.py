@@ -11,6 +11,8 @@ from ssdtune.strict_yaml import ConfigError, Node, shown
 
 REQUIRED: Any = "(required)"  # a default that says there is none; compared by identity
 
+SHORT = 60  # characters of a default that is told beside an example
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Setting:
@@ -96,7 +98,8 @@ def read_setting(settings: Mapping[str, Setting], name: str, node: Node, prefix:
     except Refused as refusal:
         good = setting.example or setting.default_text
         otherwise = "" if setting.is_required else ", or leave it out for the default"
-        if not setting.is_required and setting.example:
+        is_short = len(setting.default_text) <= SHORT
+        if not setting.is_required and setting.example and is_short:
             otherwise += f" ({setting.default_text})"
         written = f"--{prefix}{name} {good}" if node.place == "command line" else f"{name}: {good}"
         end = "" if str(refusal).endswith("?") else "."
