@@ -3,8 +3,11 @@
 Both minimise the squared error of each group. For affine codes the unknowns are two, scale and zero: a grid of ranges,
 each end of the group's own moved by fractions of a step, is tried, then a few steps of alternating least squares are
 taken (nearest codes for this scale and zero, best scale and zero for these codes: Lloyd, "Least squares quantization in
-PCM", 1982, with equidistant levels). For four-bit tables the unknown is the scale, found alike. Codes are always the
-nearest ones for scale and zero *as stored*.
+PCM", 1982, with equidistant levels). In files of three bits only zeros next to whole numbers are tried, so that the
+value 0 has a code of its own, as Jacob et al. (arXiv 1712.05877, 2.1) ask for: the few inputs that are by far the largest
+meet weights near 0, and a fraction of such a wide step there costs more than the sixth that the squared error of all
+weights is larger for it; at two bits and at four and more it costs less (`benchmarks/README.md`, "Packed weights"). For
+four-bit tables the unknown is the scale, found alike. Codes are always the nearest ones for scale and zero *as stored*.
 
 Codes that are read at several widths are made for all of them: the loss is the sum of the errors' logarithms, the first
 width counted twice since it has the most to lose. A wider range costs the widest reading little (a step is 1/255 of it)
@@ -40,6 +43,7 @@ MAX_CUT = 0.75
 MIN_CUT = -0.25
 FIRST_WEIGHT = 2.0  # of the first slice's width in the loss, where the others have 1
 NUM_REFITS = 2
+WHOLE_ZERO_BITS = (3,)  # of files: the value 0 has a code
 # Scales that are tried for a table, in units of the block's largest magnitude / the table's.
 FACTORS = (1.0, 0.7, 0.8, 0.87, 0.94, 1.07, 1.15, 1.3, 1.5)
 SMALLEST = 2.0**-126  # normal bfloat16 number; some processors take what is smaller for 0
@@ -63,24 +67,25 @@ def quantize_affine(
     every width that can be read.
 
     values: any shape and floating dtype, on any device, taken as float32; where not contiguous, copied whole. At least
-    as good as rounding to nearest on the range from least to largest value, where there is one width. Values of a group
-    are kept within the range that has 0 in it: one of equal values far from 0 has few codes in use. A group whose scale
-    would be below 2^-126 becomes zeros, and no finite value becomes infinite. is_rotated: for `Rotated`; values are then
-    below 10^36. Raises ValueError, naming their number, where values are not finite."""
+    as good as rounding to nearest on the range from least to largest value, where there is one width; on such a range
+    with a whole zero where the widest is one of WHOLE_ZERO_BITS. Values of a group are kept within the range that has 0
+    in it: one of equal values far from 0 has few codes in use. A group whose scale would be below 2^-126 becomes zeros,
+    and no finite value becomes infinite. is_rotated: for `Rotated`; values are then below 10^36. Raises ValueError,
+    naming their number, where values are not finite."""
     format = Affine(sum(bits_order), bits_order, group, is_nested)
     readings = [dataclasses.replace(format, bits=width) for width in format.readings]
     parts = [part for reading in readings for part in reading.parts(tuple(values.shape))]
 
     def encode(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _affine_chunk(rotated(chunk, group) if is_rotated else chunk, format)
+        return _affine_chunk(rotated(chunk, group) if is_rotated else chunk, format, is_rotated)
 
     return _by_chunks(values, parts, CHUNK, encode)
 
 
-def _affine_chunk(chunk: torch.Tensor, format: Affine) -> dict[str, torch.Tensor]:
-    """Parts of float32 values, flat. format: read at all bits."""
+def _affine_chunk(chunk: torch.Tensor, format: Affine, is_rotated: bool) -> dict[str, torch.Tensor]:
+    """Parts of float32 values, flat, rotated already. format: read at all bits."""
     fitted = format.order if format.is_nested else (format.bits,)
-    made = [_affine_groups(rows, fitted) for rows in _rows(chunk, format.group)]
+    made = [_affine_groups(rows, fitted, is_rotated) for rows in _rows(chunk, format.group)]
     codes = torch.cat([codes.view(-1) for codes, _ in made])
     found = {f"codes.{i}": packed for i, packed in enumerate(split_codes(codes, format.order))}
     for width in format.readings:
@@ -94,6 +99,20 @@ class _Grid(NamedTuple):
 
     scale: torch.Tensor
     zero: torch.Tensor
+
+
+class _Zeros(NamedTuple):
+    """Zeros that are tried, of those that can be stored for codes of so many bits: all, or the nearest ones to whole
+    numbers, so that the value 0 has a code of its own (but for 1/64 of a step at 3 bits, 1/32 at 4, nothing at 8)."""
+
+    bits: int
+    is_whole: bool
+
+    def nearest(self, zero: torch.Tensor) -> torch.Tensor:
+        """Of those tried, as they are stored, the nearest to `zero`: float32."""
+        if self.is_whole:
+            zero = zero.round().clamp(0, 2**self.bits - 1)
+        return (_zero_code(zero, self.bits) + 0.5) * 2.0 ** (self.bits - 8) - 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,31 +142,33 @@ class _Groups:
 
 
 def _affine_groups(
-    values: torch.Tensor, order: tuple[int, ...]
+    values: torch.Tensor, order: tuple[int, ...], is_rotated: bool
 ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
     """Codes of the widest reading, uint8 [groups, elements], and what is stored for each width."""
     groups = _Groups.of(values)
     bits = sum(order)
-    grid = _search(groups, order)
+    # 0 is nothing special in rotated groups.
+    zeros = _Zeros(bits, is_whole=bits in WHOLE_ZERO_BITS and not is_rotated)
+    grid = _search(groups, order, zeros)
     codes = _codes(groups, grid, bits)
     found = {bits: groups.stored(grid, bits)}
     for width in widths(order)[:-1]:
         midpoints = grid.scale * 2.0 ** (bits - width)
+        zeros = _Zeros(width, is_whole=False)  # 0 is not in the middle of what a prefix stands for
         found[width] = groups.stored(
-            _fit(groups, _prefix(codes, bits - width), width, midpoints), width
+            _fit(groups, _prefix(codes, bits - width), zeros, midpoints), width
         )
     return codes.to(torch.uint8), found
 
 
-def _search(groups: _Groups, order: tuple[int, ...]) -> _Grid:
+def _search(groups: _Groups, order: tuple[int, ...], zeros: _Zeros) -> _Grid:
     """The best grid found for the widest reading."""
-    bits = sum(order)
-    best, *others = _starts(groups, order)
+    best, *others = _starts(groups, order, zeros)
     least = _loss(groups, best, order)
     for start in others:
         best, least = _better(groups, order, best, least, start)
     for _ in range(NUM_REFITS):
-        fitted = _fit(groups, _codes(groups, best, bits), bits, best.scale)
+        fitted = _fit(groups, _codes(groups, best, zeros.bits), zeros, best.scale)
         best, least = _better(groups, order, best, least, fitted)
     return best
 
@@ -171,27 +192,30 @@ def _better(
     return _Grid(scale, zero), torch.where(is_better, loss, least)
 
 
-def _starts(groups: _Groups, order: tuple[int, ...]) -> list[_Grid]:
+def _starts(groups: _Groups, order: tuple[int, ...], zeros: _Zeros) -> list[_Grid]:
     """Grids over each group's range with 0 in it: on the whole of it first, then less cuts at its ends."""
-    bits, cuts = sum(order), _cuts(order)
+    cuts = _cuts(order)
     pairs = [(0.0, 0.0), *itertools.product(cuts, cuts)]
     cut_low, cut_high = torch.tensor(pairs, device=groups.x.device).t().unsqueeze(2)
     low, high = groups.x.amin(1).clamp(max=0), groups.x.amax(1).clamp(min=0)
-    num_steps = 2**bits - 1
+    num_steps = 2**zeros.bits - 1
     step = (high - low) / num_steps
     scale = step * (1 - (cut_low + cut_high) / num_steps)
-    grids = _grid(groups, bits, scale, torch.zeros_like(scale), low + cut_low * step)
+    grids = _grid(groups, zeros, scale, torch.zeros_like(scale), low + cut_low * step)
     return [_Grid(*pair) for pair in zip(*grids, strict=True)]
 
 
 def _grid(
-    groups: _Groups, bits: int, scale: torch.Tensor, code: torch.Tensor, value: torch.Tensor
+    groups: _Groups, zeros: _Zeros, scale: torch.Tensor, code: torch.Tensor, value: torch.Tensor
 ) -> _Grid:
-    """The grid that can be stored nearest to the one of this scale on which `code` stands for `value`."""
+    """The grid that is allowed nearest to the one of this scale on which `code` stands for `value`."""
     scale = scale.bfloat16().float()
-    zero_code = _zero_code(code - value / scale.clamp(min=TINY), bits)
-    zero = (zero_code + 0.5) * 2.0 ** (bits - 8) - 0.5
-    farthest = torch.maximum(zero, 2**bits - 1 - zero).clamp(min=1)
+    return _stored_grid(groups, zeros, scale, zeros.nearest(code - value / scale.clamp(min=TINY)))
+
+
+def _stored_grid(groups: _Groups, zeros: _Zeros, scale: torch.Tensor, zero: torch.Tensor) -> _Grid:
+    """The grid of this zero, which is allowed, with the scale as it can be stored and makes nothing infinite."""
+    farthest = torch.maximum(zero, 2**zeros.bits - 1 - zero).clamp(min=1)
     limit = LARGEST / groups.unit / farthest
     return _Grid(torch.minimum(scale, limit).bfloat16().float(), zero)
 
@@ -244,18 +268,18 @@ def _moments(
     return mean, variance.clamp_(min=0), covariance
 
 
-def _fit(groups: _Groups, codes: torch.Tensor, bits: int, fallback: torch.Tensor) -> _Grid:
-    """The grid that can be stored and fits these codes best, by least squares; uses up `codes`.
+def _fit(groups: _Groups, codes: torch.Tensor, zeros: _Zeros, fallback: torch.Tensor) -> _Grid:
+    """The grid that is allowed and fits these codes best, by least squares; uses up `codes`.
 
     Neighbours of the rounded scale were tried and change the error's sixth digit.
     fallback: scales, [groups], where all codes of a group are the same."""
     mean, variance, covariance = _moments(groups, codes)
     slope = torch.where(variance > 0, covariance / variance.clamp(min=TINY), fallback)
-    _, zero = _grid(groups, bits, slope, mean, groups.mean)
-    # The best scale for the zero as it was rounded, and back into its range where it was outside.
+    _, zero = _grid(groups, zeros, slope, mean, groups.mean)
+    # The best scale for the zero as it was rounded.
     away = mean - zero
     scale = (covariance + groups.mean * away) / (variance + away.square()).clamp(min=TINY)
-    return _grid(groups, bits, scale.clamp(min=0), mean, groups.mean)
+    return _stored_grid(groups, zeros, scale.clamp(min=0), zero)
 
 
 # ------------------------------------------------------------------------- four bits by a table
