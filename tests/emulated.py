@@ -15,31 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from ssdtune.kernels import (
-    checksum,
-    ggml_native,
-    integers_native,
-    lossless_native,
-    noise,
-    requantize,
-    unpack_native,
-)
+from ssdtune.kernels import structs
 
 JOBS: dict[str, type[ctypes.Structure]] = {
-    "ssdtune_checksum": checksum._Job,
-    "ssdtune_add_noise": noise._Job,
-    "ssdtune_requantize": requantize._Requantize,
-    "ssdtune_decode_lossless": lossless_native._Job,
-    "ssdtune_unpack_affine": unpack_native._Affine,
-    "ssdtune_unpack_ggml": ggml_native._Job,
-    "ssdtune_unpack_integers": integers_native._Job,
-    "ssdtune_unpack_nibbles": unpack_native._Nibbles,
+    "ssdtune_checksum": structs.struct("checksum", "checksum.c"),
+    "ssdtune_add_noise": structs.struct("noise", "pieces.h"),
+    "ssdtune_requantize": structs.struct("requantize", "requantize.c"),
+    "ssdtune_decode_lossless": structs.struct("job", "lossless.c"),
+    "ssdtune_unpack_affine": structs.struct("affine", "pieces.h"),
+    "ssdtune_unpack_ggml": structs.struct("ggml", "ggml.c"),
+    "ssdtune_unpack_integers": structs.struct("integers", "integers.c"),
+    "ssdtune_unpack_nibbles": structs.struct("nibbles", "unpack.c"),
 }
 # What lies behind addresses of these names, where it has addresses too.
 NESTED: dict[str, type[ctypes.Structure]] = {
-    "packed": unpack_native._Affine,
-    "move": noise._Job,
+    "packed": JOBS["ssdtune_unpack_affine"],
+    "move": JOBS["ssdtune_add_noise"],
 }
+DIRECTION = structs.struct("direction", "pieces.h")
 CARRIED = 1 << 18  # bytes behind an address; the tests' tensors are smaller
 PAGE = 4096
 DRIVER = Path(__file__).parent / "elsewhere.c"
@@ -87,7 +80,7 @@ class Memory:
         for i, one in enumerate(many):
             for name, at, target in _addresses(one):
                 if name == "directions":
-                    to = self.add_structure(noise._Direction * one.num_directions, target)
+                    to = self.add_structure(DIRECTION * one.num_directions, target)
                 elif name in NESTED:
                     to = self.add_structure(NESTED[name], target)
                 else:
