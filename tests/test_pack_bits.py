@@ -154,7 +154,7 @@ def test_an_error_is_that_of_what_is_decoded(source: Path) -> None:
         falling = [errors[name][bits] for bits in WIDTHS]
         assert falling == sorted(falling, reverse=True)
     odd, usual = (errors[f"model.layers.{i}.mlp.up_proj.weight"][3] for i in (1, 2))
-    assert odd > 1.3 * usual
+    assert odd > 1.2 * usual
 
 
 def test_a_sample_is_spread_over_the_tensor_and_says_what_all_of_it_says() -> None:
