@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -95,6 +96,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
 
     from benchmarks.contestants import Ours
     from benchmarks.worker import forget_peak, memory_peak_bytes
+    from ssdtune.probe.in_model import pace
     from ssdtune.profiles import load_profile
     from ssdtune.schedule import trace
     from ssdtune.schedule.cost import predict_step
@@ -150,7 +152,15 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         profile = dataclasses.replace(profile, transfers={**profile.transfers, **slow})
         found = simulated()
         take()  # what was read ahead faster is gone
-    paces = [pace(profile)]
+    product_pace = partial(
+        pace,
+        profile.operators["float32"],
+        torch.device("cpu"),
+        torch.float32,
+        product=PACE_PRODUCT,
+        rounds=PACE_ROUNDS,
+    )
+    paces = [product_pace()]
     take()  # steps follow one another as in training, and reading goes on between them: from the second they are steady
     times, lanes = [], []
     for _ in range(job["rounds"]):
@@ -158,7 +168,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         take()
         times.append(perf_counter() - start)
         lanes.append({str(k): v for k, v in trace.lane_seconds(ours.ops()).items()})
-    paces.append(pace(profile))
+    paces.append(product_pace())
     peak = predict(
         ours.model,
         rehearsed.footprint,
@@ -177,22 +187,6 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     }
     ours.close()
     return result
-
-
-def pace(profile: Any) -> float:
-    """How long a product takes now, over what the profile says."""
-    import torch
-
-    from ssdtune.probe.timing import timed
-
-    tokens, wide, out = PACE_PRODUCT
-    values, weight = torch.randn(tokens, wide), torch.randn(out, wide)
-    times = [
-        timed(lambda: torch.nn.functional.linear(values, weight), lambda: None)
-        for _ in range(PACE_ROUNDS)
-    ]
-    curve = profile.operator("float32", "matmul_transposed")
-    return statistics.median(times) / curve.seconds(2.0 * tokens * wide * out)
 
 
 # ------------------------------------------------------------------ the command

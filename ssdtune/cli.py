@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ssdtune.errors import SSDTuneError
 
 if TYPE_CHECKING:
+    import argparse
+
     from ssdtune.packing.wanted import Wanted
 
 USAGE = """\
@@ -312,7 +314,7 @@ def _replay(words: list[str]) -> object:
     return replay_run(arguments.run.expanduser(), arguments.out.expanduser(), step=arguments.step)
 
 
-def _pack(words: list[str]) -> object:
+def _pack_parser() -> "argparse.ArgumentParser":
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -368,7 +370,11 @@ def _pack(words: list[str]) -> object:
         action="store_true",
         help="rotate each group of affine codes first (Hadamard): for weights with outliers",
     )
-    arguments = parser.parse_args(words)
+    return parser
+
+
+def _pack(words: list[str]) -> object:
+    arguments = _pack_parser().parse_args(words)
     if not arguments.check and (arguments.check_text or arguments.check_bits):
         raise SSDTuneError("--check_text and --check_bits are for --check.\nAdd it.")
     if arguments.text and arguments.target_bpw is None:

@@ -99,9 +99,8 @@ def test_every_change_arrives_and_is_read_back(engine: Engine, path: Path) -> No
     assert not any(op.is_miss for op in engine.trace)
 
 
-def test_a_slot_is_not_filled_and_a_block_not_read_before_it_is_stored(
-    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def held_writes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on writes wait for it."""
     gate, write = threading.Event(), stores.write_all
 
     def late(*given: Any) -> None:
@@ -109,6 +108,13 @@ def test_a_slot_is_not_filled_and_a_block_not_read_before_it_is_stored(
         write(*given)
 
     monkeypatch.setattr(stores, "write_all", late)
+    return gate
+
+
+def test_a_slot_is_not_filled_and_a_block_not_read_before_it_is_stored(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = held_writes(monkeypatch)
     engine.begin_step("forward")
     slot, tensor = weight(engine, 0)
     tensor += 1
@@ -192,13 +198,7 @@ def test_a_store_that_outlasts_close_writes_to_no_other_file(
     engine: Engine, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a slow drive: a file that is opened after `close` may get a closed one's descriptor."""
-    gate, write = threading.Event(), stores.write_all
-
-    def late(*given: Any) -> None:
-        assert gate.wait(10)
-        write(*given)
-
-    monkeypatch.setattr(stores, "write_all", late)
+    gate = held_writes(monkeypatch)
     monkeypatch.setattr(swap_engine, "CLOSING_S", 0.1)
     engine.begin_step("forward")
     slot, tensor = weight(engine, 0)

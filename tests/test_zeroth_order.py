@@ -137,16 +137,30 @@ def streamed_step(method: ZerothOrder, pieces: Sequence[dict[str, Any]], items: 
     return method.step(calls, learning_rate=LEARNING_RATE, weight_decay=DECAY)
 
 
-def train_both(
-    pair: Any, method: ZerothOrder, reference: InMemory, num_steps: int
-) -> list[tuple[list[float], list[float]]]:
-    compared = []
+def steps_of_both(
+    pair: Any, method: ZerothOrder, reference: Any, num_steps: int
+) -> Iterator[tuple[list[float], Any]]:
+    """The reference's losses and the method's step, of one batch after the other."""
     for batch in batches(pair.name, num_steps):
         pieces, items = cut(batch, 2), num_trained(batch)
         expected = reference.step(pieces, items)
-        found = streamed_step(method, pieces, items)
-        compared.append((expected, list(found.losses)))
-    return compared
+        yield expected, streamed_step(method, pieces, items)
+
+
+def train_both(
+    pair: Any, method: ZerothOrder, reference: InMemory, num_steps: int
+) -> list[tuple[list[float], list[float]]]:
+    both = steps_of_both(pair, method, reference, num_steps)
+    return [(expected, list(step.losses)) for expected, step in both]
+
+
+def train_alike(pair: Any, method: ZerothOrder, reference: Any, num_steps: int) -> list[Any]:
+    """Both ways, with the same losses; the method's updates."""
+    updates = []
+    for expected, step in steps_of_both(pair, method, reference, num_steps):
+        assert list(step.losses) == expected
+        updates.append(step.update)
+    return updates
 
 
 def all_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from test_zeroth_order import (
     batches,
     num_trained,
     streamed_step,
+    train_alike,
 )
 from test_zo_rules import MASKS, RULES, Ruled
 
@@ -53,17 +54,6 @@ class MastersInMemory(Ruled):
     def round(self) -> None:
         for name, p in self.read.items():
             p.copy_(self.parameters[name].to(p.dtype))
-
-
-def train(pair: Any, method: ZerothOrder, reference: MastersInMemory, num_steps: int) -> list[Any]:
-    updates = []
-    for batch in batches(pair.name, num_steps):
-        pieces, items = cut(batch, 2), num_trained(batch)
-        expected = reference.step(pieces, items)
-        step = streamed_step(method, pieces, items)
-        assert list(step.losses) == expected
-        updates.append(step.update)
-    return updates
 
 
 def assert_same_weights(model: Any, reference: MastersInMemory) -> None:
@@ -114,7 +104,7 @@ def test_masters_train_as_in_memory(
     fold = None if every is None else Fold(tmp_path / "scratch", every)
     method = ZerothOrder(pair.streamed, estimator, rule=rule, seed=SEED, fold=fold, master=True)
     reference = MastersInMemory(pair.plain, estimator, all_weights(pair.plain), rule)
-    train(pair, method, reference, num_steps)
+    train_alike(pair, method, reference, num_steps)
     assert_same_weights(pair.streamed, reference)
     engine = pair.streamed.ssdtune.engine
     wide = [shape.slot_bytes for shape in engine.plan.blocks]
@@ -148,7 +138,7 @@ def test_a_log_makes_the_weights_again_and_a_run_go_on(tmp_path: Path, stream: S
     reference = MastersInMemory(pair.plain, MEZO, all_weights(pair.plain), Rule())
     header = Header(base=None, seed=SEED, kind="gaussian", trains=MASTERS)
     writer = LogWriter(tmp_path / "log", header)
-    for number, update in enumerate(train(pair, method, reference, 4)):
+    for number, update in enumerate(train_alike(pair, method, reference, 4)):
         writer.append(number, 0.0, update)
     log = read_log(writer.content(), "log")
     model = stream(folder, model_class=type(pair.plain), factor=FACTOR)

@@ -20,6 +20,7 @@ from test_zeroth_order import (
     num_trained,
     rounded,
     streamed_step,
+    train_alike,
 )
 
 from ssdtune.kernels import philox
@@ -130,10 +131,7 @@ def compare(
     method = ZerothOrder(pair.streamed, estimator, rule=rule, seed=SEED, fold=folded)
     reference = Ruled(pair.plain, estimator, all_weights(pair.plain), rule or Rule())
     before = {n: p.clone() for n, p in all_weights(pair.plain).items()}
-    for batch in batches("llama", num_steps):
-        pieces, items = cut(batch, 2), num_trained(batch)
-        expected = reference.step(pieces, items)
-        assert list(streamed_step(method, pieces, items).losses) == expected
+    train_alike(pair, method, reference, num_steps)
     for key, value in all_weights(pair.plain).items():
         assert torch.equal(pair.streamed.get_parameter(key).clone(), value), key
         assert not torch.equal(value, before[key]), f"{key} has moved"

@@ -25,6 +25,7 @@ from test_zeroth_order import (
     num_trained,
     rounded,
     streamed_step,
+    train_alike,
 )
 
 from ssdtune.kernels import philox
@@ -152,18 +153,6 @@ class WindowsInMemory(InMemory):
         self.has_steps = self.has_steps and not is_over
 
 
-def train(pair: Any, method: ZerothOrder, reference: WindowsInMemory, num_steps: int) -> list[Any]:
-    """Both ways; the method's updates."""
-    updates = []
-    for batch in batches(pair.name, num_steps):
-        pieces, items = cut(batch, 2), num_trained(batch)
-        expected = reference.step(pieces, items)
-        step = streamed_step(method, pieces, items)
-        assert list(step.losses) == expected
-        updates.append(step.update)
-    return updates
-
-
 def assert_same_weights(pair: Any, reference: WindowsInMemory) -> None:
     for key, value in reference.parameters.items():
         assert torch.equal(pair.streamed.get_parameter(key).clone(), value), key
@@ -219,7 +208,7 @@ def test_windows_train_as_in_memory(
     how: dict[str, Any] = {"rule": RULES[rule], "seed": SEED, "fold": fold, "low_rank": True}
     method = ZerothOrder(pair.streamed, ESTIMATOR, **how)
     reference = WindowsInMemory(pair.plain, all_weights(pair.plain), RULES[rule])
-    train(pair, method, reference, num_steps)
+    train_alike(pair, method, reference, num_steps)
     assert_same_weights(pair, reference)
     method.close()
     assert digests(tmp_path / "model") == before, "the user's files"
@@ -285,7 +274,7 @@ def test_everybody_sees_the_weights_of_a_window_under_way(tmp_path: Path, stream
     batch = batches("llama", 1)[0]
     pair.streamed.ssdtune.micro_batch_size = None
     for num in (1, WINDOW - 1):  # within a window, and where one has just ended
-        train(pair, method, reference, num)
+        train_alike(pair, method, reference, num)
         with torch.no_grad():
             assert torch.equal(pair.streamed.eval()(**batch).loss, pair.plain(**batch).loss)
             new = {"max_new_tokens": 3, "do_sample": False}
@@ -303,13 +292,13 @@ def test_a_window_ends_though_its_last_step_is_skipped(
     fold = None if every is None else Fold(tmp_path / "scratch", every)
     method = ZerothOrder(pair.streamed, ESTIMATOR, seed=SEED, fold=fold, low_rank=True)
     reference = WindowsInMemory(pair.plain, all_weights(pair.plain), Rule())
-    train(pair, method, reference, WINDOW - 1)
+    train_alike(pair, method, reference, WINDOW - 1)
     for _ in range(WINDOW + 1):
         nothing = [lambda: math.nan] * 2
         assert method.step(nothing, learning_rate=LEARNING_RATE).update is None
         reference.skip()
     assert_same_weights(pair, reference)
-    train(pair, method, reference, 1)
+    train_alike(pair, method, reference, 1)
     assert_same_weights(pair, reference)
     method.close()
 
@@ -368,7 +357,7 @@ def test_windows_over_a_base_that_stays_packed(kind: str, tmp_path: Path, stream
         ZerothOrder(pair.streamed, ESTIMATOR, seed=SEED, packed=MOVED, low_rank=True)
     method = ZerothOrder(pair.streamed, ESTIMATOR, seed=SEED, packed=KEPT, low_rank=True)
     reference = WindowsInMemory(pair.plain, all_weights(pair.plain), Rule())
-    train(pair, method, reference, WINDOW + 2)
+    train_alike(pair, method, reference, WINDOW + 2)
     assert_same_weights(pair, reference)
     assert digests(tmp_path) == before
 

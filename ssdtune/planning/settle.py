@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ssdtune.config import ConfigError, load_config
 from ssdtune.jobs import AUTO, Jobs, Source
 from ssdtune.machines import own_machine
+from ssdtune.packing.widths import mean_of
 from ssdtune.planning.bits import bits_lines, chosen_for, error_words, read_as
 from ssdtune.planning.ways import decide
 from ssdtune.report import say
@@ -128,7 +129,7 @@ def _with_rows(config: TrainConfig, rows_at_once: int) -> TrainConfig:
 
 def _listed(config: TrainConfig) -> TrainConfig:
     """With bits on average replaced by those of each block; prints them. The same in every process."""
-    if "." not in config.quantization:
+    if mean_of(config.quantization) is None:
         return config
     from ssdtune.api import build_arguments
     from ssdtune.packing.once import listed
@@ -136,6 +137,5 @@ def _listed(config: TrainConfig) -> TrainConfig:
     found = listed(config.model_name_or_path, **build_arguments(config))
     if os.environ.get("RANK", "0") == "0":
         say(f"decided   {BITS}: {config.quantization} is {found.quantization}")
-        alike = {float(bits): error for bits, error in found.alike.items()}
-        say(f"decided   {error_words(found.error, alike, found.reference)}")
+        say(f"decided   {error_words(found.error, found.alike, found.reference)}")
     return dataclasses.replace(config, quantization=found.quantization)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,7 @@ REFERENCE = {
 }
 REFERENCE_TOKENS = (16, 64, 128, 256)
 LEAST_FACTOR = 1.0  # within a model nothing is faster than alone
-PACE_PRODUCT = (128, 576, 1536)  # tokens, width, width of the result
+PACE_PRODUCT, PACE_ROUNDS = (128, 576, 1536), 3  # tokens, width, width of the result
 WARM_UPS = 2  # steps that allocate
 LONG_PASSES_S = 2.0  # all steps at a length: beyond it FEW_ROUNDS do
 REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more tokens
@@ -106,7 +106,7 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Itera
     for num in range(WARM_UPS + timing.ROUNDS):
         if num >= WARM_UPS + timing.FEW_ROUNDS and perf_counter() - start > LONG_PASSES_S:
             break
-        paces.append(_pace(operators, ids.device, dtype))
+        paces.append(pace(operators, ids.device, dtype))
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
         for op in list(engine.trace):
@@ -125,18 +125,27 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Itera
         )
 
 
-def _pace(operators: dict[str, Curve], device: torch.device, dtype: torch.dtype) -> float:
+def pace(
+    operators: Mapping[str, Curve],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    product: tuple[int, int, int] = PACE_PRODUCT,
+    rounds: int = PACE_ROUNDS,
+) -> float:
     """How long a product takes now, over what its curve says: shared machines drift between the two measurements."""
     import torch
 
-    tokens, wide, out = PACE_PRODUCT
+    tokens, wide, out = product
     made: dict[str, Any] = {"device": device, "dtype": dtype}
     values, weight = torch.randn(tokens, wide, **made), torch.randn(out, wide, **made)
     run, wait = partial(torch.nn.functional.linear, values, weight), waiter(device)
     run()
     wait()
     curve = operators["matmul_transposed"]
-    return median(timed(run, wait) for _ in range(3)) / curve.seconds(2.0 * tokens * wide * out)
+    return median(timed(run, wait) for _ in range(rounds)) / curve.seconds(
+        2.0 * tokens * wide * out
+    )
 
 
 def fit_in_model(points: Sequence[Point], *, is_hidden: bool) -> InModel:

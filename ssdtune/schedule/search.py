@@ -119,8 +119,13 @@ def search(request: Request, pricing: Priced, effort: Effort | None = None) -> F
 
     Raises PlanError where nothing fits, with the smallest budget that does.
     """
+    return polished(explored(request, pricing, effort))
+
+
+def explored(request: Request, pricing: Priced, effort: Effort | None = None) -> Hunt:
+    """All candidates, simulated; where `search` begins. Raises PlanError as it does."""
     effort = effort or Effort()
-    hunt = _Hunt(request, pricing, effort.num_tries)
+    hunt = Hunt(request, pricing, effort)
     for choice in _candidates(hunt, effort.depths):
         hunt.evaluate(choice)
     for choice in hunt.ranked()[:NUM_POLISHED]:
@@ -128,29 +133,32 @@ def search(request: Request, pricing: Priced, effort: Effort | None = None) -> F
             hunt.evaluate(other)
     if request.budgets.nvme_activation_bytes and request.activation_bytes:
         _try_the_drive(hunt)
-    _polish(hunt, 10 + len(request.blocks) if effort.patience is None else effort.patience)
-    best = hunt.best()
-    validate(best.plan)
-    return best
+    return hunt
 
 
-class _Hunt:
-    """What has been simulated."""
+def polished(hunt: Hunt) -> Found:
+    """The best of what was explored after local moves; where `search` ends. Raises PlanError as it does."""
+    patience = hunt.effort.patience
+    _polish(hunt, 10 + len(hunt.request.blocks) if patience is None else patience)
+    return hunt.best()
 
-    def __init__(self, request: Request, pricing: Priced, num_tries: int) -> None:
-        self.pricing = pricing
+
+class Hunt:
+    """What has been simulated of a search."""
+
+    def __init__(self, request: Request, pricing: Priced, effort: Effort) -> None:
+        self.pricing, self.effort = pricing, effort
         self.whole = request
         # While searching, only the steps that are to be fast.
         orders = {pricing.kind: request.orders[pricing.kind]}
         self.request = dataclasses.replace(request, orders=orders)
         self.seen: dict[tuple[object, ...], tuple[float, ...]] = {}  # choice -> key
         self.choices: dict[tuple[object, ...], Choice] = {}
-        self._num_tries = num_tries
 
     @property
     def is_over(self) -> bool:
         """Whether all tries are used up."""
-        return len(self.seen) >= self._num_tries
+        return len(self.seen) >= self.effort.num_tries
 
     def evaluate(self, choice: Choice) -> tuple[float, ...] | None:
         """What to compare by, less is better; None where it does not fit or no try is left."""
@@ -177,12 +185,15 @@ class _Hunt:
         return [self.choices[name] for name in sorted(self.seen, key=lambda n: self.seen[n])]
 
     def best(self) -> Found:
-        """The best of all, with the plan of every kind of step. Activations go to NVMe where that is worth it."""
+        """The best of all, with the plan of every kind of step, validated. Activations go to NVMe where that is worth
+        it. Raises PlanError."""
         layout = layout_of(self.request, self._worth_writing())
         steps = self.pricing.steps(plan_of(self.request, layout))
         seconds = self.pricing.op_seconds(steps)
+        plan = plan_of(self.whole, layout)
+        validate(plan)
         return Found(
-            plan=plan_of(self.whole, layout),
+            plan=plan,
             layout=layout,
             simulation=simulate(steps, seconds, between_s=self.pricing.between_s),
             num_tries=len(self.seen),
@@ -218,7 +229,7 @@ def _name(choice: Choice) -> tuple[object, ...]:
 # ------------------------------------------------------------------ candidates
 
 
-def _candidates(hunt: _Hunt, depths: Sequence[int]) -> Iterator[Choice]:
+def _candidates(hunt: Hunt, depths: Sequence[int]) -> Iterator[Choice]:
     """For each way to share slots that fits: the static choice, the solver's and greedy counts, each arranged."""
     request = dataclasses.replace(hunt.request, prefetch=max(depths))
     allowed = {*depths, 0}
@@ -241,7 +252,7 @@ def _candidates(hunt: _Hunt, depths: Sequence[int]) -> Iterator[Choice]:
         raise PlanError("no way to share slots fits the budget")
 
 
-def _kinds(hunt: _Hunt, empty: Choice) -> dict[tuple[int, ...], BlockKind]:
+def _kinds(hunt: Hunt, empty: Choice) -> dict[tuple[int, ...], BlockKind]:
     """Blocks that are alike, members -> what one of them takes; from the plan in which nothing stays."""
     plan = plan_of(hunt.request, layout_of(hunt.request, empty))
     steps = hunt.pricing.steps(plan)
@@ -279,7 +290,7 @@ def _kind(
 
 
 def _counts(
-    hunt: _Hunt, empty: Choice, kinds: Sequence[BlockKind]
+    hunt: Hunt, empty: Choice, kinds: Sequence[BlockKind]
 ) -> Iterator[tuple[Counts, Sequence[Pattern]]]:
     """How many of each kind stay, as the solver has it, and greedily from both ends; with the ways to arrange them."""
     room = room_for(hunt.request, empty)
@@ -317,7 +328,7 @@ def _worth(kind: BlockKind) -> float:
 # ------------------------------------------------------------------ local moves
 
 
-def _try_the_drive(hunt: _Hunt) -> None:
+def _try_the_drive(hunt: Hunt) -> None:
     """The best with activations of more and more blocks on NVMe. Of few blocks, whose patterns are coarse, then with
     those of one block or two elsewhere, while that helps."""
     for choice in hunt.ranked()[:NUM_POLISHED]:
@@ -334,7 +345,7 @@ def _try_the_drive(hunt: _Hunt) -> None:
         best = hunt.ranked()[0]
 
 
-def _polish(hunt: _Hunt, patience: int) -> None:
+def _polish(hunt: Hunt, patience: int) -> None:
     """Moves of one block or two from the best candidates, kept where they help, until the tries are used up."""
     chance = Random(0)
     leaders = hunt.ranked()[:NUM_POLISHED]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ssdtune.schedule.plan import Budgets, Plan, PlanError
 from ssdtune.schedule.planner import Request, able_to_keep, least_of
-from ssdtune.schedule.search import Effort, Found, Priced, search
+from ssdtune.schedule.search import Effort, Found, Priced, explored, polished, search
 
 SHARES = (0.25, 0.5, 0.75)  # of the budget, for activations
 WORTH = 0.01  # of a step's time: less does not pay for memory that fills and empties in every step
@@ -30,20 +30,17 @@ def search_shares(request: Request, pricing: Priced, effort: Effort | None = Non
     request: its budget there is for both; of its budget for activations nothing is asked. Raises PlanError where
     nothing fits.
     """
-    rough = dataclasses.replace(effort or Effort(), patience=0)  # the best share alone is polished
-    best_share, step_s = (
-        _with(request, 0),
-        search(_with(request, 0), pricing, rough).simulation.step_s,
-    )
+    hunt = explored(_with(request, 0), pricing, effort)
+    step_s = hunt.best().simulation.step_s
     for num_bytes in _tried(request):
-        share = _with(request, num_bytes)
         try:
-            found_s = search(share, pricing, rough).simulation.step_s
+            other = explored(_with(request, num_bytes), pricing, effort)
+            other_s = other.best().simulation.step_s
         except PlanError:
             continue
-        if found_s < (1 - WORTH) * step_s:
-            best_share, step_s = share, found_s
-    best = search(best_share, pricing, effort)
+        if other_s < (1 - WORTH) * step_s:
+            hunt, step_s = other, other_s
+    best = polished(hunt)  # the best share alone
     return _with_what_is_left(request, best) if best.plan.kept_blocks else best
 
 

@@ -98,9 +98,7 @@ def simulate(steps: StepPlan, seconds: Sequence[float], *, between_s: float = 0.
         between_s: from a step's last visit to the next one's first: the optimizer, loading rows. Lanes other than
             compute go on meanwhile.
     """
-    clock = _Clock(steps.ops, seconds, between_s)
-    for _ in range(NUM_STEPS - 1):
-        clock.step()
+    clock = _settled(steps, seconds, between_s)
     began_s, free, previous = clock.ended_s, [*clock.free], clock.ends
     clock.step()
     begins = _begins(clock.rows, free, previous, clock.ends)
@@ -110,12 +108,18 @@ def simulate(steps: StepPlan, seconds: Sequence[float], *, between_s: float = 0.
 
 def step_seconds(steps: StepPlan, seconds: Sequence[float], *, between_s: float = 0.0) -> float:
     """How long a steady step takes, as `simulate` has it and in half of the time: for those who compare many plans."""
-    clock = _Clock(steps.ops, seconds, between_s)
-    for _ in range(NUM_STEPS - 1):
-        clock.step()
+    clock = _settled(steps, seconds, between_s)
     began_s = clock.ended_s
     clock.step()
     return clock.ended_s - began_s
+
+
+def _settled(steps: StepPlan, seconds: Sequence[float], between_s: float) -> _Clock:
+    """All steps but the last: the one that is looked at."""
+    clock = _Clock(steps.ops, seconds, between_s)
+    for _ in range(NUM_STEPS - 1):
+        clock.step()
+    return clock
 
 
 _Row = tuple[int, tuple[int, ...], tuple[int, ...], float]  # lane, after, after_previous, seconds

@@ -108,9 +108,8 @@ class _Inserted:
         self._steps, self._pairs, self._num_bytes = steps, pairs, num_bytes
         self._out, self._back = ways
         self._names = {op.visit: op.block for op in steps.ops}
-        self._ops: list[
-            tuple[Op, Sequence[int]]
-        ] = []  # those of the step and new ones; new ids before them
+        # Those of the step and new ones, each with the new ids that it comes after.
+        self._ops: list[tuple[Op, Sequence[int]]] = []
         self._new: dict[int, int] = {}  # an op's id -> its new one
         self._computed: dict[int, int] = {}  # visit -> new id of its COMPUTE
         # Forward visit -> id of the last op that moves out what it leaves.
