@@ -1,6 +1,5 @@
 """The fluid simulator: the plain one where nothing is shared, by hand where something is, and its invariants."""
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -41,8 +40,7 @@ def random_steps(rng: random.Random) -> StepPlan:
         ]
     )
     ops = [
-        dataclasses.replace(
-            op,
+        op._replace(
             direction=rng.choice(list(Direction)),
             after_previous=tuple(rng.sample(range(num_ops), rng.choice((0, 0, 1)))),
         )
@@ -72,10 +70,8 @@ def test_where_nothing_is_short_it_is_the_plain_simulator(seed: int) -> None:
 def closed(steps: StepPlan) -> StepPlan:
     """With a last op of compute that waits for all others, and for which all of the next step wait."""
     last = len(steps.ops)
-    ops = [dataclasses.replace(op, after_previous=(last,)) for op in steps.ops]
-    end = dataclasses.replace(
-        ops[0], id=last, kind=Kind.COMPUTE, lane=Lane.COMPUTE, after=tuple(range(last))
-    )
+    ops = [op._replace(after_previous=(last,)) for op in steps.ops]
+    end = ops[0]._replace(id=last, kind=Kind.COMPUTE, lane=Lane.COMPUTE, after=tuple(range(last)))
     return StepPlan(visits=(), ops=(*ops, end))
 
 

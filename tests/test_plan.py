@@ -74,7 +74,7 @@ def with_op(plan: Plan, op_id: int, **changes: Any) -> Plan:
     """Op `op_id` changed, all else as it was."""
     steps = plan.sequences["train"]
     ops = list(steps.ops)
-    ops[op_id] = dataclasses.replace(ops[op_id], **changes)
+    ops[op_id] = ops[op_id]._replace(**changes)
     return dataclasses.replace(
         plan, sequences={"train": StepPlan(visits=steps.visits, ops=tuple(ops))}
     )
@@ -283,9 +283,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: dataclasses.replace(
             p,
             sequences={
-                "train": StepPlan(
-                    visits=STEP.visits, ops=(*STEP.ops, dataclasses.replace(STEP.ops[9], id=10))
-                )
+                "train": StepPlan(visits=STEP.visits, ops=(*STEP.ops, STEP.ops[9]._replace(id=10)))
             },
         ),
         "op 10 of its visits must be no op",
@@ -324,7 +322,7 @@ def test_ops_of_other_kinds_may_stand_among_those_of_the_visits() -> None:
     store = dataclasses.replace(
         STEP.ops[0], id=10, kind=Kind.STORE, lane=Lane.NVME_WRITE, num_bytes=5, after=(0,)
     )
-    ops = (*STEP.ops[:5], dataclasses.replace(STEP.ops[5], after=(4, 3)), *STEP.ops[6:], store)
+    ops = (*STEP.ops[:5], STEP.ops[5]._replace(after=(4, 3)), *STEP.ops[6:], store)
     validate(dataclasses.replace(plan, sequences={"train": StepPlan(visits=STEP.visits, ops=ops)}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ssdtune.probe import timing
 from ssdtune.probe.timing import timed, waiter
 from ssdtune.schedule.curve import Curve
+from ssdtune.schedule.plan import Direction, Lane
 from ssdtune.schedule.profile import InModel, Profile
 
 if TYPE_CHECKING:
     import torch
+
+    from ssdtune.schedule.trace import TraceOp
 
 # A model of no particular kind: what its blocks take, beyond their operators' curves, is taken for any model's.
 REFERENCE = {
@@ -34,12 +38,14 @@ REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more t
 
 
 class Point(NamedTuple):
-    """A visit: operators that the model's code and that autograd calls, seconds by their curves, seconds measured."""
+    """A visit: operators that the model's code and that autograd calls, seconds by their curves, seconds measured.
+    is_recorded: for a backward pass."""
 
     num_calls: int
     num_autograd_calls: int
     curves_s: float
     seconds: float
+    is_recorded: bool = True
 
 
 def measure_in_model(
@@ -91,16 +97,20 @@ def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Iterator[Point]:
-    """A layer's two passes at this length."""
+    """A layer's two passes of training and its forward alone, at this length."""
     import torch
 
-    from ssdtune.schedule.plan import Direction, Lane
     from ssdtune.visit.rehearsal import rehearse
 
     work = rehearse(model, {"input_ids": ids}).work
     assert work is not None
     engine = model.get_base_model().ssdtune.engine
-    times: dict[Direction, list[float]] = {direction: [] for direction in Direction}
+    passes = [
+        ("train", Direction.FORWARD),
+        ("train", Direction.BACKWARD),
+        ("forward", Direction.FORWARD),
+    ]
+    times: dict[tuple[str, Direction], list[float]] = {each: [] for each in passes}
     dtype, paces = getattr(torch, work.dtype), list[float]()
     start = perf_counter()
     for num in range(WARM_UPS + timing.ROUNDS):
@@ -109,20 +119,32 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Itera
         paces.append(pace(operators, ids.device, dtype))
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
-        for op in list(engine.trace):
-            if op.step == engine.step and op.lane is Lane.COMPUTE and ".layers." in op.block:
-                times[op.direction].append(op.end_s - op.start_s - op.wait_s)
+        for op in _layers_of_last_step(engine):
+            times["train", op.direction].append(op.end_s - op.start_s - op.wait_s)
+        with torch.no_grad():
+            model(input_ids=ids, labels=ids)
+        for op in _layers_of_last_step(engine):
+            times["forward", op.direction].append(op.end_s - op.start_s - op.wait_s)
     layer = next(i for i, recipe in enumerate(engine.recipes) if ".layers." in recipe.name)
     curves = Profile(name="probe", operators={work.dtype: operators}, transfers={})
-    for direction, measured in times.items():
-        each = work.passes["train"][layer, direction][0]
+    for (kind, direction), measured in times.items():
+        each = work.passes[kind][layer, direction][0]
         steady = measured[WARM_UPS * REFERENCE["num_hidden_layers"] :]
         yield Point(
             each.num_calls - each.num_autograd_calls,
             each.num_autograd_calls,
             each.curves_s(curves, work.dtype) * median(paces),
             median(steady),
+            kind == "train",
         )
+
+
+def _layers_of_last_step(engine: Any) -> list[TraceOp]:
+    return [
+        op
+        for op in list(engine.trace)
+        if op.step == engine.step and op.lane is Lane.COMPUTE and ".layers." in op.block
+    ]
 
 
 def pace(
@@ -149,7 +171,16 @@ def pace(
 
 
 def fit_in_model(points: Sequence[Point], *, is_hidden: bool) -> InModel:
-    """Overheads and factor, relative errors as small as may be."""
+    """Overheads and factor, relative errors as small as may be; calls that nothing records, by what is left then."""
+    unrecorded = [p for p in points if not p.is_recorded]
+    found = _fit_recorded([p for p in points if p.is_recorded], is_hidden=is_hidden)
+    if not unrecorded or is_hidden or not found.overhead_s:
+        return found
+    each = median((p.seconds - found.factor * p.curves_s) / p.num_calls for p in unrecorded)
+    return dataclasses.replace(found, no_grad_overhead_s=min(max(each, 0.0), found.overhead_s))
+
+
+def _fit_recorded(points: Sequence[Point], *, is_hidden: bool) -> InModel:
     if is_hidden:  # few tokens are all overhead, many all work
         few = min(points, key=lambda point: point.seconds)
         many = max(points, key=lambda point: point.seconds)

@@ -35,10 +35,13 @@ def _operators_line(curves: Mapping[str, Curve], inside: InModel) -> str:
     ]
     if PERTURB in curves:
         parts.append(f"perturbing {curves[PERTURB].rate / 1e6:,.3g} million/s")
-    parts.append(
+    line = (
         f"in a model {inside.factor:.2f} x + {inside.overhead_s * 1e6:.0f} us a call, "
         f"{inside.autograd_overhead_s * 1e6:.0f} by autograd"
     )
+    if inside.no_grad_overhead_s is not None:
+        line += f", {inside.no_grad_overhead_s * 1e6:.0f} without it"
+    parts.append(line)
     return " · ".join(parts)
 
 

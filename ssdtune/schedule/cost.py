@@ -64,6 +64,11 @@ class Work:
     num_autograd_calls: int = 0
 
     @property
+    def name(self) -> object:
+        """Equal works have equal ones; to look them up by."""
+        return frozenset(self.operators.items()), self.num_autograd_calls
+
+    @property
     def flop(self) -> float:
         """Of matrix products and attention."""
         return sum(
@@ -77,11 +82,13 @@ class Work:
         """How many operators."""
         return sum(n for op, n in self.operators.items() if op.kind != FRESH)
 
-    def seconds(self, profile: Profile, dtype: str) -> float:
-        """How long it takes inside a model, one operator after the other."""
-        curves_s = self.curves_s(profile, dtype)
+    def seconds(self, profile: Profile, dtype: str, *, is_recorded: bool = True) -> float:
+        """How long it takes inside a model, one operator after the other. is_recorded: for a backward pass."""
         return profile.in_model.get(dtype, InModel()).seconds(
-            self.num_calls - self.num_autograd_calls, self.num_autograd_calls, curves_s
+            self.num_calls - self.num_autograd_calls,
+            self.num_autograd_calls,
+            self.curves_s(profile, dtype),
+            is_recorded=is_recorded,
         )
 
     def curves_s(self, profile: Profile, dtype: str) -> float:
@@ -166,14 +173,18 @@ class Pricing:
         self.kind, self.profile, self.factors = kind, profile, dict(factors or {})
         self.stored_bytes, self.activation_bytes = stored_bytes, activation_bytes
         self.between_s = work.between_s(profile) if kind == "train" else 0.0
-        self._visits = {
-            key: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
-            for key, works in work.passes[kind].items()
-        }
-        self._behind = {
-            block: [num_micro_batches * each.seconds(profile, work.dtype) for each in works]
-            for block, works in work.behind.items()
-        }
+        known: dict[object, float] = {}  # most blocks are alike
+        is_recorded = kind == "train"
+
+        def seconds(works: Sequence[Work]) -> list[float]:
+            for each in works:
+                if each.name not in known:
+                    one_s = each.seconds(profile, work.dtype, is_recorded=is_recorded)
+                    known[each.name] = num_micro_batches * one_s
+            return [known[each.name] for each in works]
+
+        self._visits = {key: seconds(works) for key, works in work.passes[kind].items()}
+        self._behind = {block: seconds(works) for block, works in work.behind.items()}
         moves = work.moves if kind == "forward" and work.moves else Moves(shifts={})
         # These are few calls: the curves are all.
         self._shift_s, self._update_s = (

@@ -436,21 +436,21 @@ def assign_slots(order: Order, allowed: Sequence[Sequence[int]]) -> list[tuple[i
     it repeats only after several steps (an odd number of visits through two slots), a plan of one
     step must fill again what another step left elsewhere.
     """
-    held: dict[int, int] = {}
-    recency = list(dict.fromkeys(s for slots in allowed for s in slots))  # used longest ago first
-    seen: list[tuple[dict[int, int], list[int]]] = []
+    # Slot -> the block in it, the slot used longest ago first.
+    held: dict[int, int | None] = dict.fromkeys(s for slots in allowed for s in slots)
+    seen: list[list[tuple[int, int | None]]] = []
     chosen: list[int] = []
-    while (held, recency) not in seen:
-        seen.append((dict(held), list(recency)))
+    while (state := list(held.items())) not in seen:
+        seen.append(state)
         chosen = []
         for block, _ in order:
             slots = allowed[block]
-            present = next((s for s in slots if held.get(s) == block), None)
-            slot = next(s for s in recency if s in slots) if present is None else present
+            slot = next((s for s in slots if held[s] == block), None)
+            if slot is None:
+                slot = slots[0] if len(slots) == 1 else next(s for s in held if s in slots)
             chosen.append(slot)
+            del held[slot]  # and last again
             held[slot] = block
-            recency.remove(slot)
-            recency.append(slot)
     last = {slot: block for slot, (block, _) in zip(chosen, order, strict=True)}
     assigned: list[tuple[int, bool]] = []
     for slot, (block, _) in zip(chosen, order, strict=True):

@@ -49,7 +49,8 @@ class InModel:
     """What operators take inside a model beyond their curves, which are of one operator again and again.
 
     overhead_s: of each call that a model's code makes: that code, the framework's own work, threads that wake up.
-    autograd_overhead_s: the same of calls that autograd makes. factor: on the curves: caches that other operators have
+    autograd_overhead_s: the same of calls that autograd makes. no_grad_overhead_s: of a model's calls where nothing is
+    recorded for autograd; None: as the others of its code. factor: on the curves: caches that other operators have
     used. is_hidden: whether the calls' overhead passes while a device computes: the longer of the two counts, not
     their sum.
     """
@@ -58,10 +59,22 @@ class InModel:
     autograd_overhead_s: float = 0.0
     factor: float = 1.0
     is_hidden: bool = False
+    no_grad_overhead_s: float | None = None
 
-    def seconds(self, num_calls: float, num_autograd_calls: float, curves_s: float) -> float:
-        """So many calls by a model's code and by autograd, whose curves say `curves_s` in all."""
-        calls = num_calls * self.overhead_s + num_autograd_calls * self.autograd_overhead_s
+    def seconds(
+        self,
+        num_calls: float,
+        num_autograd_calls: float,
+        curves_s: float,
+        *,
+        is_recorded: bool = True,
+    ) -> float:
+        """So many calls by a model's code and by autograd, whose curves say `curves_s` in all. is_recorded: for a
+        backward pass."""
+        each = self.overhead_s
+        if not is_recorded and self.no_grad_overhead_s is not None:
+            each = self.no_grad_overhead_s
+        calls = num_calls * each + num_autograd_calls * self.autograd_overhead_s
         work = self.factor * curves_s
         return max(calls, work) if self.is_hidden else calls + work
 
@@ -245,6 +258,8 @@ def _in_model(found: Any, where: str) -> dict[str, InModel]:
     for dtype, content in mapping(found, where).items():
         each = mapping(content, f"{where}.{dtype}")
         overheads = [each.get(name, 0.0) for name in ("overhead_s", "autograd_overhead_s")]
+        unrecorded = each.get("no_grad_overhead_s")
+        overheads += [] if unrecorded is None else [unrecorded]
         factor = each.get("factor", 1.0)
         if not all(o == 0 or is_positive(o) for o in overheads) or not is_positive(factor):
             raise ProfileError(
@@ -255,5 +270,6 @@ def _in_model(found: Any, where: str) -> dict[str, InModel]:
             autograd_overhead_s=float(overheads[1]),
             factor=float(factor),
             is_hidden=bool(each.get("is_hidden")),
+            no_grad_overhead_s=None if unrecorded is None else float(unrecorded),
         )
     return made

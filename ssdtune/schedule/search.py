@@ -2,10 +2,11 @@
 
 How many blocks stay is a small integer program for each way to share slots (`counts.py`), and greedy by kinds besides.
 Which ones stay is an arrangement: spread evenly is good where the drive is the limit (grouped residents leave it idle
-for a while, then overrun it), the ends of the step where slots already hold its turns. Candidates keep the activations
-of as many blocks as they may; the best are then tried with fewer, which is as fast where the drive is the limit, and
-with those of other blocks on NVMe. Every candidate is simulated; the best is polished by moves of one or two blocks. The
-seed is fixed: equal requests have equal plans.
+for a while, then overrun it), the ends of the step where slots already hold its turns. All ways to share slots are tried
+with one arrangement, the best ways with the others. Candidates keep the activations of as many blocks as they may; the
+best are then tried with fewer, which is as fast where the drive is the limit, and with those of other blocks on NVMe.
+Every candidate is simulated; the best is polished by moves of one or two blocks. The seed is fixed: equal requests have
+equal plans.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Protocol
 
 from ssdtune.schedule.arrange import (
     PATTERNS,
-    Pattern,
     arranged,
     elsewhere,
     keeping,
@@ -49,12 +49,17 @@ from ssdtune.schedule.simulate import Simulation, simulate, step_seconds
 from ssdtune.schedule.stored import written_bytes
 
 NUM_POLISHED = 3  # of the best candidates
+NUM_WAYS = 2  # to share slots in which all arrangements are tried
+HOPELESS = 1.1  # times as slow as the best of another budget: no arrangement makes up for it
 AT_LIMIT = 0.005  # of its compute, beyond it: a step that has next to no time left to gain
 WORTH_WRITING = 0.02  # of a step's time: less does not pay for wearing a drive
 FEW_PLACES = 8  # blocks up to which every one is tried elsewhere
 DIGITS = (
     4  # step times that agree so far are a tie: fewer bytes written, then read, then less memory
 )
+
+
+Skeleton = tuple[tuple[tuple[int, ...], ...], int]  # classes that share slots, prefetch depth
 
 
 class Priced(Protocol):
@@ -122,12 +127,28 @@ def search(request: Request, pricing: Priced, effort: Effort | None = None) -> F
     return polished(explored(request, pricing, effort))
 
 
-def explored(request: Request, pricing: Priced, effort: Effort | None = None) -> Hunt:
-    """All candidates, simulated; where `search` begins. Raises PlanError as it does."""
-    effort = effort or Effort()
-    hunt = Hunt(request, pricing, effort)
-    for choice in _candidates(hunt, effort.depths):
-        hunt.evaluate(choice)
+def explored(
+    request: Request,
+    pricing: Priced,
+    effort: Effort | None = None,
+    *,
+    beside: Hunt | None = None,
+) -> Hunt:
+    """All candidates, simulated; where `search` begins. Raises PlanError as it does.
+
+    beside: what was explored under a budget much like this one. Of the ways to share slots, those that were best there
+    are tried, where they fit; a first round that is much slower than its best is the last.
+    """
+    hunt = Hunt(request, pricing, effort or Effort())
+    ways, near = _skeletons_that_fit(hunt), beside.skeletons() if beside else []
+    for way in [each for each in ways if each in near] or ways:
+        for choice in _candidates(hunt, way):
+            hunt.evaluate(choice)
+    if beside and hunt.step_s > HOPELESS * beside.step_s:
+        return hunt
+    for way in hunt.skeletons():
+        for choice in _arrangements(hunt, way):
+            hunt.evaluate(choice)
     for choice in hunt.ranked()[:NUM_POLISHED]:
         for other in keeping(hunt.request, choice):
             hunt.evaluate(other)
@@ -154,6 +175,7 @@ class Hunt:
         self.request = dataclasses.replace(request, orders=orders)
         self.seen: dict[tuple[object, ...], tuple[float, ...]] = {}  # choice -> key
         self.choices: dict[tuple[object, ...], Choice] = {}
+        self._kinds: dict[tuple[int, ...], BlockKind] = {}
 
     @property
     def is_over(self) -> bool:
@@ -183,6 +205,25 @@ class Hunt:
     def ranked(self) -> list[Choice]:
         """All that were simulated, the best first."""
         return [self.choices[name] for name in sorted(self.seen, key=lambda n: self.seen[n])]
+
+    def skeletons(self) -> list[Skeleton]:
+        """The ways to share slots of the best choices."""
+        ways = dict.fromkeys(
+            (tuple(map(tuple, choice.classes)), choice.prefetch) for choice in self.ranked()
+        )
+        return [*ways][:NUM_WAYS]
+
+    def kinds(self, empty: Choice) -> dict[tuple[int, ...], BlockKind]:
+        """Blocks that are alike, members -> what one of them takes. Made once: how slots are shared hardly matters
+        for it. empty: a choice in which nothing stays."""
+        if not self._kinds:
+            self._kinds = _kinds(self, empty)
+        return self._kinds
+
+    @property
+    def step_s(self) -> float:
+        """Of the best. Raises PlanError where nothing was simulated."""
+        return self.seen[_name(self._worth_writing())][0]
 
     def best(self) -> Found:
         """The best of all, with the plan of every kind of step, validated. Activations go to NVMe where that is worth
@@ -229,27 +270,56 @@ def _name(choice: Choice) -> tuple[object, ...]:
 # ------------------------------------------------------------------ candidates
 
 
-def _candidates(hunt: Hunt, depths: Sequence[int]) -> Iterator[Choice]:
-    """For each way to share slots that fits: the static choice, the solver's and greedy counts, each arranged."""
-    request = dataclasses.replace(hunt.request, prefetch=max(depths))
-    allowed = {*depths, 0}
-    found = False
-    for classes, depth in skeletons(request):
-        if depth not in allowed or (depth == 0 and found and 0 not in depths):
+def _skeletons_that_fit(hunt: Hunt) -> list[Skeleton]:
+    """The ways to share slots that the budget has room for; those without any prefetch only where nothing else fits, or
+    that was asked for. Raises PlanError where none does."""
+    depths = hunt.effort.depths
+    fit: list[Skeleton] = []
+    for classes, depth in skeletons(dataclasses.replace(hunt.request, prefetch=max(depths))):
+        if depth not in depths and (depth or fit):
             continue
-        static = static_choice(request, classes, depth)
-        if static is None:
-            continue
-        found = True
-        static = dataclasses.replace(static, stored=frozenset())
-        yield static
-        empty = dataclasses.replace(static, residents=frozenset(), cached=frozenset())
-        kinds = _kinds(hunt, empty)
-        for counts, patterns in _counts(hunt, empty, list(kinds.values())):
-            for pattern in patterns:
-                yield arranged(request, empty, list(kinds), counts, pattern)
-    if not found:
+        if static_choice(hunt.request, classes, depth) is not None:
+            fit.append((tuple(map(tuple, classes)), depth))
+    if not fit:
         raise PlanError("no way to share slots fits the budget")
+    return fit
+
+
+def _candidates(hunt: Hunt, skeleton: Skeleton) -> Iterator[Choice]:
+    """For one way to share slots that fits: the static choice, and all counts in one arrangement."""
+    static, empty = _filled_and_empty(hunt, skeleton)
+    yield static
+    for counts in _counts(hunt, empty):
+        yield arranged(hunt.request, empty, list(hunt.kinds(empty)), counts, PATTERNS[0])
+
+
+def _arrangements(hunt: Hunt, skeleton: Skeleton) -> Iterator[Choice]:
+    """The best counts in all other arrangements."""
+    _, empty = _filled_and_empty(hunt, skeleton)
+    counts = next(_counts(hunt, empty))
+    for pattern in PATTERNS[1:]:
+        yield arranged(hunt.request, empty, list(hunt.kinds(empty)), counts, pattern)
+
+
+def _filled_and_empty(hunt: Hunt, skeleton: Skeleton) -> tuple[Choice, Choice]:
+    """The static choice, and the one in which nothing stays."""
+    static = static_choice(hunt.request, *skeleton)
+    assert static is not None
+    static = dataclasses.replace(static, stored=frozenset())
+    return static, dataclasses.replace(static, residents=frozenset(), cached=frozenset())
+
+
+def _counts(hunt: Hunt, empty: Choice) -> Iterator[Counts]:
+    """How many of each kind stay, as the solver has it, where there is one, and greedily from both ends."""
+    kinds, on_device = list(hunt.kinds(empty).values()), hunt.request.on_device
+    room = room_for(hunt.request, empty)
+    assert room is not None
+    solved = best_counts(kinds, slot_room=room[0], ram_room=room[1], on_device=on_device)
+    if solved is not None:
+        yield solved
+    by_worth = sorted(range(len(kinds)), key=lambda k: -_worth(kinds[k]))
+    yield _greedy(kinds, by_worth, room, on_device=on_device)
+    yield _greedy(kinds, by_worth[::-1], room, on_device=on_device)
 
 
 def _kinds(hunt: Hunt, empty: Choice) -> dict[tuple[int, ...], BlockKind]:
@@ -287,21 +357,6 @@ def _kind(
         cached={key: s for key, s in mean.items() if key[1] is not Lane.NVME_READ},
         resident={key: s for key, s in mean.items() if key[1] is Lane.COMPUTE},
     )
-
-
-def _counts(
-    hunt: Hunt, empty: Choice, kinds: Sequence[BlockKind]
-) -> Iterator[tuple[Counts, Sequence[Pattern]]]:
-    """How many of each kind stay, as the solver has it, and greedily from both ends; with the ways to arrange them."""
-    room = room_for(hunt.request, empty)
-    assert room is not None
-    on_device = hunt.request.on_device
-    solved = best_counts(kinds, slot_room=room[0], ram_room=room[1], on_device=on_device)
-    if solved is not None:
-        yield solved, PATTERNS
-    by_worth = sorted(range(len(kinds)), key=lambda k: -_worth(kinds[k]))
-    yield _greedy(kinds, by_worth, room, on_device=on_device), PATTERNS[:1] if solved else PATTERNS
-    yield _greedy(kinds, by_worth[::-1], room, on_device=on_device), PATTERNS[:1]
 
 
 def _greedy(

@@ -11,7 +11,15 @@ from collections.abc import Iterator
 
 from ssdtune.schedule.plan import Budgets, Plan, PlanError
 from ssdtune.schedule.planner import Request, able_to_keep, least_of
-from ssdtune.schedule.search import Effort, Found, Priced, explored, polished, search
+from ssdtune.schedule.search import (
+    HOPELESS,
+    Effort,
+    Found,
+    Priced,
+    explored,
+    polished,
+    search,
+)
 
 SHARES = (0.25, 0.5, 0.75)  # of the budget, for activations
 WORTH = 0.01  # of a step's time: less does not pay for memory that fills and empties in every step
@@ -31,15 +39,15 @@ def search_shares(request: Request, pricing: Priced, effort: Effort | None = Non
     nothing fits.
     """
     hunt = explored(_with(request, 0), pricing, effort)
-    step_s = hunt.best().simulation.step_s
-    for num_bytes in _tried(request):
+    for num_bytes in _tried(request):  # more and more
         try:
-            other = explored(_with(request, num_bytes), pricing, effort)
-            other_s = other.best().simulation.step_s
+            other = explored(_with(request, num_bytes), pricing, effort, beside=hunt)
         except PlanError:
-            continue
-        if other_s < (1 - WORTH) * step_s:
-            hunt, step_s = other, other_s
+            break
+        if other.step_s > HOPELESS * hunt.step_s:
+            break
+        if other.step_s < (1 - WORTH) * hunt.step_s:
+            hunt = other
     best = polished(hunt)  # the best share alone
     return _with_what_is_left(request, best) if best.plan.kept_blocks else best
 

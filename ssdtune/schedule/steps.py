@@ -7,7 +7,6 @@ op that frees its slot or buffer has entered another, what compute needs soonest
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 from ssdtune.schedule.decisions import ForwardOnly, Full, Shape
@@ -138,5 +137,5 @@ class StepOps:
             if cell in self._readers:
                 waits.setdefault(op, []).append(self._readers[cell])
         for op, others in waits.items():
-            self._ops[op] = dataclasses.replace(self._ops[op], after_previous=tuple(others))
+            self._ops[op] = self._ops[op]._replace(after_previous=tuple(others))
         return StepPlan(visits=tuple(self.visits), ops=tuple(self._ops))

@@ -108,68 +108,55 @@ class _Inserted:
         self._steps, self._pairs, self._num_bytes = steps, pairs, num_bytes
         self._out, self._back = ways
         self._names = {op.visit: op.block for op in steps.ops}
-        # Those of the step and new ones, each with the new ids that it comes after.
-        self._ops: list[tuple[Op, Sequence[int]]] = []
-        self._new: dict[int, int] = {}  # an op's id -> its new one
+        self._ops: list[Op] = []
+        self._new: list[int] = []  # an op's id -> its new one
         self._computed: dict[int, int] = {}  # visit -> new id of its COMPUTE
         # Forward visit -> id of the last op that moves out what it leaves.
         self._stored: dict[int, int] = {}
 
     def steps(self) -> StepPlan:
         """The step with all of them."""
-        stored = set(self._pairs.values())
+        stored, new = set(self._pairs.values()), self._new
         for op in self._steps.ops:
-            after = [self._new[i] for i in op.after]
+            after = tuple([new[i] for i in op.after])
             if op.kind is Kind.COMPUTE and op.visit in self._pairs:
                 # After the weights of this visit, before those of the next: with three slots they wait for the same.
-                after.append(self._brought(op.visit))
-            self._new[op.id] = self._add(op, after)
+                after = (*after, self._brought(op.visit))
+            number = len(self._ops)
+            new.append(number)
+            self._ops.append(op._replace(id=number, after=after))
             if op.kind is Kind.COMPUTE:
-                self._computed[op.visit] = self._new[op.id]
+                self._computed[op.visit] = number
                 if op.visit in stored:
-                    self._stored[op.visit] = self._moved(op.visit, self._out, [self._new[op.id]])
-        ops = (self._numbered(number, op, after) for number, (op, after) in enumerate(self._ops))
-        return StepPlan(visits=self._steps.visits, ops=tuple(ops))
-
-    def _numbered(self, number: int, op: Op, after: Sequence[int]) -> Op:
-        # Not dataclasses.replace, which takes several times as long: a search does this for every plan it looks at.
-        return Op(
-            id=number,
-            kind=op.kind,
-            lane=op.lane,
-            visit=op.visit,
-            block=op.block,
-            direction=op.direction,
-            num_bytes=op.num_bytes,
-            decoded_bytes=op.decoded_bytes,
-            after=tuple(after),
-            after_previous=tuple([self._new[i] for i in op.after_previous]),
-        )
+                    self._stored[op.visit] = self._moved(op.visit, self._out, (number,))
+        for number in new:
+            op = self._ops[number]
+            if op.after_previous:
+                previous = tuple([new[i] for i in op.after_previous])
+                self._ops[number] = op._replace(after_previous=previous)
+        return StepPlan(visits=self._steps.visits, ops=tuple(self._ops))
 
     def _brought(self, v: int) -> int:
         """What backward visit `v` needs, not before the visit AHEAD + 1 before it is over."""
-        after = [self._stored[self._pairs[v]]]
+        after = (self._stored[self._pairs[v]],)
         before = self._computed.get(v - AHEAD - 1)
-        if before is not None:
-            after.append(before)
-        return self._moved(v, self._back, after)
+        return self._moved(v, self._back, after if before is None else (*after, before))
 
-    def _moved(self, v: int, way: Sequence[Move], after: Sequence[int]) -> int:
+    def _moved(self, v: int, way: Sequence[Move], after: tuple[int, ...]) -> int:
         """One op after the other; the id of the last."""
         num_bytes = self._num_bytes[self._pairs.get(v, v)]
         for kind, lane in way:
+            number = len(self._ops)
             op = Op(
-                id=-1,
+                id=number,
                 kind=kind,
                 lane=lane,
                 visit=v,
                 block=self._names[v],
                 direction=self._steps.visits[v].direction,
                 num_bytes=num_bytes,
+                after=after,
             )
-            after = [self._add(op, after)]
-        return after[-1]
-
-    def _add(self, op: Op, after: Sequence[int]) -> int:
-        self._ops.append((op, after))
-        return len(self._ops) - 1
+            self._ops.append(op)
+            after = (number,)
+        return after[0]
