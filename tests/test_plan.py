@@ -86,8 +86,7 @@ def without_op(plan: Plan, op_id: int) -> Plan:
     kept = [op for op in steps.ops if op.id != op_id]
     new = {op.id: i for i, op in enumerate(kept)}
     ops = tuple(
-        dataclasses.replace(
-            op,
+        op._replace(
             id=new[op.id],
             after=tuple(new[a] for a in op.after if a in new),
             after_previous=tuple(new[a] for a in op.after_previous if a in new),
@@ -319,8 +318,8 @@ def test_a_contradiction_is_named(name: str) -> None:
 def test_ops_of_other_kinds_may_stand_among_those_of_the_visits() -> None:
     """Block inputs that go to NVMe and back; more waiting than is needed does no harm either."""
     plan = small_plan()
-    store = dataclasses.replace(
-        STEP.ops[0], id=10, kind=Kind.STORE, lane=Lane.NVME_WRITE, num_bytes=5, after=(0,)
+    store = STEP.ops[0]._replace(
+        id=10, kind=Kind.STORE, lane=Lane.NVME_WRITE, num_bytes=5, after=(0,)
     )
     ops = (*STEP.ops[:5], STEP.ops[5]._replace(after=(4, 3)), *STEP.ops[6:], store)
     validate(dataclasses.replace(plan, sequences={"train": StepPlan(visits=STEP.visits, ops=ops)}))
