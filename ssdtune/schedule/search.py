@@ -222,7 +222,7 @@ class Hunt:
 
     @property
     def step_s(self) -> float:
-        """Of the best. Raises PlanError where nothing was simulated."""
+        """Of the best."""
         return self.seen[_name(self._worth_writing())][0]
 
     def best(self) -> Found:
