@@ -249,7 +249,7 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
     if config.method != "zo":
         return _Steps(words)
     from ssdtune.trainer.opening import trains_all
-    from ssdtune.trainer.zeroth_order import estimator_of
+    from ssdtune.trainer.zeroth_order import estimator_of, rule_of
     from ssdtune.zeroth_order.residents import inside_bytes
     from ssdtune.zeroth_order.weights import extra_bytes
     from ssdtune.zeroth_order.work import moves_of
@@ -281,6 +281,7 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
             estimator,
             trains_blocks=is_of_all,
             low_rank=is_low_rank,
+            rule=rule_of(config),
         ),
     )
 

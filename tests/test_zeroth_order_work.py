@@ -10,11 +10,12 @@ import tiny_models
 import torch
 from support import cut, make_pair, with_lora
 
-from ssdtune.kernels.noise import GAUSSIAN
+from ssdtune.kernels.noise import GAUSSIAN, PART
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.profile import PERTURB, PERTURB_SIGNS
 from ssdtune.zeroth_order import FZOO, LOZO, MeZO, ZerothOrder
 from ssdtune.zeroth_order import updates as updates_module
+from ssdtune.zeroth_order.rules import Rule
 from ssdtune.zeroth_order.work import moves_of
 
 Stream = Callable[..., Any]
@@ -73,6 +74,19 @@ def test_the_elements_that_move_are_those_predicted(
     wanted[next(iter(wanted))] += outside * (num_shifts + estimator.num_directions)
     assert moved == wanted
     assert sum(moved.values()) > 0
+
+
+def test_updates_cost_what_their_rule_makes_again() -> None:
+    def updates_of(rule: Rule) -> dict[tuple[str, float], int]:
+        moves = moves_of({0: [(3 * PART, 2)]}, MeZO(), trains_blocks=True, rule=rule)
+        return {(op.kind, op.size): n for op, n in moves.updates[0].operators.items()}
+
+    whole, part = (PERTURB, 6.0 * PART), ("pointwise", 8.0 * PART)
+    assert updates_of(Rule()) == {whole: 1}
+    assert updates_of(Rule(kind="momentum", beta1=0.9, horizon=5)) == {whole: 5}
+    assert updates_of(Rule(kind="sign")) == {whole: 1, part: 6 * (1 + 3)}
+    adam = updates_of(Rule(kind="adam", beta1=0.7, beta2=0.9, horizon=5))
+    assert adam == {whole: 5, part: 6 * (5 * 6 + 5)}
 
 
 def test_low_rank_directions_draw_two_vectors_and_add_products() -> None:

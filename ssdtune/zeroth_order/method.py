@@ -140,6 +140,7 @@ class ZerothOrder:
                 num_steps, self.fold.num_steps if self.fold else 0, self._window
             ),
             low_rank=self.low_rank,
+            rule=self.rule,
         )
 
     def resume(self, updates: Sequence[Update], num_steps: int) -> None:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ssdtune.kernels.noise import GAUSSIAN, PART
 from ssdtune.schedule.cost import Moves, Operator, Work
 from ssdtune.schedule.profile import PERTURB, PERTURB_SIGNS
 from ssdtune.zeroth_order.estimators import Estimator
+from ssdtune.zeroth_order.rules import FOLLOW, SIGN, Rule
 from ssdtune.zeroth_order.updates import Family
 
+
+class Passes(NamedTuple):
+    """Over a part's values in float32, in torch (`rules.py`): for each estimate that a step hangs on, and for a step."""
+
+    of_estimate: int
+    of_step: int
+
+
+SIGN_PASSES = Passes(of_estimate=1, of_step=3)
+ADAM_PASSES = Passes(of_estimate=6, of_step=5)
+PASS_BYTES = 8.0  # a number read and one written
 Shapes = Mapping[int, Sequence[tuple[int, ...]]]  # block -> of its tensors that train
 Counts = Mapping[Operator, int]
 
@@ -23,12 +36,13 @@ def moves_of(
     trains_blocks: bool,
     num_missed: float = 1.0,
     low_rank: bool = False,
+    rule: Rule = FOLLOW,
 ) -> Moves:
     """Making all variants of each block's tensors, and each update that a streamed block has missed.
 
     trains_blocks: whether the tensors are streamed weights; adapters take their updates between steps. num_missed: as
-    in `Moves`. low_rank: whether windows are held as matrices of low rank. Rounding bfloat16 at random, which updates
-    do, is not counted, nor is drawing again what the steps of an earlier window came to.
+    in `Moves`. low_rank: whether windows are held as matrices of low rank. rule: of updates. Rounding bfloat16 at
+    random, which updates do, is not counted, nor is drawing again what the steps of an earlier window came to.
     """
     family = estimator.family
     shifts = sum(shift is not None for shift in estimator.variants)
@@ -37,7 +51,9 @@ def moves_of(
     if not low_rank:
         return Moves(
             shifts={b: Work(_moved(each, family, shifts)) for b, each in tensors.items()},
-            updates={b: Work(_moved(each, family, directions)) for b, each in tensors.items()}
+            updates={
+                b: Work(_updated(each, family, directions, rule)) for b, each in tensors.items()
+            }
             if trains_blocks
             else {},
             num_missed=num_missed,
@@ -55,6 +71,23 @@ def moves_of(
         num_missed=num_missed,
         window=family.window,
     )
+
+
+def _updated(
+    tensors: Sequence[tuple[int, ...]], family: Family, num: int, rule: Rule
+) -> dict[Operator, int]:
+    """One step with so many directions, as the rule has it, once the steps that it hangs on have been taken."""
+    num_estimates = rule.num_earlier + 1
+    if rule.is_linear:
+        return _moved(tensors, family, num * num_estimates)
+    counts: Counter[Operator] = Counter()
+    passes = SIGN_PASSES if rule.kind == SIGN else ADAM_PASSES
+    for numel in map(math.prod, tensors):
+        counts[_perturb(family, numel)] += num * num_estimates
+        part = min(numel, PART)
+        num_passes = num_estimates * passes.of_estimate + passes.of_step
+        counts[Operator("pointwise", PASS_BYTES * part)] += num_passes * -(-numel // part)
+    return dict(counts)
 
 
 def _moved(tensors: Sequence[tuple[int, ...]], family: Family, num: int) -> dict[Operator, int]:
