@@ -1,13 +1,23 @@
 """Random directions: the published generator, the stated distribution, the same bits on every path."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from ssdtune.kernels import noise, philox, team
 from ssdtune.kernels.native import library
-from ssdtune.kernels.noise import GAUSSIAN, KINDS, RADEMACHER, TILE, Direction, add_directions
+from ssdtune.kernels.noise import (
+    GAUSSIAN,
+    KINDS,
+    RADEMACHER,
+    TILE,
+    Direction,
+    add_directions,
+    add_low_rank,
+    add_values,
+)
 
 KNOWN = [  # of the authors' own tests (Random123, kat_vectors: philox4x32 10)
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -114,6 +124,29 @@ def test_native_code_has_the_bits_of_its_definition(
         base = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
         for more in ({}, {"decay": 0.99}, {"rounding_key": 99, "decay": 1 - 1e-4}):
             assert same_bits(made(base, kind, "", **more), made(base, kind, suffix, **more))
+
+
+@pytest.mark.parametrize("suffix", native_suffixes())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_native_values_and_factors_have_the_bits_of_their_definition(
+    decay: float, dtype: torch.dtype, suffix: str
+) -> None:
+    for shape in [(1, 1), (3, 5000), (130, 577), (5, 3, 700)]:
+        base, change = torch.randn(shape).to(dtype), torch.randn(shape)
+        rows, columns = shape[0], base[0].numel()
+        factors = [(torch.randn(rank, rows), torch.randn(rank, columns)) for rank in (1, 3)]
+        for key in (None, 7):
+            how: dict[str, Any] = {"decay": decay, "rounding_key": key}
+            by_values, by_factors = ([torch.empty_like(base) for _ in range(2)] for _ in range(2))
+            for which, to in zip(("", suffix), by_values, strict=True):
+                add_values(to, base, change, **how, first=3 * TILE, suffix=which)
+            for which, to in zip(("", suffix), by_factors, strict=True):
+                add_low_rank(to, base, factors, **how, suffix=which)
+            assert same_bits(*by_values)
+            assert same_bits(*by_factors)
+            assert not same_bits(by_values[0], base)
+            assert not same_bits(by_factors[0], by_values[0])
 
 
 @pytest.mark.parametrize("suffix", ["", *native_suffixes()])

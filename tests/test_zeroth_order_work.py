@@ -97,7 +97,7 @@ def test_low_rank_directions_draw_two_vectors_and_add_products() -> None:
     shifts = {(op.kind, op.size): n for op, n in moves.shifts[0].operators.items()}
     assert shifts[PERTURB, 2 * (8 + 4)] == 2
     assert shifts[PERTURB, 6] == 2, "of one dimension: a number for each element"
-    assert shifts["pointwise", 16 * 8 * 4] == 2 * 2, "two variants, two ranks"
+    assert shifts["pointwise", 8.0 * 8 * 4] == 2, "two variants"
     updates = {(op.kind, op.size): n for op, n in moves.updates[0].operators.items()}
     assert updates[PERTURB, 6] == 1
     assert not moves.shifts[1].operators

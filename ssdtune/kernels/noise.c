@@ -179,6 +179,21 @@ static void get_sums(float *sum, const void *base, int64_t dtype, int64_t n, flo
             sum[i] *= decay;
 }
 
+/* Each product rounded, then its sum, a row's part at a time: `right` stays in the nearest cache. */
+static void add_low_rank(float *sum, const struct noise *job, int64_t first, int64_t n)
+{
+    int64_t row = first / job->columns, column = first % job->columns;
+    for (int64_t at = 0; at < n; row++, column = 0) {
+        int64_t count = job->columns - column < n - at ? job->columns - column : n - at;
+        for (int64_t r = 0; r < job->rank; r++) {
+            const float u = job->left[r * job->rows + row], *v = job->right + r * job->columns + column;
+            for (int64_t i = 0; i < count; i++)
+                sum[at + i] += u * v[i];
+        }
+        at += count;
+    }
+}
+
 /* first: a multiple of PIECE. n: at most PIECE. */
 void NAME(ssdtune_noise_piece, SUFFIX)(const struct noise *job, void *to, const void *base, int64_t first, int64_t n)
 {
@@ -192,6 +207,11 @@ void NAME(ssdtune_noise_piece, SUFFIX)(const struct noise *job, void *to, const 
         else
             add_rademacher(sum, along->key, position, n, along->table);
     }
+    if (job->rank)
+        add_low_rank(sum, job, first, n);
+    if (job->values)
+        for (int64_t i = 0; i < n; i++)
+            sum[i] += job->values[first + i];
     if (job->dtype == FLOAT32) {
         memcpy(to, sum, 4 * (size_t)n);
     } else if (job->is_stochastic) {

@@ -20,6 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
@@ -112,10 +113,15 @@ def add_directions(  # noqa: PLR0913 - the last two are for parts of a tensor, a
             first,
         )
         return
-    is_plain = base.dtype in DTYPES and base.is_contiguous() and to.is_contiguous()
     if suffix is None:
-        suffix = _best(base.device) if is_plain and directions else ""
+        suffix = _best(base.device) if _is_plain(to, base) and directions else ""
     _adder(suffix)(to, base, directions, decay, rounding_key, first)
+
+
+def _is_plain(to: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether native code and kernels know them."""
+    is_known = base.dtype in DTYPES and to.dtype == base.dtype
+    return is_known and base.is_contiguous() and to.is_contiguous()
 
 
 def _by_way_of_float32(
@@ -168,13 +174,22 @@ def add_low_rank(
     *,
     decay: float = 1.0,
     rounding_key: int | None = None,
+    suffix: str | None = None,
 ) -> None:
     """to = round(base * decay + sum over factors (U, V) and k of U_k V_k^T), element by element; `to` may be `base`.
-    Dtypes as `add_directions` has them.
+    Dtypes and suffix as `add_directions` has them, but that there is no kernel.
 
     base: as a matrix [first dimension, all others]. U: float32 [rank, rows]; V: float32 [rank, columns]. Products and
     sums are rounded to float32 one by one, from left to right: no matrix product, whose order of sums is its library's.
     """
+    native = _native_for(to, base, suffix) if factors and base.numel() else None
+    if native is not None:
+        left = torch.cat([u for u, _ in factors]).contiguous()
+        right = torch.cat([v for _, v in factors]).contiguous()
+        noise = NativeNoise((), base.dtype, decay=decay, rounding_key=rounding_key)
+        noise.add_factors(left, right)
+        noise.run(native, to, base)
+        return
     matrix = base.reshape(base.shape[0], -1)
     out = to.view(matrix.shape) if to.is_contiguous() else torch.empty_like(matrix, dtype=to.dtype)
     rows, columns = matrix.shape
@@ -192,7 +207,7 @@ def add_low_rank(
         to.copy_(out.view(base.shape))
 
 
-def add_values(
+def add_values(  # noqa: PLR0913 - the last two are for parts of a tensor, and for tests
     to: torch.Tensor,
     base: torch.Tensor,
     values: torch.Tensor,
@@ -200,10 +215,30 @@ def add_values(
     decay: float = 1.0,
     rounding_key: int | None = None,
     first: int = 0,
+    suffix: str | None = None,
 ) -> None:
-    """to = round(base * decay + values), as `add_directions` has it. values: float32, of the same shape."""
+    """to = round(base * decay + values), as `add_directions` has it, but that there is no kernel. values: float32, of the
+    same shape."""
+    native = _native_for(to, base, suffix)
+    if native is not None:
+        noise = NativeNoise((), base.dtype, decay=decay, rounding_key=rounding_key)
+        noise.add_values(values.contiguous(), first)
+        noise.run(native, to, base, first)
+        return
     total = _decayed(base, decay) + values
     to.copy_(_rounded(total, to.dtype, rounding_key, first))
+
+
+def _native_for(
+    to: torch.Tensor, base: torch.Tensor, suffix: str | None
+) -> Callable[..., None] | None:
+    """The native function with this suffix, the best there is for None; None where torch is to do it."""
+    native = (
+        library() if suffix != "" and base.device.type == "cpu" and _is_plain(to, base) else None
+    )
+    if native is None:
+        return None
+    return native.function("ssdtune_add_noise", suffix or native.suffixes[0])
 
 
 def _decayed(part: torch.Tensor, decay: float) -> torch.Tensor:
@@ -279,7 +314,7 @@ class NativeNoise:
                 for d, table in zip(directions, tables, strict=True)
             )
         )
-        self._alive = tables, listed
+        self._alive: list[Any] = [tables, listed]
         self.job = struct("noise", "pieces.h")(
             dtype=DTYPES[dtype],
             directions=ctypes.addressof(listed),
@@ -295,6 +330,28 @@ class NativeNoise:
         """Of the struct noise."""
         return ctypes.addressof(self.job)
 
+    def add_factors(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds sum over r of left[r] right[r]^T. left: [rank, rows], right: [rank, columns], float32, contiguous."""
+        self._alive += [left, right]
+        self.job.left, self.job.right = left.data_ptr(), right.data_ptr()
+        (self.job.rank, self.job.rows), self.job.columns = left.shape, right.shape[1]
+
+    def add_values(self, values: torch.Tensor, first: int) -> None:
+        """Adds these, contiguous float32. first: number of their first element in the tensor."""
+        self._alive.append(values)
+        self.job.values = values.data_ptr() - first * values.element_size()
+
+    def run(
+        self, function: Callable[..., None], to: torch.Tensor, base: torch.Tensor, first: int = 0
+    ) -> None:
+        """to = what this makes of base, `first` the number of their first element: native code gets the addresses that
+        the whole tensor's first elements would have, and begins there."""
+        job = self.job
+        job.to = to.data_ptr() - first * to.element_size()
+        job.base = base.data_ptr() - first * base.element_size()
+        job.n, job.next = first + base.numel(), first
+        run_by_all(function, job, -(-base.numel() // NATIVE_PART))
+
 
 def _natively(  # noqa: PLR0913 - an Adder, and the function that it is made of
     function: Callable[..., None],
@@ -305,10 +362,5 @@ def _natively(  # noqa: PLR0913 - an Adder, and the function that it is made of
     rounding_key: int | None,
     first: int,
 ) -> None:
-    """Native code gets the addresses that the whole tensor's first elements would have, and begins at `first`."""
     noise = NativeNoise(directions, base.dtype, decay=decay, rounding_key=rounding_key)
-    job = noise.job
-    job.to = to.data_ptr() - first * to.element_size()
-    job.base = base.data_ptr() - first * base.element_size()
-    job.n, job.next = first + base.numel(), first
-    run_by_all(function, job, -(-base.numel() // NATIVE_PART))
+    noise.run(function, to, base, first)

@@ -24,14 +24,18 @@ struct direction {
     int64_t kind;
 };
 
-/* to[i] = round(base[i] * decay + sum of directions), i < n; `to` may be `base`. A whole tensor, taken part by part by
- * whoever calls: all threads get the same job. */
+/* to[i] = round(base[i] * decay + sum of directions + sum over r of left[r, i / columns] right[r, i % columns] +
+ * values[i]), i < n; `to` may be `base`. A whole tensor, taken part by part by whoever calls: all threads get the same
+ * job. */
 struct noise {
     void *to;
     const void *base;
     int64_t n, dtype;
     const struct direction *directions;
     int64_t num_directions, is_stochastic; /* is_stochastic: rounded by the key's bits, not to nearest */
+    const float *left, *right;             /* [rank, rows], [rank, columns] */
+    int64_t rank, rows, columns;           /* rank: 0 where there are no factors */
+    const float *values;                   /* 0: none */
     uint64_t rounding_key;
     int64_t part, next; /* part: elements, a multiple of PIECE; next: that nobody has taken yet */
     float decay;

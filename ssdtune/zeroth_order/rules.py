@@ -108,21 +108,20 @@ class Rule:
     def change(self, update: Update, estimate: Callable[[Update], torch.Tensor]) -> torch.Tensor:
         """What is added to theta x decay, float32, each operation rounded by itself; of any other rule.
 
-        estimate: gives G of a step.
+        estimate: gives G of a step, a tensor of its own, which is worked on in place.
         """
         if self.kind == SIGN:
-            return estimate(update).sign() * -update.rate
+            return estimate(update).sign_().mul_(-update.rate)
         first = second = None
         for age, past in _aged(update):
             found = estimate(past)
-            m, v = (
-                found * ((1 - self.beta1) * self.beta1**age),
-                (found * found) * ((1 - self.beta2) * self.beta2**age),
-            )
-            first, second = (m, v) if first is None or second is None else (first + m, second + v)
+            v = (found * found).mul_((1 - self.beta2) * self.beta2**age)
+            m = found.mul_((1 - self.beta1) * self.beta1**age)
+            first = m if first is None else first.add_(m)
+            second = v if second is None else second.add_(v)
         assert first is not None
         assert second is not None
-        return first / (second + self.epsilon).sqrt() * -update.rate
+        return first.div_(second.add_(self.epsilon).sqrt_()).mul_(-update.rate)
 
 
 FOLLOW = Rule()  # the estimates as they are

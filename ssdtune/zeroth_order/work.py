@@ -99,10 +99,8 @@ def _moved(tensors: Sequence[tuple[int, ...]], family: Family, num: int) -> dict
             counts[_perturb(family, numel)] += num
             continue
         counts[_perturb(family, family.rank * (shape[0] + numel // shape[0]))] += num
-        # A product of two vectors and a sum for each rank (`noise.add_low_rank`): one pass writes, one reads two and
-        # writes one, in float32, a part at a time.
-        part = min(numel, PART)
-        counts[Operator("pointwise", 4.0 * 4 * part)] += num * family.rank * -(-numel // part)
+        # Products and sums of all ranks in one pass (`noise.add_low_rank`, native).
+        counts[Operator("pointwise", PASS_BYTES * numel)] += num
     return dict(counts)
 
 
