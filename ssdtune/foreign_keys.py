@@ -1,12 +1,13 @@
 """Keys of other tools: those that mean something else here, and those that are refused.
 
 Plain other names (`lora_rank` for lora_r) stand beside each key in keys/. Here are the ones whose
-value changes too, and the known keys that do nothing yet, each with what to do instead.
+value changes too, and the known keys that do nothing yet, each with what to do instead, and with
+the value, where there is one, that asks for what happens anyway.
 """
 
 from collections.abc import Callable, Mapping
 
-from ssdtune.settings import Number, Refused, YesNo
+from ssdtune.settings import Number, OneOf, Reader, Refused, YesNo
 from ssdtune.strict_yaml import ConfigError, Node, shown
 
 _OWN_RECOMPUTE = "ssdtune recomputes each block by itself. Delete this key."
@@ -53,14 +54,45 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "do_eval": "Set eval_strategy instead.",
 }
 
+# Those of them that may say what ssdtune does without them: how their value is read, and that one.
+AS_WITHOUT: Mapping[str, tuple[Reader, object]] = {
+    "packing": (YesNo(), False),
+    "sample_packing": (YesNo(), False),
+    "push_to_hub": (YesNo(), False),
+    "torch_compile": (YesNo(), False),
+    "use_liger_kernel": (YesNo(), False),
+    "auto_find_batch_size": (YesNo(), False),
+    "group_by_length": (YesNo(), False),
+    "overwrite_output_dir": (YesNo(), False),
+    "save_safetensors": (YesNo(), True),
+    "do_train": (YesNo(), True),
+    "stage": (OneOf(("sft",)), "sft"),
+    "neftune_noise_alpha": (Number(), 0),
+    "label_smoothing_factor": (Number(), 0),
+    "val_size": (Number(), 0),
+    "val_set_size": (Number(), 0),
+}
+
 
 def translate(name: str, node: Node) -> tuple[dict[str, Node], str] | None:
     """What a key of another tool becomes: (our entries, the line to print); None if not known."""
     rule = _RULES.get(name)
-    if rule is None:
-        return None
-    entries, what = rule(name, node)
-    return entries, f"{node.place}: {name}: {what}"
+    if rule is not None:
+        entries, what = rule(name, node)
+        return entries, f"{node.place}: {name}: {what}"
+    if _is_as_without(name, node):
+        written = str(node.value).lower()
+        return {}, f"{node.place}: {name}: {written} is how it is without this key"
+    return None
+
+
+def _is_as_without(name: str, node: Node) -> bool:
+    """Whether a key that is not supported asks for what happens anyway. A value of the wrong kind does not."""
+    reader, value = AS_WITHOUT.get(name, (None, None))
+    try:
+        return reader is not None and reader.read(node, name) == value
+    except Refused:
+        return False
 
 
 def _gradient_checkpointing(name: str, node: Node) -> tuple[dict[str, Node], str]:

@@ -18,7 +18,7 @@ from ssdtune.config import (
     to_yaml,
 )
 from ssdtune.errors import SSDTuneError
-from ssdtune.foreign_keys import NOT_SUPPORTED, TRANSLATED
+from ssdtune.foreign_keys import AS_WITHOUT, NOT_SUPPORTED, TRANSLATED
 from ssdtune.settings import OneOf, Record, Refused, settings_of, walk_settings
 from ssdtune.strict_yaml import ConfigError, Node
 
@@ -285,6 +285,10 @@ def test_data_formats_and_rules_are_those_of_the_data_module():
         ("push_to_hub: true", 4, "push_to_hub: not supported yet", "Delete this key"),
         ("offload: {max_writes: 2GB}", 4, "offload.max_writes: not supported", "Delete this key"),
         ("val_size: 0.1", 4, "val_size: not supported yet", "eval_dataset"),
+        ("sample_packing: perhaps", 4, "sample_packing: not supported yet", "Delete this key"),
+        ("sample_packing:", 4, "sample_packing: not supported yet", "Delete this key"),
+        ("save_safetensors: false", 4, "save_safetensors: not supported yet", "always"),
+        ("stage: dpo", 4, "stage: not supported yet", "the verb says it"),
         ("seed: 1\nseed: 2", 5, "seed: given twice, first at", "Keep one"),
         ("lora_r: 1\nlora_rank: 2", 5, "given twice by different names", "Keep one"),
         ("lora_r: !!int 3", 4, "the tag tag:yaml.org,2002:int is not read", "plain value"),
@@ -412,6 +416,11 @@ def test_a_file_with_a_byte_order_mark_or_windows_line_ends_is_read(tmp_path):
         ("load_in_4bit: true", "quantization", "nf4", "read as quantization: nf4"),
         ("load_in_8bit: yes", "quantization", "8", "read as quantization: 8"),
         ("load_in_4bit: false", "quantization", "none", "false is how it is"),
+        ("packing: false", "lora_r", 16, "packing: false is how it is without this key"),
+        ("sample_packing: no", "lora_r", 16, "no is how it is without this key"),
+        ("save_safetensors: true", "lora_r", 16, "true is how it is without this key"),
+        ("stage: sft", "method", "lora", "sft is how it is without this key"),
+        ("val_set_size: 0.0", "eval_dataset", (), "0.0 is how it is without this key"),
         ("template: llama3", "chat_template", "auto", "'llama3' is another tool's"),
         ("template: my.jinja", "chat_template", "my.jinja", "read as chat_template"),
         ("gradient_checkpointing: true", "lora_r", 16, "replaced by ssdtune's own"),
@@ -428,6 +437,20 @@ def test_what_is_read_otherwise_is_said_in_one_line(tmp_path, body, key, value, 
     (only,) = loaded.notes
     assert only.startswith(f"{path}:")
     assert note in only
+
+
+@pytest.mark.parametrize("name", AS_WITHOUT)
+def test_a_key_that_asks_for_what_happens_anyway_changes_nothing(name):
+    """Not a key of ours that would be overruled; one that is refused with any other value."""
+    value = AS_WITHOUT[name][1]
+    required = [word for key, value in REQUIRED.items() for word in (f"--{key}", value)]
+    plain, given = (load_config(None, [*required, *more]) for more in ([], [f"--{name}={value}"]))
+    assert given.config == plain.config
+    assert given.notes == (
+        f"command line: {name}: {str(value).lower()} is how it is without this key",
+    )
+    with pytest.raises(ConfigError, match=f"{name}: not supported yet"):
+        load_config(None, [*required, f"--{name}=7"])
 
 
 def test_qlora_is_lora_on_nf4(tmp_path):
