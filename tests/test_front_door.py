@@ -120,6 +120,15 @@ def test_what_has_no_known_axis_is_refused_by_name(name: str, value: Any) -> Non
     assert "micro_batches=[" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params"])
+def test_only_an_empty_cache_comes_into_training(name: str) -> None:
+    cache = DynamicCache()
+    front_door.refuse_filled_cache({name: cache})
+    cache.update(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), 0)
+    with pytest.raises(FrontDoorError, match=f"{name} brings a cache of 3 positions"):
+        front_door.refuse_filled_cache({name: cache})
+
+
 @pytest.mark.parametrize("size", [ROWS, ROWS + 3])
 def test_a_batch_that_is_small_enough_is_passed_as_it_is(size: int) -> None:
     """With arguments that could not be cut, too."""

@@ -1,8 +1,11 @@
-"""The quickstart's options, its numbers, and what it tells a user who errs."""
+"""The quickstart's options, its numbers, what it tells a user who errs, and all of it on a tiny model."""
 
+import re
 from pathlib import Path
 
 import pytest
+import support
+import tiny_runs
 
 from ssdtune import assets, quickstart
 from ssdtune.config import load_config
@@ -123,3 +126,58 @@ def test_memory_that_was_held_once_stays_in_the_peak():
     held[::4096] = b"x" * len(held[::4096])
     del held
     assert quickstart.peak_num_bytes() >= before + 50_000_000
+
+
+# ------------------------------------------------------------------ the whole of it
+
+
+@pytest.mark.slow  # two answers, two evaluations, two steps
+def test_it_asks_trains_asks_again_and_leaves_a_table_and_two_pictures(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    model = tiny_runs.save(tiny_runs.llama(), tmp_path / "model")
+    rows, held_out = (
+        tiny_runs.write_rows(tmp_path / f"{name}.jsonl", tiny_runs.texts(8))
+        for name in ("rows", "eval")
+    )
+    wanted = {
+        "model_name_or_path": model,
+        "dataset": rows,
+        "output_dir": tmp_path / "run",
+        "max_steps": 2,
+        "eval_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "offload.ram": "500KB",
+    }
+    job = quickstart.Job(
+        model=model,
+        output=tmp_path / "run",
+        flags=tuple(word for key, value in wanted.items() for word in (f"--{key}", str(value))),
+        eval_path=str(held_out),
+        is_big=False,
+    )
+    before = support.digests(model)
+    monkeypatch.chdir(Path(__file__).parent.parent)  # its configuration is in the checkout
+    with tiny_runs.own_datasets_cache(tmp_path / "cache"):
+        quickstart.run(job)
+    told = capsys.readouterr().out
+    for line in (
+        r"processor bfloat16 [\d.]+ GFLOP/s, float32 [\d.]+ GFLOP/s: computing in (bfloat16|float32)",
+        rf"before training: {quickstart.QUESTION}",
+        rf"after training: {quickstart.QUESTION}",
+        r"\nloss +\d\.\d+ → \d\.\d+",
+        r"\nheld-out loss +\d\.\d+ → \d\.\d+",
+        r"\nspeed +[\d,]+ tokens/s, \d+\.\d+ s a step",
+        r"\nmemory +weights .* when all are in memory.*, 500 KB allowed here \(\d+%\)",
+        r"\nlanes busy .*compute \d+\.\d%",
+        r"\nstep / limit +\d+\.\d+ × the time that",
+        r"\nread +.* a step from the model's own files, \d+\.\d+ s waited for it",
+        r"\nmodel files +untouched",
+        rf"\npictures +{job.output}/loss\.png +{job.output}/timeline\.png",
+    ):
+        assert re.search(line, told), (line, told)
+    for name in ("loss.png", "timeline.png"):
+        assert (job.output / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (job.output / "adapter_model.safetensors").is_file()
+    assert support.digests(model) == before

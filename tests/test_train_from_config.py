@@ -466,21 +466,12 @@ def test_durations_are_said_in_the_unit_that_fits():
 
 
 def test_two_processes_train_one_adapter_and_resume_it(load, tmp_path):
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     loaded = load("two", "--eval_strategy", "no")
-    script = [str(root / "launch" / "train.py"), "--config", str(loaded.path)]
     for steps in ("2", "4"):
-        flags = ["--eval_strategy", "no", "--max_steps", steps]
-        done = subprocess.run(
-            [*command, *script, *flags],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
+        flags = ("--eval_strategy", "no", "--max_steps", steps)
+        done = launched(
+            "torch.distributed.run --nproc_per_node=2 --standalone", loaded.path, *flags
         )
-        assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("first sample") == 1  # of two processes one speaks
     assert "resuming  " in done.stdout
     run = loaded.config.output_dir
@@ -488,3 +479,28 @@ def test_two_processes_train_one_adapter_and_resume_it(load, tmp_path):
     assert (run / "checkpoint-4" / "rng_state_1.pth").is_file()
     losses = [row["loss"] for row in lines_of(run / "metrics.jsonl") if "loss" in row]
     assert len(losses) == 4
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def launched(launcher: str, config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """launch/train.py started by `python -m LAUNCHER`."""
+    script = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), *script, *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow  # a process that imports all
+def test_accelerate_launches_the_same_run(load, finished):
+    loaded = load("launched")
+    launched("accelerate.commands.launch --cpu --num_processes 1", loaded.path)
+    expected, found = adapter(finished[0].output_dir), adapter(loaded.config.output_dir)
+    support.assert_equal(expected, found, "weights")

@@ -21,14 +21,14 @@ MICRO_BATCHES = "micro_batches"
 _SHARED = frozenset(
     {"num_items_in_batch", "cache_position", "logits_to_keep", "return_dict", "use_cache"}
 )
+CACHES = ("past_key_values", "cache", "cache_params")  # the last: Mamba's in older releases
 _PER_IMAGE = ("image_sizes", "pixel_attention_mask")
 _REFUSED = {
     "cu_seq_lens_q": "packed sequences share one row",
     "cu_seq_lens_k": "packed sequences share one row",
     "max_length_q": "packed sequences share one row",
     "max_length_k": "packed sequences share one row",
-    "past_key_values": "a cache can't be cut",
-    "cache": "a cache can't be cut",
+    **dict.fromkeys(CACHES, "a cache can't be cut"),
 }
 
 
@@ -77,7 +77,7 @@ def given(pieces: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list
 
 def refuse_filled_cache(kwargs: Mapping[str, Any]) -> None:
     """Recompute would read keys and values that are gone or add its own once more. Empty caches are left out."""
-    for name in ("past_key_values", "cache"):
+    for name in CACHES:
         num_cached = getattr(kwargs.get(name), "get_seq_length", lambda: 0)()
         if num_cached:
             raise FrontDoorError(

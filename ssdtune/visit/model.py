@@ -47,7 +47,7 @@ class FrontDoor:
             return front_door.given(pieces, args, kwargs)
         bound = front_door.bind(self.inner, args, kwargs)
         size: int | None = self.model.ssdtune.micro_batch_size  # type: ignore
-        has_cache = any(bound.get(name) is not None for name in ("past_key_values", "cache"))
+        has_cache = any(bound.get(name) is not None for name in front_door.CACHES)
         if torch.is_grad_enabled():
             front_door.refuse_filled_cache(bound)
         if size is None or has_cache:
