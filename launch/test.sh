@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the virtual environment and runs every check: ruff, pyright, the fast tests.
+# Makes the virtual environment and runs ruff, pyright and the fast tests.
 # What follows goes to pytest:  ./launch/test.sh tests/test_report.py -k timeline
+# The slow tests, an hour or more:  ./launch/test.sh -m slow
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 cd "$ssdtune_root"

@@ -367,7 +367,8 @@ def _check_dtype(name: str, dtype: torch.dtype, entry: TensorEntry | PackedEntry
         return
     raise PlacementError(
         f"{entry.name} in {entry.path.name} holds {entry.dtype} values, {name} needs {dtype}.\n"
-        "This looks like a quantized checkpoint; quantized weights are not supported yet."
+        "This looks like a quantized checkpoint whose config.json lacks its quantization_config.\n"
+        "Use the config.json that belongs to it, or the unquantized model, by `ssdtune pack`."
     )
 
 
