@@ -1,6 +1,7 @@
 """What quantization without calibration loses of the weights: ours beside bitsandbytes, HQQ and torchao.
 
-    python -m benchmarks.quality [--model FOLDER] [--peers FOLDER] [--limit 2000000] [--json out.json]
+    python -m benchmarks.quality [--model FOLDER] [--only NAME ...] [--peers FOLDER] [--limit 2000000]
+                                 [--json out.json]
 
 A row is a format with its encoder: relative squared error, the sum over all matrices of |decoded - weight|^2 over that
 of |weight|^2, in float32; and bits a weight, scales and zeros counted at the width at which they are kept. Weights must
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -43,18 +44,22 @@ MULTIPLE = 128  # of a matrix' rows: whole groups and blocks of every contestant
 
 
 def errors(
-    model_folder: Path, *, max_elements: int | None = None, peers: Path | None = None
+    model_folder: Path,
+    *,
+    max_elements: int | None = None,
+    peers: Path | None = None,
+    only: Sequence[str] = ("",),
 ) -> list[dict[str, Any]]:
     """Rows: contestant, bits, bits_per_weight, relative_squared_error, seconds_per_million (CPU time, encoding and
     decoding); or contestant and not_measured, the reason.
 
     model_folder: with safetensors files. max_elements: of each matrix, its first rows. peers: a folder to import from,
-    beside those there are."""
+    beside those there are. only: contestants whose names begin so."""
     contestants, missing = all_contestants(peers)
     rows: list[dict[str, Any]] = [
         {"contestant": name, "not_measured": reason} for name, reason in missing.items()
     ]
-    sums = [_Sums(contestant) for contestant in contestants]
+    sums = [_Sums(one) for one in contestants if one.name.startswith(tuple(only))]
     for weight in matrices(model_folder, max_elements):
         for one in sums:
             one.add(weight)
@@ -139,12 +144,14 @@ def main() -> None:
         description="Squared errors of encoders, on a model's weights."
     )
     parser.add_argument("--model", type=Path, help="folder with safetensors files, not quantized")
+    parser.add_argument("--only", nargs="+", help="contestants whose names begin so")
     parser.add_argument("--peers", type=Path, help="folder to import other libraries from")
     parser.add_argument("--limit", type=int, help="elements of each matrix, its first rows")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     folder = asked.model or never_quantized()
-    rows = errors(folder, max_elements=asked.limit, peers=asked.peers)
+    only = asked.only or ("",)
+    rows = errors(folder, max_elements=asked.limit, peers=asked.peers, only=only)
     print(f"{'bits':>4} {'a weight':>8} {'error':>10} {'s / M':>6}  contestant")
     for row in rows:
         if "not_measured" in row:

@@ -348,7 +348,7 @@ def _pack_parser() -> "argparse.ArgumentParser":
     )
     parser.add_argument(
         "--text",
-        help="data file for --target_bpw, as `dataset` takes it: a tensor's error counts by the inputs that it meets there",
+        help="data file for --target_bpw, as `dataset` takes it: a tensor's error counts by its gradients there",
     )
     parser.add_argument(
         "--check",

@@ -29,8 +29,9 @@ class Request:
     Attributes:
         model: a folder or hub id. out: the folder to write, or one that is packed and is to be checked.
         wanted: the format; None: nobody said, 4 bits where there is something to pack.
-        target_bpw: bits a weight over the whole model, with widths by tensor; None: one width. text: rows that tell what
-            tensors are multiplied with, of any data file that trains; None: tensors count by their number of weights.
+        target_bpw: bits a weight over the whole model, with widths by tensor; None: one width. text: rows whose
+            gradients tell how much the loss depends on a tensor, of any data file that trains; None: tensors count by
+            their number of weights.
         checks: whether to compare the packed model with its source afterwards. check_text: rows for it, of any data
             file that trains; None: the quickstart's held-out text. check_bits: of nested codes, those that are read;
             None: all.
@@ -82,9 +83,9 @@ def _groups(request: Request, meta: MetaModel, storage: Storage) -> tuple[Sequen
         )
     wanted.chosen()  # refuses a group size that is not possible
     groups = groups_of(meta, affine(WIDTHS[0], wanted.group))
-    inputs = None if request.text is None else _inputs(request.model, meta, groups, request.text)
+    fisher = None if request.text is None else _fisher(request.model, meta, groups, request.text)
     found = _sampled(groups, wanted.group, storage)
-    weights = weights_of(groups, found, inputs)
+    weights = weights_of(groups, found, fisher)
     mixed = within(groups, request.target_bpw, wanted.group, found, weights)
     told = ", ".join(f"{words} {share:.1%}" for words, share in shares(mixed).items())
     return mixed, f"widths by tensor: {told} of the weights"
@@ -105,20 +106,20 @@ def _sampled(groups: Sequence[Group], group_size: int, storage: Storage) -> dict
         return sampled_errors(groups, group_size, storage, advance)
 
 
-def _inputs(model: str, meta: MetaModel, groups: Sequence[Group], text: str) -> dict[str, float]:
-    """Mean squares of the inputs of all that is to be packed, on a text; says how long that took."""
-    from ssdtune.pack.inputs import check_seen, mean_squares
+def _fisher(model: str, meta: MetaModel, groups: Sequence[Group], text: str) -> dict[str, float]:
+    """Mean Fisher information of all that is to be packed, on a text; says how long that took."""
+    from ssdtune.pack.fisher import check_seen, fisher
     from ssdtune.pack.text import load_text
 
     rows, started = load_text(text, model), perf_counter()
     source: Any = stream(model, micro_batch_size=1)
     try:
-        found = mean_squares(source, meta, rows)
+        found = fisher(source, meta, rows)
     finally:
         source.ssdtune.close()
     check_seen([name for group in groups for name in group.formats], found, rows)
     took = duration(perf_counter() - started)
     say(
-        f"inputs    of {len(found)} tensors on {rows.num_tokens:,} tokens of {rows.name}, in {took}"
+        f"gradients of {len(found)} tensors on {rows.num_tokens:,} tokens of {rows.name}, in {took}"
     )
     return found

@@ -3,8 +3,8 @@
 The widths are those with the least sum of the tensors' relative squared errors, each weighted (`choice.py`). That the loss
 grows, at medium widths, with a weighted sum of layers' relative squared errors is the linearity theorem of Malinovskii
 et al. (arXiv 2411.17525), who make this knapsack of it. Their weights want many evaluations of the model. Here the number
-of a tensor's elements stands for them, which wants no data; or, with a text, its squares times the mean square of its
-inputs: then the sum is that of the squares by which the layers' outputs are off on this text (pack/inputs.py).
+of a tensor's elements stands for them, which wants no data; or, with a text, its squares times the mean of its Fisher
+information there: then the sum is in proportion to what the loss is expected to grow by (pack/fisher.py).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ NOT_PACKED = 99  # behind all widths
 
 
 def weights_of(
-    groups: Sequence[Group], found: Mapping[str, Sampled], inputs: Mapping[str, float] | None = None
+    groups: Sequence[Group], found: Mapping[str, Sampled], fisher: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """How much the relative error of each tensor that may be packed counts. inputs: mean squares of what tensors are
-    multiplied with, by name; None: there is no text."""
+    """How much the relative error of each tensor that may be packed counts. fisher: mean Fisher information of tensors'
+    weights, by name; None: there is no text."""
     sizes = {t.name: math.prod(t.shape) for g in groups for t in g.tensors if t.name in g.formats}
-    if inputs is None:
+    if fisher is None:
         return {name: float(numel) for name, numel in sizes.items()}
-    return {n: inputs[n] * found[n].mean_square * numel for n, numel in sizes.items()}
+    return {n: fisher[n] * found[n].mean_square * numel for n, numel in sizes.items()}
 
 
 def within(
