@@ -1,15 +1,16 @@
 """How much the loss on a text depends on each tensor: the mean Fisher information of its weights, in one training pass of
 the streamed model without an update.
 
-Weights that are off by D raise a trained model's loss on average by half of the sum of D^2 times its second derivatives
-(LeCun, Denker and Solla, "Optimal Brain Damage", 1989, eq. 3, the terms of first order and off the diagonal left out).
-For those stand squares of gradients, as in SqueezeLLM (Kim et al., arXiv 2306.07629, 4.1). A layer y = W x has, of one
-token, the gradient g x^T, where g is the loss's by y: the mean over W's elements is |g|^2 |x|^2 / numel. Tokens are
-counted each by itself.
+Weights that are off by D raise a trained model's loss by about half of the sum of D^2 times its second derivatives
+(LeCun, Denker and Solla, "Optimal Brain Damage", 1989: the terms of first order and off the diagonal left out). For those
+stand squares of gradients, as in SqueezeLLM (Kim et al., arXiv 2306.07629). A layer y = W x has, of one token, the
+gradient g x^T, where g is the loss's by y: the mean square over W's elements is |g|^2 |x|^2 / numel. Tokens are counted
+each by itself. At few bits the loss grows by far more than that (arXiv 2503.01901): it compares tensors, no more.
 
-The inputs alone, |x|^2, do not do: a token or two of a text have inputs of the last layers' matrices that are hundreds
-of times as large as all others, what comes of them is divided by their own size in the next norm, and a choice of widths
-that goes by the inputs spends its bytes on them (`benchmarks/README.md`, "Widths by tensor").
+The inputs alone, |x|^2, do not do, since layers differ by what becomes of them: of SmolLM2's sum, the head and three
+down projections are nine tenths, one of these by the first token of each text alone (massive activations, Sun et al.,
+arXiv 2402.17762), and widths so chosen cost more than such by the weights' errors (`benchmarks/README.md`, "Widths by
+tensor").
 
 Both are seen where weights meet them, in matrix products: x in forward, g in backward, whatever the model's code calls
 them by. The rows of a table that is looked up get the gradient of the hidden states that they begin. The experts of a
