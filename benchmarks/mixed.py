@@ -107,8 +107,10 @@ def main() -> None:
     model, loss = language_model(folder)
     groups = groups_of(meta, affine(2, GROUP))
     found = sampled_errors(groups, GROUP, choose("auto", meta.checkpoint.files))
-    ways = [(f"{bits} bits", groups_of(meta, affine(bits, GROUP))) for bits in asked.uniform]
-    ways += choices(meta, found, fisher_of(folder, meta), asked.targets)
+    ways: list[tuple[str, Chosen]] = [
+        (f"{bits} bits", groups_of(meta, affine(bits, GROUP))) for bits in asked.uniform
+    ]
+    ways += list(choices(meta, found, fisher_of(folder, meta), asked.targets))
     with torch.no_grad():
         whole = loss()
     print(f"{folder.name}: {whole:.4f} with all bits", flush=True)

@@ -36,7 +36,7 @@ def some_rows(name: str, *lengths: int) -> Text:
 
 def streamed_fisher(folder: Path, model_class: Any, rows: Text) -> tuple[Any, dict[str, float]]:
     """What there is to pack, and what was found."""
-    model = streamed(folder, micro_batch_size=1, model_class=model_class)
+    model: Any = streamed(folder, micro_batch_size=1, model_class=model_class)
     meta = build_meta(folder, model_class=model_class)
     try:
         return meta, fisher(model, meta, rows)
@@ -51,7 +51,7 @@ def test_gradients_are_those_of_a_model_in_memory(name: str, tmp_path: Path) -> 
     tiny_models.save(base, tmp_path)
     rows = some_rows(name, 2, 2, 2)
     meta, found = streamed_fisher(tmp_path, type(base), rows)
-    plain = type(base).from_pretrained(tmp_path).eval()
+    plain: Any = type(base).from_pretrained(tmp_path).eval()
     sums: dict[str, float] = defaultdict(float)
     for row in rows.batches:
         plain.zero_grad()
