@@ -11,14 +11,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from support import with_lora
+from support import padded, with_lora
 from transformers import LlamaConfig
 
 from ssdtune.schedule.memory import HOLES, INPUTS, Fixed, Footprint, Peak, predict_peak
@@ -277,16 +277,27 @@ def test_24_and_48_layers_take_the_same_and_less_with_block_inputs_on_nvme(
 # ------------------------------------------------------------------ the prediction's parts
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom", "mamba2", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "is_padded"),
+    [
+        *((name, False) for name in ("llama", "gemma3", "gpt2", "bloom", "mamba2", "mixtral")),
+        *(("llama", True), ("gemma3", True)),
+    ],
+)
 def test_what_is_rehearsed_is_what_a_step_allocates(
-    name: str, tmp_path: Path, stream: Callable[..., Any]
+    name: str, is_padded: bool, tmp_path: Path, stream: Callable[..., Any]
 ) -> None:
-    """Live bytes of tensors, counted operator by operator in a real step, against the prediction."""
+    """Live bytes of tensors, counted operator by operator in a real step, against the prediction.
+
+    Padded: every micro-batch has masks of its own.
+    """
     base = tiny_models.build(name)
     tiny_models.save(base, tmp_path)
     model = stream(tmp_path, model_class=type(base), options={"chunk_tokens": 64})
     adapted = with_lora(model, ["in_proj"] if name == "mamba2" else tiny_models.lora_targets(base))
     batch = tiny_models.batch(name, 8, 128)
+    if is_padded:
+        batch = padded(batch, [128 - row for row in range(8)])
     before = torch.get_rng_state()
     footprint = rehearse(adapted, {k: v[:2] for k, v in batch.items()}).footprint
     assert torch.equal(torch.get_rng_state(), before)
@@ -299,6 +310,38 @@ def test_what_is_rehearsed_is_what_a_step_allocates(
     assert live.peak <= 1.1 * (predicted + gradients)
     assert live.peak >= 0.8 * predicted
     assert adapted(**batch).loss.isfinite(), "the rehearsal left the model as it was"
+
+
+@pytest.mark.parametrize(("name", "num_kinds"), [("llama", 1), ("gemma3", 2)])
+@pytest.mark.parametrize(
+    ("lengths", "num_different"), [([17, 12] * 4, 1), (range(17, 9, -1), 4)], ids=["same", "each"]
+)
+def test_equal_masks_of_micro_batches_are_kept_once(
+    name: str,
+    num_kinds: int,
+    lengths: Sequence[int],
+    num_different: int,
+    tmp_path: Path,
+    stream: Callable[..., Any],
+) -> None:
+    """By what visits save for backward: a mask of each kind, or one for each way that rows are padded."""
+    tiny_models.save(tiny_models.build(name), tmp_path)
+    adapted = with_lora(stream(tmp_path, micro_batch_size=2))
+    batch = padded(tiny_models.batch(name, 8, 17), lengths)
+    adapted(
+        **batch
+    ).loss.backward()  # the first time a block runs with a graph, which saves as well
+    masks: dict[int, torch.Tensor] = {}
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        if saved.shape[-2:] == (17, 17):
+            masks[saved.untyped_storage().data_ptr()] = saved
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        loss = adapted(**batch).loss
+    assert len(masks) == num_kinds * num_different
+    loss.backward()
 
 
 def test_a_model_that_cannot_be_rehearsed_is_estimated_and_said_to_be(

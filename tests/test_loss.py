@@ -301,8 +301,25 @@ def test_more_chunks_equal_the_same_chunks_summed_in_memory(
     torch.testing.assert_close(d_hidden / largest, whole_d_hidden / largest, rtol=0, atol=rounding)
 
 
+def chunks_in_memory(
+    head: nn.Module, hidden: torch.Tensor, target: torch.Tensor, chunk_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss and the gradient of `hidden` [1, tokens, width], a backward for each chunk."""
+    leaf, total = hidden.clone().requires_grad_(), torch.zeros(())
+    for start in range(0, target.numel(), chunk_tokens):
+        logits = head(leaf[:, start : start + chunk_tokens]).float()[0]
+        chunk = target[start : start + chunk_tokens]
+        loss = F.cross_entropy(logits, chunk, reduction="sum") / target.numel()
+        loss.backward()
+        total = total + loss.detach()
+    assert leaf.grad is not None
+    return total, leaf.grad
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_three_chunks_agree_with_the_whole_at_smollm2_shape(dtype: torch.dtype) -> None:
+def test_three_chunks_equal_three_in_memory_and_agree_with_the_whole_at_smollm2_shape(
+    dtype: torch.dtype,
+) -> None:
     torch.manual_seed(0)
     tokens, chunk_tokens = (96, 32) if dtype == torch.float32 else (9, 3)  # bf16 is slow on CPUs
     head = nn.Linear(576, 49152, bias=False, dtype=dtype).requires_grad_(False)
@@ -314,6 +331,9 @@ def test_three_chunks_agree_with_the_whole_at_smollm2_shape(dtype: torch.dtype) 
     chunked = F.cross_entropy(lazy.float().view(tokens, -1), target)
     whole.backward()
     chunked.backward()
+    expected, d_hidden = chunks_in_memory(head, hidden, target, chunk_tokens)
+    assert torch.equal(chunked, expected)
+    assert torch.equal(leaves[1].grad, d_hidden)  # type: ignore[arg-type]
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
     largest = leaves[0].grad.abs().max()  # type: ignore[union-attr]
     difference = (leaves[1].grad - leaves[0].grad).abs().max() / largest  # type: ignore[operator]

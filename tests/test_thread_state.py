@@ -7,6 +7,7 @@ neighbour, or that recompute did not find, changes results.
 
 import contextlib
 import contextvars
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -71,7 +72,8 @@ class StatefulLlama(LlamaForCausalLM):
 
 
 def stateful_pair(folder: Path, stream: Stream, around: Around, **options: Any) -> Pair:
-    pair = make_pair("llama", folder, stream, model_class=StatefulLlama, **options)
+    options = {"model_class": StatefulLlama, **options}
+    pair = make_pair("llama", folder, stream, **options)
     for model in pair.models:
         model.get_base_model().around = around
     return pair
@@ -90,6 +92,23 @@ def batches(num_steps: int = 2) -> list[dict[str, torch.Tensor]]:
 def micro(kind: int) -> int:
     """The micro-batch's number."""
     return kind - 3
+
+
+def backward_in_another_thread(loss: torch.Tensor) -> None:
+    """Such a thread begins with no state of torch's and no context variable of the caller's."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loss.backward()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 # ------------------------------------------------------------------ grad mode
@@ -145,31 +164,33 @@ def full_precision_layers(layer: int, kind: int) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", enabled=False) if is_full else nullcontext()
 
 
-@pytest.mark.parametrize("is_inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("where", ["outside", "inside", "another thread"])
 @pytest.mark.parametrize("around", [full_precision_layers, lambda layer, kind: nullcontext()])
 def test_autocast_regions_are_found_again_by_recompute(
-    around: Around, is_inside: bool, tmp_path: Path, stream: Stream
+    around: Around, where: str, tmp_path: Path, stream: Stream
 ) -> None:
     """Trainers run backward outside autocast. Inside, a cast that forward cached must not be used."""
     pair = stateful_pair(tmp_path, stream, around)
     for batch in batches():
         items, total = num_items([batch]), torch.zeros(())
         for piece in cut(batch, NUM_MICRO):
-            total = total + under_autocast(pair.plain, piece, items, is_inside=is_inside)
-        loss = under_autocast(pair.streamed, batch, items, is_inside=is_inside)
+            total = total + under_autocast(pair.plain, piece, items, where)
+        loss = under_autocast(pair.streamed, batch, items, where)
         assert torch.equal(loss, total)
         assert_same_gradients(pair)
         for model in pair.models:
             model.zero_grad()
 
 
-def under_autocast(model: Any, batch: Any, items: int, *, is_inside: bool) -> torch.Tensor:
-    """The loss of a forward in bf16 autocast, after its backward inside or outside of it."""
+def under_autocast(model: Any, batch: Any, items: int, where: str) -> torch.Tensor:
+    """The loss of a forward in bf16 autocast, after its backward inside of it, outside, or in another thread."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**batch, num_items_in_batch=items).loss
-        if is_inside:
+        if where == "inside":
             loss.backward()
-    if not is_inside:
+        if where == "another thread":
+            backward_in_another_thread(loss)
+    if where == "outside":
         loss.backward()
     return loss.detach()
 
@@ -198,8 +219,13 @@ def factor(value: float) -> Iterator[None]:
 def read_factor_in_layers(model: Any) -> None:
     """Every feed-forward network multiplies its result by the context variable."""
     for layer in model.get_base_model().model.layers:
-        plain = layer.mlp.forward
-        layer.mlp.forward = lambda hidden, plain=plain: plain(hidden) * FACTOR.get()
+        read_factor(layer.mlp)
+
+
+def read_factor(module: Any) -> None:
+    """The module multiplies its result by the context variable."""
+    plain = module.forward
+    module.forward = lambda hidden: plain(hidden) * FACTOR.get()
 
 
 def test_context_variables_travel_with_their_micro_batch(tmp_path: Path, stream: Stream) -> None:
@@ -217,6 +243,39 @@ def test_context_variables_travel_with_their_micro_batch(tmp_path: Path, stream:
         assert FACTOR.get() == 0.75
     finally:
         FACTOR.set(1.0)
+
+
+class LlamaWithFactor(StatefulLlama):
+    """Its head too reads the context variable, when it is computed."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        read_factor(self.lm_head)
+
+
+def test_context_variables_are_found_again_in_another_thread(
+    tmp_path: Path, stream: Stream
+) -> None:
+    """The caller's, and those of layers, where recompute runs in a thread that knows neither.
+
+    The head is recomputed too: its gradients were made for a loss that is not scaled.
+    """
+    pair = stateful_pair(
+        tmp_path,
+        stream,
+        lambda layer, kind: factor(1 + layer / 4 + micro(kind)),
+        model_class=LlamaWithFactor,
+    )
+    for model in pair.models:
+        read_factor_in_layers(model)
+    batch = batches()[0]
+    items = num_items([batch])
+    with factor(0.75):
+        for piece in cut(batch, NUM_MICRO):
+            (pair.plain(**piece, num_items_in_batch=items).loss * 3).backward()
+        loss = pair.streamed(**batch, num_items_in_batch=items).loss * 3
+    backward_in_another_thread(loss)
+    assert_same_gradients(pair)
 
 
 def test_a_variable_set_for_good_reaches_later_layers_only(tmp_path: Path, stream: Stream) -> None:

@@ -59,11 +59,28 @@ def test_each_block_is_read_at_most_twice_a_step(
     for step in range(1, NUM_STEPS + 1):
         counted = loads(steps[step])
         assert max(counted.values(), default=0) <= 2, (step, counted)
-        turned = visits(steps[step])
-        turn = next(i for i, (_, direction) in enumerate(turned) if direction is Direction.BACKWARD)
-        last_forward, first_backward = turned[turn - 1][0], turned[turn][0]
-        if last_forward == first_backward:
-            assert counted[last_forward] <= 1, (step, counted)
+
+
+@pytest.mark.parametrize(
+    ("factor", "loss_factor", "turning"), [(1.6, 1, "model.layers.3"), (1.0, 3, "lm_head")]
+)
+def test_what_still_lies_in_its_slot_at_the_turn_around_is_not_read_again(
+    factor: float, loss_factor: int, turning: str, tmp_path: Path, stream: Stream
+) -> None:
+    """The first block of backward: the last layer, where head and layers have a slot each, or the head, whose
+    gradients are made in backward where a loss is scaled by what is no power of two."""
+    model = adapted("llama", tmp_path, stream, factor=factor)
+    for step in range(NUM_STEPS):
+        (model(**tiny_models.batch("llama", 8, seed=step)).loss * loss_factor).backward()
+    engine = model.get_base_model().ssdtune.engine
+    assert num_misses(engine) == 0
+    steps = trace.steps(engine.trace)
+    for step in STEADY:
+        backward = (
+            name for name, direction in visits(steps[step]) if direction is Direction.BACKWARD
+        )
+        assert next(backward) == turning
+        assert loads(steps[step])[turning] == 1, step
 
 
 @pytest.mark.parametrize("num_micro", [2, 8])

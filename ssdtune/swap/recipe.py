@@ -137,6 +137,9 @@ class Copy:
             piece = piece.reshape(self.view)
         if self.permute is not None:
             piece = piece.permute(self.permute)
+        if region.is_contiguous():
+            # The region takes the piece's shape: a permuted piece could take the region's only as a copy.
+            region = region.view(piece.shape)
         region.copy_(piece.reshape(region.shape), non_blocking=True)
 
     @property

@@ -9,10 +9,11 @@ here, whole. `head.py` puts all this into a model.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class HeadRun:
     named: dict[str, Any]
     autocast: Callable[[], AbstractContextManager[Any]]
     random: Any = None  # the generators' state when values were computed
+    # The caller's variables: values and gradients may be computed when it has set others, or in another thread.
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     def describe(self, hidden: Tensor) -> Tensor:
         """The logits of `hidden` as a meta tensor."""
@@ -97,7 +100,8 @@ class HeadRun:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         with self.autocast():
-            logits = self.owner.plain(hidden, *self.extra, **self.named)
+            context = self.context.copy()  # one is entered once at a time
+            logits = context.run(self.owner.plain, hidden, *self.extra, **self.named)
             expected = self.describe(hidden)
         if (logits.shape, logits.dtype) != (expected.shape, expected.dtype):
             raise LogitsError(
