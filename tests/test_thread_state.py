@@ -245,39 +245,6 @@ def test_context_variables_travel_with_their_micro_batch(tmp_path: Path, stream:
         FACTOR.set(1.0)
 
 
-class LlamaWithFactor(StatefulLlama):
-    """Its head too reads the context variable, when it is computed."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        read_factor(self.lm_head)
-
-
-def test_context_variables_are_found_again_in_another_thread(
-    tmp_path: Path, stream: Stream
-) -> None:
-    """The caller's, and those of layers, where recompute runs in a thread that knows neither.
-
-    The head is recomputed too: its gradients were made for a loss that is not scaled.
-    """
-    pair = stateful_pair(
-        tmp_path,
-        stream,
-        lambda layer, kind: factor(1 + layer / 4 + micro(kind)),
-        model_class=LlamaWithFactor,
-    )
-    for model in pair.models:
-        read_factor_in_layers(model)
-    batch = batches()[0]
-    items = num_items([batch])
-    with factor(0.75):
-        for piece in cut(batch, NUM_MICRO):
-            (pair.plain(**piece, num_items_in_batch=items).loss * 3).backward()
-        loss = pair.streamed(**batch, num_items_in_batch=items).loss * 3
-    backward_in_another_thread(loss)
-    assert_same_gradients(pair)
-
-
 def test_a_variable_set_for_good_reaches_later_layers_only(tmp_path: Path, stream: Stream) -> None:
     """Set before a layer and never reset: it holds from there to the end of its own forward."""
 
@@ -350,6 +317,42 @@ def test_modes_travel_with_their_micro_batch(
         return stack
 
     assert_same_training(stateful_pair(tmp_path, stream, around), batches())
+
+
+class LlamaWithSensitiveHead(StatefulLlama):
+    """Its head, which is computed when the loss is, reads the context variable, and ends in a `silu`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        plain = self.lm_head.forward
+        self.lm_head.forward = lambda hidden: torch.nn.functional.silu(plain(hidden))
+        read_factor(self.lm_head)
+
+
+@pytest.mark.parametrize("mode", [lambda scale: nullcontext(), ScaledSilu, ScaledSiluBelow])
+def test_a_thread_that_knows_nothing_finds_variables_and_modes_again(
+    mode: Callable[[float], AbstractContextManager[Any]], tmp_path: Path, stream: Stream
+) -> None:
+    """The caller's and those of layers, where all is recomputed in another thread, after the caller has left them.
+
+    The head too: its gradients were made for a loss that is not scaled.
+    """
+    pair = stateful_pair(
+        tmp_path,
+        stream,
+        lambda layer, kind: factor(1 + layer / 4 + micro(kind)),
+        model_class=LlamaWithSensitiveHead,
+    )
+    for model in pair.models:
+        read_factor_in_layers(model)
+    batch = batches()[0]
+    items = num_items([batch])
+    with factor(0.75), mode(3.0):
+        for piece in cut(batch, NUM_MICRO):
+            (pair.plain(**piece, num_items_in_batch=items).loss * 3).backward()
+        loss = pair.streamed(**batch, num_items_in_batch=items).loss * 3
+    backward_in_another_thread(loss)
+    assert_same_gradients(pair)
 
 
 def test_a_mode_of_the_caller_holds_inside(tmp_path: Path, stream: Stream) -> None:

@@ -64,7 +64,7 @@ class ChunkedLoss:
 
         fp16 makes them in backward, since a loss scaler counts on its factor being in there.
         """
-        with self.head.autocast():
+        with self.head.entered():
             is_half = self.head.describe(hidden).dtype == torch.float16
         if self.options["reduction"] == "none" or is_half:
             return None

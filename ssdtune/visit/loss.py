@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ssdtune.visit.chunked_loss import (
 )
 from ssdtune.visit.function import random_state, random_state_of
 from ssdtune.visit.lazy_logits import LazyLogits, Node, Source
+from ssdtune.visit.thread_state import ThreadState
 
 
 class LogitsError(SSDTuneError):
@@ -73,7 +75,7 @@ class HeadLoss:
                 f"the head ({type(self.head).__name__}) takes a second input that needs a gradient; "
                 "streaming such a head is not supported."
             )
-        run = HeadRun(self, extra, named, autocast_now(hidden.device))
+        run = HeadRun(self, extra, named)
         return _Deferral.apply(run, hidden, *self.trainable()).trust()
 
 
@@ -84,10 +86,23 @@ class HeadRun:
     owner: HeadLoss
     extra: tuple[Any, ...]
     named: dict[str, Any]
-    autocast: Callable[[], AbstractContextManager[Any]]
     random: Any = None  # the generators' state when values were computed
-    # The caller's variables: values and gradients may be computed when it has set others, or in another thread.
+    # Of the call: values and gradients may be computed when the caller has left it, or in another thread.
+    state: ThreadState = field(default_factory=ThreadState.capture)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    def entered(self) -> AbstractContextManager[None]:
+        """Autocast and modes of the call; gradients, inference mode and stream are of whoever computes.
+
+        Without autocast's cache: it would keep a cast copy of a head that is to leave the device."""
+        now = ThreadState.capture()
+        return dataclasses.replace(
+            self.state,
+            grad=now.grad,
+            inference=now.inference,
+            stream=now.stream,
+            autocast_cache=False,
+        ).entered()
 
     def describe(self, hidden: Tensor) -> Tensor:
         """The logits of `hidden` as a meta tensor."""
@@ -99,7 +114,7 @@ class HeadRun:
         return torch.empty((*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device="meta")
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        with self.autocast():
+        with self.entered():
             context = self.context.copy()  # one is entered once at a time
             logits = context.run(self.owner.plain, hidden, *self.extra, **self.named)
             expected = self.describe(hidden)
