@@ -321,7 +321,7 @@ def test_three_chunks_equal_three_in_memory_and_agree_with_the_whole_at_smollm2_
     dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
-    tokens, chunk_tokens = (96, 32) if dtype == torch.float32 else (9, 3)  # bf16 is slow on CPUs
+    tokens, chunk_tokens = (96, 32) if dtype == torch.float32 else (6, 2)  # bf16 is slow on CPUs
     head = nn.Linear(576, 49152, bias=False, dtype=dtype).requires_grad_(False)
     hidden = torch.randn(1, tokens, 576).to(dtype)
     target = torch.randint(0, 49152, (tokens,))

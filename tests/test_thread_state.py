@@ -324,9 +324,10 @@ class LlamaWithSensitiveHead(StatefulLlama):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        plain = self.lm_head.forward
-        self.lm_head.forward = lambda hidden: torch.nn.functional.silu(plain(hidden))
-        read_factor(self.lm_head)
+        head: Any = self.lm_head
+        plain = head.forward
+        head.forward = lambda hidden: torch.nn.functional.silu(plain(hidden))
+        read_factor(head)
 
 
 @pytest.mark.parametrize("mode", [lambda scale: nullcontext(), ScaledSilu, ScaledSiluBelow])
