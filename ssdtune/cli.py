@@ -379,7 +379,7 @@ def _pack(words: list[str]) -> object:
         raise SSDTuneError("--check_text and --check_bits are for --check.\nAdd it.")
     if arguments.text and arguments.target_bpw is None:
         raise SSDTuneError("--text is for --target_bpw, whose choice it weighs.\nAdd it.")
-    from ssdtune.pack.command import Request, run_pack
+    from ssdtune.pack import Request, run_pack
 
     return run_pack(
         Request(

@@ -18,8 +18,8 @@ from test_packing import batches, decoded, packed, unpacked_twin
 from ssdtune import opened
 from ssdtune.cli import main
 from ssdtune.config import ConfigError, load_config
+from ssdtune.fidelity.record import checks_of
 from ssdtune.kernels.affine import Affine
-from ssdtune.pack.record import checks_of
 from ssdtune.packing.by_block import Block, best_widths, error_of, mean_bits, packed_file
 from ssdtune.packing.errors import runs_of
 from ssdtune.packing.layout import PackError

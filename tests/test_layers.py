@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             ["__main__", "quickstart"],  # entry points beside each other
             ["cli"],
             ["generate", "replay", "planning", "tracing", "doctor", "pace", "probe", "pack"],
-            ["jobs", "opened", "machines"],
+            ["jobs", "opened", "machines", "fidelity"],
             ["trainer"],
             ["api", "profiles"],
             ["packing"],

@@ -18,12 +18,12 @@ from test_packing import batches, decoded, unpacked_twin
 
 from ssdtune.cli import main
 from ssdtune.config import load_config
+from ssdtune.fidelity.beside import measure
+from ssdtune.fidelity.check import paired
+from ssdtune.fidelity.record import checks_of, keep
+from ssdtune.fidelity.text import load_text
 from ssdtune.jobs import Source, job_of
 from ssdtune.kernels.affine import Affine
-from ssdtune.pack.beside import measure
-from ssdtune.pack.check import paired
-from ssdtune.pack.record import checks_of, keep
-from ssdtune.pack.text import load_text
 from ssdtune.packing.choice import Option, choose, smallest
 from ssdtune.packing.convert import pack
 from ssdtune.packing.errors import (

@@ -17,8 +17,8 @@ from torch import nn
 
 from ssdtune.cli import main
 from ssdtune.errors import SSDTuneError
-from ssdtune.pack.fisher import check_seen, fisher
-from ssdtune.pack.text import Text, load_text
+from ssdtune.fidelity.fisher import check_seen, fisher
+from ssdtune.fidelity.text import Text, load_text
 from ssdtune.packing.errors import WIDTHS, Sampled, affine
 from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.packing.mixed import weights_of, within

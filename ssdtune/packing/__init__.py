@@ -1,1 +1,1 @@
-"""`ssdtune pack`: a model's weights to a few bits each, in a new folder that streams like any other."""
+"""A model's weights to a few bits each, in a new folder that streams like any other."""

@@ -4,7 +4,7 @@ The widths are those with the least sum of the tensors' relative squared errors,
 grows, at medium widths, with a weighted sum of layers' relative squared errors is the linearity theorem of Malinovskii
 et al. (arXiv 2411.17525), who make this knapsack of it. Their weights want many evaluations of the model. Here the number
 of a tensor's elements stands for them, which wants no data; or, with a text, its squares times the mean of its Fisher
-information there: then the sum is in proportion to what the loss is expected to grow by (pack/fisher.py).
+information there: then the sum is in proportion to what the loss is expected to grow by (fidelity/fisher.py).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssdtune.pack.record import checks_of
+from ssdtune.fidelity.record import checks_of
 from ssdtune.planning.ways import configured
 from ssdtune.schedule.bits import Chosen, choose_bits
 from ssdtune.schedule.job import ALL_BITS, WEIGHTS

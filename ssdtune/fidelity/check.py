@@ -10,10 +10,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.api import choose, stream
+from ssdtune.fidelity.beside import Measured, measure
+from ssdtune.fidelity.record import keep
+from ssdtune.fidelity.text import Text, load_text
 from ssdtune.kernels.affine import Affine
-from ssdtune.pack.beside import Measured, measure
-from ssdtune.pack.record import keep
-from ssdtune.pack.text import Text, load_text
 from ssdtune.packing.layout import PackError
 from ssdtune.packing.once import build_planned, listed
 from ssdtune.packing.widths import is_by_block, mean_of

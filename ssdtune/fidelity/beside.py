@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ssdtune.pack.text import Text
+from ssdtune.fidelity.text import Text
 from ssdtune.packing.layout import PackError
 from ssdtune.packing.squares import Squares
 from ssdtune.schedule.plan import Budgets

@@ -1,4 +1,4 @@
-"""The verb: packs where that is not done yet, checks where that is asked for."""
+"""`ssdtune pack`: packs where that is not done yet (packing/), checks where that is asked for (fidelity/)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run_pack(request: Request) -> int:
     if not (request.checks and is_there and is_free):
         _pack(request)
     if request.checks:
-        from ssdtune.pack.check import check_aloud
+        from ssdtune.fidelity.check import check_aloud
 
         check_aloud(request.model, request.out, text=request.check_text, bits=request.check_bits)
     say(f"train it  model_name_or_path: {request.out}")
@@ -108,8 +108,8 @@ def _sampled(groups: Sequence[Group], group_size: int, storage: Storage) -> dict
 
 def _fisher(model: str, meta: MetaModel, groups: Sequence[Group], text: str) -> dict[str, float]:
     """Mean Fisher information of all that is to be packed, on a text; says how long that took."""
-    from ssdtune.pack.fisher import check_seen, fisher
-    from ssdtune.pack.text import load_text
+    from ssdtune.fidelity.fisher import check_seen, fisher
+    from ssdtune.fidelity.text import load_text
 
     rows, started = load_text(text, model), perf_counter()
     source: Any = stream(model, micro_batch_size=1)

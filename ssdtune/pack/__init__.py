@@ -1,1 +1,0 @@
-"""`ssdtune pack`: packs a model, and says what the packing costs."""
