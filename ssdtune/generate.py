@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ssdtune.errors import SSDTuneError
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME, LOG_NAME
-from ssdtune.trainer.checkpoint import base_of, newest, read_identity
+from ssdtune.trainer.checkpoint import differences, newest, read_identity, weights_of
 from ssdtune.trainer.opening import open_model
 from ssdtune.trainer.rows import load_tokenizer
 
@@ -47,7 +47,9 @@ def generate_from_run(
 
     logging.set_verbosity_error()
     folder = find_adapter(run)
-    config = load_config(config_of(run, folder), overrides).config
+    path = config_of(run, folder)
+    config = load_config(path, overrides).config
+    _check_bits(load_config(path).config, config)
     model, tokenizer = open_adapter(config, folder)
     try:
         answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
@@ -93,18 +95,23 @@ def config_of(run: Path, folder: Path) -> Path:
     )
 
 
+def _check_bits(before: TrainConfig, config: TrainConfig) -> None:
+    """Raises GenerateError for other bits of the run's model, before it is packed in them."""
+    is_same_model = before.model_name_or_path == config.model_name_or_path
+    if is_same_model and before.quantization != config.quantization:
+        raise GenerateError(
+            f"quantization: {config.quantization}, but the run was trained with {before.quantization}: in other bits "
+            "the base has other weights.\nLeave out --quantization."
+        )
+
+
 def open_adapter(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer): the base streamed, with the adapter, in eval mode. Raises GenerateError."""
     from peft import PeftModel
 
     base = open_model(config)
     try:
-        trained_on = read_identity(folder).get("base")
-        if trained_on is not None and trained_on != base_of(base):
-            raise GenerateError(
-                f"{folder} was trained on other weights than those of {config.model_name_or_path}.\n"
-                "Give the right base: --model_name_or_path FOLDER."
-            )
+        _check_base(base, folder, config)
         if (folder / ADAPTER_NAME).is_file():
             model: Any = PeftModel.from_pretrained(base, os.fspath(folder))
         else:
@@ -114,6 +121,21 @@ def open_adapter(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
     except BaseException:
         base.ssdtune.close()
         raise
+
+
+def _check_base(base: Any, folder: Path, config: TrainConfig) -> None:
+    """Raises GenerateError where the base's weights are not those that training saw: other files, or the same codes in
+    other bits."""
+    trained_on = read_identity(folder)
+    if trained_on.get("base") is None:  # a model in memory: nobody knows
+        return
+    said = differences(weights_of(base), trained_on)
+    if said:
+        raise GenerateError(
+            f"{folder} was trained on other weights than those of {config.model_name_or_path} with quantization: "
+            f"{config.quantization}: {said[0]}.\n"
+            "Leave out --quantization, or give the right base: --model_name_or_path FOLDER."
+        )
 
 
 def _replayed(base: Any, log: Path) -> Any:

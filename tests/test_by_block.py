@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from ssdtune import opened
 from ssdtune.cli import main
 from ssdtune.config import ConfigError, load_config
 from ssdtune.fidelity.record import checks_of
+from ssdtune.generate import GenerateError, generate_from_run
 from ssdtune.kernels.affine import Affine
 from ssdtune.packing.by_block import Block, best_widths, error_of, mean_bits, packed_file
 from ssdtune.packing.errors import runs_of
@@ -337,6 +339,21 @@ def test_a_run_goes_on_with_its_widths_alone(
     save_profile(profile_at(1e12), own_profile_path())
     assert main([*command, "--max_steps", "3"]) == 0, "auto keeps them"
     assert f"auto is {record.quantization}, as when the run began" in capsys.readouterr().out
+
+
+def test_a_run_answers_in_its_own_bits_alone(
+    config_path: Path, nested: Path, tmp_path: Path
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    command = ["train", str(config_path), "--model_name_or_path", str(nested)]
+    assert main([*command, "--quantization", "4", "--max_steps", "1"]) == 0
+    with pytest.raises(GenerateError, match=r"quantization: 5, but the run was trained with 4"):
+        generate_from_run(run, ["the sky"], overrides=["--quantization", "5"])
+    shutil.copytree(nested, copy)
+    moved = ["--model_name_or_path", str(copy), "--quantization"]
+    with pytest.raises(GenerateError, match=r"were read in 4 bits and are in 5\.\nLeave out"):
+        generate_from_run(run, ["the sky"], overrides=[*moved, "5"])
+    assert len(generate_from_run(run, ["the sky"], max_new_tokens=1, overrides=[*moved, "4"])) == 1
 
 
 def test_a_check_is_kept_under_the_list(

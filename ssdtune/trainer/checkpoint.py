@@ -30,6 +30,7 @@ from ssdtune.durable import (
     write_file_atomically,
 )
 from ssdtune.errors import SSDTuneError
+from ssdtune.swap.packed import reading_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -72,7 +73,7 @@ class RunIdentity:
     data_seed: int | None
 
     @staticmethod
-    def of(trainer: Trainer, base: str | None, reading: str | None) -> RunIdentity:
+    def of(trainer: Trainer, *, base: str | None, reading: str | None) -> RunIdentity:
         """That of a trainer as it is now."""
         args, rows = trainer.args, trainer.train_dataset
         return RunIdentity(
@@ -89,20 +90,26 @@ class RunIdentity:
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What is not as in a saved identity, in words; keys that it lacks are not compared."""
-        said = []
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), saved.get(field.name, ...)
-            if theirs is ... or mine == theirs:
-                continue
-            if field.name == "base":
-                said.append("the base model's files are not those that the adapter was trained on")
-            elif field.name == "reading":
-                said.append(f"the base's weights were read in {theirs} bits and are in {mine}")
-            elif field.name == "rows_digest":
-                said.append("the training rows are others (or cut or tokenized otherwise)")
-            else:
-                said.append(f"{field.name} was {theirs} and is {mine}")
-        return said
+        return differences(dataclasses.asdict(self), saved)
+
+
+def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Where some fields of an identity, `mine`, are not as in a saved one, in words."""
+    return [
+        _told(name, value, saved[name])
+        for name, value in mine.items()
+        if name in saved and value != saved[name]
+    ]
+
+
+def _told(name: str, mine: Any, theirs: Any) -> str:
+    if name == "base":
+        return "the base model's files are not those that the adapter was trained on"
+    if name == "reading":
+        return f"the base's weights were read in {theirs} bits and are in {mine}"
+    if name == "rows_digest":
+        return "the training rows are others (or cut or tokenized otherwise)"
+    return f"{name} was {theirs} and is {mine}"
 
 
 class Checkpoints:
@@ -232,11 +239,9 @@ class Checkpoints:
 
     def check(self, folder: Path, identity: RunIdentity) -> None:
         """Raises CheckpointError if the checkpoint is of another base, data or step."""
-        differences = identity.differences(read_identity(folder))
-        if differences:
-            raise CheckpointError(
-                f"can't resume from {folder}: {'; '.join(differences[:3])}.\n{WAYS_OUT}"
-            )
+        said = identity.differences(read_identity(folder))
+        if said:
+            raise CheckpointError(f"can't resume from {folder}: {'; '.join(said[:3])}.\n{WAYS_OUT}")
 
 
 # ------------------------------------------------------------------ folders
@@ -315,6 +320,11 @@ def read_identity(folder: Path) -> dict[str, Any]:
 def base_of(model: Any) -> str:
     """Fingerprint of the files that a streamed model reads; milliseconds (see swap/source.py)."""
     return model.ssdtune.checkpoint.fingerprint()
+
+
+def weights_of(model: Any) -> dict[str, str | None]:
+    """What an identity says of a streamed model's weights: `base` and `reading`."""
+    return {"base": base_of(model), "reading": reading_of(model.ssdtune.checkpoint.tensors)}
 
 
 def rows_digest(rows: Any) -> str | None:

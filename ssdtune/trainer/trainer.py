@@ -27,8 +27,7 @@ from transformers import TrainerCallback
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
-from ssdtune.swap.packed import reading_of
-from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity, base_of
+from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity, weights_of
 from ssdtune.trainer.config import SSDConfig
 from ssdtune.trainer.interrupt import Interruption
 from ssdtune.trainer.lookahead import LookAhead
@@ -257,9 +256,8 @@ class SSDTrainer(OptionsTrainer):
     def identity(self) -> RunIdentity:
         """What a checkpoint of this run must agree with to be resumed."""
         if self.streamer is None:
-            return RunIdentity.of(self, None, None)
-        reading = reading_of(self.streamer.checkpoint.tensors)
-        return RunIdentity.of(self, base_of(self.model), reading)
+            return RunIdentity.of(self, base=None, reading=None)
+        return RunIdentity.of(self, **weights_of(self.model))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.checkpoints.save(model, trial)
