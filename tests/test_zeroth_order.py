@@ -1,5 +1,6 @@
 """Streamed zeroth-order training equals the published algorithm written plainly, in memory, bit for bit."""
 
+import dataclasses
 import errno
 import itertools
 import math
@@ -15,7 +16,7 @@ from support import cut, digests, make_pair, num_misses, with_lora
 
 from ssdtune.kernels import philox
 from ssdtune.kernels.noise import GAUSSIAN, QUANTILES, UNIT
-from ssdtune.schedule.plan import Direction, Lane
+from ssdtune.schedule.plan import Budgets, Direction, Lane, PlanError
 from ssdtune.swap import stores
 from ssdtune.swap.fills import SwapError
 from ssdtune.zeroth_order import FZOO, LOZO, EstimatorError, Fold, MeZO, ZerothOrder
@@ -301,6 +302,24 @@ def test_a_drive_without_room_changes_nothing(
             streamed_step(method, cut(batch, 2), num_trained(batch))
     assert not list((tmp_path / "scratch").iterdir())
     streamed_step(method, cut(batch, 2), num_trained(batch))
+    method.close()
+
+
+def test_a_working_copy_without_a_plan_changes_nothing(tmp_path: Path, stream: Stream) -> None:
+    """Its blocks lie as in slots: they may need more of them than the budgets hold."""
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda m: m)
+    method = ZerothOrder(pair.streamed, MeZO(), seed=SEED, fold=Fold(tmp_path / "scratch", 1))
+    batch = batches("llama", 1)[0]
+    streamed_step(method, cut(batch, 2), num_trained(batch))
+    replanner = pair.streamed.ssdtune.replanner
+    request = replanner.request
+    replanner.request = dataclasses.replace(request, budgets=Budgets(ram_bytes=1))
+    with pytest.raises(PlanError):
+        streamed_step(method, cut(batch, 2), num_trained(batch))
+    replanner.request = request
+    assert not list((tmp_path / "scratch").iterdir())
+    streamed_step(method, cut(batch, 2), num_trained(batch))
+    assert list((tmp_path / "scratch").iterdir()), "made now"
     method.close()
 
 

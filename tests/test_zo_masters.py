@@ -22,7 +22,7 @@ from test_zeroth_order import (
 )
 from test_zo_rules import MASKS, RULES, Ruled
 
-from ssdtune.schedule.plan import Lane
+from ssdtune.schedule.plan import Lane, PlanError
 from ssdtune.zeroth_order import FZOO, Fold, MeZO, Rule, ZerothOrder
 from ssdtune.zeroth_order.estimators import Shift
 from ssdtune.zeroth_order.log import MASTERS, Header, LogWriter, read_log
@@ -169,3 +169,17 @@ def test_what_has_no_master_is_refused(tmp_path: Path, stream: Stream) -> None:
     )
     with pytest.raises(MasterError, match="a packed base"):
         ZerothOrder(pair.streamed, MEZO, master=True)
+
+
+def test_budgets_too_small_for_masters_leave_all_as_it_was(tmp_path: Path, stream: Stream) -> None:
+    narrow: dict[str, Any] = {"dtype": torch.bfloat16, "adapt": lambda model: model, "factor": 1.0}
+    pair = make_pair("llama", tmp_path, stream, **narrow)
+    streamer = pair.streamed.ssdtune
+    engine, request = streamer.engine, streamer.replanner.request
+    with pytest.raises(PlanError, match="budget"):
+        ZerothOrder(pair.streamed, MEZO, master=True)
+    assert streamer.engine is engine
+    assert streamer.replanner.request is request
+    streamer.reopen(engine.plan)
+    for weight in streamer.weights:
+        assert torch.equal(weight.read(), pair.plain.get_parameter(weight.name)), weight.name

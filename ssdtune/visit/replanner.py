@@ -30,11 +30,10 @@ class Replanner:
     def adopt(self, streamer: Streamer, request: Request, layout: Layout | None) -> None:
         """From now on other budgets and another layout: the engine is opened anew. Between steps only.
 
-        Raises PlanError, all as it was, for a layout that does not fit.
+        Raises PlanError for a layout that does not fit, SwapError as `Streamer.reopen` does; all as it was.
         """
-        plan = _plan(request, layout)
+        streamer.reopen(_plan(request, layout))
         self.request, self.layout = request, layout
-        streamer.reopen(plan)
 
     def after_step(
         self, streamer: Streamer, kind: str, observed: list[tuple[int, Direction]]

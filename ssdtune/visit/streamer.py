@@ -414,12 +414,20 @@ class Streamer:
         self.engine = self.open_engine(plan, before)
 
     def read_from(self, recipes: Sequence[BlockRecipe], storage: Storage) -> None:
-        """From now on blocks are read by other recipes, with the same tensors in the same places; between steps."""
-        self.open_engine.recipes, self.open_engine.storage = recipes, storage
-        request = dataclasses.replace(
-            self.replanner.request, blocks=tuple(recipe.shape for recipe in recipes)
-        )
-        self.replanner.adopt(self, request, self.replanner.layout)
+        """From now on blocks are read by other recipes, with the same tensors in the same places; between steps.
+
+        Raises PlanError where the budgets are too small for them, SwapError as `reopen` does; all as it was.
+        """
+        opener, replanner = self.open_engine, self.replanner
+        before = opener.recipes, opener.storage
+        shapes = tuple(recipe.shape for recipe in recipes)
+        request = dataclasses.replace(replanner.request, blocks=shapes)
+        opener.recipes, opener.storage = recipes, storage
+        try:
+            replanner.adopt(self, request, replanner.layout)
+        except BaseException:
+            opener.recipes, opener.storage = before
+            raise
 
     def close(self) -> None:
         """Stops the engine. The model can't run afterwards."""

@@ -21,7 +21,8 @@ class MasterError(SSDTuneError):
 def hold_masters(streamer: Streamer) -> Sequence[BlockRecipe]:
     """From now on slots hold blocks in float32; between steps. What they held before, which is what compute reads.
 
-    Raises MasterError, all as it was, for a packed base, and where no weight has 16 bits.
+    Raises MasterError for a packed base, and where no weight has 16 bits, PlanError where the budgets are too small for
+    slots of that size; all as it was.
     """
     before = tuple(streamer.engine.recipes)
     if any(recipe.packed for recipe in before):

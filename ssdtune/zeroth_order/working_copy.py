@@ -39,7 +39,8 @@ class WorkingCopy:
     def write(self) -> None:
         """Writes all blocks as the method makes them now; from now on they are read from here. Between steps only.
 
-        Raises WorkingCopyError, all as it was, where the drive has no room.
+        Raises WorkingCopyError where the drive has no room, PlanError where RAM has none for blocks as they lie there;
+        all as it was.
         """
         streamer = self._streamer
         self._parent.mkdir(parents=True, exist_ok=True)
@@ -49,17 +50,19 @@ class WorkingCopy:
         try:
             _reserve(path, sum(num_bytes for _, num_bytes in places))
             self._fill(path, places)
+            self._read_from(path, places)
         except BaseException:
             self.close()
             raise
-        on_device = streamer.engine.slots.device.type != "cpu"
-        streamer.read_from(
-            [
-                _recipe(recipe, path, *place, on_device=on_device)
-                for recipe, place in zip(streamer.engine.recipes, places, strict=True)
-            ],
-            choose_storage(path).storage,
-        )
+
+    def _read_from(self, path: Path, places: list[tuple[int, int]]) -> None:
+        engine = self._streamer.engine
+        on_device = engine.slots.device.type != "cpu"
+        recipes = [
+            _recipe(recipe, path, *place, on_device=on_device)
+            for recipe, place in zip(engine.recipes, places, strict=True)
+        ]
+        self._streamer.read_from(recipes, choose_storage(path).storage)
 
     def _fill(self, path: Path, places: list[tuple[int, int]]) -> None:
         with path.open("r+b", buffering=0) as file:
