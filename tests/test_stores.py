@@ -215,3 +215,23 @@ def test_a_store_that_outlasts_close_writes_to_no_other_file(
     assert (tmp_path / "other").read_bytes() == b"mine"
     assert done
     assert on_drive(path)[0] == 1.0
+
+
+# ------------------------------------------------------------------ memory for staging, on a device
+
+
+def test_a_block_that_waits_too_long_for_another_to_be_written_says_so(engine: Engine) -> None:
+    engine._stores._claimed_staging(3, 0.05)
+    message = r"layers\.1 waited 0\.05 s to be stored, for layers\.3 to be written .*working copy"
+    with pytest.raises(SwapError, match=message):
+        engine._stores._claimed_staging(1, 0.05)
+
+
+def test_a_block_that_was_not_staged_frees_no_staging(engine: Engine) -> None:
+    """Of blocks that RAM keeps the copy is there: when one is over, another's bytes may still wait to be written."""
+    engine._stores._claimed_staging(3, 5.0)
+    engine.begin_step("forward")
+    slot, _ = weight(engine, 0)
+    assert engine.store(0, slot, nothing)
+    engine.await_stored(0)
+    assert not engine._stores._is_staging_free.is_set()

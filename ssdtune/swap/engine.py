@@ -217,7 +217,7 @@ class Engine:
                 return False
             self._storing[block] = slot
         try:
-            self._stores.begin(block, slot, self._step, done)
+            self._stores.begin(block, slot, self._step, done, timeout_s=self.timeout_s)
         except BaseException:
             self._stored(block)
             raise

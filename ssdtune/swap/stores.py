@@ -28,12 +28,16 @@ from ssdtune.swap.storage import aligned_bytes
 
 @dataclasses.dataclass(slots=True)
 class Store:
-    """One block being stored. done: called when its bytes are where the next fill finds them."""
+    """One block being stored.
+
+    is_staged: whether `memory` is the one for staging. done: called when its bytes are where the next fill finds them.
+    """
 
     block: int
     step: int
     memory: torch.Tensor
     copied: torch.cuda.Event | None
+    is_staged: bool
     done: Callable[[], None]
 
 
@@ -64,6 +68,7 @@ class Stores:
         self._flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DIRECT if is_direct else 0)
         self._files: dict[Path, int] = {}
         self._staging: torch.Tensor | None = None  # on a device: pinned, for one block at a time
+        self._staged = 0  # the block that is there
         self._is_staging_free = threading.Event()
         self._is_staging_free.set()
         self._error: SwapError | None = None
@@ -71,32 +76,34 @@ class Stores:
         self._thread = threading.Thread(target=self._run, name="ssdtune-store", daemon=True)
         self._thread.start()
 
-    def begin(self, block: int, slot: int, step: int, done: Callable[[], None]) -> None:
-        """Stores what the slot holds of the block."""
+    def begin(
+        self, block: int, slot: int, step: int, done: Callable[[], None], *, timeout_s: float
+    ) -> None:
+        """Stores what the slot holds of the block. timeout_s: the longest wait for an earlier one to be written; past it
+        SwapError is raised."""
         assert self._recipes[block].is_ours, "nobody else's file is written to"
         content = self._slots.memory[slot][: self._recipes[block].file_bytes]
-        copied = None
+        is_staged, copied = False, None
         if content.device.type != "cpu":
-            content, copied = self._off_the_device(block, content)
-        self._todo.put(Store(block, step, content, copied, done))
+            is_staged = block not in self._cached
+            memory = self._claimed_staging(block, timeout_s) if is_staged else self._cached[block]
+            content, copied = _off_the_device(content, memory)
+        self._todo.put(Store(block, step, content, copied, is_staged, done))
 
-    def _off_the_device(
-        self, block: int, content: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """The same bytes in RAM, once the event has come."""
-        memory = self._cached.get(block)
-        if memory is None:
-            if self._staging is None:
-                largest = max(recipe.file_bytes for recipe in self._recipes)
-                self._staging = aligned_bytes(largest, pin=True)
-            self._is_staging_free.wait()
-            self._is_staging_free.clear()
-            memory = self._staging
-        memory = memory[: content.nbytes]
-        memory.copy_(content, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(content.device))
-        return memory, event
+    def _claimed_staging(self, block: int, timeout_s: float) -> torch.Tensor:
+        """The memory for staging, for this block alone until it is written."""
+        if self._staging is None:
+            largest = max(recipe.file_bytes for recipe in self._recipes)
+            self._staging = aligned_bytes(largest, pin=True)
+        if not self._is_staging_free.wait(timeout_s):
+            name, before = (self._recipes[b].name for b in (block, self._staged))
+            raise SwapError(
+                f"{name} waited {timeout_s:g} s to be stored, for {before} to be written to its working copy.\n"
+                "The drive hangs or is slower than planned: see `ssdtune doctor`."
+            )
+        self._is_staging_free.clear()
+        self._staged = block
+        return self._staging
 
     def check(self) -> None:
         """Raises SwapError where a store has failed: what the drive has of that block is of no use."""
@@ -122,7 +129,8 @@ class Stores:
             except Exception as error:
                 self._error = self._told(store, error)
             finally:
-                self._is_staging_free.set()
+                if store.is_staged:
+                    self._is_staging_free.set()
                 self._on_ended(store.block)
             del store  # an idle thread must not keep memory alive
         for fd in self._files.values():
@@ -164,3 +172,14 @@ class Stores:
             f"could not write {self._recipes[store.block].name} to its working copy: {reason}.\n"
             "What the drive holds of it is not to be trusted: start again; the run goes on from its last checkpoint."
         )
+
+
+def _off_the_device(
+    content: torch.Tensor, memory: torch.Tensor
+) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """The same bytes in RAM, in that memory, once the event has come."""
+    memory = memory[: content.nbytes]
+    memory.copy_(content, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(content.device))
+    return memory, event
