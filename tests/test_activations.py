@@ -36,6 +36,12 @@ def kept_by(model: Any) -> Activations:
     return base.ssdtune.activations
 
 
+def tensor_bytes() -> int:
+    """Of all tensors that are alive, whoever holds them: Python, or autograd for a hook."""
+    found = (x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor)
+    return sum({storage._cdata: storage.nbytes() for storage in found}.values())
+
+
 def half(name: str, folder: Path, stream: Stream) -> int:
     """Half of the bytes that a step of four micro-batches would keep."""
     base = tiny_models.build(name, dtype=torch.float32)
@@ -153,6 +159,18 @@ def test_a_loss_that_is_dropped_lets_go(tmp_path: Path, stream: Stream) -> None:
     del loss
     gc.collect()
     assert kept_by(pair.streamed).held_bytes == 0
+
+
+def test_what_is_over_the_budget_is_gone_with_its_visit(tmp_path: Path, stream: Stream) -> None:
+    """Its forward ran with a graph that no backward goes through."""
+    budget = half("llama", tmp_path / "measured", stream)
+    pair = make_pair("llama", tmp_path / "model", stream, activation_bytes=budget)
+    alive = []
+    for _ in range(3):
+        pair.streamed(**batches("llama")[0]).loss.backward()
+        alive.append(tensor_bytes())
+    assert kept_by(pair.streamed).num_over > 0
+    assert alive[1] == alive[2]
 
 
 def test_no_activation_is_alive_after_backward_while_the_loss_is(

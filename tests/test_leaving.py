@@ -23,7 +23,7 @@ from support import (
     num_misses,
     with_lora,
 )
-from test_activations import PLENTY, kept_by
+from test_activations import PLENTY, kept_by, tensor_bytes
 from test_exact import Stream, batches
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Tier
@@ -230,6 +230,37 @@ def test_a_loss_that_is_dropped_gives_its_space_back(tmp_path: Path, stream: Str
     gc.collect()
     assert kept_by(pair.streamed).stored_bytes == 0
     assert ring.used_bytes == 0
+
+
+@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.NVME])
+def test_after_a_loss_that_was_dropped_all_is_free_and_the_next_steps_are_right(
+    tier: Tier, tmp_path: Path, stream: Stream
+) -> None:
+    """At once, without looking for garbage: the next forward wants that memory."""
+    in_memory = {"nvme_activation_bytes": 0, "activation_bytes": PLENTY}
+    budgets = in_memory if tier is Tier.DEVICE else {}
+    pair, ring = stored_pair("llama", tmp_path, stream, inputs=Tier.NVME, **budgets)
+    kept, inputs = kept_by(pair.streamed), pair.streamed.get_base_model().ssdtune.input_store
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            loss = pair.streamed(**batches("llama")[0]).loss
+            assert (kept.held_bytes, kept.stored_bytes)[tier is Tier.NVME] > 100_000
+            del loss
+            assert (kept.held_bytes, kept.stored_bytes) == (0, 0)
+            for store in (ring, inputs):
+                assert store.used_bytes == 0
+                assert not any(chunk.record for chunk in store._idle)
+            gc.collect()  # tables of rotations, which contexts hold
+            alive.append(tensor_bytes())
+    finally:
+        gc.enable()
+    assert alive[1] == alive[2]
+    reserved = ring.reserved_bytes, inputs.reserved_bytes
+    assert_same_training(pair, batches("llama", 2))
+    assert (ring.reserved_bytes, inputs.reserved_bytes) == reserved
 
 
 def test_the_file_does_not_grow_from_step_to_step(tmp_path: Path, stream: Stream) -> None:

@@ -201,7 +201,9 @@ def saving(
                 return piece
             known.add(storage._cdata)
             sizes.append(storage.nbytes())
-        return saved
+        # A result that its own operator saves has that operator as `grad_fn`: they would hold each other for good where
+        # no backward comes, out of the sight of the collector of garbage. Autograd puts it back when it unpacks.
+        return saved if saved.grad_fn is None else saved.detach()
 
     def unpack(saved: torch.Tensor | _InSlot | InPiece) -> torch.Tensor:
         if isinstance(saved, InPiece):

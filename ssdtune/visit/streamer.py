@@ -389,14 +389,15 @@ class Streamer:
         """An equal tensor kept by another micro-batch of this step, or this one: equal masks are stored once."""
         known = getattr(tensor, "_ssdtune_interned", None)
         if known is not None and known[0] == self.step:
-            return known[1]
+            return tensor if known[1] is None else known[1]
         equals = self._interned.setdefault((tensor.shape, tensor.dtype), [])
         found = next((t for t in equals if torch.equal(t, tensor)), None)
-        if found is None:
-            found = tensor
-            equals.append(tensor)
+        # None stands for the tensor itself: by its own name it would hold itself until garbage is collected.
         tensor._ssdtune_interned = (self.step, found)  # type: ignore[attr-defined]
-        return found
+        if found is not None:
+            return found
+        equals.append(tensor)
+        return tensor
 
     def reopen(self, plan: Plan) -> None:
         """Another plan with other slots, between steps: the engine is closed, its memory freed, and a new one goes on
