@@ -26,7 +26,6 @@ from benchmarks import inputs, machine, measures  # noqa: E402
 from benchmarks.contest import Entrant, take_turns  # noqa: E402
 
 BYTES_BAR = 0.95  # speed-up / ratio of the bytes read
-BITS_BAR = 4.6  # bits a weight over the whole model, at 4 bits
 
 
 def say(line: str) -> None:

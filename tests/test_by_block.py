@@ -28,8 +28,7 @@ from ssdtune.packing.layout import PackError
 from ssdtune.packing.once import build_packed, build_planned, listed
 from ssdtune.packing.sample import NUM_RUNS, sample_of
 from ssdtune.packing.wanted import Wanted
-from ssdtune.packing.widths import is_by_block, mean_of, written
-from ssdtune.packing.widths import listed as widths_of
+from ssdtune.packing.widths import is_by_block, mean_of, widths_of, written
 from ssdtune.planning.bits import bits_lines
 from ssdtune.planning.settle import settled
 from ssdtune.profiles import own_profile_path, save_profile

@@ -19,7 +19,7 @@ from ssdtune.packing.layout import PackError, groups_of, imagined, tensors_by_bl
 from ssdtune.packing.sample import sample_of
 from ssdtune.packing.squares import Squares
 from ssdtune.packing.wanted import Wanted
-from ssdtune.packing.widths import listed, written
+from ssdtune.packing.widths import widths_of, written
 from ssdtune.schedule.job import ALL_BITS, WEIGHTS
 from ssdtune.swap import pack_header
 from ssdtune.swap.packed import PackedEntry, affine_of
@@ -197,7 +197,7 @@ def read_by_block(meta: MetaModel, file: NestedFile, quantization: str) -> MetaM
     """The model with each block's tensors read in the bits that are listed for it. Raises PackError for another number
     of blocks, and for bits that the file can't be read at."""
     blocks = blocks_of(meta, dataclasses.replace(file, errors=None))
-    widths = listed(quantization)
+    widths = widths_of(quantization)
     if len(widths) != len(blocks):
         raise PackError(
             f"quantization: {quantization} lists {len(widths)} blocks; {meta.folder} has {len(blocks)} that hold packed "

@@ -10,7 +10,7 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import E2M1, NF4, NestedNibbles, Nibbles, Nvfp4, TurnedMxfp4
 from ssdtune.kernels.rotated import Rotated
-from ssdtune.packing.widths import is_by_block, listed, mean_of
+from ssdtune.packing.widths import is_by_block, mean_of, widths_of
 
 AFFINE = "affine"
 # So many bits read of a nested file of 8, which is packed once and can be read at other widths later.
@@ -47,7 +47,7 @@ class Wanted:
         if quantization in NESTED:
             return Wanted(bits=8, order=NESTED[quantization])
         if is_by_block(quantization):
-            least = mean_of(quantization) or min(listed(quantization))
+            least = mean_of(quantization) or min(widths_of(quantization))
             return Wanted(bits=8, order=NESTED["4/8" if least >= 4 else "3/8"])
         if quantization.isdigit():
             return Wanted(bits=int(quantization))

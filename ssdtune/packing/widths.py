@@ -27,7 +27,7 @@ def mean_of(quantization: str) -> float | None:
     return float(quantization.removesuffix("/8"))
 
 
-def listed(quantization: str) -> tuple[int, ...]:
+def widths_of(quantization: str) -> tuple[int, ...]:
     """The widths of "5,28x4,6/8"; a value that `is_by_block` and is no average."""
     widths: list[int] = []
     for run in quantization.removesuffix("/8").split(","):
@@ -37,7 +37,7 @@ def listed(quantization: str) -> tuple[int, ...]:
 
 
 def written(widths: Sequence[int]) -> str:
-    """What `listed` reads back: "5,28x4,6/8"; "30x4/8" where all are the same."""
+    """What `widths_of` reads back: "5,28x4,6/8"; "30x4/8" where all are the same."""
     runs = [(bits, len(list(same))) for bits, same in itertools.groupby(widths)]
     is_one = len(runs) == 1
     told = (f"{count}x{bits}" if count > 1 or is_one else str(bits) for bits, count in runs)

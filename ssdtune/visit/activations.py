@@ -10,7 +10,6 @@ visit.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,18 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from ssdtune.schedule.plan import Budgets, Plan, Tier
 from ssdtune.swap.inputs import InputStore, Kept
-from ssdtune.swap.recipe import view_of
-from ssdtune.visit.leaving import InPiece, Leaving
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _InSlot:
-    """A view of the slot in which a block's weights are: `offset` in bytes from its start."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
+from ssdtune.visit.leaving import InPiece, Leaving, Place
 
 
 class Graph:
@@ -190,11 +178,10 @@ def saving(
     sizes: list[int] = []
 
     # Autograd holds what these two refer to: nothing that holds the graph, which would hold itself.
-    def pack(saved: torch.Tensor) -> torch.Tensor | _InSlot | InPiece:
+    def pack(saved: torch.Tensor) -> torch.Tensor | Place | InPiece:
         storage = saved.untyped_storage()
         if memory is not None and storage._cdata == weights:
-            offset = saved.data_ptr() - memory.data_ptr()
-            return _InSlot(offset, saved.dtype, saved.shape, saved.stride())
+            return Place.of(saved, memory.data_ptr())
         if storage._cdata not in known:
             piece = None if leaving is None else leaving.view(saved)
             if piece is not None:
@@ -205,13 +192,13 @@ def saving(
         # no backward comes, out of the sight of the collector of garbage. Autograd puts it back when it unpacks.
         return saved if saved.grad_fn is None else saved.detach()
 
-    def unpack(saved: torch.Tensor | _InSlot | InPiece) -> torch.Tensor:
+    def unpack(saved: torch.Tensor | Place | InPiece) -> torch.Tensor:
         if isinstance(saved, InPiece):
             return saved.take()
-        if not isinstance(saved, _InSlot):
+        if not isinstance(saved, Place):
             return saved
         assert slot is not None
-        return view_of(slot(), saved.offset, saved.dtype, saved.shape, saved.stride)
+        return saved.within(slot())
 
     with saved_tensors_hooks(pack, unpack):
         yield sizes

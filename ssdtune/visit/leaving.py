@@ -66,18 +66,34 @@ class _Piece:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class InPiece:
-    """A saved tensor: `offset` in bytes from the start of its piece."""
+class Place:
+    """A saved tensor without its memory: `offset` in bytes from the start of the slot, or the piece, that it lies in."""
 
-    piece: _Piece
     offset: int
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
 
+    @staticmethod
+    def of(saved: torch.Tensor, start: int) -> Place:
+        """start: the address where that begins."""
+        return Place(saved.data_ptr() - start, saved.dtype, saved.shape, saved.stride())
+
+    def within(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor again. memory: what it lies in, uint8, wherever that is now."""
+        return view_of(memory, self.offset, self.dtype, self.shape, self.stride)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InPiece:
+    """A saved tensor that leaves with its piece."""
+
+    piece: _Piece
+    place: Place
+
     def take(self) -> torch.Tensor:
         """The tensor. Raises InputsError."""
-        return view_of(self.piece.take(), self.offset, self.dtype, self.shape, self.stride)
+        return self.place.within(self.piece.take())
 
 
 class Leaving:
@@ -109,8 +125,7 @@ class Leaving:
         if piece is None:
             return None
         piece.num_views += 1
-        offset = saved.data_ptr() - piece.start
-        return InPiece(piece, offset, saved.dtype, saved.shape, saved.stride())
+        return InPiece(piece, Place.of(saved, piece.start))
 
     def _piece_of(self, saved: torch.Tensor) -> _Piece | None:
         if not _is_plain(saved, self._store.device):
