@@ -33,7 +33,7 @@ WEIGHTS_SUFFIX = ".safetensors"
 class TrainResult:
     """What a run came to.
 
-    metrics: numbers of the whole run (losses, seconds, bytes; see telemetry.summary). log_history:
+    metrics: numbers of the whole run (losses, seconds, bytes; see summary.py). log_history:
     as TrainerState keeps it. trace: ops of the last few steps. was_interrupted: stopped by a
     signal, saved; the same command again goes on.
     """
@@ -49,7 +49,7 @@ def result_of(
     config: TrainConfig, trainer: SSDTrainer, telemetry: Telemetry, metrics: dict[str, Any]
 ) -> TrainResult:
     """What the trainer has come to. metrics: of its own; the rest is added to them."""
-    from ssdtune.trainer.telemetry import losses_of, summary
+    from ssdtune.trainer.summary import losses_of, summary
 
     history = trainer.state.log_history
     metrics |= losses_of(history)

@@ -64,7 +64,7 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
 
     from ssdtune.config import to_yaml
     from ssdtune.trainer.config import training_arguments
-    from ssdtune.trainer.telemetry import summary_lines
+    from ssdtune.trainer.summary import summary_lines
     from ssdtune.visit.memory import settled_bytes
 
     config = loaded.config

@@ -19,7 +19,7 @@ from ssdtune.schedule.plan import Lane
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
 from ssdtune.sizes import format_size
-from ssdtune.trainer.telemetry import steady
+from ssdtune.trainer.summary import steady
 
 if TYPE_CHECKING:
     from ssdtune.schedule.memory import Passes

@@ -17,7 +17,8 @@ from ssdtune.kernels.formats import num_elements
 from ssdtune.swap.gguf import Gguf
 from ssdtune.swap.header import opened, pread_exactly, quoted, refuse
 from ssdtune.swap.packed import PackedEntry
-from ssdtune.visit.gguf_names import GIVE_CONFIG, ROPE_TABLES, architecture_of, needed
+from ssdtune.visit.gguf_architectures import architecture_of
+from ssdtune.visit.gguf_names import GIVE_CONFIG, ROPE_TABLES, needed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
