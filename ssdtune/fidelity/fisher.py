@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssdtune.pack.text import Text
+from ssdtune.fidelity.text import Text
 from ssdtune.packing.layout import PackError
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.placement import Piece, place
