@@ -24,10 +24,10 @@ from benchmarks.off_grid import off_grid_model, tensors_of
 from ssdtune.api import choose
 from ssdtune.assets import prepare_text
 from ssdtune.cache import cache_folder
-from ssdtune.kernels.affine import Affine
-from ssdtune.kernels.quantize import decoded, quantize_affine
 from ssdtune.fidelity.fisher import fisher
 from ssdtune.fidelity.text import load_text
+from ssdtune.kernels.affine import Affine
+from ssdtune.kernels.quantize import decoded, quantize_affine
 from ssdtune.packing.errors import Sampled, affine, sampled_errors
 from ssdtune.packing.layout import Group, groups_of
 from ssdtune.packing.mixed import shares, weights_of, within
