@@ -24,7 +24,8 @@ from ssdtune.schedule.plan import BlockShape, Budgets, Direction, PlanError, Tie
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.schedule.search import search
 from ssdtune.schedule.shares import search_shares
-from ssdtune.visit.activations import Activations
+from ssdtune.swap.recipe import view_of
+from ssdtune.visit.activations import Activations, saving
 from ssdtune.visit.rehearsal import rehearse
 
 PLENTY = 10**9
@@ -188,6 +189,17 @@ def test_no_activation_is_alive_after_backward_while_the_loss_is(
     loss.backward()
     assert len(alive) == 4
     assert all(storage() is None for storage in alive)
+
+
+def test_no_rows_of_a_weight_are_found_in_the_slot_too() -> None:
+    """Experts that no token comes to: autograd saves parts of weights without an element, whose `data_ptr` is 0."""
+    slot = torch.zeros(4096, dtype=torch.uint8)
+    weight = view_of(slot, 256, torch.float32, (8, 4), (4, 1))
+    hidden = torch.randn(3, 4, requires_grad=True)
+    with saving([hidden], lambda: slot):
+        made = hidden @ weight[5:5].t()
+    (found,) = torch.autograd.grad(made.sum(), hidden)
+    assert torch.equal(found, torch.zeros(3, 4))
 
 
 # ------------------------------------------------------------------ plans

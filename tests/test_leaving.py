@@ -282,6 +282,7 @@ def test_what_tensors_share_is_stored_once_and_each_finds_its_place(ring: Ring) 
         "expanded": base[5].expand(8, 64),
         "other type": base.view(torch.int32)[7:],
         "flag": torch.rand(50, 40) > 0.5,
+        "of no token": base[9:9],
     }
     expected = {name: view.clone() for name, view in views.items()}
     lines = {name: view.data_ptr() % 64 for name, view in views.items()}

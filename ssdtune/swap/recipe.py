@@ -75,6 +75,12 @@ def view_of(
         return view.set_(memory.untyped_storage(), first, shape, stride)
 
 
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's first element lies, or would lie: `data_ptr()` of one without elements is 0."""
+    start = tensor.untyped_storage().data_ptr()
+    return start + tensor.storage_offset() * tensor.itemsize
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PackedView:
     """A packed tensor inside a buffer. file: where it is from, for messages. checksums: of its parts; empty where the

@@ -23,7 +23,7 @@ import torch
 
 from ssdtune.swap.inputs import InputStore, Kept
 from ssdtune.swap.kept import span_of
-from ssdtune.swap.recipe import view_of
+from ssdtune.swap.recipe import address_of, view_of
 
 LINE_BYTES = 64  # torch's alignment on a CPU; on a device it is more
 
@@ -77,7 +77,7 @@ class Place:
     @staticmethod
     def of(saved: torch.Tensor, start: int) -> Place:
         """start: the address where that begins."""
-        return Place(saved.data_ptr() - start, saved.dtype, saved.shape, saved.stride())
+        return Place(address_of(saved) - start, saved.dtype, saved.shape, saved.stride())
 
     def within(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor again. memory: what it lies in, uint8, wherever that is now."""
@@ -174,7 +174,7 @@ def _is_plain(tensor: torch.Tensor, device: torch.device) -> bool:
 
 
 def _lies_in(tensor: torch.Tensor, piece: _Piece) -> bool:
-    offset = tensor.data_ptr() - piece.start
+    offset = address_of(tensor) - piece.start
     return offset >= 0 and offset + span_of(tensor) * tensor.itemsize <= piece.num_bytes
 
 
