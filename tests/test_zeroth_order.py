@@ -5,6 +5,7 @@ import errno
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,32 @@ def test_a_block_that_was_not_stored_is_told_before_another_plan_reads_it(
     engine.leave()
     with pytest.raises(SwapError, match="could not write"):
         streamer.reopen(engine.plan)
+    method.close()
+
+
+def test_a_weight_that_is_read_while_its_block_is_stored_takes_each_step_once(
+    tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda m: m)
+    method = ZerothOrder(
+        pair.streamed, ESTIMATORS["mezo"], seed=SEED, fold=Fold(tmp_path / "scratch", 1)
+    )
+    reference = InMemory(pair.plain, ESTIMATORS["mezo"], all_weights(pair.plain))
+    train_both(pair, method, reference, 2)
+    plain, engine = stores.write_all, pair.streamed.ssdtune.engine
+
+    def slow(*given: Any) -> None:
+        time.sleep(0.2)
+        plain(*given)
+
+    monkeypatch.setattr(stores, "write_all", slow)
+    train_both(pair, method, reference, 1)
+    assert engine._storing, "some block's store is under way"
+    for block in list(engine._storing):
+        name = pair.streamed.ssdtune.names(block)[0]
+        assert torch.equal(
+            pair.streamed.get_parameter(name).clone(), pair.plain.get_parameter(name)
+        )
     method.close()
 
 

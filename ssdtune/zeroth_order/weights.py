@@ -225,12 +225,11 @@ class MovingWeights:
 
     def read(self, block: int, index: int) -> torch.Tensor:
         """A weight as it is now, made from what its file holds."""
-        engine, name = self._streamer.engine, self._names(block)[index]
-        missed = self.updates[self._stored.get(block, 0) :]
         if self._packed.has(block):
             with torch.inference_mode(False), torch.no_grad():
-                return self._read_packed(block, index, missed)
-        stored = engine.read_stored(block, index)
+                return self._read_packed(block, index)
+        stored, missed = self._read_stored(block, index)
+        name = self._names(block)[index]
         self.directions.apply(stored, name, missed)
         if not self._is_apart:
             return stored
@@ -238,10 +237,16 @@ class MovingWeights:
         self.directions.make(to, stored, name, None)
         return to
 
-    def _read_packed(self, block: int, index: int, missed: Sequence[Update]) -> torch.Tensor:
-        engine, unpacking = self._streamer.engine, self._streamer.engine.recipes[block].unpacking
+    def _read_stored(self, block: int, index: int) -> tuple[torch.Tensor, Sequence[Update]]:
+        """What the drive has of a tensor, and the updates that it lacks. Asked in this order: the read waits for a store
+        under way, which brings some of them there."""
+        found = self._streamer.engine.read_stored(block, index)
+        return found, self.updates[self._stored.get(block, 0) :]
+
+    def _read_packed(self, block: int, index: int) -> torch.Tensor:
+        unpacking = self._streamer.engine.recipes[block].unpacking
         assert unpacking is not None
-        raw, view = engine.read_stored(block, 0), unpacking.tensors[index]
+        (raw, missed), view = self._read_stored(block, 0), unpacking.tensors[index]
         self._packed.check(block, raw)
         if self._moves_packed:
             self._packed.move_one(block, index, raw, missed)
