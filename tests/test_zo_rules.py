@@ -252,3 +252,6 @@ def test_what_makes_no_step_is_refused(tmp_path: Path, stream: Stream) -> None:
     pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
     with pytest.raises(EstimatorError, match="not with adam"):
         ZerothOrder(pair.streamed, LOZO(), rule=RULES["adam"])
+    adapter = make_pair("llama", tmp_path, stream)
+    with pytest.raises(EstimatorError, match="by magnitude .* an adapter trains"):
+        ZerothOrder(adapter.streamed, MeZO(mask=MASKS["magnitude"]))

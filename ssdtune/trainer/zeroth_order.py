@@ -24,6 +24,7 @@ from accelerate.utils import find_batch_size, gather_object
 from torch import nn
 
 from ssdtune.data import choose_pad_token
+from ssdtune.durable import write_file_atomically
 from ssdtune.run_files import LOG_NAME
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
@@ -274,7 +275,8 @@ class ZOTrainer(SSDTrainer):
             return
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOG_NAME).write_bytes(self.log_writer.content())
+        # Where it is the run's own folder, this is the one log there is.
+        write_file_atomically(folder / LOG_NAME, self.log_writer.content())
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
         self.checkpoints.replace_pickled_arguments(str(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
+from ssdtune.zeroth_order.masks import MAGNITUDE
 from ssdtune.zeroth_order.masters import MasterError
 from ssdtune.zeroth_order.packed import DECODED, KEPT, MOVED, PackedError
 from ssdtune.zeroth_order.rules import LOZO_M, SGD, Rule
@@ -12,10 +13,11 @@ from ssdtune.zeroth_order.rules import LOZO_M, SGD, Rule
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where what trains lives. trains_blocks: all weights, not an adapter. has_copy: with a working copy. packed,
-    low_rank, master: as `ZerothOrder` has them."""
+    """Where what trains lives. trains_blocks: all weights, not an adapter. mask: kind of the estimator's. has_copy: with
+    a working copy. packed, low_rank, master: as `ZerothOrder` has them."""
 
     trains_blocks: bool
+    mask: str
     has_copy: bool
     packed: str
     low_rank: bool
@@ -48,6 +50,11 @@ def check_place(place: Place) -> None:
         raise PackedError(
             "packed: moved trains all weights, and here an adapter trains.\n"
             "Take packed: kept, or train all weights: zo_trains: all."
+        )
+    if not place.trains_blocks and place.mask == MAGNITUDE:
+        raise EstimatorError(
+            "a mask by magnitude is of the base model's weights, and here an adapter trains: a run that goes on would find "
+            "others of its weights small than the run before it did.\nTake a random mask or none, or train all weights."
         )
     if not place.trains_blocks and place.low_rank:
         raise EstimatorError(

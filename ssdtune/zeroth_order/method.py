@@ -97,6 +97,7 @@ class ZerothOrder:
         check_place(
             Place(
                 trains_blocks=trains_blocks,
+                mask=estimator.family.mask.kind,
                 has_copy=fold is not None,
                 packed=packed,
                 low_rank=low_rank,
