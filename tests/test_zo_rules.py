@@ -253,5 +253,5 @@ def test_what_makes_no_step_is_refused(tmp_path: Path, stream: Stream) -> None:
     with pytest.raises(EstimatorError, match="not with adam"):
         ZerothOrder(pair.streamed, LOZO(), rule=RULES["adam"])
     adapter = make_pair("llama", tmp_path, stream)
-    with pytest.raises(EstimatorError, match="by magnitude .* an adapter trains"):
+    with pytest.raises(EstimatorError, match="a mask by magnitude"):
         ZerothOrder(adapter.streamed, MeZO(mask=MASKS["magnitude"]))
