@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.memory import free_ram
+from ssdtune.memory import free_ram, nearest_folder
 from ssdtune.profiles import load_profile, own_profile
 from ssdtune.schedule.machine import Device, Drive, Host, Machine, put_together
 from ssdtune.sizes import SizeError, parse_size
@@ -35,9 +35,7 @@ class MachineError(SSDTuneError):
 
 def own_machine(folder: Path) -> Machine:
     """This machine with what is free now. folder: where runs write. Raises ProfileError for a profile that is broken."""
-    folder = folder.expanduser().resolve()
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_folder(folder)
     device, profile = _own_device(), own_profile()
     cores = os.cpu_count() or 1
     return Machine(

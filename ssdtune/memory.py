@@ -1,4 +1,4 @@
-"""How much RAM there is, by what the kernel says: /proc/meminfo (proc(5)) and the cgroups above us.
+"""How much room there is. RAM, by what the kernel says: /proc/meminfo (proc(5)) and the cgroups above us. And on a drive.
 
 A limit of a container or a batch system counts as well as the machine's own memory.
 """
@@ -23,6 +23,12 @@ class Limit:
     @property
     def free_bytes(self) -> int:
         return max(0, self.limit_bytes - self.used_bytes)
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or where it is not made yet the nearest above it that is there: on the same drive."""
+    folder = folder.expanduser().resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def total_ram(proc: Path = PROC) -> int:

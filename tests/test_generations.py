@@ -51,6 +51,9 @@ def test_prompts_stand_before_the_labels_and_end_together() -> None:
     ids, mask = prompts(batch, 7)
     assert ids.tolist() == [[7, 5, 6, 7], [6, 7, 8, 9]]
     assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    marked = {**batch, "attention_mask": batch["attention_mask"].bool()}
+    assert prompts(marked, 7)[0].equal(ids)
+    assert marked["attention_mask"].equal(batch["attention_mask"].bool()), "the batch stays whole"
     alone = {"input_ids": torch.tensor([[5, 9], [6, 9]])}
     assert prompts(alone, 7)[0].tolist() == [[5, 9], [6, 9]]
     with pytest.raises(GenerationError, match="no prompt"):

@@ -228,7 +228,7 @@ def test_activations_go_to_the_drive_where_nobody_said_how_many_and_that_is_fast
     trainer = make()
     profile = a_profile(read_rate=1e15, write_rate=write_rate)
     schedule = scheduled(trainer, profile, monkeypatch)
-    auto = Auto(ram=False, drive=tmp_path)
+    auto = Auto(ram=False, drive=tmp_path / "not made yet")
     settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=10**8, auto=auto)
     streamer = trainer.streamer
     assert bool(streamer.engine.plan.stored_blocks) == stored

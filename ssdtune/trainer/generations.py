@@ -47,7 +47,7 @@ def prompts(batch: Mapping[str, Any], pad_token_id: int) -> tuple[torch.Tensor, 
     ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
     is_there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if labels is not None:
-        is_there &= (labels != IGNORED_LABEL).cumsum(1) == 0
+        is_there = is_there & ((labels != IGNORED_LABEL).cumsum(1) == 0)
     rows = [row[there] for row, there in zip(ids, is_there, strict=True)]
     length = max(map(len, rows))
     if not min(map(len, rows)):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ssdtune.memory import nearest_folder
 from ssdtune.schedule.grid import best_of, words_of
 from ssdtune.schedule.outcome import AUTO_DRIVE_SHARE
 from ssdtune.schedule.plan import Lane, Plan, Tier
@@ -229,6 +230,6 @@ class _Settling:
 
 def _with_drive(request: Request, folder: Path) -> Request:
     """Activations may take a share of what is free there."""
-    num_bytes = int(AUTO_DRIVE_SHARE * shutil.disk_usage(folder).free)
+    num_bytes = int(AUTO_DRIVE_SHARE * shutil.disk_usage(nearest_folder(folder)).free)
     budgets = dataclasses.replace(request.budgets, nvme_activation_bytes=num_bytes)
     return dataclasses.replace(request, budgets=budgets)
