@@ -7,10 +7,12 @@ reserved before it is used: a full drive is an error at the reservation, not in 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
 from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 
 from ssdtune.errors import SSDTuneError, reason_of
@@ -18,6 +20,8 @@ from ssdtune.sizes import format_size
 from ssdtune.swap.storage import MIN_ALIGNMENT, aligned_bytes, direct_alignment
 
 PROBE_BYTES = 2 * MIN_ALIGNMENT
+_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = _FLAGS | os.O_CREAT | os.O_EXCL
 
 
 class ScratchError(SSDTuneError):
@@ -183,8 +187,21 @@ def lies_in_ram(folder: Path) -> bool:
     return any(kind in ("tmpfs", "ramfs") for kind in kinds)
 
 
-def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
-    """Descriptors of a new file without a name, plain and direct (None where there is no such I/O); the alignment."""
+def nameless_file(folder: Path) -> int:
+    """A descriptor of a new, empty file in `folder` that has no name. `path_of` it opens the file again. Raises
+    ScratchError."""
+    with _name_for_a_moment(folder) as path:
+        return os.open(path, _NEW_FILE, 0o600)
+
+
+def path_of(fd: int) -> Path:
+    """Where this process finds the file of a descriptor, though it has no name (proc(5))."""
+    return Path(f"/proc/self/fd/{fd}")
+
+
+@contextlib.contextmanager
+def _name_for_a_moment(folder: Path) -> Iterator[Path]:
+    """Where a file can be made in `folder`, in a folder of its own; afterwards both names are gone."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         own = Path(tempfile.mkdtemp(prefix=".ssdtune-scratch-", dir=folder))  # 0700
@@ -193,23 +210,27 @@ def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
             f"cannot make a scratch file in {folder}: {reason_of(error)}.\n"
             "Set offload.path to a folder on a fast drive that you may write to."
         ) from error
-    path, plain = own / "scratch", None
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    path = own / "scratch"
     try:
-        plain = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        alignment = direct_alignment(path)
-        direct = None
-        if alignment and hasattr(os, "O_DIRECT"):
-            try:
-                direct = os.open(path, flags | os.O_DIRECT)
-            except OSError:
-                direct = None  # this file system has none
-        return plain, direct, max(alignment, MIN_ALIGNMENT)
+        yield path
     except OSError as error:
         raise ScratchError(
             f"cannot make a scratch file in {folder}: {reason_of(error)}."
         ) from error
     finally:
-        if plain is not None:
-            os.unlink(path)
-        os.rmdir(own)
+        path.unlink(missing_ok=True)
+        own.rmdir()
+
+
+def _open_nameless(folder: Path) -> tuple[int, int | None, int]:
+    """Descriptors of a new file without a name, plain and direct (None where there is no such I/O); the alignment."""
+    with _name_for_a_moment(folder) as path:
+        plain = os.open(path, _NEW_FILE, 0o600)
+        alignment = direct_alignment(path)
+        direct = None
+        if alignment and hasattr(os, "O_DIRECT"):
+            try:
+                direct = os.open(path, _FLAGS | os.O_DIRECT)
+            except OSError:
+                direct = None  # this file system has none
+        return plain, direct, max(alignment, MIN_ALIGNMENT)

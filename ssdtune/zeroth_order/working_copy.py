@@ -2,7 +2,8 @@
 
 A block lies in it as it lies in a slot, page-aligned: it is read in place, whatever the user's files looked like, and
 written back in place by the visits themselves (`Engine.store`). The user's files are never written. The copy can always
-be made again from them and the log, so it is not part of any checkpoint, and goes with the run.
+be made again from them and the log, so it is not part of any checkpoint, and goes with the run, however that ends: its
+file has no name (`swap/scratch.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssdtune.durable import new_temporary_folder, remove_folder_we_made
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.swap.recipe import BlockRecipe, Copy
-from ssdtune.swap.scratch import no_room, write_all
+from ssdtune.swap.scratch import nameless_file, no_room, path_of, write_all
 from ssdtune.swap.storage import MIN_ALIGNMENT, Extent, choose_storage
 from ssdtune.visit.streamer import Streamer
 
@@ -25,32 +25,29 @@ class WorkingCopyError(SSDTuneError):
 
 
 class WorkingCopy:
-    """Of one streamed model. folder: on a fast drive; what is made there is removed by `close`."""
+    """Of one streamed model. folder: on a fast drive."""
 
     def __init__(self, streamer: Streamer, folder: Path) -> None:
-        self._streamer, self._parent = streamer, folder
-        self._folder: Path | None = None
+        self._streamer, self._folder = streamer, folder
+        self._fd: int | None = None
 
     @property
     def is_there(self) -> bool:
         """Whether it has been made."""
-        return self._folder is not None
+        return self._fd is not None
 
     def write(self) -> None:
         """Writes all blocks as the method makes them now; from now on they are read from here. Between steps only.
 
-        Raises WorkingCopyError where the drive has no room, PlanError where RAM has none for blocks as they lie there;
-        all as it was.
+        Raises WorkingCopyError or ScratchError where the drive has no room or takes no file, PlanError where RAM has none
+        for blocks as they lie there; all as it was.
         """
-        streamer = self._streamer
-        self._parent.mkdir(parents=True, exist_ok=True)
-        self._folder = new_temporary_folder(self._parent / "weights")
-        path = self._folder / "blocks"
-        places = list(_places(streamer.engine.recipes))
+        places = list(_places(self._streamer.engine.recipes))
+        self._fd = nameless_file(self._folder)
         try:
-            _reserve(path, sum(num_bytes for _, num_bytes in places))
-            self._fill(path, places)
-            self._read_from(path, places)
+            _reserve(self._fd, sum(num_bytes for _, num_bytes in places), self._folder)
+            self._fill(self._fd, places)
+            self._read_from(path_of(self._fd), places)
         except BaseException:
             self.close()
             raise
@@ -64,15 +61,14 @@ class WorkingCopy:
         ]
         self._streamer.read_from(recipes, choose_storage(path).storage)
 
-    def _fill(self, path: Path, places: list[tuple[int, int]]) -> None:
-        with path.open("r+b", buffering=0) as file:
-            for block, slot in self._visits():
-                offset, num_bytes = places[block]
-                memory = self._streamer.engine.slots.memory[slot]
-                content = memory[: min(num_bytes, memory.nbytes)].cpu()
-                write_all(file.fileno(), offset, content.numpy().data)
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    def _fill(self, fd: int, places: list[tuple[int, int]]) -> None:
+        for block, slot in self._visits():
+            offset, num_bytes = places[block]
+            memory = self._streamer.engine.slots.memory[slot]
+            content = memory[: min(num_bytes, memory.nbytes)].cpu()
+            write_all(fd, offset, content.numpy().data)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _visits(self) -> Iterator[tuple[int, int]]:
         """Every block once, with the slot that holds it up to date; in the order of a forward."""
@@ -87,10 +83,11 @@ class WorkingCopy:
         engine.leave()
 
     def close(self) -> None:
-        """Removes it. The model can't be read afterwards."""
-        if self._folder is not None:
-            remove_folder_we_made(self._folder)
-            self._folder = None
+        """Gives the drive its space back. The model can't be read afterwards."""
+        if self._fd is not None:
+            # Not closed: blocks are read and written by a path of the descriptor, which must not become another file's.
+            os.ftruncate(self._fd, 0)
+            self._fd = None
 
 
 def _places(recipes: tuple[BlockRecipe, ...]) -> Iterator[tuple[int, int]]:
@@ -121,13 +118,10 @@ def _recipe(
     )
 
 
-def _reserve(path: Path, num_bytes: int) -> None:
-    """Makes the file with all its room: a full drive is an error before the first block."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _reserve(fd: int, num_bytes: int, folder: Path) -> None:
+    """Gives the file all its room: a full drive is an error before the first block."""
     try:
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
-        why = no_room(num_bytes, "a working copy of the weights", path.parent.parent, error)
+        why = no_room(num_bytes, "a working copy of the weights", folder, error)
         raise WorkingCopyError(f"{why} or set zo_fold_steps: never.") from error
-    finally:
-        os.close(fd)
