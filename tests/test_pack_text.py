@@ -194,3 +194,5 @@ def test_tensors_that_the_text_does_not_reach_are_named() -> None:
     check_seen(["a"], {"a": 1.0}, rows)
     with pytest.raises(PackError, match=r"gradients of 2 tensors were not seen \(b, "):
         check_seen(["a", "b", "c"], {"a": 1.0, "c": 0.0}, rows)
+    with pytest.raises(PackError, match=r"2 tensors are infinite or no numbers \(b, "):
+        check_seen(["a", "b", "c"], {"a": 1.0, "b": float("nan"), "c": float("inf")}, rows)

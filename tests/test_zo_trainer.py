@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ LOW_RANK = ("--zo_estimator", "lozo", "--zo_window", "4", "--zo_fold_steps", "4"
 FLAGS = {"all": ADAM, "adapters": MOMENTUM, "low_rank": LOW_RANK}
 
 
-def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None:
+def interrupted(
+    load: Any, monkeypatch: pytest.MonkeyPatch, trains: str, flags: Sequence[str]
+) -> None:
     """A run that is killed after its third step, one past its checkpoint."""
     made = run_module._make_trainer
 
@@ -102,7 +105,7 @@ def interrupted(load: Any, monkeypatch: pytest.MonkeyPatch, trains: str) -> None
     with monkeypatch.context() as patched:
         patched.setattr(run_module, "_make_trainer", with_stop)
         with pytest.raises(KeyboardInterrupt):
-            train_from_config(load("stopped", trains, *FLAGS[trains]))
+            train_from_config(load("stopped", trains, *flags))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     trains: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_from_config(load("whole", trains, *FLAGS[trains]))
-    interrupted(load, monkeypatch, trains)
+    interrupted(load, monkeypatch, trains, FLAGS[trains])
     assert (tmp_path / "stopped" / "checkpoint-2").is_dir()
     resumed = train_from_config(load("stopped", trains, *FLAGS[trains]))
     logs = [(tmp_path / run / LOG_NAME).read_bytes() for run in ("whole", "stopped")]
@@ -158,6 +161,31 @@ def test_all_weights_are_replayed_from_the_log(
         )
     finally:
         streamed.ssdtune.close()
+
+
+@pytest.mark.slow
+def test_masters_go_on_and_are_replayed(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from files of bfloat16, from the working copy, and made again from a log."""
+    half = tiny_runs.save(tiny_runs.llama(**SIZES).to(torch.bfloat16), tmp_path / "half")
+    before = support.digests(half)
+    flags = ("--model_name_or_path", str(half), "--zo_master", "true", "--zo_fold_steps", "2")
+    whole = train_from_config(load("whole", "all", *flags))
+    interrupted(load, monkeypatch, "all", flags)
+    resumed = train_from_config(load("stopped", "all", *flags))
+    logs = [(tmp_path / run / LOG_NAME).read_bytes() for run in ("whole", "stopped")]
+    assert logs[0] == logs[1]
+    assert read_log(logs[0], "log").header.trains == "masters"
+    assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
+    assert support.digests(half) == before
+    assert main(["replay", str(tmp_path / "whole"), "--out", str(tmp_path / "new")]) == 0
+    base, new = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+        for folder in (half, tmp_path / "new")
+    )
+    assert {name: t.dtype for name, t in base.items()} == {n: t.dtype for n, t in new.items()}
+    assert not any(torch.equal(base[name], new[name]) for name in base if "norm" not in name)
 
 
 def test_a_working_copy_leaves_nothing_behind(load: Any, tmp_path: Path) -> None:
