@@ -168,7 +168,7 @@ def test_masters_go_on_and_are_replayed(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read from files of bfloat16, from the working copy, and made again from a log."""
-    half = tiny_runs.save(tiny_runs.llama(**SIZES).to(torch.bfloat16), tmp_path / "half")
+    half = tiny_runs.save(tiny_runs.llama(dtype=torch.bfloat16, **SIZES), tmp_path / "half")
     before = support.digests(half)
     flags = ("--model_name_or_path", str(half), "--zo_master", "true", "--zo_fold_steps", "2")
     whole = train_from_config(load("whole", "all", *flags))
