@@ -260,6 +260,11 @@ def test_an_objective_without_a_gradient_trains(model: Path, tmp_path: Path) -> 
     )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    log, content = tmp_path / LOG_NAME, (tmp_path / LOG_NAME).read_bytes()
+    os.link(log, tmp_path / "before")
+    trainer.save_model()
+    assert log.read_bytes() == content
+    assert not log.samefile(tmp_path / "before"), "replaced: to write over it might lose it"
     streamed.ssdtune.close()
     assert all(-1 <= loss <= 0 for loss in losses)
     assert sum(losses[-5:]) < sum(losses[:5]), "minus the rank falls"
