@@ -36,6 +36,7 @@ from ssdtune.swap.packed import PackedEntry, reading_of
 from ssdtune.swap.storage import choose_storage
 from ssdtune.trainer.checkpoint import RunIdentity
 from ssdtune.visit.build import build_meta
+from ssdtune.visit.outline import write_outline
 
 Stream = Callable[..., Any]
 NESTED = Wanted(bits=8, order=(4, 1, 1, 2))
@@ -107,6 +108,18 @@ def test_the_best_widths_are_near_brute_force(mean: float) -> None:
 def test_an_average_below_all_widths_is_refused() -> None:
     with pytest.raises(PackError, match="4 bits are the least"):
         best_widths(some_blocks(), 3.5)
+
+
+def test_a_model_without_weights_is_planned_with_the_average(source: Path, tmp_path: Path) -> None:
+    """Its files are headers before a hole, so that no width loses anything."""
+    blocks = [dataclasses.replace(b, lost=dict.fromkeys(b.lost, 0.0)) for b in some_blocks()]
+    assert mean_bits(blocks, best_widths(blocks, 4.5)) == 4.5
+    write_outline(source / "config.json", tmp_path)
+    meta = build_planned(tmp_path, quantization="5.5/8")
+    entries = [e for e in meta.checkpoint.tensors.values() if isinstance(e, PackedEntry)]
+    numels = [torch.Size(e.shape).numel() for e in entries]
+    bits = sum(n * e.format.bits for n, e in zip(numels, entries, strict=True))
+    assert 5.2 <= bits / sum(numels) <= 5.5
 
 
 def test_a_sample_has_the_same_elements_packed_or_not(source: Path, nested: Path) -> None:

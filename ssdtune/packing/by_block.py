@@ -150,9 +150,12 @@ def best_widths(blocks: Sequence[Block], mean: float) -> list[int]:
             f"quantization: {mean:g}/8: {widths[0]} bits are the least that all blocks can be read in.\n"
             f"Give {widths[0]} to {widths[-1]} bits, with /8 behind."
         )
-    options = [
-        [Option(block.numel * bits, block.lost[bits]) for bits in widths] for block in blocks
-    ]
+    options = [[Option(b.numel * bits, b.lost[bits]) for bits in widths] for b in blocks]
+    if not any(option.error for each in options for option in each):
+        # Weights that are zeros are those of a header alone (`visit/outline.py`): what is planned for has the average.
+        options = [
+            [Option(b.numel * bits, b.numel * 4.0**-bits) for bits in widths] for b in blocks
+        ]
     budget = int(mean * sum(block.numel for block in blocks))
     return [widths[i] for i in choose(options, budget)]
 
