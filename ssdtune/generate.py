@@ -7,7 +7,7 @@ batch, padded on the left.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ def generate_from_run(
 def find_adapter(run: Path) -> Path:
     """The folder with the adapter: the run's own, else its newest checkpoint."""
     run = Path(run)
-    found = find_result(run, ADAPTER_NAME, LOG_NAME)
+    has_own = (run / ADAPTER_NAME).is_file() or _makes_all_weights(run / LOG_NAME)
+    found = run if has_own else find_result(run)
     if not run.is_dir():
         raise GenerateError(f"there is no folder {run}.\nGive the output_dir of a run.")
     if found is None:
@@ -75,6 +76,13 @@ def find_adapter(run: Path) -> Path:
     if found != run:
         say(f"note: the run is not finished; {found.name} answers")
     return found
+
+
+def _makes_all_weights(log: Path) -> bool:
+    """Whether a log is there, and is no adapter's: that one is in its checkpoints until the run is finished."""
+    from ssdtune.zeroth_order.log import ADAPTERS, read_log
+
+    return log.is_file() and read_log(log.read_bytes(), str(log)).header.trains != ADAPTERS
 
 
 def find_result(run: Path, *names: str) -> Path | None:
@@ -111,11 +119,11 @@ def open_adapter(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
 
     base = open_model(config)
     try:
-        _check_base(base, folder, config)
+        _check_base(read_identity(folder), base, config, folder)
         if (folder / ADAPTER_NAME).is_file():
             model: Any = PeftModel.from_pretrained(base, os.fspath(folder))
         else:
-            model = _replayed(base, folder / LOG_NAME)
+            model = _replayed(base, config, folder)
         has_own = (folder / "tokenizer_config.json").is_file()
         return model.eval(), load_tokenizer(config, folder if has_own else None)
     except BaseException:
@@ -123,27 +131,31 @@ def open_adapter(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
         raise
 
 
-def _check_base(base: Any, folder: Path, config: TrainConfig) -> None:
+def _check_base(
+    trained_on: Mapping[str, Any], base: Any, config: TrainConfig, folder: Path
+) -> None:
     """Raises GenerateError where the base's weights are not those that training saw: other files, or the same codes in
-    other bits."""
-    trained_on = read_identity(folder)
-    if trained_on.get("base") is None:  # a model in memory: nobody knows
-        return
-    said = differences(weights_of(base), trained_on)
+    other bits. trained_on: what is known of them; no `base`: a model in memory, nobody knows."""
+    said = differences(weights_of(base), trained_on) if trained_on.get("base") else []
     if said:
         raise GenerateError(
             f"{folder} was trained on other weights than those of {config.model_name_or_path} with quantization: "
-            f"{config.quantization}: {said[0]}.\n"
+            f"{config.quantization}: {said[0]}.
+"
             "Leave out --quantization, or give the right base: --model_name_or_path FOLDER."
         )
 
 
-def _replayed(base: Any, log: Path) -> Any:
+def _replayed(base: Any, config: TrainConfig, folder: Path) -> Any:
     """The base with the steps of a log of all weights."""
     from ssdtune.zeroth_order.log import read_log
     from ssdtune.zeroth_order.method import replayed
 
-    replayed(base, read_log(log.read_bytes(), str(log)))
+    path = folder / LOG_NAME
+    log = read_log(path.read_bytes(), str(path))
+    # A run that is not finished says it nowhere else.
+    _check_base({"base": log.header.base}, base, config, folder)
+    replayed(base, log)
     return base
 
 

@@ -1,5 +1,6 @@
 """Zeroth-order runs from a YAML file: learned, logged, resumed to the same bits, replayed."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ssdtune.cli import main
 from ssdtune.config import load_config
-from ssdtune.generate import generate_from_run
+from ssdtune.durable import commit_folder, new_temporary_folder
+from ssdtune.generate import GenerateError, find_adapter, generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.strict_yaml import ConfigError
 from ssdtune.trainer import run as run_module
@@ -25,6 +27,7 @@ from ssdtune.trainer import train_from_config
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
+from ssdtune.zeroth_order.method import replayed
 from ssdtune.zeroth_order.rules import Update
 
 YAML = """
@@ -151,8 +154,6 @@ def test_all_weights_are_replayed_from_the_log(
     assert not any(torch.equal(base[name], new[name]) for name in base)
     streamed = support.streamed(model)
     try:
-        from ssdtune.zeroth_order.method import replayed
-
         log = read_log((tmp_path / "run" / LOG_NAME).read_bytes(), "log")
         replayed(streamed, log)
         assert all(
@@ -270,6 +271,25 @@ def test_an_objective_without_a_gradient_trains(model: Path, tmp_path: Path) -> 
     assert sum(losses[-5:]) < sum(losses[:5]), "minus the rank falls"
 
 
+def test_a_run_that_trains_an_adapter_answers_by_its_checkpoint_until_it_is_finished(
+    model: Path, tmp_path: Path
+) -> None:
+    """Its log lies in the run's folder from the first step on, and is none of the base's weights."""
+    header = Header(base=None, seed=7, kind="gaussian", trains="adapters")
+    writer = LogWriter(tmp_path / LOG_NAME, header)
+    writer.append(0, 1.5, Update(0, (0.1,), 1e-3))
+    with pytest.raises(GenerateError, match="holds no adapter"):
+        find_adapter(tmp_path)
+    made = new_temporary_folder(tmp_path / "checkpoint-1")
+    (made / "adapter_config.json").write_text("{}")
+    commit_folder(made, tmp_path / "checkpoint-1")
+    assert find_adapter(tmp_path) == tmp_path / "checkpoint-1"
+    streamed = support.streamed(model)
+    with pytest.raises(LogError, match="of an adapter"):
+        replayed(streamed, read_log(writer.content(), "log"))
+    streamed.ssdtune.close()
+
+
 def test_a_run_of_all_weights_answers(load: Any, tmp_path: Path) -> None:
     train_from_config(load("run", "all"))
     found = generate_from_run(tmp_path / "run", ["the sky is"], max_new_tokens=3)
@@ -372,6 +392,10 @@ def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None
     train_from_config(load("run", "all", "--max_steps", "2", "--eval_strategy", "no"))
     with pytest.raises(LogError, match="rule: "):
         train_from_config(load("run", "all", "--zo_update", "sign"))
+    path = tmp_path / "run" / LOG_NAME
+    log = read_log(path.read_bytes(), "log")
+    other = dataclasses.replace(log.header, seed=log.header.seed + 1, trains="masters")
+    assert [said.split(":")[0] for said in other.differences(log.header)] == ["seed", "trains"]
 
 
 PACKED = ("--quantization", "4", "--eval_strategy", "no")

@@ -60,7 +60,7 @@ class Header:
 
     def differences(self, other: Header) -> list[str]:
         """What is not as in another, in words."""
-        names = {"base": "the base model's files", "seed": "zo_seed", "kind": "kind of directions"}
+        names = {"base": "the base model's files", "kind": "kind of directions"}
         return [
             f"{names.get(name, name)}: {theirs!r} in the log, {mine!r} here"
             for name, mine in dataclasses.asdict(self).items()

@@ -17,7 +17,7 @@ from ssdtune.visit.base import base_of
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.compatible import Place, check_estimator, check_place
 from ssdtune.zeroth_order.estimators import Estimator
-from ssdtune.zeroth_order.log import CODES, LOW_RANK, MASTERS, Log
+from ssdtune.zeroth_order.log import ADAPTERS, CODES, LOW_RANK, MASTERS, Log, LogError
 from ssdtune.zeroth_order.packed import DECODED, MOVED
 from ssdtune.zeroth_order.rules import Rule, Update
 from ssdtune.zeroth_order.updates import Directions
@@ -214,8 +214,13 @@ class ZerothOrder:
 
 
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
-    """From now on the streamed model has the weights after so many steps of a log of all weights; None: all."""
+    """From now on the streamed model has the weights after so many steps of a log of all weights; None: all. Raises
+    LogError for one of an adapter."""
     linked, header = log.header.rule.linked(log.updates), log.header
+    if header.trains == ADAPTERS:
+        raise LogError(
+            "the log is of an adapter: its steps are not those of the model's weights.\nLoad the adapter."
+        )
     num_steps = log.num_steps if num_steps is None else num_steps
     updates = [u for u in linked if u.step < num_steps]
     kind = Windows if header.trains == LOW_RANK else Directions
