@@ -323,10 +323,19 @@ def test_a_working_copy_without_a_plan_changes_nothing(tmp_path: Path, stream: S
     with pytest.raises(PlanError):
         streamed_step(method, cut(batch, 2), num_trained(batch))
     replanner.request = request
-    assert not list((tmp_path / "scratch").iterdir())
     streamed_step(method, cut(batch, 2), num_trained(batch))
-    assert list((tmp_path / "scratch").iterdir()), "made now"
+    assert method.is_written_back, "made now"
     method.close()
+
+
+def test_a_working_copy_in_ram_is_refused_before_a_step(tmp_path: Path, stream: Stream) -> None:
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("no file system in RAM at /dev/shm")
+    pair = make_pair("llama", tmp_path, stream, adapt=lambda m: m)
+    fold = Fold(Path("/dev/shm/not/there"), 1)
+    with pytest.raises(WorkingCopyError, match=r"(?s)lies in RAM.*offload\.path.*zo_fold_steps"):
+        ZerothOrder(pair.streamed, MeZO(), fold=fold)
+    ZerothOrder(with_lora(pair.streamed, tiny_models.lora_targets(pair.plain)), MeZO(), fold=fold)
 
 
 def test_a_block_that_was_not_stored_is_told_before_another_plan_reads_it(

@@ -78,7 +78,7 @@ def view_of(
 def address_of(tensor: torch.Tensor) -> int:
     """Where a tensor's first element lies, or would lie: `data_ptr()` of one without elements is 0."""
     start = tensor.untyped_storage().data_ptr()
-    return start + tensor.storage_offset() * tensor.itemsize
+    return start + int(tensor.storage_offset()) * tensor.itemsize
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.weights import MovingWeights
 from ssdtune.zeroth_order.windows import Windows
 from ssdtune.zeroth_order.work import moves_of
-from ssdtune.zeroth_order.working_copy import WorkingCopy
+from ssdtune.zeroth_order.working_copy import WorkingCopy, check_folder
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,6 +106,8 @@ class ZerothOrder:
         )
         if trains_blocks:
             trained = outside_of_blocks(model, self.streamer)
+            if fold is not None:
+                check_folder(fold.folder)
         self.weights = MovingWeights(
             self.streamer,
             trained,

@@ -15,13 +15,22 @@ from pathlib import Path
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction
 from ssdtune.swap.recipe import BlockRecipe, Copy
-from ssdtune.swap.scratch import nameless_file, no_room, path_of, write_all
+from ssdtune.swap.scratch import lies_in_ram, nameless_file, no_room, path_of, write_all
 from ssdtune.swap.storage import MIN_ALIGNMENT, Extent, choose_storage
 from ssdtune.visit.streamer import Streamer
 
 
 class WorkingCopyError(SSDTuneError):
-    """A drive without room for it, or one that fails."""
+    """A drive without room for it, one that fails, or a folder that is in RAM."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raises WorkingCopyError where a copy in the folder would take memory, not a drive's space."""
+    if lies_in_ram(folder):
+        raise WorkingCopyError(
+            f"{folder} lies in RAM (tmpfs): a working copy of all weights would take there what is not in memory for "
+            "want of room.\nSet offload.path to a folder on a drive, or zo_fold_steps: never."
+        )
 
 
 class WorkingCopy:
