@@ -534,11 +534,11 @@ def test_a_run_with_auto_packs_trains_and_goes_on_with_its_bits(
     save_profile(profile_at(1e4), own_profile_path())
     assert main(["plan", str(config_path)]) == 0
     told = capsys.readouterr().out
-    assert "quantization: 4/8 (4 bits): the fastest of 4 and more" in told
+    assert "quantization: auto is 4/8 (4 bits): the fastest of 4 and more" in told
     assert "not measured: `ssdtune pack --check` tells, once it is packed" in told
     assert main(["train", str(config_path), "--max_steps", "1"]) == 0
     told = capsys.readouterr().out
-    assert "quantization: 4/8" in told
+    assert "quantization: auto is 4/8" in told
     record = load_config(tmp_path / "run" / "ssdtune.yaml").config
     assert record.quantization == "4/8"
     (there,) = (tmp_path / "nvme" / "packed").glob("*/config.json")
@@ -553,7 +553,7 @@ def test_a_run_with_auto_packs_trains_and_goes_on_with_its_bits(
     save_profile(profile_at(1e12), own_profile_path())
     assert main(["train", str(config_path)]) == 0
     told = capsys.readouterr().out
-    assert "4/8, as the run was begun" in told
+    assert "auto is 4/8, as when the run began" in told
     assert "resuming" in told
 
 
