@@ -1,4 +1,4 @@
-"""How much room there is. RAM, by what the kernel says: /proc/meminfo (proc(5)) and the cgroups above us. And on a drive.
+"""How much RAM there is, by what the kernel says: /proc/meminfo (proc(5)) and the cgroups above us; where drives are.
 
 A limit of a container or a batch system counts as well as the machine's own memory.
 """

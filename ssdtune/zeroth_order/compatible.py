@@ -13,8 +13,8 @@ from ssdtune.zeroth_order.rules import LOZO_M, SGD, Rule
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where what trains lives. trains_blocks: all weights, not an adapter. mask: kind of the estimator's. has_copy: with
-    a working copy. packed, low_rank, master: as `ZerothOrder` has them."""
+    """Where what trains lives. trains_blocks: all weights, not an adapter. mask: kind of the estimator's. has_copy:
+    with a working copy. packed, low_rank, master: as `ZerothOrder` has them."""
 
     trains_blocks: bool
     mask: str

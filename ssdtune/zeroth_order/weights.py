@@ -238,8 +238,8 @@ class MovingWeights:
         return to
 
     def _read_stored(self, block: int, index: int) -> tuple[torch.Tensor, Sequence[Update]]:
-        """What the drive has of a tensor, and the updates that it lacks. Asked in this order: the read waits for a store
-        under way, which brings some of them there."""
+        """What the drive has of a tensor, and the updates that it lacks. Asked in this order: the read waits for a
+        store under way, which brings some of them there."""
         found = self._streamer.engine.read_stored(block, index)
         return found, self.updates[self._stored.get(block, 0) :]
 
