@@ -324,7 +324,7 @@ def test_a_working_copy_without_a_plan_changes_nothing(tmp_path: Path, stream: S
         streamed_step(method, cut(batch, 2), num_trained(batch))
     replanner.request = request
     streamed_step(method, cut(batch, 2), num_trained(batch))
-    assert method.is_written_back, "made now"
+    assert method.copy is not None and method.copy.is_there, "made now"
     method.close()
 
 
