@@ -170,17 +170,18 @@ def all_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def every_run() -> Iterator[Any]:
-    """(name, estimator, dtype, steps): a few steps of each, in float32 the most usual; all for 20 steps, slow but one."""
-    for name, estimator in itertools.product(ARCHITECTURES, ESTIMATORS):
-        for dtype in (torch.float32, torch.bfloat16):
-            told = f"{name}-{estimator}-{str(dtype)[6:]}"
+    """(name, estimator, dtype, steps): all for a few and for 20 steps. At once every architecture in bfloat16, every
+    estimator in both dtypes, and 20 steps of one; the other combinations are slow by their number only."""
+    for (i, name), (e, estimator) in itertools.product(
+        enumerate(ARCHITECTURES), enumerate(ESTIMATORS)
+    ):
+        for dtype, steps in itertools.product((torch.float32, torch.bfloat16), (3, NUM_STEPS)):
             is_first = (name, estimator, dtype) == ("llama", "mezo", torch.bfloat16)
-            for steps, is_slow in (
-                (3, dtype == torch.float32 and estimator != "mezo"),
-                (NUM_STEPS, not is_first),
-            ):
-                marks = [pytest.mark.slow] if is_slow else []
-                yield pytest.param(name, estimator, dtype, steps, id=f"{told}-{steps}", marks=marks)
+            is_paired = e == i % 3 if dtype == torch.bfloat16 else i < 3 and e == (i + 1) % 3
+            is_at_once = is_paired if steps == 3 else is_first
+            told = f"{name}-{estimator}-{str(dtype)[6:]}-{steps}"
+            marks = [] if is_at_once else [pytest.mark.slow]
+            yield pytest.param(name, estimator, dtype, steps, id=told, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "estimator", "dtype", "num_steps"), list(every_run()))
@@ -207,8 +208,15 @@ def test_lozo_divides_by_its_rank(num_directions: int) -> None:
     assert found == [2.0 / 4 / num_directions] * num_directions
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def every_adapter() -> Iterator[Any]:
+    """(name, dtype): every architecture at once, in float32 and bfloat16 by turns; slow in the other."""
+    for i, name in enumerate(ARCHITECTURES):
+        for d, dtype in enumerate((torch.float32, torch.bfloat16)):
+            marks = [] if i % 2 == d else [pytest.mark.slow]
+            yield pytest.param(name, dtype, id=f"{name}-{('fp32', 'bf16')[d]}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(every_adapter()))
 def test_adapters_train_as_in_memory(
     name: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
 ) -> None:

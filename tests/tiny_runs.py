@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,3 +117,21 @@ def in_order(trainer: Any) -> Any:
     """The trainer, its rows not shuffled."""
     trainer._get_train_sampler = lambda rows=None: SequentialSampler(trainer.train_dataset)
     return trainer
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def launch(num_processes: int, *runs: Sequence[str]) -> str:
+    """What `launch/train.py` prints, started by torchrun once, of one run after the other. runs: their flags."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
+    done = subprocess.run(
+        [*command, "--standalone", str(here / "launched_runs.py"), json.dumps(runs)],
+        env={**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
