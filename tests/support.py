@@ -119,6 +119,11 @@ class Pair:
         """The streamed one's engine."""
         return self.streamed.get_base_model().ssdtune.engine
 
+    def num_micro(self, batch: Batch) -> int:
+        """Micro-batches that the streamed one cuts it into."""
+        size = self.streamed.get_base_model().ssdtune.micro_batch_size
+        return len(batch["labels"]) // size if size else 1
+
 
 def make_pair(
     name: str,
@@ -256,14 +261,16 @@ def assert_same_training(
     pair: Pair,
     batches: Sequence[Batch],
     *,
-    num_micro: int = 4,
+    num_micro: int | None = None,
     rounding: float | None = None,
     plain_step: Callable[[Any, Sequence[Batch]], torch.Tensor] | None = None,
     count: bool = True,
 ) -> None:
     """Both models take one clipped AdamW step per batch; losses, norms, gradients, weights agree.
 
-    plain_step: model, micro-batches -> loss after backward; plain accumulation by default.
+    num_micro: micro-batches of the plain side; by default as many as the streamed model makes. Fewer than three prove
+    nothing of the order in which gradients are added. plain_step: model, micro-batches -> loss after backward; plain accumulation
+    by default.
     count: whether the streamed model is told `num_items_in_batch`, as trainers do.
     """
     models = pair.models
@@ -271,7 +278,7 @@ def assert_same_training(
     parameters = [[p for _, p in trained(model)] for model in models]
     optimizers = [torch.optim.AdamW(p, lr=1e-2) for p in parameters]
     for batch in batches:
-        pieces = cut(batch, num_micro)
+        pieces = cut(batch, num_micro or pair.num_micro(batch))
         items = num_items(pieces)
         step_of = plain_step or partial(accumulate, items=items)
         expected = step_of(pair.plain, pieces)

@@ -18,7 +18,7 @@ from support import (
     num_misses,
     with_lora,
 )
-from test_exact import BF16_AT_ONCE, EXACT, Stream, batches
+from test_exact import BF16, BF16_AT_ONCE, EXACT, Stream, batches
 
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, PlanError, Tier, validate
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
@@ -60,7 +60,7 @@ def half(name: str, folder: Path, stream: Stream) -> int:
 )
 def test_training_equals_training_in_memory(name: str, tmp_path: Path, stream: Stream) -> None:
     pair = make_pair(name, tmp_path, stream, activation_bytes=PLENTY)
-    assert_same_training(pair, batches(name, 3))
+    assert_same_training(pair, batches(name, 3, rows=6))
     kept = kept_by(pair.streamed)
     assert kept.num_kept > 0
     assert kept.num_over == 0
@@ -68,7 +68,9 @@ def test_training_equals_training_in_memory(name: str, tmp_path: Path, stream: S
     assert num_misses(pair.engine) == 0
 
 
-@pytest.mark.parametrize("name", BF16_AT_ONCE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in BF16_AT_ONCE else n for n in BF16]
+)
 def test_so_it_does_in_bf16(name: str, tmp_path: Path, stream: Stream) -> None:
     pair = make_pair(
         name,

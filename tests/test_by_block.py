@@ -207,7 +207,7 @@ def test_codes_of_one_width_have_no_widths_by_block(source: Path, tmp_path: Path
     ("name", "dtype"),
     [
         ("llama", torch.float32),
-        ("llama", torch.bfloat16),
+        pytest.param("llama", torch.bfloat16, marks=pytest.mark.slow),
         ("gpt2", torch.bfloat16),
         ("qwen3_moe", torch.bfloat16),
     ],

@@ -178,7 +178,13 @@ MODELS |= {
 RAM = {name: 32 if "-8b-" in name else 64 for name in MODELS}
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Of one card's two methods or one method's two cards, one at once: each takes seconds to open and to plan.
+SLOW = ("llama33-70b-24gb", "llama3-8b-zo-4gb", "llama33-70b-zo-12gb")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MODELS]
+)
 def test_a_shipped_configuration_fits_the_card_in_its_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

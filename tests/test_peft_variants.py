@@ -86,7 +86,7 @@ PROMPTS: dict[str, Callable[[], Any]] = {
 
 
 def batches(name: str = "llama", num_steps: int = 3) -> list[dict[str, torch.Tensor]]:
-    return [tiny_models.batch(name, 8, seed=step) for step in range(num_steps)]
+    return [tiny_models.batch(name, 6, seed=step) for step in range(num_steps)]
 
 
 @pytest.mark.parametrize("variant", EXACT)
@@ -116,7 +116,7 @@ def test_adalora_equals_with_one_micro_batch(tmp_path: Path, stream: Stream) -> 
         **LLM,
     )
     pair = make_pair(
-        "llama", tmp_path, stream, micro_batch_size=8, adapt=lambda m: with_adapter(m, config)
+        "llama", tmp_path, stream, micro_batch_size=6, adapt=lambda m: with_adapter(m, config)
     )
     for step, batch in enumerate(batches(num_steps=5)):
         assert_same_training(pair, [batch], num_micro=1)
@@ -230,7 +230,7 @@ def test_an_adapter_saves_and_loads_in_pefts_format(tmp_path: Path, stream: Stre
         expected = pair.streamed.eval()(**batch).logits.clone()
         for base in (plain, stream(tmp_path / "model")):
             loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-            logits = torch.cat([loaded(**piece).logits for piece in cut(batch, 4)])
+            logits = torch.cat([loaded(**piece).logits for piece in cut(batch, 3)])
             assert torch.equal(logits, expected)
 
 
@@ -244,7 +244,7 @@ def test_an_adapter_can_be_switched_off_and_on(
     with pair.streamed.disable_adapter(), torch.set_grad_enabled(has_grad):
         off = pair.streamed(**batch).logits.detach().clone()
     with pair.plain.disable_adapter(), torch.no_grad():
-        expected = torch.cat([pair.plain(**piece).logits for piece in cut(batch, 4)])
+        expected = torch.cat([pair.plain(**piece).logits for piece in cut(batch, 3)])
     assert torch.equal(off, expected)
     assert_same_training(pair, batches())
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import itertools
 import math
 import os
@@ -57,16 +58,21 @@ def terms(
 
 def looked_up(key: int, count: int, scale: float, kind: str) -> torch.Tensor:
     """scale x z, float32: looked up as `kernels.noise` states it."""
-    bits = 8 if kind == GAUSSIAN else 1
-    found = philox.fields(
-        key, 0, count, bits=bits, domain=philox.DIRECTION, device=torch.device("cpu")
-    )
+    found = drawn(key, count, 8 if kind == GAUSSIAN else 1)
     if kind == GAUSSIAN:
         table = torch.tensor([*(-q for q in QUANTILES[::-1]), *QUANTILES], dtype=torch.float64)
         values = scale * (table * UNIT)
     else:
         values = torch.tensor([-scale, scale], dtype=torch.float64)
     return values.float()[found]
+
+
+@functools.lru_cache(maxsize=512)
+def drawn(key: int, count: int, bits: int) -> torch.Tensor:
+    """What a direction is looked up by: the same for both of its variants and for the update."""
+    return philox.fields(
+        key, 0, count, bits=bits, domain=philox.DIRECTION, device=torch.device("cpu")
+    )
 
 
 def rounded(values: torch.Tensor, name: str, step: int, dtype: torch.dtype) -> torch.Tensor:

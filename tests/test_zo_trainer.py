@@ -89,6 +89,7 @@ ADAM = ("--zo_update", "adam", "--zo_horizon", "3", "--zo_mask", "magnitude")
 MOMENTUM = ("--zo_update", "momentum", "--zo_horizon", "4", "--zo_mask", "random")
 # A window that ends in the midst of the run, after the crash, and the next.
 LOW_RANK = ("--zo_estimator", "lozo", "--zo_window", "4", "--zo_fold_steps", "4", "--zo_update", "lozo_m")  # fmt: skip
+SHORT = ("--max_steps", "2", "--eval_strategy", "no")
 FLAGS = {"all": ADAM, "adapters": MOMENTUM, "low_rank": LOW_RANK}
 
 
@@ -280,7 +281,7 @@ def test_a_run_that_trains_an_adapter_answers_by_its_checkpoint_until_it_is_fini
 
 
 def test_a_run_of_all_weights_answers(load: Any, tmp_path: Path) -> None:
-    train_from_config(load("run", "all"))
+    train_from_config(load("run", "all", *SHORT))
     found = generate_from_run(tmp_path / "run", ["the sky is"], max_new_tokens=3)
     assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
@@ -290,6 +291,7 @@ def test_a_run_of_all_weights_answers(load: Any, tmp_path: Path) -> None:
     assert answer(model, tokenizer, ["the sky is"], max_new_tokens=3) == found
 
 
+@pytest.mark.slow  # at once: test_an_objective_without_a_gradient_trains
 def test_losses_fall(load: Any) -> None:
     """FZOO on a tiny model and few rows, many steps: the evaluation loss ends lower."""
     flags = ["--zo_estimator", "fzoo", "--max_steps", "40", "--learning_rate", "3e-4"]
@@ -303,7 +305,7 @@ def test_losses_fall(load: Any) -> None:
 def test_a_log_of_other_weights_is_refused(
     load: Any, tmp_path: Path, model: Path, capsys: Any
 ) -> None:
-    train_from_config(load("run", "all"))
+    train_from_config(load("run", "all", *SHORT))
     other = tiny_runs.save(tiny_runs.llama(2, **SIZES), tmp_path / "other")
     path = tmp_path / "run" / "ssdtune.yaml"
     path.write_text(path.read_text().replace(str(model), str(other)))
@@ -378,7 +380,7 @@ def test_keys_that_do_not_go_together_are_named(
 
 
 def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None:
-    train_from_config(load("run", "all", "--max_steps", "2", "--eval_strategy", "no"))
+    train_from_config(load("run", "all", *SHORT))
     with pytest.raises(LogError, match="rule: "):
         train_from_config(load("run", "all", "--zo_update", "sign"))
     path = tmp_path / "run" / LOG_NAME
