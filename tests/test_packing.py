@@ -11,6 +11,7 @@ import pytest
 import test_zeroth_order
 import tiny_models
 import torch
+from pairs import by_turns
 from safetensors.torch import load_file, save_file
 from support import LORA_TARGETS, Pair, assert_same_training, digests, num_misses, with_lora
 
@@ -124,8 +125,10 @@ def batches(name: str, num_steps: int = 5) -> list[dict[str, Any]]:
     return [tiny_models.batch(name, 4, 17 - s % 2, seed=s) for s in range(num_steps)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gemma3", "phi3", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    by_turns(["llama", "gpt2", "qwen3_moe", "gemma3", "phi3", "mixtral"]),
+)
 def test_five_steps_equal_training_on_the_decoded_weights(
     name: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
 ) -> None:

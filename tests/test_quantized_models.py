@@ -10,6 +10,7 @@ import pytest
 import test_gguf
 import tiny_models
 import torch
+from pairs import by_turns
 from safetensors.torch import load_file
 from support import Pair, assert_same_training, digests, with_lora
 from test_packing import unpacked_twin, write_aligned
@@ -102,8 +103,7 @@ def quantized(kind: str, folder: Path) -> tuple[str, Path, Any]:
     return name, folder, type(base)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), by_turns(KINDS))
 def test_it_trains_as_its_decoded_twin(
     kind: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
 ) -> None:

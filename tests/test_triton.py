@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import DTYPES, pairwise
 
 from ssdtune.kernels import noise
 from ssdtune.kernels.noise import GAUSSIAN, KINDS, TRITON, Direction
@@ -39,9 +40,9 @@ def same(base: torch.Tensor, directions: list[Direction], **more: Any) -> None:
     assert torch.equal(found[0].view(kind), found[1].view(kind))
 
 
-@pytest.mark.parametrize("num", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "num"), pairwise(DTYPES, {kind: kind for kind in KINDS}, {"1": 1, "3": 3})
+)
 def test_kernels_have_the_bits_of_their_definition(dtype: torch.dtype, kind: str, num: int) -> None:
     directions = [Direction(0x0123456789ABCDEF + j, 1e-3 * (j - 1.5), kind) for j in range(num)]
     for size in SIZES:

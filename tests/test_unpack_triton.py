@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pairs
 import pytest
 import torch
 
@@ -131,9 +132,12 @@ def test_rotated_groups(group: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-@pytest.mark.parametrize("kind", SCALE_DTYPES)
-@pytest.mark.parametrize("is_high_first", [False, True], ids=["low first", "high first"])
+@pytest.mark.parametrize(
+    ("is_high_first", "kind", "dtype"),
+    pairs.pairwise(
+        {"low first": False, "high first": True}, {k: k for k in SCALE_DTYPES}, pairs.DTYPES
+    ),
+)
 def test_nibbles_with_scales_of_every_kind(
     is_high_first: bool, kind: str, dtype: torch.dtype
 ) -> None:
@@ -213,10 +217,13 @@ def test_shapes_do_not_matter() -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("num", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize(
-    "format", [Affine(5, (4, 1), 32), Nibbles(NF4, 64, True)], ids=["affine", "nibbles"]
+    ("format", "dtype", "num"),
+    pairs.pairwise(
+        {"affine": Affine(5, (4, 1), 32), "nibbles": Nibbles(NF4, 64, True)},
+        pairs.DTYPES,
+        {"1": 1, "2": 2},
+    ),
 )
 def test_gaussian_directions_are_added_as_to_what_was_unpacked(
     format: Format, dtype: torch.dtype, num: int, interpreted: dict[str, Any]

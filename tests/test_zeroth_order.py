@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from pairs import by_turns
 from support import cut, digests, make_pair, num_misses, with_lora
 
 from ssdtune.kernels import philox
@@ -214,15 +215,7 @@ def test_lozo_divides_by_its_rank(num_directions: int) -> None:
     assert found == [2.0 / 4 / num_directions] * num_directions
 
 
-def every_adapter() -> Iterator[Any]:
-    """(name, dtype): every architecture at once, in float32 and bfloat16 by turns; slow in the other."""
-    for i, name in enumerate(ARCHITECTURES):
-        for d, dtype in enumerate((torch.float32, torch.bfloat16)):
-            marks = [] if i % 2 == d else [pytest.mark.slow]
-            yield pytest.param(name, dtype, id=f"{name}-{('fp32', 'bf16')[d]}", marks=marks)
-
-
-@pytest.mark.parametrize(("name", "dtype"), list(every_adapter()))
+@pytest.mark.parametrize(("name", "dtype"), by_turns(ARCHITECTURES))
 def test_adapters_train_as_in_memory(
     name: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
 ) -> None:
