@@ -139,6 +139,19 @@ def test_full_size_defaults_pass(name: str) -> None:
     assert finding.note == "", "the vision tower ran"
 
 
+def test_each_process_of_a_group_checks_by_itself() -> None:
+    """There transformers lets the first process alone write files; the others have folders of their own."""
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        finding = examine(tf.LlamaForCausalLM, tf.LlamaConfig())
+    finally:
+        distributed.destroy_process_group()
+    assert finding.outcome == "same", finding
+
+
 def test_said_once_and_remembered(tmp_path: Path) -> None:
     said: list[str] = []
     for _ in range(2):
