@@ -140,8 +140,7 @@ def _check_base(
     if said:
         raise GenerateError(
             f"{folder} was trained on other weights than those of {config.model_name_or_path} with quantization: "
-            f"{config.quantization}: {said[0]}.
-"
+            f"{config.quantization}: {said[0]}.\n"
             "Leave out --quantization, or give the right base: --model_name_or_path FOLDER."
         )
 

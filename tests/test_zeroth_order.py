@@ -331,7 +331,8 @@ def test_a_working_copy_without_a_plan_changes_nothing(tmp_path: Path, stream: S
         streamed_step(method, cut(batch, 2), num_trained(batch))
     replanner.request = request
     streamed_step(method, cut(batch, 2), num_trained(batch))
-    assert method.copy is not None and method.copy.is_there, "made now"
+    assert method.copy is not None
+    assert method.copy.is_there, "made now"
     method.close()
 
 

@@ -80,7 +80,14 @@ def _numel(piece: Piece, shape: tuple[int, ...]) -> int:
 
 
 def check_seen(wanted: Sequence[str], found: Mapping[str, float], text: Text) -> None:
-    """Raises PackError that names a tensor whose gradients the text has not shown."""
+    """Raises PackError that names a tensor whose gradients the text has not shown, or that are no numbers."""
+    endless = [name for name in wanted if not math.isfinite(found.get(name, 0.0))]
+    if endless:
+        raise PackError(
+            f"--text {text.name}: the gradients of {len(endless)} tensors are infinite or no numbers ({endless[0]}, …): "
+            "the model overflows on it.\n"
+            "Give another text, or leave out --text: tensors then count by their number of weights."
+        )
     unseen = [name for name in wanted if not found.get(name)]
     if unseen:
         raise PackError(
