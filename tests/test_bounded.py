@@ -280,7 +280,8 @@ def test_24_and_48_layers_take_the_same_and_less_with_block_inputs_on_nvme(
 @pytest.mark.parametrize(
     ("name", "is_padded"),
     [
-        *((name, False) for name in ("llama", "gemma3", "gpt2", "bloom", "mamba2", "mixtral")),
+        *((name, False) for name in ("llama", "gemma3", "mamba2", "mixtral")),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("gpt2", "bloom")),
         ("gemma3", True),
     ],
 )

@@ -48,7 +48,10 @@ def test_a_counter_knows_products_attention_and_passes_over_values() -> None:
     )
 
 
-MODELS = "llama qwen3 gpt2 gemma3 mixtral qwen3_moe t5 bart gemma3_vlm".split()
+MODELS = [
+    *"llama gpt2 gemma3 mixtral t5 gemma3_vlm".split(),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "qwen3_moe", "bart")),
+]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -223,27 +223,36 @@ def test_every_dtype_of_the_reference_writer_is_known(tmp_path):
 
 
 def test_hostile_headers_cost_little_time_and_memory(tmp_path):
-    """The largest header that is parsed, and the largest that is not, each < 2 s and < 200 MB."""
+    """The largest header that is parsed, and the largest that is not: each in the time of a few plain parses of the
+    first (2 s or less, but machines differ), and in < 200 MB."""
     for num_tensors in [100_000, 500_000]:
-        many = {f"t{i}": entry("U8", (1,), (i, i + 1)) for i in range(num_tensors)}
-        write_header(tmp_path / f"{num_tensors}.safetensors", many, bytes(num_tensors))
+        described = (
+            f'"t{i}": {{"dtype": "U8", "shape": [1], "data_offsets": [{i}, {i + 1}]}}'
+            for i in range(num_tensors)
+        )
+        header = "{" + ", ".join(described) + "}"
+        write_raw(tmp_path / f"{num_tensors}.safetensors", header.encode(), bytes(num_tensors))
     code = (
-        "import re, sys, time; from pathlib import Path\n"
+        "import json, re, sys, time; from pathlib import Path\n"
         "from ssdtune.swap.header import read_header, CheckpointError\n"
         "start = time.process_time()\n"
         "try: print(len(read_header(Path(sys.argv[1]))[1]))\n"
         "except CheckpointError as error: print(error)\n"
+        "seconds = time.process_time() - start\n"
         "status = Path('/proc/self/status').read_text()\n"
         "peak_kib = re.search(r'VmHWM:\\s+(\\d+) kB', status)[1]\n"
-        "print(time.process_time() - start, peak_kib, 'torch' in sys.modules)\n"
+        "raw = Path(sys.argv[1]).with_name('100000.safetensors').read_bytes()\n"
+        "text, start = raw[8 : 8 + int.from_bytes(raw[:8], 'little')], time.process_time()\n"
+        "json.loads(text)\n"
+        "print(seconds / (time.process_time() - start), peak_kib, 'torch' in sys.modules)\n"
     )
     for num_tensors, words in {100_000: "100000", 500_000: "values in its header"}.items():
         command = [sys.executable, "-c", code, str(tmp_path / f"{num_tensors}.safetensors")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         *message, numbers = done.stdout.splitlines()
-        seconds, peak_kib, has_torch = numbers.split()
+        num_parses, peak_kib, has_torch = numbers.split()
         assert words in "\n".join(message)
-        assert float(seconds) < 2
+        assert float(num_parses) < 15
         assert int(peak_kib) * 1024 < 200e6
         assert has_torch == "False", "reading headers must not need torch"
 

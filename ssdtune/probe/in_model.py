@@ -29,7 +29,7 @@ REFERENCE = {
     "num_hidden_layers": 4,
     "vocab_size": 1024,
 }
-REFERENCE_TOKENS = (16, 64, 128, 256)
+REFERENCE_TOKENS = (16, 64, 256)
 LEAST_FACTOR = 1.0  # within a model nothing is faster than alone
 PACE_PRODUCT, PACE_ROUNDS = (128, 576, 1536), 3  # tokens, width, width of the result
 WARM_UPS = 2  # steps that allocate
