@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, print_result
 from benchmarks.off_grid import off_grid_model
 from ssdtune.assets import prepare_text
 from ssdtune.cache import cache_folder
@@ -87,10 +87,7 @@ def main() -> None:
         losses = f"{row['before']:8.4f} {row['after']:8.4f}"
         print(f"{quantization:>8} {losses}  {ratios[0]:+.2%} {ratios[1]:+.2%}")
     told: dict[str, Any] = {"model": model.name, "steps": asked.steps, "rows": rows}
-    result = json.dumps({**told, **describe(model, num_threads=torch.get_num_threads())})
-    if asked.json:
-        asked.json.write_text(result + "\n")
-    print(result)
+    print_result({**told, **describe(model, num_threads=torch.get_num_threads())}, asked.json)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, print_result
 from benchmarks.off_grid import off_grid_model, text_ids
 from benchmarks.quality import never_quantized
 from benchmarks.quantizers import GROUP, Contestant, all_contestants
@@ -165,10 +165,7 @@ def main() -> None:
     for name, reason in missing.items():
         print(f"{name}: not measured: {reason}")
     machine = describe(folder, num_threads=torch.get_num_threads())
-    result = json.dumps({"model": folder.name, "loss": whole, "rows": rows, **machine})
-    if asked.json:
-        asked.json.write_text(result + "\n")
-    print(result)
+    print_result({"model": folder.name, "loss": whole, "rows": rows, **machine}, asked.json)
 
 
 def told(row: dict[str, Any], whole: float) -> str:

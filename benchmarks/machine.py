@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -12,6 +13,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", "bfloat16")
+
+
+def print_result(result: dict[str, Any], to: Path | None) -> None:
+    """Prints it as JSON, which is the last line, and writes it to a file, where one is given."""
+    text = json.dumps(result)
+    if to:
+        to.write_text(text + "\n")
+    print(text)
 
 
 def describe(model: Path, *, num_threads: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ it (`held_out.py`), of SmolLM2 as `off_grid.py` left it: weights that were never
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 import ssdtune
 from benchmarks.held_out import language_model
-from benchmarks.machine import describe
+from benchmarks.machine import describe, print_result
 from benchmarks.off_grid import off_grid_model, tensors_of
 from ssdtune.api import choose
 from ssdtune.assets import prepare_text
@@ -127,10 +126,7 @@ def main() -> None:
         rows.append(row)
         print(told(row, whole), flush=True)
     machine = describe(folder, num_threads=torch.get_num_threads())
-    result = json.dumps({"model": folder.name, "loss": whole, "rows": rows, **machine})
-    if asked.json:
-        asked.json.write_text(result + "\n")
-    print(result)
+    print_result({"model": folder.name, "loss": whole, "rows": rows, **machine}, asked.json)
 
 
 def told(row: dict[str, Any], whole: float) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, print_result
 from benchmarks.quantizers import Contestant, all_contestants
 from ssdtune.assets import built_beside
 from ssdtune.cache import cache_folder
@@ -162,10 +161,7 @@ def main() -> None:
             f" {row['seconds_per_million']:6.2f}  {row['contestant']}"
         )
     machine = describe(folder, num_threads=torch.get_num_threads())
-    result = json.dumps({"model": folder.name, "limit": asked.limit, "rows": rows, **machine})
-    if asked.json:
-        asked.json.write_text(result + "\n")
-    print(result)
+    print_result({"model": folder.name, "limit": asked.limit, "rows": rows, **machine}, asked.json)
 
 
 if __name__ == "__main__":

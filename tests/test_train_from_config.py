@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import support
@@ -478,26 +475,11 @@ def test_two_processes_train_one_adapter_and_resume_it(load, tmp_path):
     assert len(losses) == 4
 
 
-ROOT = Path(__file__).parent.parent
-
-
-def launched(launcher: str, config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """launch/train.py started by `python -m LAUNCHER`."""
-    script = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher.split(), *script, *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 @pytest.mark.slow  # a process that imports all
 def test_accelerate_launches_the_same_run(load, finished):
     loaded = load("launched")
-    launched("accelerate.commands.launch --cpu --num_processes 1", loaded.path)
+    launcher = "accelerate.commands.launch --cpu --num_processes 1"
+    script = tiny_runs.CHECKOUT / "launch" / "train.py"
+    tiny_runs.started(launcher, script, "--config", str(loaded.path))
     expected, found = adapter(finished[0].output_dir), adapter(loaded.config.output_dir)
     support.assert_equal(expected, found, "weights")

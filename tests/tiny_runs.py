@@ -18,6 +18,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ssdtune.trainer import SSDConfig
 
+CHECKOUT = Path(__file__).parent.parent
 VOCAB = 400  # of models: more ids than the tokenizer gives
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -124,11 +125,16 @@ def in_order(trainer: Any) -> Any:
 
 def launch(num_processes: int, *runs: Sequence[str]) -> str:
     """What `launch/train.py` prints, started by torchrun once, of one run after the other. runs: their flags."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
+    script = Path(__file__).parent / "launched_runs.py"
+    torchrun = f"torch.distributed.run --nproc_per_node={num_processes} --standalone"
+    return started(torchrun, script, json.dumps(runs))
+
+
+def started(launcher: str, script: Path, *words: str) -> str:
+    """What a script prints that `python -m LAUNCHER` starts, in a process that finds this checkout."""
     done = subprocess.run(
-        [*command, "--standalone", str(here / "launched_runs.py"), json.dumps(runs)],
-        env={**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *launcher.split(), str(script), *words],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

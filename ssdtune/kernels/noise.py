@@ -114,14 +114,8 @@ def add_directions(  # noqa: PLR0913 - the last two are for parts of a tensor, a
         )
         return
     if suffix is None:
-        suffix = _best(base.device) if _is_plain(to, base) and directions else ""
+        suffix = _best_for(to, base) if directions else ""
     _adder(suffix)(to, base, directions, decay, rounding_key, first)
-
-
-def _is_plain(to: torch.Tensor, base: torch.Tensor) -> bool:
-    """Whether native code and kernels know them."""
-    is_known = base.dtype in DTYPES and to.dtype == base.dtype
-    return is_known and base.is_contiguous() and to.is_contiguous()
 
 
 def _by_way_of_float32(
@@ -147,17 +141,25 @@ def _adder(suffix: str) -> Adder:
         from ssdtune.kernels import noise_triton
 
         return noise_triton.by_triton
+    return partial(_natively, _native(suffix))
+
+
+def _native(suffix: str) -> Callable[..., None]:
+    """The native function with this suffix."""
     native = library()
     assert native is not None
-    return partial(_natively, native.function("ssdtune_add_noise", suffix))
+    return native.function("ssdtune_add_noise", suffix)
 
 
-def _best(device: torch.device) -> str:
-    """What is fastest for tensors on the device."""
-    if device.type == "cpu":
+def _best_for(to: torch.Tensor, base: torch.Tensor) -> str:
+    """What is fastest, of what knows them."""
+    is_known = base.dtype in DTYPES and to.dtype == base.dtype
+    if not (is_known and base.is_contiguous() and to.is_contiguous()):
+        return ""
+    if base.device.type == "cpu":
         native = library()
         return "" if native is None else native.suffixes[0]
-    return TRITON if device.type == "cuda" and has_triton() else ""
+    return TRITON if base.device.type == "cuda" and has_triton() else ""
 
 
 def values(direction: Direction, num_elements: int, device: torch.device) -> torch.Tensor:
@@ -184,8 +186,7 @@ def add_low_rank(
     """
     native = _native_for(to, base, suffix) if factors and base.numel() else None
     if native is not None:
-        left = torch.cat([u for u, _ in factors]).contiguous()
-        right = torch.cat([v for _, v in factors]).contiguous()
+        left, right = torch.cat([u for u, _ in factors]), torch.cat([v for _, v in factors])
         noise = NativeNoise((), base.dtype, decay=decay, rounding_key=rounding_key)
         noise.add_factors(left, right)
         noise.run(native, to, base)
@@ -233,12 +234,9 @@ def _native_for(
     to: torch.Tensor, base: torch.Tensor, suffix: str | None
 ) -> Callable[..., None] | None:
     """The native function with this suffix, the best there is for None; None where torch is to do it."""
-    native = (
-        library() if suffix != "" and base.device.type == "cpu" and _is_plain(to, base) else None
-    )
-    if native is None:
-        return None
-    return native.function("ssdtune_add_noise", suffix or native.suffixes[0])
+    if suffix is None:
+        suffix = _best_for(to, base)
+    return None if suffix in ("", TRITON) else _native(suffix)
 
 
 def _decayed(part: torch.Tensor, decay: float) -> torch.Tensor:

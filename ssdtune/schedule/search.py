@@ -176,6 +176,7 @@ class Hunt:
         self.seen: dict[tuple[object, ...], tuple[float, ...]] = {}  # choice -> key
         self.choices: dict[tuple[object, ...], Choice] = {}
         self._kinds: dict[tuple[int, ...], BlockKind] = {}
+        self._counts: dict[tuple[object, ...], list[Counts]] = {}  # choice -> as `counts` has them
 
     @property
     def is_over(self) -> bool:
@@ -219,6 +220,13 @@ class Hunt:
         if not self._kinds:
             self._kinds = _kinds(self, empty)
         return self._kinds
+
+    def counts(self, empty: Choice) -> list[Counts]:
+        """How many of each kind may stay, the best first; asked for twice of the best ways to share slots."""
+        name = _name(empty)
+        if name not in self._counts:
+            self._counts[name] = list(_counts(self, empty))
+        return self._counts[name]
 
     @property
     def step_s(self) -> float:
@@ -289,14 +297,14 @@ def _candidates(hunt: Hunt, skeleton: Skeleton) -> Iterator[Choice]:
     """For one way to share slots that fits: the static choice, and all counts in one arrangement."""
     static, empty = _filled_and_empty(hunt, skeleton)
     yield static
-    for counts in _counts(hunt, empty):
+    for counts in hunt.counts(empty):
         yield arranged(hunt.request, empty, list(hunt.kinds(empty)), counts, PATTERNS[0])
 
 
 def _arrangements(hunt: Hunt, skeleton: Skeleton) -> Iterator[Choice]:
     """The best counts in all other arrangements."""
     _, empty = _filled_and_empty(hunt, skeleton)
-    counts = next(_counts(hunt, empty))
+    counts = hunt.counts(empty)[0]
     for pattern in PATTERNS[1:]:
         yield arranged(hunt.request, empty, list(hunt.kinds(empty)), counts, pattern)
 

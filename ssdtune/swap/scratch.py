@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssdtune.errors import SSDTuneError, reason_of
+from ssdtune.memory import nearest_folder
 from ssdtune.sizes import format_size
 from ssdtune.swap.storage import MIN_ALIGNMENT, aligned_bytes, direct_alignment
 
@@ -176,8 +177,7 @@ def write_all(fd: int, offset: int, content: memoryview) -> None:
 
 def lies_in_ram(folder: Path) -> bool:
     """Whether files in this folder (or where it would be made) take RAM rather than a drive: /tmp often does."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    device = os.stat(there).st_dev
+    device = os.stat(nearest_folder(folder)).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
