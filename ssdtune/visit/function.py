@@ -213,8 +213,11 @@ def visit(
     mappings: list[tuple[type, list[Any], Any]] = []
     behind: list[Any] = []
 
+    # `tree_flatten` leaves a cycle around `is_leaf`, which must not hold a block's tensors until garbage is looked for.
+    outermost = id(kwargs)
+
     def is_mapping(x: Any) -> bool:
-        return x is not kwargs and isinstance(x, (dict, UserDict))
+        return id(x) != outermost and isinstance(x, (dict, UserDict))
 
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_mapping)
     for i, leaf in enumerate(leaves):
