@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 ROWS = (1, 4, 16, 64, 256)
 Product = Callable[[Any, Any], Any]
 # Of square matrices, 4 to 268 MB of float32; smaller ones go by their FLOP, as those of the reference model do.
-WIDTHS = (1024, 1448, 2048, 2896, 4096, 5792, 8192)
-GRID_ROUNDS, LONGEST_S = 3, 0.08
+WIDTHS = (1024, 1728, 2896, 4864, 8192)
+GRID_ROUNDS, LONGEST_S = 3, 0.05
 RAM_SHARE = 0.25  # of what is free, for the largest matrix
 
 
