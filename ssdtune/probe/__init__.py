@@ -20,7 +20,7 @@ from ssdtune.probe.few_rows import measure_few_rows
 from ssdtune.probe.files import random_file
 from ssdtune.probe.in_model import measure_in_model
 from ssdtune.probe.machine import cpu_seconds, machine_name
-from ssdtune.probe.operators import measure_operators
+from ssdtune.probe.operators import measure_fresh, measure_operators
 from ssdtune.probe.optimizer import measure_optimizer
 from ssdtune.probe.perturbing import measure_perturbing
 from ssdtune.probe.slowing import measure_slowing
@@ -28,7 +28,7 @@ from ssdtune.probe.text import profile_lines
 from ssdtune.profiles import save_profile
 from ssdtune.report import say
 from ssdtune.schedule.curve import Curve
-from ssdtune.schedule.profile import BUSY_CORES, MIXED, SUSTAINED, Profile
+from ssdtune.schedule.profile import BUSY_CORES, FRESH, MIXED, SUSTAINED, Profile
 
 DTYPES = ("float32", "bfloat16")
 
@@ -41,8 +41,9 @@ def measure(folder: Path, file: Path | None = None) -> Profile:
     start, before = perf_counter(), cpu_seconds()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtypes = {name: getattr(torch, name) for name in DTYPES}
+    fresh = {FRESH: measure_fresh()} if device.type == "cpu" else {}
     operators = {
-        name: measure_operators(device, dtype) | measure_perturbing(device, dtype)
+        name: measure_operators(device, dtype) | measure_perturbing(device, dtype) | fresh
         for name, dtype in dtypes.items()
     }
     in_model = {

@@ -33,7 +33,7 @@ REFERENCE_TOKENS = (16, 64, 256)
 LEAST_FACTOR = 1.0  # within a model nothing is faster than alone
 PACE_PRODUCT, PACE_ROUNDS = (128, 576, 1536), 3  # tokens, width, width of the result
 WARM_UPS = 2  # steps that allocate
-LONG_PASSES_S = 2.0  # all steps at a length: beyond it FEW_ROUNDS do
+LONG_PASSES_S = 1.0  # all steps at a length: beyond it FEW_ROUNDS do
 REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more tokens
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.probe.timing import Run, time_all
 from ssdtune.schedule.curve import Curve, curve_of
-from ssdtune.schedule.profile import FRESH
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +47,12 @@ def measure_operators(device: torch.device, dtype: torch.dtype) -> dict[str, Cur
             specials[num_bytes * 2 / 3] = partial(torch.ops.aten.silu.out, values, out=out)
         curves["pointwise"] = time_all(passes, device)
         curves["special"] = time_all(specials, device)
-        if device.type == "cpu":
-            curves[FRESH] = measure_fresh()
     return curves | _attention(made, device)
 
 
 def measure_fresh() -> Curve:
-    """What the pages of large new tensors take: writing one just made, less writing one that is there."""
+    """What the pages of large new tensors in RAM take, in any number format: writing one just made, less writing one
+    that is there."""
     import torch
 
     cpu = torch.device("cpu")

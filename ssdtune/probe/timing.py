@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 ROUNDS, FEW_ROUNDS = 5, 3
-LONG_S = 0.08  # pieces that take longer vary less from round to round: FEW_ROUNDS do
-MAX_PIECE_S = 0.2  # larger sizes of what takes longer than this are left out: the last rate goes on
+LONG_S = 0.04  # pieces that take longer vary less from round to round: FEW_ROUNDS do
+MAX_PIECE_S = 0.1  # larger sizes of what takes longer than this are left out: the last rate goes on
 TRIES = 3
 SLOW = 0.9  # of a piece's rounds are no slower than the second time of its point
 
