@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from ssdtune.probe.copies import measure_copies
 from ssdtune.probe.drive import measure_both, measure_reads, measure_sustained, measure_writes
@@ -24,11 +25,15 @@ from ssdtune.probe.operators import measure_fresh, measure_operators
 from ssdtune.probe.optimizer import measure_optimizer
 from ssdtune.probe.perturbing import measure_perturbing
 from ssdtune.probe.slowing import measure_slowing
+from ssdtune.probe.steady import watching
 from ssdtune.probe.text import profile_lines
 from ssdtune.profiles import save_profile
 from ssdtune.report import say
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.profile import BUSY_CORES, FRESH, MIXED, SUSTAINED, Profile
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16")
 
@@ -38,8 +43,15 @@ def measure(folder: Path, file: Path | None = None) -> Profile:
     one is written for the purpose and removed. Raises StorageError where the drive fails."""
     import torch
 
-    start, before = perf_counter(), cpu_seconds()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with watching(device):
+        return _measure(device, folder, file)
+
+
+def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
+    import torch
+
+    start, before = perf_counter(), cpu_seconds()
     dtypes = {name: getattr(torch, name) for name in DTYPES}
     fresh = {FRESH: measure_fresh()} if device.type == "cpu" else {}
     operators = {

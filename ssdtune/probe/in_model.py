@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssdtune.probe import timing
-from ssdtune.probe.timing import timed, waiter
+from ssdtune.probe.steady import look, steadily
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.plan import Direction, Lane
 from ssdtune.schedule.profile import InModel, Profile
@@ -31,10 +31,9 @@ REFERENCE = {
 }
 REFERENCE_TOKENS = (16, 64, 256)
 LEAST_FACTOR = 1.0  # within a model nothing is faster than alone
-PACE_PRODUCT, PACE_ROUNDS = (128, 576, 1536), 3  # tokens, width, width of the result
 WARM_UPS = 2  # steps that allocate
 LONG_PASSES_S = 1.0  # all steps at a length: beyond it FEW_ROUNDS do
-REFERENCE_STEP_S = 4.0  # a number format whose step takes longer gets no more tokens
+REFERENCE_STEP_S = 0.6  # a number format whose step takes longer gets no more tokens
 
 
 class Point(NamedTuple):
@@ -63,9 +62,12 @@ def measure_in_model(
         try:
             for tokens in REFERENCE_TOKENS:
                 ids = torch.randint(3, REFERENCE["vocab_size"], (1, tokens), device=device)
-                start = perf_counter()
-                points += _passes(model, ids, operators)
-                if perf_counter() - start > REFERENCE_STEP_S:
+                found = steadily(partial(_passes, model, ids, operators))
+                points += found
+                if (
+                    REFERENCE["num_hidden_layers"] * sum(p.seconds for p in found)
+                    > REFERENCE_STEP_S
+                ):
                     break
         finally:
             model.get_base_model().ssdtune.close()
@@ -96,7 +98,7 @@ def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     return get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")).train()
 
 
-def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Iterator[Point]:
+def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> list[Point]:
     """A layer's two passes of training and its forward alone, at this length."""
     import torch
 
@@ -111,12 +113,11 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Itera
         ("forward", Direction.FORWARD),
     ]
     times: dict[tuple[str, Direction], list[float]] = {each: [] for each in passes}
-    dtype, paces = getattr(torch, work.dtype), list[float]()
     start = perf_counter()
     for num in range(WARM_UPS + timing.ROUNDS):
         if num >= WARM_UPS + timing.FEW_ROUNDS and perf_counter() - start > LONG_PASSES_S:
             break
-        paces.append(pace(operators, ids.device, dtype))
+        look()
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
         for op in _layers_of_last_step(engine):
@@ -127,16 +128,19 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> Itera
             times["forward", op.direction].append(op.end_s - op.start_s - op.wait_s)
     layer = next(i for i, recipe in enumerate(engine.recipes) if ".layers." in recipe.name)
     curves = Profile(name="probe", operators={work.dtype: operators}, transfers={})
+    points: list[Point] = []
     for (kind, direction), measured in times.items():
         each = work.passes[kind][layer, direction][0]
         steady = measured[WARM_UPS * REFERENCE["num_hidden_layers"] :]
-        yield Point(
+        point = Point(
             each.num_calls - each.num_autograd_calls,
             each.num_autograd_calls,
-            each.curves_s(curves, work.dtype) * median(paces),
+            each.curves_s(curves, work.dtype),
             median(steady),
             kind == "train",
         )
+        points.append(point)
+    return points
 
 
 def _layers_of_last_step(engine: Any) -> list[TraceOp]:
@@ -145,29 +149,6 @@ def _layers_of_last_step(engine: Any) -> list[TraceOp]:
         for op in list(engine.trace)
         if op.step == engine.step and op.lane is Lane.COMPUTE and ".layers." in op.block
     ]
-
-
-def pace(
-    operators: Mapping[str, Curve],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    product: tuple[int, int, int] = PACE_PRODUCT,
-    rounds: int = PACE_ROUNDS,
-) -> float:
-    """How long a product takes now, over what its curve says: shared machines drift between the two measurements."""
-    import torch
-
-    tokens, wide, out = product
-    made: dict[str, Any] = {"device": device, "dtype": dtype}
-    values, weight = torch.randn(tokens, wide, **made), torch.randn(out, wide, **made)
-    run, wait = partial(torch.nn.functional.linear, values, weight), waiter(device)
-    run()
-    wait()
-    curve = operators["matmul_transposed"]
-    return median(timed(run, wait) for _ in range(rounds)) / curve.seconds(
-        2.0 * tokens * wide * out
-    )
 
 
 def fit_in_model(points: Sequence[Point], *, is_hidden: bool) -> InModel:

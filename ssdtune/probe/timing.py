@@ -9,6 +9,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ssdtune.probe.steady import look, steadily
 from ssdtune.schedule.curve import Curve, curve_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,17 @@ def time_all(
     """Size -> seconds of each piece, p50 and p90 of its rounds. Sizes take turns, so that a load that comes and goes
     hits all of them. What is larger than a piece that takes `longest_s` (MAX_PIECE_S) is left out, and what would take
     far longer."""
-    wait, longest_s = waiter(device), longest_s or MAX_PIECE_S
+    kept = steadily(
+        partial(_times, pieces, waiter(device), rounds or ROUNDS, longest_s or MAX_PIECE_S)
+    )
+    return curve_of((size, median(times), quantile(times, SLOW)) for size, times in kept.items())
+
+
+def _times(
+    pieces: Mapping[float, Run], wait: Run, rounds: int, longest_s: float
+) -> dict[float, list[float]]:
+    """Size -> seconds of each round."""
+    look()
     kept: dict[float, list[float]] = {}
     for size, run in sorted(pieces.items()):
         before = max(kept, default=None)
@@ -44,11 +55,12 @@ def time_all(
         run()  # allocates, compiles, warms up
         wait()
         kept[size] = [timed(run, wait)]
-    for num in range(1, rounds or ROUNDS):
+    for num in range(1, rounds):
+        look()
         for size, times in kept.items():
             if num < FEW_ROUNDS or times[0] <= LONG_S:
                 times.append(timed(pieces[size], wait))
-    return curve_of((size, median(times), quantile(times, SLOW)) for size, times in kept.items())
+    return kept
 
 
 def _takes_too_long(

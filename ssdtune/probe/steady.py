@@ -1,0 +1,97 @@
+"""Whether the machine keeps its pace while it is measured: what was measured while it was slow is measured again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from statistics import median
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+WIDTH, CALLS, TIMES = 256, 4, 3  # of the square matrices that are multiplied, in one look
+SLOWER = 1.15  # than the least time that was seen: a slow machine
+FIRST_LOOKS_S, WAIT_S = 0.5, 0.2
+AGAIN_S = 15.0  # all that may go to waiting and to measuring again
+
+Found = TypeVar("Found")
+
+
+class Watch:
+    """What one product takes, looked at again and again. Neighbours on a host or a hot processor take a third of the pace
+    away for seconds, longer than all rounds of a curve last, so that their median knows nothing of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._matrix = torch.ones(WIDTH, WIDTH, device=device)
+        self._looks: list[float] = []
+        self._least = math.inf
+        self._left_s = AGAIN_S
+        until = perf_counter() + FIRST_LOOKS_S
+        while perf_counter() < until:
+            self.look()
+
+    def look(self) -> bool:
+        """Takes the product's time now; whether it is a slow one."""
+        self._looks.append(min(self._seconds() for _ in range(TIMES)))
+        self._least = min(self._least, self._looks[-1])
+        return self._looks[-1] > SLOWER * self._least
+
+    def steadiest(self, measure: Callable[[], Found]) -> Found:
+        """Of several times that it was measured, the one in which the machine was least slow. measure: looks now and
+        then."""
+        tries = [self._once(measure)]
+        while tries[-1][0] > SLOWER * self._least and self._left_s > 0:
+            start = perf_counter()
+            tries.append(self._once(measure))
+            self._left_s -= perf_counter() - start
+        return min(tries, key=lambda each: each[0])[1]
+
+    def _once(self, measure: Callable[[], Found]) -> tuple[float, Found]:
+        """The middle of the looks meanwhile, and what was found."""
+        while self.look() and self._left_s > 0:
+            sleep(WAIT_S)
+            self._left_s -= WAIT_S
+        self._looks = []
+        found = measure()
+        return median(self._looks), found
+
+    def _seconds(self) -> float:
+        import torch
+
+        device, start = self._matrix.device, perf_counter()
+        for _ in range(CALLS):
+            torch.mm(self._matrix, self._matrix)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return perf_counter() - start
+
+
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextlib.contextmanager
+def watching(device: torch.device) -> Iterator[None]:
+    """What is measured `steadily` within it is measured again where the machine was slow meanwhile."""
+    token = _watch.set(Watch(device))
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def look() -> None:
+    """To be called now and then by what `steadily` measures."""
+    if (watch := _watch.get()) is not None:
+        watch.look()
+
+
+def steadily(measure: Callable[[], Found]) -> Found:
+    """What it finds, on a machine that isn't slow if that can be had. measure: calls `look` at least once."""
+    watch = _watch.get()
+    return measure() if watch is None else watch.steadiest(measure)
