@@ -209,7 +209,7 @@ def _probe(words: list[str]) -> object:
 
     parser = argparse.ArgumentParser(
         prog="ssdtune probe",
-        description="Measure this machine's processor, memory and drive, in a minute or two.",
+        description="Measure this machine's processor, memory and drive, in a minute or so.",
         allow_abbrev=False,
     )
     parser.add_argument(

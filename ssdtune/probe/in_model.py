@@ -77,6 +77,7 @@ def measure_in_model(
 def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The model, its file in `folder`, with LoRA on all linear layers."""
     from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ssdtune.schedule.plan import Budgets
@@ -87,7 +88,9 @@ def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
     sizes: dict[str, Any] = {**REFERENCE, "num_attention_heads": 8, "num_key_value_heads": 8}
     made: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    made.to(dtype).save_pretrained(folder)
+    made.to(dtype)
+    made.config.save_pretrained(folder)  # `made.save_pretrained` shows a bar
+    save_file(made.state_dict(), folder / "model.safetensors", {"format": "pt"})
     room = 2**30  # all of it, several times
     options = Options(
         device=device,

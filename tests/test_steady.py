@@ -1,0 +1,77 @@
+"""What is measured while the machine is slow is measured again, within a limit; and it is waited for."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ssdtune.probe import steady
+from ssdtune.probe.steady import look, steadily, watching
+
+CPU = torch.device("cpu")
+
+
+class Machine:
+    """Whose product takes what it is told to, from one look to the next."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 1e-3
+        self.slept = 0.0
+        monkeypatch.setattr(steady, "FIRST_LOOKS_S", 1e-3)
+        monkeypatch.setattr(steady.Watch, "_seconds", lambda watch: self.seconds)
+        monkeypatch.setattr(steady, "sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.slept += seconds
+        if self.slept > 1:
+            self.seconds = 1e-3
+
+
+@pytest.fixture
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def measured(machine: Machine, paces: Iterator[float]) -> float:
+    """A measurement during which the machine is so slow, from its first look to its last."""
+    machine.seconds = next(paces)
+    look()
+    pace, machine.seconds = machine.seconds, 1e-3
+    return pace
+
+
+def test_what_was_slow_is_measured_again(slow_machine: Machine) -> None:
+    paces = iter((1.5e-3, 1.3e-3, 1.05e-3, 1e-3))
+    with watching(CPU):
+        assert steadily(lambda: measured(slow_machine, paces)) == 1.05e-3
+    assert next(paces) == 1e-3, "once it is steady enough, not again"
+
+
+def test_the_least_slow_counts_where_none_is_steady(
+    slow_machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steady, "perf_counter", iter(range(1000)).__next__)
+    monkeypatch.setattr(steady, "AGAIN_S", 2)
+    paces = iter((1.5e-3, 1.3e-3, 1.4e-3, 1e-3))
+    with watching(CPU):
+        assert steadily(lambda: measured(slow_machine, paces)) == 1.3e-3
+        assert next(paces) == 1e-3
+        assert steadily(lambda: measured(slow_machine, iter((2e-3,)))) == 2e-3, "no time is left"
+
+
+def test_a_slow_machine_is_waited_for(slow_machine: Machine) -> None:
+    with watching(CPU):
+        slow_machine.seconds = 2e-3
+        assert steadily(lambda: measured(slow_machine, iter((1e-3,)))) == 1e-3
+    assert slow_machine.slept > 1
+
+
+def test_nothing_is_watched_unless_it_is_asked_for(slow_machine: Machine) -> None:
+    paces = iter((9e-3, 1e-3))
+    assert steadily(lambda: measured(slow_machine, paces)) == 9e-3
+
+
+def test_a_real_product_takes_time() -> None:
+    watch = steady.Watch(CPU)
+    watch.look()
+    assert 0 < watch._least < 1
