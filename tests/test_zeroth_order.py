@@ -437,16 +437,33 @@ def test_everybody_sees_the_weights_as_they_are_now(tmp_path: Path, stream: Stre
         )
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+INF = math.inf
+NO_LOSSES = {  # of two micro-batches in each of two variants
+    "nan": (1.0, math.nan, 1.0, 1.0),
+    "inf": (INF, 1.0, 1.0, INF),
+    "variants": (INF, 1.0, -INF, 1.0),
+    "micro-batches": (INF, -INF, 1.0, 1.0),
+    "too large": (1.7e308, 1.7e308, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("values", NO_LOSSES.values(), ids=NO_LOSSES)
 def test_a_loss_that_is_no_number_changes_nothing(
-    value: float, tmp_path: Path, stream: Stream
+    values: Sequence[float], tmp_path: Path, stream: Stream
 ) -> None:
     pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
-    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED)
-    batch = batches("llama", 1)[0]
+    method = ZerothOrder(pair.streamed, MeZO(), seed=SEED)
+    batch, left = batches("llama", 1)[0], iter(values)
     before = {n: p.clone() for n, p in all_weights(pair.streamed).items()}
-    step = method.step([lambda: pair.streamed(**batch).loss * value], learning_rate=LEARNING_RATE)
+
+    def call() -> float:
+        pair.streamed(**batch)
+        return next(left)
+
+    step = method.step([call, call], learning_rate=LEARNING_RATE)
     assert step.update is None
+    assert not math.isfinite(step.loss)
+    assert method.num_steps == 1
     for key, value_before in before.items():
         assert torch.equal(pair.streamed.get_parameter(key).clone(), value_before), key
 

@@ -1,6 +1,8 @@
 """Zeroth-order runs from a YAML file: learned, logged, resumed to the same bits, replayed."""
 
 import dataclasses
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -259,6 +261,38 @@ def test_an_objective_without_a_gradient_trains(model: Path, tmp_path: Path) -> 
     streamed.ssdtune.close()
     assert all(-1 <= loss <= 0 for loss in losses)
     assert sum(losses[-5:]) < sum(losses[:5]), "minus the rank falls"
+
+
+def test_a_step_without_a_loss_is_skipped_and_logged(model: Path, tmp_path: Path) -> None:
+    """An objective that is infinite one way for one variant and the other way for the other."""
+    signs = itertools.cycle((1, -1))
+
+    def value(output: Any, batch: Any) -> torch.Tensor:
+        is_good = trainer.method.num_steps != 1
+        return torch.full((2,), 0.5 if is_good else next(signs) * math.inf)
+
+    streamed = support.streamed(model)
+    arguments = tiny_runs.arguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+        logging_steps=1,
+    )
+    trainer = ZOTrainer(
+        streamed,
+        arguments,
+        lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+        train_dataset=[{"input_ids": [5, 6, 7, k]} for k in range(6)],
+        objective=value,
+    )
+    trainer.train()
+    streamed.ssdtune.close()
+    log = read_log((tmp_path / LOG_NAME).read_bytes(), "log")
+    assert log.num_steps == 3
+    assert [update.step for update in log.updates] == [0, 2]
+    told = [row.get("skipped_steps", 0) for row in trainer.state.log_history if "loss" in row]
+    assert told == [0, 1, 1]
 
 
 def test_a_run_that_trains_an_adapter_answers_by_its_checkpoint_until_it_is_finished(
