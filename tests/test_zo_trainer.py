@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ssdtune.cli import main
 from ssdtune.config import load_config
-from ssdtune.durable import commit_folder, new_temporary_folder
+from ssdtune.durable import MARKER_NAME, commit_folder, new_temporary_folder
 from ssdtune.generate import GenerateError, find_adapter, generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.strict_yaml import ConfigError
@@ -334,6 +335,20 @@ def test_losses_fall(load: Any) -> None:
     )
     losses = [row["eval_loss"] for row in result.log_history if "eval_loss" in row]
     assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_a_checkpoint_whose_log_has_other_steps_is_refused(load: Any, tmp_path: Path) -> None:
+    """Of another program, without our list of files: nobody has compared their sizes."""
+    train_from_config(load("run", "all", *SHORT))
+    folder = tmp_path / "copied"
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", folder)
+    (folder / MARKER_NAME).unlink()
+    *whole, last = (folder / LOG_NAME).read_bytes().splitlines(keepends=True)
+    for rest, told in ((b"", "after step 1, and"), (last[:-4], "after step 1, amid a line")):
+        (folder / LOG_NAME).write_bytes(b"".join(whole) + rest)
+        with pytest.raises(LogError, match=told):
+            train_from_config(load("on", "all", "--resume_from_checkpoint", str(folder)))
+        assert not (tmp_path / "on" / LOG_NAME).exists()
 
 
 def test_a_log_of_other_weights_is_refused(

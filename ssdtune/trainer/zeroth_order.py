@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import find_batch_size, gather_object
 from torch import nn
+from transformers import TrainerState
 
 from ssdtune.data import choose_pad_token
 from ssdtune.durable import write_file_atomically
 from ssdtune.run_files import LOG_NAME
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
-from ssdtune.trainer.checkpoint import base_of
+from ssdtune.trainer.checkpoint import STATE_NAME, base_of
 from ssdtune.trainer.generations import Generation, answers
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.base import base_of as model_of
@@ -40,6 +41,7 @@ from ssdtune.zeroth_order.log import (
     LOW_RANK,
     MASTERS,
     Header,
+    Log,
     LogError,
     LogWriter,
     read_log,
@@ -291,6 +293,7 @@ class ZOTrainer(SSDTrainer):
         differences = self.log_writer.header.differences(log.header)
         if differences:
             raise LogError(f"{path} belongs to another run: {'; '.join(differences)}.")
+        _check_steps(log, path)
         if not self.method.trains_blocks:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.method.resume(log.updates, log.num_steps)
@@ -308,6 +311,17 @@ class ZOTrainer(SSDTrainer):
 def _gathered(shares: list[float]) -> list[list[float]]:
     """Those of all processes, in their order."""
     return gather_object([shares])
+
+
+def _check_steps(log: Log, path: Path) -> None:
+    """Raises LogError for a checkpoint's log that has not the steps of its other files."""
+    num_steps = TrainerState.load_from_json(str(path.parent / STATE_NAME)).global_step
+    if log.is_cut or log.num_steps != num_steps:
+        how = ", amid a line" if log.is_cut else ""
+        raise LogError(
+            f"{path} ends after step {log.num_steps}{how}, and {STATE_NAME} beside it is of step {num_steps}.\n"
+            "Resume from another checkpoint, or start anew: resume_from_checkpoint: false."
+        )
 
 
 class _Rate(torch.optim.Optimizer):
