@@ -84,8 +84,20 @@ def rounded(values: torch.Tensor, name: str, step: int, dtype: torch.dtype) -> t
     random = philox.fields(
         key, 0, values.numel(), bits=16, domain=philox.ROUNDING, device=torch.device("cpu")
     )
+    if dtype == torch.float16:
+        return in_half(values.reshape(-1), random).view(values.shape)
     cut_off = (values.view(torch.int32).reshape(-1) + random.int()) >> 16 << 16
     return cut_off.view(torch.float32).view(values.shape).to(dtype)
+
+
+def in_half(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """Of the two numbers of float16 around a value, the one that 16 random bits choose."""
+    size = values.abs().double()
+    below = size.half().view(torch.int16)  # magnitudes are in the order of their bits
+    below = below - (below.view(torch.float16).double() > size).short()
+    low, high = (bits.view(torch.float16).double() for bits in (below, below + 1))
+    is_high = ((size - low) / (high - low) * 2**16).floor() + random >= 2**16
+    return torch.where(is_high, high, low).copysign(values.double()).half()
 
 
 class InMemory:
@@ -189,6 +201,11 @@ def every_run() -> Iterator[Any]:
             told = f"{name}-{estimator}-{str(dtype)[6:]}-{steps}"
             marks = [] if is_at_once else [pytest.mark.slow]
             yield pytest.param(name, estimator, dtype, steps, id=told, marks=marks)
+    for estimator in ESTIMATORS:  # the third dtype by its own rounding
+        marks = [] if estimator == "mezo" else [pytest.mark.slow]
+        yield pytest.param(
+            "llama", estimator, torch.float16, 3, id=f"llama-{estimator}-float16-3", marks=marks
+        )
 
 
 @pytest.mark.parametrize(("name", "estimator", "dtype", "num_steps"), list(every_run()))

@@ -83,7 +83,7 @@ class ZerothOrderKeys:
     zo_master: bool = key(
         YesNo(),
         "with zo_trains: all, keep weights of 16 bits in float32, in slots and working copy, which are twice as large then; "
-        "compute reads them rounded to 16 bits. Without it steps are rounded to 16 bits at random",
+        "compute reads them rounded to 16 bits. Without it each step is rounded to 16 bits at random",
         default=False,
     )
     zo_packed: str = key(

@@ -2,7 +2,7 @@
 
     theta_{t+1} = round(theta_t * decay + what the rule makes of the estimates)    z_j from (seed, t, j, parameter's name)
 
-in float32, from left to right (`kernels/noise.py`), rounded once. bfloat16 weights are rounded at random: an update is
+in float32, from left to right (`kernels/noise.py`), rounded once. Weights of 16 bits are rounded at random: an update is
 far smaller than the distance between two of them, and rounding to nearest would lose it. A direction whose gradient is
 0 is left out. Where a mask lets an element be, it stays as it is.
 """

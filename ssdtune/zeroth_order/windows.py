@@ -5,7 +5,7 @@ As long as V stays the same, steps add up in the other factor. A parameter that 
     theta_t = round(theta_0 * decay_t + A_t V^T)    A_{t+1} = A_t * decay + what the step adds, A_0 = 0
 
 A [rank, rows] in float32, from left to right; decay_t the product of the steps' decays, rounded to float32 once. Where
-theta_t is read it is rounded to nearest. When the window is over it is rounded at random (bfloat16) and becomes the next
+theta_t is read it is rounded to nearest. When the window is over it is rounded at random (16 bits) and becomes the next
 theta_0: then, and only then, something of what is stored changes. A variant is round(theta_0 * decay_t + (A_t + scale U)
 V^T). So whatever is made of a block takes one product, however many steps of the window there were. Parameters of one
 dimension have an A of their own shape, which is added as it is. What a step adds:
