@@ -276,6 +276,22 @@ def test_other_files_keys_or_rows_make_another_job(
     assert len(list(jobs.glob("*.json"))) == 2
 
 
+def test_a_longer_horizon_makes_another_job(config_path: Path) -> None:
+    """An update draws the directions of all its steps again."""
+
+    def drawn(horizon: int) -> float:
+        words = f"method: zo\nzo_trains: all\nzo_update: adam\nzo_horizon: {horizon}\n"
+        config_path.write_text(plain.replace("lora_r: 4\n", words))
+        work = a_job(config_path).work
+        assert work is not None
+        assert work.moves is not None
+        operators = [each.operators for each in work.moves.updates.values()]
+        return sum(op.size * n for each in operators for op, n in each.items() if op.kind == PERTURB)
+
+    plain = config_path.read_text()
+    assert drawn(20) == 2 * drawn(10) > 0
+
+
 def test_a_cached_job_that_was_cut_short_is_made_anew(config_path: Path, tmp_path: Path) -> None:
     job = a_job(config_path)
     (path,) = (tmp_path / "cache" / "jobs").glob("*.json")
