@@ -229,6 +229,18 @@ def test_small_steps_of_float16_are_not_lost() -> None:
         assert 0 < (to != base).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("suffix", ["", *native_suffixes()])
+def test_a_scale_of_minus_zero_is_zero_whichever_came_first(suffix: str) -> None:
+    base, found = torch.full((TILE,), -0.0), []
+    for scales in ((0.0, -0.0), (-0.0, 0.0)):
+        for k in range(64):  # other scales push these out of what is remembered
+            add_directions(torch.zeros(1), torch.zeros(1), [Direction(0, 1.0 + k)], suffix="")
+        for scale in scales:
+            found.append(torch.empty_like(base))
+            add_directions(found[-1], base, [Direction(1, scale)], suffix=suffix)
+    assert all(same_bits(to, found[0]) for to in found)
+
+
 def test_in_place_is_the_same() -> None:
     base = torch.randn(TILE + 9)
     expected = made(base, RADEMACHER, "")

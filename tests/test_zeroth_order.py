@@ -485,7 +485,20 @@ def test_a_loss_that_is_no_number_changes_nothing(
         assert torch.equal(pair.streamed.get_parameter(key).clone(), value_before), key
 
 
-@pytest.mark.parametrize("eps", [0.0, -1e-3, math.nan])
+def test_a_step_leaves_every_module_in_its_mode(tmp_path: Path, stream: Stream) -> None:
+    """Somebody may train with a frozen encoder's dropout off."""
+    pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
+    model, batch = pair.streamed, batches("llama", 1)[0]
+    method = ZerothOrder(model, MeZO(), seed=SEED)
+    for is_training in (True, False):
+        model.train(is_training).model.layers[0].train(not is_training)
+        before = {name: module.training for name, module in model.named_modules()}
+        streamed_step(method, cut(batch, 2), num_trained(batch))
+        assert before == {name: module.training for name, module in model.named_modules()}
+        assert len(set(before.values())) == 2
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-3, math.nan, 1e-50])
 def test_an_eps_that_moves_nothing_is_refused(eps: float) -> None:
     with pytest.raises(EstimatorError, match="eps"):
         MeZO(eps=eps)

@@ -69,8 +69,13 @@ class Direction:
         return list(_table(self.scale, self.kind))
 
 
-@lru_cache(maxsize=64)  # all parameters of a step have the same few scales
 def _table(scale: float, kind: str) -> ctypes.Array[ctypes.c_float]:
+    """scale x z of each field. Of -0.0 that of 0.0: they are one key of the cache, whichever comes first."""
+    return _table_of(scale + 0.0, kind)
+
+
+@lru_cache(maxsize=64)  # all parameters of a step have the same few scales
+def _table_of(scale: float, kind: str) -> ctypes.Array[ctypes.c_float]:
     halves = (-1.0, 1.0)
     if kind == GAUSSIAN:
         halves = tuple(q * UNIT for q in (*(-q for q in reversed(QUANTILES)), *QUANTILES))

@@ -271,9 +271,10 @@ def _number(found: Any) -> float:
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Dropout off, as MeZO has it: both sides of a difference must be the same function."""
-    was_training = model.training
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in were_training:  # not by train(), which takes along what is below
+            module.training = True

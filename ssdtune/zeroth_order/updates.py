@@ -71,11 +71,12 @@ class Directions:
 
     def make(self, to: torch.Tensor, base: torch.Tensor, name: str, term: Term | None) -> None:
         """to = round(theta + term), to nearest; None: theta itself. base: what is stored of theta, after all changes."""
-        self._add(to, base, name, [] if term is None else [term])
+        if base.numel():  # of none there is no smallest magnitude, and no matrix of low rank
+            self._add(to, base, name, [] if term is None else [term])
 
     def apply(self, parameter: torch.Tensor, name: str, updates: Sequence[Update]) -> None:
         """Takes these changes with what is stored of a parameter, in place, each rounded by itself."""
-        for update in updates:
+        for update in updates if parameter.numel() else ():
             decay, key = decay_of(update, parameter.dim()), self._key(update, name)
             if self.rule.is_linear:
                 terms = self.rule.terms(update)

@@ -77,7 +77,7 @@ class Windows(Directions):
 
     def make(self, to: torch.Tensor, base: torch.Tensor, name: str, term: Term | None) -> None:
         """to = round(theta + term), to nearest; None: theta itself. base: theta_0."""
-        if not self.is_apart:
+        if not (self.is_apart and base.numel()):
             super().make(to, base, name, term)
             return
         found = self._sum(name, base, len(self._taken))
@@ -89,7 +89,7 @@ class Windows(Directions):
 
     def apply(self, parameter: torch.Tensor, name: str, updates: Sequence[Update]) -> None:
         """Takes these windows with a parameter's theta_0, in place, each rounded by itself."""
-        for update in updates:
+        for update in updates if parameter.numel() else ():
             end = bisect.bisect_right(self._taken, update.step, key=_step)
             found = self._sum(name, parameter, end)
             key = self._key(update, name)
