@@ -530,6 +530,26 @@ def test_a_zeroth_order_jobs_perturbing_is_counted_and_kept(config_path: Path) -
     assert slower.simulation.step_s > plain.simulation.step_s + moved * 1e-6
 
 
+def test_a_working_copy_wears_the_drive_by_the_blocks_that_come_from_it(config_path: Path) -> None:
+    """All blocks when it is made; then, in each step, a tenth of those that do not stay in their slots."""
+    words = "method: zo\nzo_trains: all\nmax_steps: 100\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    job = a_job(config_path)
+    sizes = [block.slot_bytes for block in job.blocks]
+    for share in (1.2, 0.7):
+        choices = Choices(micro_batches=MICRO, ram_bytes=int(share * sum(sizes)))
+        found = outcome(job, a_machine(), choices)
+        assert isinstance(found, Outcome)
+        back = sum(n for n, t in zip(sizes, found.plan.tiers, strict=True) if t is Tier.NVME)
+        assert (back > 0) == (share < 1)
+        copied = sum(sizes) + 89 * back / 10 if back else 0  # from the twelfth step on
+        assert back < sum(sizes)
+        assert found.written_bytes == pytest.approx(copied)
+    few = outcome(dataclasses.replace(job, num_steps=10), a_machine(), choices)
+    assert isinstance(few, Outcome)
+    assert few.written_bytes == 0, "ten steps need no copy"
+
+
 def test_a_job_of_low_rank_counts_whole_windows_and_what_they_hold(config_path: Path) -> None:
     words = (
         "method: zo\nzo_trains: low_rank\nzo_estimator: lozo\nzo_window: 20\nzo_fold_steps: 25\n"
