@@ -24,7 +24,7 @@ from ssdtune.generate import GenerateError, find_adapter, generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.strict_yaml import ConfigError
 from ssdtune.trainer import run as run_module
-from ssdtune.trainer import train_from_config
+from ssdtune.trainer import TrainerError, train_from_config
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
@@ -416,6 +416,7 @@ def test_a_step_that_is_missing_is_named(tmp_path: Path) -> None:
     [
         (("--zo_update", "adam", "--zo_estimator", "lozo"), "zo_update: adam does not go with"),
         (("--zo_mask", "random", "--zo_estimator", "lozo"), "zo_mask: random does not go with"),
+        (("--fp16", "true"), "fp16: true scales losses"),
         (("--zo_mask", "magnitude"), "an adapter's are none of them"),
         (("--zo_trains", "low_rank"), "windows, and mezo has none"),
         (("--zo_update", "lozo_m", "--zo_estimator", "lozo"), "zo_update: lozo_m is the momentum"),
@@ -426,6 +427,18 @@ def test_keys_that_do_not_go_together_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         load("run", "adapters", *flags)
+
+
+@pytest.mark.parametrize(("name", "told"), [("fp16", "bf16=True")])
+def test_arguments_that_need_a_backward_pass_or_files_are_refused(
+    name: str, told: str, model: Path, tmp_path: Path
+) -> None:
+    streamed, arguments = support.streamed(model), tiny_runs.arguments(tmp_path)
+    setattr(arguments, name, True)
+    with pytest.raises(TrainerError, match=told):
+        ZOTrainer(streamed, arguments)
+    assert streamed.ssdtune.method is None, "the model is as it was"
+    streamed.ssdtune.close()
 
 
 def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None:

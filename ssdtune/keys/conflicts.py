@@ -50,6 +50,12 @@ def conflicts(config: TrainConfig) -> Iterator[ConfigError]:
 
 
 def _zo_conflicts(config: TrainConfig) -> Iterator[ConfigError]:
+    if config.fp16:
+        yield ConfigError(
+            "fp16: true scales losses for a backward pass, and method: zo has none.\n"
+            "Write bf16: true, or dtype: bfloat16, in its place.",
+            keys=("fp16",),
+        )
     is_low_rank = config.zo_trains == "low_rank"
     if is_low_rank and config.zo_estimator != "lozo":
         yield ConfigError(

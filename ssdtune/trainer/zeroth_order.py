@@ -156,6 +156,14 @@ class ZOTrainer(SSDTrainer):
         self.last_step: Step | None = None
         self.num_skipped = 0  # steps whose loss was infinite or no number
 
+    def check_arguments(self, model: Any, args: Any) -> None:
+        """Refuses what goes with a backward pass alone."""
+        if args.fp16:
+            raise TrainerError(
+                "fp16 scales losses for a backward pass, and ZOTrainer has none.\n"
+                "Pass bf16=True, or open the model with dtype=torch.bfloat16."
+            )
+
     def _what_trains(self, packed: str) -> str:
         """As the log names it."""
         if not self.method.trains_blocks:
