@@ -417,6 +417,10 @@ def test_a_step_that_is_missing_is_named(tmp_path: Path) -> None:
         (("--zo_update", "adam", "--zo_estimator", "lozo"), "zo_update: adam does not go with"),
         (("--zo_mask", "random", "--zo_estimator", "lozo"), "zo_mask: random does not go with"),
         (("--fp16", "true"), "fp16: true scales losses"),
+        (
+            ("--zo_trains", "all", "--load_best_model_at_end", "true", "--save_steps", "3"),
+            "a checkpoint holds no weights to load",
+        ),
         (("--zo_mask", "magnitude"), "an adapter's are none of them"),
         (("--zo_trains", "low_rank"), "windows, and mezo has none"),
         (("--zo_update", "lozo_m", "--zo_estimator", "lozo"), "zo_update: lozo_m is the momentum"),
@@ -429,7 +433,9 @@ def test_keys_that_do_not_go_together_are_named(
         load("run", "adapters", *flags)
 
 
-@pytest.mark.parametrize(("name", "told"), [("fp16", "bf16=True")])
+@pytest.mark.parametrize(
+    ("name", "told"), [("fp16", "bf16=True"), ("load_best_model_at_end", "ssdtune replay")]
+)
 def test_arguments_that_need_a_backward_pass_or_files_are_refused(
     name: str, told: str, model: Path, tmp_path: Path
 ) -> None:

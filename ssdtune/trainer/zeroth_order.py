@@ -157,11 +157,16 @@ class ZOTrainer(SSDTrainer):
         self.num_skipped = 0  # steps whose loss was infinite or no number
 
     def check_arguments(self, model: Any, args: Any) -> None:
-        """Refuses what goes with a backward pass alone."""
+        """Refuses what needs a backward pass, and of all weights what needs their files."""
         if args.fp16:
             raise TrainerError(
                 "fp16 scales losses for a backward pass, and ZOTrainer has none.\n"
                 "Pass bf16=True, or open the model with dtype=torch.bfloat16."
+            )
+        if args.load_best_model_at_end and not any(p.requires_grad for p in model.parameters()):
+            raise TrainerError(
+                "load_best_model_at_end: a checkpoint of all weights holds none to load; they are replayed.\n"
+                "Leave it out; `ssdtune replay` makes the weights of the best step from the log."
             )
 
     def _what_trains(self, packed: str) -> str:
@@ -306,14 +311,6 @@ class ZOTrainer(SSDTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.method.resume(log.updates, log.num_steps)
         self.log_writer.go_on(content)
-
-    def _load_best_model(self) -> None:
-        if self.method.trains_blocks:
-            raise TrainerError(
-                "load_best_model_at_end: all weights are not loaded back, they are replayed.\n"
-                "Leave it out; `ssdtune replay` makes the weights of the best step from the log."
-            )
-        super()._load_best_model()
 
 
 def _gathered(shares: list[float]) -> list[list[float]]:
