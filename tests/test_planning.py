@@ -550,6 +550,35 @@ def test_a_working_copy_wears_the_drive_by_the_blocks_that_come_from_it(config_p
     assert few.written_bytes == 0, "ten steps need no copy"
 
 
+def test_beside_a_device_a_block_on_its_way_back_takes_ram(config_path: Path) -> None:
+    """As much as the largest, where some come from the drive; without a device it is written from its slot."""
+    words = "method: zo\nzo_trains: all\nmax_steps: 100\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    device = Device(name="GPU", memory_bytes=10 * MB)
+    for on_device, has_room in ((True, False), (True, True), (False, False)):
+        job = a_job(config_path, on_device=on_device)
+        least = smallest_budgets(job.blocks, on_device=on_device)
+        ram_bytes = 10 * MB if has_room else least.ram_bytes
+        choices = Choices(
+            micro_batches=MICRO, ram_bytes=ram_bytes, device_bytes=least.device_bytes
+        )
+        without, found = (
+            outcome(
+                dataclasses.replace(job, fold_steps=fold_steps),
+                a_machine(device=device if on_device else None),
+                choices,
+            )
+            for fold_steps in (0, 10)
+        )
+        assert isinstance(without, Outcome)
+        assert isinstance(found, Outcome)
+        assert (Tier.NVME in found.plan.tiers) == (not has_room)
+        staged = found.peak.ram_bytes - without.peak.ram_bytes
+        largest = max(block.slot_bytes for block in job.blocks)
+        assert staged == (largest if on_device and not has_room else 0)
+        assert found.peak.device == without.peak.device
+
+
 def test_a_job_of_low_rank_counts_whole_windows_and_what_they_hold(config_path: Path) -> None:
     words = (
         "method: zo\nzo_trains: low_rank\nzo_estimator: lozo\nzo_window: 20\nzo_fold_steps: 25\n"

@@ -202,7 +202,12 @@ def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
 
 
 def _passes(job: Job, micro_batches: int) -> Passes:
-    return Passes(kind=job.kind, num=job.passes(micro_batches), more=job.fixed.more)
+    return Passes(
+        kind=job.kind,
+        num=job.passes(micro_batches),
+        more=job.fixed.more,
+        writes_back=job.fold_steps > 0,
+    )
 
 
 def held(job: Job, found: Outcome) -> dict[Tier, tuple[Level, ...]]:

@@ -186,6 +186,7 @@ class ZOTrainer(SSDTrainer):
             kind="forward",
             num=variants * self.args.gradient_accumulation_steps,
             more=self.method.extra_bytes(),
+            writes_back=self.method.fold is not None,
         )
 
     def moves(self, num_rows: int) -> Moves:
