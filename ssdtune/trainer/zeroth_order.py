@@ -285,7 +285,7 @@ class ZOTrainer(SSDTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """An adapter as ever; of all weights, the log, the config and the tokenizer."""
+        """An adapter as ever; of all weights, the log, the tokenizer and the arguments."""
         if not self.method.trains_blocks:
             super()._save(output_dir, state_dict)
             return
