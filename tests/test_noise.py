@@ -233,7 +233,7 @@ def test_small_steps_of_float16_are_not_lost() -> None:
 def test_a_scale_of_minus_zero_is_zero_whichever_came_first(suffix: str) -> None:
     base, found = torch.full((TILE,), -0.0), []
     for scales in ((0.0, -0.0), (-0.0, 0.0)):
-        for k in range(64):  # other scales push these out of what is remembered
+        for k in range(65):  # other scales push these out of what is remembered
             add_directions(torch.zeros(1), torch.zeros(1), [Direction(0, 1.0 + k)], suffix="")
         for scale in scales:
             found.append(torch.empty_like(base))

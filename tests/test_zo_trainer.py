@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from ssdtune.durable import MARKER_NAME, commit_folder, new_temporary_folder
 from ssdtune.generate import GenerateError, find_adapter, generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.strict_yaml import ConfigError
-from ssdtune.trainer import run as run_module
 from ssdtune.trainer import TrainerError, train_from_config
+from ssdtune.trainer import run as run_module
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
@@ -264,6 +263,19 @@ def test_an_objective_without_a_gradient_trains(model: Path, tmp_path: Path) -> 
     assert sum(losses[-5:]) < sum(losses[:5]), "minus the rank falls"
 
 
+def zo_trainer(model: Path, folder: Path, **more: Any) -> tuple[Any, ZOTrainer]:
+    """A streamed model, and what trains all of its weights by a few rows; more: arguments that differ."""
+    streamed = support.streamed(model)
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, **more}
+    trainer = ZOTrainer(
+        streamed,
+        tiny_runs.arguments(folder, **given),
+        lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]},
+        train_dataset=[{key: [5, 6, 7, k] for key in ("input_ids", "labels")} for k in range(6)],
+    )
+    return streamed, trainer
+
+
 def test_a_step_without_a_loss_is_skipped_and_logged(model: Path, tmp_path: Path) -> None:
     """An objective that is infinite one way for one variant and the other way for the other."""
     signs = itertools.cycle((1, -1))
@@ -272,21 +284,8 @@ def test_a_step_without_a_loss_is_skipped_and_logged(model: Path, tmp_path: Path
         is_good = trainer.method.num_steps != 1
         return torch.full((2,), 0.5 if is_good else next(signs) * math.inf)
 
-    streamed = support.streamed(model)
-    arguments = tiny_runs.arguments(
-        tmp_path,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        max_steps=3,
-        logging_steps=1,
-    )
-    trainer = ZOTrainer(
-        streamed,
-        arguments,
-        lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
-        train_dataset=[{"input_ids": [5, 6, 7, k]} for k in range(6)],
-        objective=value,
-    )
+    streamed, trainer = zo_trainer(model, tmp_path, max_steps=3, logging_steps=1)
+    trainer.objective = value
     trainer.train()
     streamed.ssdtune.close()
     log = read_log((tmp_path / LOG_NAME).read_bytes(), "log")
@@ -337,17 +336,20 @@ def test_losses_fall(load: Any) -> None:
     assert losses[-1] < losses[0] - 0.05, losses
 
 
-def test_a_checkpoint_whose_log_has_other_steps_is_refused(load: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_whose_log_has_other_steps_is_refused(model: Path, tmp_path: Path) -> None:
     """Of another program, without our list of files: nobody has compared their sizes."""
-    train_from_config(load("run", "all", *SHORT))
-    folder = tmp_path / "copied"
-    shutil.copytree(tmp_path / "run" / "checkpoint-2", folder)
+    folder = tmp_path / "run" / "checkpoint-2"
+    streamed, trainer = zo_trainer(model, tmp_path / "run", save_strategy="steps", save_steps=2)
+    trainer.train()
+    streamed.ssdtune.close()
     (folder / MARKER_NAME).unlink()
     *whole, last = (folder / LOG_NAME).read_bytes().splitlines(keepends=True)
     for rest, told in ((b"", "after step 1, and"), (last[:-4], "after step 1, amid a line")):
         (folder / LOG_NAME).write_bytes(b"".join(whole) + rest)
+        streamed, trainer = zo_trainer(model, tmp_path / "on", max_steps=3)
         with pytest.raises(LogError, match=told):
-            train_from_config(load("on", "all", "--resume_from_checkpoint", str(folder)))
+            trainer.train(resume_from_checkpoint=str(folder))
+        streamed.ssdtune.close()
         assert not (tmp_path / "on" / LOG_NAME).exists()
 
 
@@ -439,7 +441,8 @@ def test_keys_that_do_not_go_together_are_named(
 def test_arguments_that_need_a_backward_pass_or_files_are_refused(
     name: str, told: str, model: Path, tmp_path: Path
 ) -> None:
-    streamed, arguments = support.streamed(model), tiny_runs.arguments(tmp_path)
+    streamed = support.streamed(model)
+    arguments = tiny_runs.arguments(tmp_path, per_device_train_batch_size=2)
     setattr(arguments, name, True)
     with pytest.raises(TrainerError, match=told):
         ZOTrainer(streamed, arguments)
