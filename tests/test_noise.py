@@ -185,14 +185,60 @@ def test_strides_do_not_matter() -> None:
     assert torch.equal(made(base, GAUSSIAN, ""), made(turned, GAUSSIAN, ""))
 
 
-def test_random_rounding_is_right_on_average() -> None:
-    """A value a quarter of the way between two bfloat16 numbers goes up a quarter of the time."""
-    count = 1 << 18
-    values = torch.full((count,), 1 + 2**-7 / 4)
-    found = noise._stochastic(values, 4, 0).float()
-    share = (found > 1).float().mean()
-    assert set(found.unique().tolist()) == {1.0, 1 + 2**-7}
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        (torch.bfloat16, 1.0, 1 + 2**-7),
+        (torch.float16, 1.0, 1 + 2**-10),
+        (torch.float16, 2.0**-14 - 2**-24, 2.0**-14),
+        (torch.float16, 2.0**-20, 2.0**-20 + 2**-24),
+        (torch.float16, 0.0, 2.0**-24),
+    ],
+)
+def test_random_rounding_is_right_on_average(dtype: torch.dtype, low: float, high: float) -> None:
+    """A value a quarter of the way between two numbers goes up a quarter of the time, whatever its sign."""
+    count = 1 << 16
+    values = torch.full((count,), low + (high - low) / 4)
+    found, turned = (noise._rounded(v, dtype, 4, 0) for v in (values, -values))
+    share = (found.float() > low).float().mean()
+    assert found.dtype == dtype
+    assert set(found.float().unique().tolist()) == {low, high}
     assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / count)
+    assert same_bits(turned, -found)
+
+
+def test_random_rounding_leaves_numbers_of_float16_and_what_is_beyond_them() -> None:
+    inside = torch.arange(-(2**15), 2**15).short().view(torch.float16)
+    beyond = torch.tensor([65519.0, 65520.0, -65519.0, -65520.0, math.inf, -math.inf, math.nan])
+    for values in (inside.float(), beyond):
+        found, nearest = noise._rounded(values, torch.float16, 1, 0), values.half()
+        assert torch.equal(found.isnan(), nearest.isnan())
+        assert same_bits(found[~found.isnan()], nearest[~nearest.isnan()])
+
+
+def test_small_steps_of_float16_are_not_lost() -> None:
+    """A step of a hundredth of what lies between two numbers, however it is made."""
+    base = torch.ones(TILE).half()
+    change, key = torch.full((TILE,), 1e-5), 7
+    found = [torch.empty_like(base) for _ in range(3)]
+    add_directions(found[0], base, [Direction(1, 1e-5, RADEMACHER)], rounding_key=key)
+    add_values(found[1], base, change, rounding_key=key)
+    factors = [(torch.full((1, 8), 1e-5), torch.ones(1, TILE // 8))]
+    add_low_rank(found[2].view(8, -1), base.view(8, -1), factors, rounding_key=key)
+    for to in found:
+        assert 0 < (to != base).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("suffix", ["", *native_suffixes()])
+def test_a_scale_of_minus_zero_is_zero_whichever_came_first(suffix: str) -> None:
+    base, found = torch.full((TILE,), -0.0), []
+    for scales in ((0.0, -0.0), (-0.0, 0.0)):
+        for k in range(65):  # other scales push these out of what is remembered
+            add_directions(torch.zeros(1), torch.zeros(1), [Direction(0, 1.0 + k)], suffix="")
+        for scale in scales:
+            found.append(torch.empty_like(base))
+            add_directions(found[-1], base, [Direction(1, scale)], suffix=suffix)
+    assert all(same_bits(to, found[0]) for to in found)
 
 
 def test_in_place_is_the_same() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer  # noqa: F401  (a tokenizer's own imports
 
 from ssdtune import cli, planning
 from ssdtune.config import load_config
-from ssdtune.jobs import Source, job_of
+from ssdtune.jobs import Source, _key, job_of
 from ssdtune.machines import own_machine
 from ssdtune.planning.lossless import Saving, saving
 from ssdtune.planning.text import seconds
@@ -276,6 +276,16 @@ def test_other_files_keys_or_rows_make_another_job(
     assert len(list(jobs.glob("*.json"))) == 2
 
 
+def test_a_longer_horizon_makes_another_job(config_path: Path) -> None:
+    """An update draws the directions of all its steps again."""
+    keys = set()
+    for horizon in (10, 20):
+        flags = ["--method", "zo", "--zo_update", "adam", "--zo_horizon", str(horizon)]
+        config = load_config(config_path, flags).config
+        keys.add(_key(Source.of(config, None, on_device=False)))
+    assert len(keys) == 2
+
+
 def test_a_cached_job_that_was_cut_short_is_made_anew(config_path: Path, tmp_path: Path) -> None:
     job = a_job(config_path)
     (path,) = (tmp_path / "cache" / "jobs").glob("*.json")
@@ -512,6 +522,52 @@ def test_a_zeroth_order_jobs_perturbing_is_counted_and_kept(config_path: Path) -
     assert plain.simulation is not None
     assert slower.simulation is not None
     assert slower.simulation.step_s > plain.simulation.step_s + moved * 1e-6
+
+
+def test_a_working_copy_wears_the_drive_by_the_blocks_that_come_from_it(config_path: Path) -> None:
+    """All blocks when it is made; then, in each step, a tenth of those that do not stay in their slots."""
+    words = "method: zo\nzo_trains: all\nmax_steps: 100\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    job = a_job(config_path)
+    sizes = [block.slot_bytes for block in job.blocks]
+    for share in (1.2, 0.7):
+        choices = Choices(micro_batches=MICRO, ram_bytes=int(share * sum(sizes)))
+        found = outcome(job, a_machine(), choices)
+        assert isinstance(found, Outcome)
+        back = sum(n for n, t in zip(sizes, found.plan.tiers, strict=True) if t is Tier.NVME)
+        assert (back > 0) == (share < 1)
+        copied = sum(sizes) + 89 * back / 10 if back else 0  # from the twelfth step on
+        assert back < sum(sizes)
+        assert found.written_bytes == pytest.approx(copied)
+        assert "staging of blocks written back" not in found.peak.ram, "straight from the slots"
+    few = outcome(dataclasses.replace(job, num_steps=10), a_machine(), choices)
+    assert isinstance(few, Outcome)
+    assert few.written_bytes == 0, "ten steps need no copy"
+
+
+def test_beside_a_device_a_block_on_its_way_back_takes_ram(config_path: Path) -> None:
+    """As much as the largest, where some come from the drive."""
+    words = "method: zo\nzo_trains: all\nmax_steps: 100\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    machine = a_machine(device=Device(name="GPU", memory_bytes=10 * MB))
+    job = a_job(config_path, on_device=True)
+    least = smallest_budgets(job.blocks, on_device=True)
+    for has_room in (False, True):
+        choices = Choices(
+            micro_batches=MICRO,
+            ram_bytes=10 * MB if has_room else least.ram_bytes,
+            device_bytes=least.device_bytes,
+        )
+        without, found = (
+            outcome(dataclasses.replace(job, fold_steps=steps), machine, choices)
+            for steps in (0, 10)
+        )
+        assert isinstance(without, Outcome)
+        assert isinstance(found, Outcome)
+        assert (Tier.NVME in found.plan.tiers) == (not has_room)
+        staged = found.peak.ram_bytes - without.peak.ram_bytes
+        assert staged == (0 if has_room else max(block.slot_bytes for block in job.blocks))
+        assert found.peak.device == without.peak.device
 
 
 def test_a_job_of_low_rank_counts_whole_windows_and_what_they_hold(config_path: Path) -> None:

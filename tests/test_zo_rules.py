@@ -28,7 +28,9 @@ from ssdtune.kernels.noise import TILE, Direction, add_directions
 from ssdtune.zeroth_order import FZOO, LOZO, EstimatorError, Fold, Mask, MeZO, Rule, ZerothOrder
 from ssdtune.zeroth_order.estimators import Shift
 from ssdtune.zeroth_order.masks import MaskError, smallest_magnitude
-from ssdtune.zeroth_order.rules import RuleError
+from ssdtune.zeroth_order.rules import RuleError, Term, Update
+from ssdtune.zeroth_order.updates import Directions
+from ssdtune.zeroth_order.windows import Windows
 
 RULES = {
     "sign": Rule(kind="sign"),
@@ -236,6 +238,20 @@ def test_the_smallest_magnitudes_are_counted(dtype: torch.dtype) -> None:
     values[:10] = 0
     for k in (1, 10, 11, 1500, 3000):
         assert smallest_magnitude(values, k) == values.float().abs().kthvalue(k)[0].item()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
+def test_a_parameter_without_elements_is_moved_by_nothing(shape: tuple[int, ...]) -> None:
+    update, lozo = Update(0, (1.0,), 0.1), LOZO(window=3).family
+    windows = Windows(SEED, lozo)
+    windows.take(update)
+    masked = [MeZO(mask=mask).family for mask in MASKS.values()]
+    for directions in (windows, *(Directions(SEED, family) for family in (lozo, *masked))):
+        weight = torch.empty(shape)
+        for term in (None, Term(1, 0, 1e-3)):
+            directions.make(weight, weight, "w", term)
+        directions.apply(weight, "w", [update])
+        assert weight.shape == shape
 
 
 def test_what_makes_no_step_is_refused(tmp_path: Path, stream: Stream) -> None:

@@ -1,6 +1,8 @@
 """Zeroth-order runs from a YAML file: learned, logged, resumed to the same bits, replayed."""
 
 import dataclasses
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +18,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ssdtune.cli import main
 from ssdtune.config import load_config
-from ssdtune.durable import commit_folder, new_temporary_folder
+from ssdtune.durable import MARKER_NAME, commit_folder, new_temporary_folder
 from ssdtune.generate import GenerateError, find_adapter, generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.strict_yaml import ConfigError
+from ssdtune.trainer import TrainerError, train_from_config
 from ssdtune.trainer import run as run_module
-from ssdtune.trainer import train_from_config
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
@@ -261,6 +263,38 @@ def test_an_objective_without_a_gradient_trains(model: Path, tmp_path: Path) -> 
     assert sum(losses[-5:]) < sum(losses[:5]), "minus the rank falls"
 
 
+def zo_trainer(model: Path, folder: Path, **more: Any) -> tuple[Any, ZOTrainer]:
+    """A streamed model, and what trains all of its weights by a few rows; more: arguments that differ."""
+    streamed = support.streamed(model)
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, **more}
+    trainer = ZOTrainer(
+        streamed,
+        tiny_runs.arguments(folder, **given),
+        lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]},
+        train_dataset=[{key: [5, 6, 7, k] for key in ("input_ids", "labels")} for k in range(6)],
+    )
+    return streamed, trainer
+
+
+def test_a_step_without_a_loss_is_skipped_and_logged(model: Path, tmp_path: Path) -> None:
+    """An objective that is infinite one way for one variant and the other way for the other."""
+    signs = itertools.cycle((1, -1))
+
+    def value(output: Any, batch: Any) -> torch.Tensor:
+        is_good = trainer.method.num_steps != 1
+        return torch.full((2,), 0.5 if is_good else next(signs) * math.inf)
+
+    streamed, trainer = zo_trainer(model, tmp_path, max_steps=3, logging_steps=1)
+    trainer.objective = value
+    trainer.train()
+    streamed.ssdtune.close()
+    log = read_log((tmp_path / LOG_NAME).read_bytes(), "log")
+    assert log.num_steps == 3
+    assert [update.step for update in log.updates] == [0, 2]
+    told = [row.get("skipped_steps", 0) for row in trainer.state.log_history if "loss" in row]
+    assert told == [0, 1, 1]
+
+
 def test_a_run_that_trains_an_adapter_answers_by_its_checkpoint_until_it_is_finished(
     model: Path, tmp_path: Path
 ) -> None:
@@ -300,6 +334,23 @@ def test_losses_fall(load: Any) -> None:
     )
     losses = [row["eval_loss"] for row in result.log_history if "eval_loss" in row]
     assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_a_checkpoint_whose_log_has_other_steps_is_refused(model: Path, tmp_path: Path) -> None:
+    """Of another program, without our list of files: nobody has compared their sizes."""
+    folder = tmp_path / "run" / "checkpoint-2"
+    streamed, trainer = zo_trainer(model, tmp_path / "run", save_strategy="steps", save_steps=2)
+    trainer.train()
+    streamed.ssdtune.close()
+    (folder / MARKER_NAME).unlink()
+    *whole, last = (folder / LOG_NAME).read_bytes().splitlines(keepends=True)
+    for rest, told in ((b"", "after step 1, and"), (last[:-4], "after step 1, amid a line")):
+        (folder / LOG_NAME).write_bytes(b"".join(whole) + rest)
+        streamed, trainer = zo_trainer(model, tmp_path / "on", max_steps=3)
+        with pytest.raises(LogError, match=told):
+            trainer.train(resume_from_checkpoint=str(folder))
+        streamed.ssdtune.close()
+        assert not (tmp_path / "on" / LOG_NAME).exists()
 
 
 def test_a_log_of_other_weights_is_refused(
@@ -367,6 +418,11 @@ def test_a_step_that_is_missing_is_named(tmp_path: Path) -> None:
     [
         (("--zo_update", "adam", "--zo_estimator", "lozo"), "zo_update: adam does not go with"),
         (("--zo_mask", "random", "--zo_estimator", "lozo"), "zo_mask: random does not go with"),
+        (("--fp16", "true"), "fp16: true scales losses"),
+        (
+            ("--zo_trains", "all", "--load_best_model_at_end", "true", "--save_steps", "3"),
+            "a checkpoint holds no weights to load",
+        ),
         (("--zo_mask", "magnitude"), "an adapter's are none of them"),
         (("--zo_trains", "low_rank"), "windows, and mezo has none"),
         (("--zo_update", "lozo_m", "--zo_estimator", "lozo"), "zo_update: lozo_m is the momentum"),
@@ -377,6 +433,21 @@ def test_keys_that_do_not_go_together_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         load("run", "adapters", *flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("fp16", "bf16=True"), ("load_best_model_at_end", "ssdtune replay")]
+)
+def test_arguments_that_need_a_backward_pass_or_files_are_refused(
+    name: str, told: str, model: Path, tmp_path: Path
+) -> None:
+    streamed = support.streamed(model)
+    arguments = tiny_runs.arguments(tmp_path, per_device_train_batch_size=2)
+    setattr(arguments, name, True)
+    with pytest.raises(TrainerError, match=told):
+        ZOTrainer(streamed, arguments)
+    assert streamed.ssdtune.method is None, "the model is as it was"
+    streamed.ssdtune.close()
 
 
 def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ transcendental function, whose last bits differ between libraries:
     to = round(base * decay + scale_1 z_1 + scale_2 z_2 + ...)
 
 in float32, from left to right, each scale x z rounded to float32 beforehand. Rounded to nearest, or, where a key for
-it is given, bfloat16 by the random bits of `philox.ROUNDING`.
+it is given, bfloat16 and float16 by the random bits of `philox.ROUNDING`. Of float16 torch's operators take care alone.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ ROUNDING_TILE = philox.tile_size(16)
 PART = 64 * TILE  # elements that torch's operators take at a time
 NATIVE_PART = 8 * TILE  # that a thread of the native code takes at a time
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the native code and the kernels know
+FLOAT32_EXPONENT = 0x7F800000  # its bits
+LARGEST_FLOAT16 = 65504.0
 TRITON = "_triton"
 
 
@@ -67,8 +69,13 @@ class Direction:
         return list(_table(self.scale, self.kind))
 
 
-@lru_cache(maxsize=64)  # all parameters of a step have the same few scales
 def _table(scale: float, kind: str) -> ctypes.Array[ctypes.c_float]:
+    """scale x z of each field. Of -0.0 that of 0.0: they are one key of the cache, whichever comes first."""
+    return _table_of(scale + 0.0, kind)
+
+
+@lru_cache(maxsize=64)  # all parameters of a step have the same few scales
+def _table_of(scale: float, kind: str) -> ctypes.Array[ctypes.c_float]:
     halves = (-1.0, 1.0)
     if kind == GAUSSIAN:
         halves = tuple(q * UNIT for q in (*(-q for q in reversed(QUANTILES)), *QUANTILES))
@@ -98,7 +105,7 @@ def add_directions(  # noqa: PLR0913 - the last two are for parts of a tensor, a
     """to = round(base * decay + directions), element by element; `to` may be `base`.
 
     to, base: of one shape; elements are numbered in row-major order, whatever the strides. Of one dtype, or base is float32
-    and `to` what that is rounded to. decay: rounded to float32. rounding_key: rounds bfloat16 at random by this key instead
+    and `to` what that is rounded to. decay: rounded to float32. rounding_key: rounds 16 bits at random by this key instead
     of to nearest; means nothing for others, and is for one dtype.
     first: number of the first element, a multiple of TILE, where these are parts of a tensor.
     suffix: of the native function; None: the best there is; "" for torch; TRITON for its kernels.
@@ -250,9 +257,18 @@ def _rounded(
     total: torch.Tensor, dtype: torch.dtype, rounding_key: int | None, first: int
 ) -> torch.Tensor:
     """float32 to a dtype. first: number of its first element in the tensor."""
-    if rounding_key is None or dtype != torch.bfloat16:
+    if rounding_key is None or dtype not in AT_RANDOM:
         return total.to(dtype)
-    return _stochastic(total.reshape(-1), rounding_key, first).view(total.shape)
+    values = total.reshape(-1)
+    random = philox.fields(
+        rounding_key,
+        first,
+        values.numel(),
+        bits=16,
+        domain=philox.ROUNDING,
+        device=values.device,
+    )
+    return AT_RANDOM[dtype](values, random.to(torch.int32)).view(total.shape)
 
 
 def _by_torch(
@@ -282,14 +298,30 @@ def _by_torch(
     to.copy_(out.view(base.shape))
 
 
-def _stochastic(values: torch.Tensor, key: int, first: int) -> torch.Tensor:
-    """float32 to bfloat16 by random bits below the last one that stays: up with the probability of what is cut."""
-    random = philox.fields(
-        key, first, values.numel(), bits=16, domain=philox.ROUNDING, device=values.device
-    )
+def _to_bfloat16(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """float32 to bfloat16 by 16 random bits, int32, below the last one that stays: up with the probability of what is
+    cut."""
     bits = values.view(torch.int32)
-    moved = torch.where(values.isfinite(), bits + random.to(torch.int32), bits) >> 16 << 16
+    moved = torch.where(values.isfinite(), bits + random, bits) >> 16 << 16
     return torch.where(values.isnan(), values, moved.view(torch.float32)).to(torch.bfloat16)
+
+
+def _to_float16(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """The same to float16, whose numbers lie 2^(exponent - 10) apart, and 2^-24 below 2^-14: of what is cut the first 16
+    bits count. What the largest one does not exceed is rounded so, the rest to nearest.
+
+    Exact in float32: `apart` is a power of two, and what is cut has fewer than 24 bits.
+    """
+    power = (values.view(torch.int32) & FLOAT32_EXPONENT).view(torch.float32)
+    apart = power.clamp(min=2.0**-14) * 2.0**-10
+    units = values.abs() / apart
+    whole = units.floor()
+    is_up = ((units - whole) * 2**16).floor() + random >= 2**16
+    moved = ((whole + is_up) * apart).copysign(values)
+    return torch.where(values.abs() <= LARGEST_FLOAT16, moved, values).to(torch.float16)
+
+
+AT_RANDOM = {torch.bfloat16: _to_bfloat16, torch.float16: _to_float16}
 
 
 class NativeNoise:

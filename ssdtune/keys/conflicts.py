@@ -38,6 +38,7 @@ def conflicts(config: TrainConfig) -> Iterator[ConfigError]:
             keys=("zo_num_directions",),
         )
     if config.method == "zo":
+        yield from _trainer_conflicts(config)
         yield from _zo_conflicts(config)
     if config.init_lora_weights == "loftq" and config.use_dora:
         yield ConfigError(
@@ -47,6 +48,23 @@ def conflicts(config: TrainConfig) -> Iterator[ConfigError]:
         )
     if config.load_best_model_at_end:
         yield from _best_model_conflicts(config)
+
+
+def _trainer_conflicts(config: TrainConfig) -> Iterator[ConfigError]:
+    """Of method: zo with keys that are Trainer's own."""
+    if config.fp16:
+        yield ConfigError(
+            "fp16: true scales losses for a backward pass, and method: zo has none.\n"
+            "Write bf16: true, or dtype: bfloat16, in its place.",
+            keys=("fp16",),
+        )
+    if config.load_best_model_at_end and config.zo_trains != "adapters":
+        yield ConfigError(
+            f"load_best_model_at_end: with zo_trains: {config.zo_trains} a checkpoint holds no weights to load.\n"
+            "Leave it out; `ssdtune replay OUTPUT_DIR --out FOLDER --step N` makes those of the best step, which "
+            "metrics.jsonl tells.",
+            keys=("load_best_model_at_end",),
+        )
 
 
 def _zo_conflicts(config: TrainConfig) -> Iterator[ConfigError]:

@@ -64,5 +64,7 @@ class ModelKeys:
     )
     bf16: bool = key(YesNo(), "autocast to bfloat16, as Trainer does", default=False)
     fp16: bool = key(
-        YesNo(), "autocast to float16 with loss scaling, as Trainer does", default=False
+        YesNo(),
+        "autocast to float16 with loss scaling, as Trainer does; not with method: zo",
+        default=False,
     )

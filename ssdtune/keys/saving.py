@@ -35,7 +35,9 @@ class SavingKeys:
         default=2,
     )
     load_best_model_at_end: bool = key(
-        YesNo(), "end with the best checkpoint instead of the last", default=False
+        YesNo(),
+        "end with the best checkpoint instead of the last; where all weights train, `ssdtune replay` makes those of any step",
+        default=False,
     )
     metric_for_best_model: str = key(
         Text("the name of a metric"), "what best means", default="loss"

@@ -38,10 +38,10 @@ class ZerothOrderKeys:
     )
     zo_update: str = key(
         OneOf(("sgd", "sign", "momentum", "adam", "lozo_m")),
-        "what is done with an estimate: followed; its sign; it and zo_horizon - 1 earlier ones, weighted (ZO-SGD-MMT, "
-        "arXiv 2402.11592); their moments (AdaMeZO, arXiv 2605.00650). Earlier ones are made again from the log, so that "
-        "momentum and adam draw zo_horizon times as many random numbers for a step. lozo_m: LOZO-M, lozo's momentum in its "
-        "factor of low rank, with zo_trains: low_rank",
+        "what is done with an estimate: followed; its sign; it and zo_horizon - 1 earlier ones, weighted (ZO-SGD-MMT without "
+        "what is older, arXiv 2402.11592); their moments (AdaMeZO, arXiv 2605.00650). Earlier ones are made again from the "
+        "log, so that momentum and adam draw zo_horizon times as many random numbers for a step. lozo_m: LOZO-M, lozo's "
+        "momentum in its factor of low rank, with zo_trains: low_rank",
         default="sgd",
     )
     zo_momentum: float | None = key(
@@ -83,7 +83,7 @@ class ZerothOrderKeys:
     zo_master: bool = key(
         YesNo(),
         "with zo_trains: all, keep weights of 16 bits in float32, in slots and working copy, which are twice as large then; "
-        "compute reads them rounded to 16 bits. Without it steps are rounded to 16 bits at random",
+        "compute reads them rounded to 16 bits. Without it each step is rounded to 16 bits at random",
         default=False,
     )
     zo_packed: str = key(

@@ -61,11 +61,13 @@ class Passes:
 
     kind: of step, "train" or "forward". num: micro-batches, one for each variant of the weights where there are
     variants. more: bytes where blocks are computed that a method takes besides, by what they are for.
+    writes_back: whether blocks go back to a working copy of the weights.
     """
 
     kind: str = "train"
     num: int
     more: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    writes_back: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +154,12 @@ def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Pass
             activation_bytes=(),
         )
         fixed = dataclasses.replace(fixed, gradient_bytes=0, optimizer_bytes=0, staging_bytes=0)
-    return predict_peak(plan, footprint, fixed, num_micro_batches=passes.num)
+    peak = predict_peak(plan, footprint, fixed, num_micro_batches=passes.num)
+    if not (passes.writes_back and plan.on_device and Tier.NVME in plan.tiers):
+        return peak
+    # From a device one block at a time passes pinned memory on its way to the drive (swap/stores.py).
+    largest = max(block.slot_bytes for block in plan.blocks)
+    return dataclasses.replace(peak, ram={**peak.ram, "staging of blocks written back": largest})
 
 
 def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int) -> Peak:

@@ -147,7 +147,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         slow_step_s=_slow_step_s(job, machine, choices, plan),
         tokens=job.tokens(choices.micro_batches),
         num_steps=num_steps,
-        written_bytes=_written(job, peak, num_steps),
+        written_bytes=_written(job, plan, peak, num_steps),
         hidden_at=_hidden_at(job, machine, plan),
         read_bytes=plan.sequences[job.kind].read_bytes,
     )
@@ -202,7 +202,12 @@ def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
 
 
 def _passes(job: Job, micro_batches: int) -> Passes:
-    return Passes(kind=job.kind, num=job.passes(micro_batches), more=job.fixed.more)
+    return Passes(
+        kind=job.kind,
+        num=job.passes(micro_batches),
+        more=job.fixed.more,
+        writes_back=job.fold_steps > 0,
+    )
 
 
 def held(job: Job, found: Outcome) -> dict[Tier, tuple[Level, ...]]:
@@ -267,13 +272,23 @@ def _over(peak: Peak, machine: Machine) -> str:
     return "; ".join(told)
 
 
-def _written(job: Job, peak: Peak, num_steps: int) -> float:
+def _written(job: Job, plan: Plan, peak: Peak, num_steps: int) -> float:
     """Block inputs and activations of every step where NVMe holds them, checkpoints, and working copies of the
     weights."""
     waiting = peak.nvme.get(INPUTS, 0) + peak.nvme.get(STORED, 0)
     saved = min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
-    copies = num_steps // job.fold_steps if job.fold_steps else 0
-    return num_steps * waiting + saved + copies * sum(block.slot_bytes for block in job.blocks)
+    return num_steps * waiting + saved + _folded(job, plan, num_steps)
+
+
+def _folded(job: Job, plan: Plan, num_steps: int) -> float:
+    """To the working copy: all blocks when it is made, after `fold_steps`, and from the next step on, once in so many,
+    those that come from the drive. What stays in a slot, or in RAM beside a device, is never written back."""
+    steps = plan.sequences[job.kind]
+    if not 0 < job.fold_steps < num_steps or not steps.read_bytes:
+        return 0.0
+    back = {steps.visits[op.visit].block for op in steps.ops if op.lane is Lane.NVME_READ}
+    num_bytes = sum(plan.blocks[block].slot_bytes for block in back)
+    return plan.model_bytes + (num_steps - 1 - job.fold_steps) / job.fold_steps * num_bytes
 
 
 # ------------------------------------------------------------------ time

@@ -91,6 +91,7 @@ class SSDTrainer(OptionsTrainer):
         self.streamer: Streamer | None = getattr(opened, "ssdtune", None)
         if self.streamer is not None:
             _check_streamed(opened, args, self.streamer, needs_gradients=self.needs_gradients)
+            self.check_arguments(opened, args)
         self._group: list[Any] = []  # the micro-batches of the step under way
         self._losses: list[torch.Tensor] = []  # of those whose training_step is still to come
         self._eval_group: list[Any] = []
@@ -112,6 +113,9 @@ class SSDTrainer(OptionsTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.add_callback(self.interruption.callback)
+
+    def check_arguments(self, model: Any, args: Any) -> None:
+        """Raises TrainerError for those that the method can't honour with a streamed model, before it is touched."""
 
     def passes(self) -> Passes:
         """What passes a block in one visit."""

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import find_batch_size, gather_object
 from torch import nn
+from transformers import TrainerState
 
 from ssdtune.data import choose_pad_token
 from ssdtune.durable import write_file_atomically
 from ssdtune.run_files import LOG_NAME
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
-from ssdtune.trainer.checkpoint import base_of
+from ssdtune.trainer.checkpoint import STATE_NAME, base_of
 from ssdtune.trainer.generations import Generation, answers
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.base import base_of as model_of
@@ -40,6 +41,7 @@ from ssdtune.zeroth_order.log import (
     LOW_RANK,
     MASTERS,
     Header,
+    Log,
     LogError,
     LogWriter,
     read_log,
@@ -154,6 +156,19 @@ class ZOTrainer(SSDTrainer):
         self.last_step: Step | None = None
         self.num_skipped = 0  # steps whose loss was infinite or no number
 
+    def check_arguments(self, model: Any, args: Any) -> None:
+        """Refuses what needs a backward pass, and of all weights what needs their files."""
+        if args.fp16:
+            raise TrainerError(
+                "fp16 scales losses for a backward pass, and ZOTrainer has none.\n"
+                "Pass bf16=True, or open the model with dtype=torch.bfloat16."
+            )
+        if args.load_best_model_at_end and not any(p.requires_grad for p in model.parameters()):
+            raise TrainerError(
+                "load_best_model_at_end: a checkpoint of all weights holds none to load; they are replayed.\n"
+                "Leave it out; `ssdtune replay` makes the weights of the best step from the log."
+            )
+
     def _what_trains(self, packed: str) -> str:
         """As the log names it."""
         if not self.method.trains_blocks:
@@ -171,6 +186,7 @@ class ZOTrainer(SSDTrainer):
             kind="forward",
             num=variants * self.args.gradient_accumulation_steps,
             more=self.method.extra_bytes(),
+            writes_back=self.method.fold is not None,
         )
 
     def moves(self, num_rows: int) -> Moves:
@@ -269,7 +285,7 @@ class ZOTrainer(SSDTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """An adapter as ever; of all weights, the log, the config and the tokenizer."""
+        """An adapter as ever; of all weights, the log, the tokenizer and the arguments."""
         if not self.method.trains_blocks:
             super()._save(output_dir, state_dict)
             return
@@ -291,23 +307,27 @@ class ZOTrainer(SSDTrainer):
         differences = self.log_writer.header.differences(log.header)
         if differences:
             raise LogError(f"{path} belongs to another run: {'; '.join(differences)}.")
+        _check_steps(log, path)
         if not self.method.trains_blocks:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.method.resume(log.updates, log.num_steps)
         self.log_writer.go_on(content)
 
-    def _load_best_model(self) -> None:
-        if self.method.trains_blocks:
-            raise TrainerError(
-                "load_best_model_at_end: all weights are not loaded back, they are replayed.\n"
-                "Leave it out; `ssdtune replay` makes the weights of the best step from the log."
-            )
-        super()._load_best_model()
-
 
 def _gathered(shares: list[float]) -> list[list[float]]:
     """Those of all processes, in their order."""
     return gather_object([shares])
+
+
+def _check_steps(log: Log, path: Path) -> None:
+    """Raises LogError for a checkpoint's log that has not the steps of its other files."""
+    num_steps = TrainerState.load_from_json(str(path.parent / STATE_NAME)).global_step
+    if log.is_cut or log.num_steps != num_steps:
+        how = ", amid a line" if log.is_cut else ""
+        raise LogError(
+            f"{path} ends after step {log.num_steps}{how}, and {STATE_NAME} beside it is of step {num_steps}.\n"
+            "Resume from another checkpoint, or start anew: resume_from_checkpoint: false."
+        )
 
 
 class _Rate(torch.optim.Optimizer):

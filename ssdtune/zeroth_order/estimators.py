@@ -19,6 +19,8 @@ from ssdtune.zeroth_order.masks import ALL_MOVE, NONE, Mask
 from ssdtune.zeroth_order.rules import Term
 from ssdtune.zeroth_order.updates import Family
 
+SMALLEST_EPS = 2.0**-126  # the smallest normal number of float32: eps z is made in it
+
 
 class EstimatorError(SSDTuneError):
     """A setting that estimates nothing."""
@@ -153,10 +155,10 @@ class LOZO(MeZO):
 
 
 def _check(eps: float, num_directions: int, least: int) -> None:
-    if not (eps > 0 and math.isfinite(eps)):
+    if not SMALLEST_EPS <= eps < math.inf:
         raise EstimatorError(
-            f"eps is {eps:g}: weights that are not moved tell nothing of the gradient.\n"
-            "Set a positive one; 1e-3 is usual."
+            f"eps is {eps:g}: weights that are not moved, in float32, tell nothing of the gradient.\n"
+            f"Set one of {SMALLEST_EPS:g} or more; 1e-3 is usual."
         )
     if num_directions < least:
         raise EstimatorError(f"num_directions is {num_directions}; it must be {least} or more.")

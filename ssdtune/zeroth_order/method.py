@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,9 @@ class ZerothOrder:
                 variants=[v for v in range(len(shifts)) for _ in calls],
             )
         by_process = self._exchange([_number(each) for each in found])
-        # `fsum` rounds once, whatever the order: the same bits however micro-batches are dealt out.
+        # Rounded once, whatever the order: the same bits however micro-batches are dealt out.
         losses = [
-            math.fsum(x for shares in by_process for x in _of_variant(shares, v, len(shifts)))
+            _sum(x for shares in by_process for x in _of_variant(shares, v, len(shifts)))
             for v in range(len(shifts))
         ]
         return self._update(losses, learning_rate, weight_decay)
@@ -199,9 +199,9 @@ class ZerothOrder:
             self.weights.all_stored(period)
 
     def _update(self, losses: list[float], learning_rate: float, weight_decay: float) -> Step:
-        loss = math.fsum(losses) / len(losses)
+        loss = _sum(losses) / len(losses)
         number, self.num_steps = self.num_steps, self.num_steps + 1
-        if not all(map(math.isfinite, losses)):
+        if not math.isfinite(loss):  # nor is it where one of them is not
             self.weights.ended(self.num_steps)
             return Step(loss, tuple(losses), (), None)
         gradients = self.estimator.gradients(losses)
@@ -249,6 +249,14 @@ def outside_of_blocks(model: Any, streamer: Streamer) -> dict[str, torch.Tensor]
     }
 
 
+def _sum(numbers: Iterable[float]) -> float:
+    """Rounded once, whatever the order. NaN where there is no sum: infinite both ways, or beyond all floats."""
+    try:
+        return math.fsum(numbers)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
 def _of_variant(shares: Sequence[float], variant: int, num: int) -> Sequence[float]:
     """Its micro-batches' shares among those of all variants, one variant after the other."""
     size = len(shares) // num
@@ -263,9 +271,10 @@ def _number(found: Any) -> float:
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Dropout off, as MeZO has it: both sides of a difference must be the same function."""
-    was_training = model.training
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in were_training:  # not by train(), which takes along what is below
+            module.training = True

@@ -2,7 +2,7 @@
 
     theta_{t+1} = round(theta_t * decay + what the rule makes of the estimates)    z_j from (seed, t, j, parameter's name)
 
-in float32, from left to right (`kernels/noise.py`), rounded once. bfloat16 weights are rounded at random: an update is
+in float32, from left to right (`kernels/noise.py`), rounded once. Weights of 16 bits are rounded at random: an update is
 far smaller than the distance between two of them, and rounding to nearest would lose it. A direction whose gradient is
 0 is left out. Where a mask lets an element be, it stays as it is.
 """
@@ -71,11 +71,12 @@ class Directions:
 
     def make(self, to: torch.Tensor, base: torch.Tensor, name: str, term: Term | None) -> None:
         """to = round(theta + term), to nearest; None: theta itself. base: what is stored of theta, after all changes."""
-        self._add(to, base, name, [] if term is None else [term])
+        if base.numel():  # of none there is no smallest magnitude, and no matrix of low rank
+            self._add(to, base, name, [] if term is None else [term])
 
     def apply(self, parameter: torch.Tensor, name: str, updates: Sequence[Update]) -> None:
         """Takes these changes with what is stored of a parameter, in place, each rounded by itself."""
-        for update in updates:
+        for update in updates if parameter.numel() else ():
             decay, key = decay_of(update, parameter.dim()), self._key(update, name)
             if self.rule.is_linear:
                 terms = self.rule.terms(update)

@@ -5,7 +5,7 @@ As long as V stays the same, steps add up in the other factor. A parameter that 
     theta_t = round(theta_0 * decay_t + A_t V^T)    A_{t+1} = A_t * decay + what the step adds, A_0 = 0
 
 A [rank, rows] in float32, from left to right; decay_t the product of the steps' decays, rounded to float32 once. Where
-theta_t is read it is rounded to nearest. When the window is over it is rounded at random (bfloat16) and becomes the next
+theta_t is read it is rounded to nearest. When the window is over it is rounded at random (16 bits) and becomes the next
 theta_0: then, and only then, something of what is stored changes. A variant is round(theta_0 * decay_t + (A_t + scale U)
 V^T). So whatever is made of a block takes one product, however many steps of the window there were. Parameters of one
 dimension have an A of their own shape, which is added as it is. What a step adds:
@@ -77,7 +77,7 @@ class Windows(Directions):
 
     def make(self, to: torch.Tensor, base: torch.Tensor, name: str, term: Term | None) -> None:
         """to = round(theta + term), to nearest; None: theta itself. base: theta_0."""
-        if not self.is_apart:
+        if not (self.is_apart and base.numel()):
             super().make(to, base, name, term)
             return
         found = self._sum(name, base, len(self._taken))
@@ -89,7 +89,7 @@ class Windows(Directions):
 
     def apply(self, parameter: torch.Tensor, name: str, updates: Sequence[Update]) -> None:
         """Takes these windows with a parameter's theta_0, in place, each rounded by itself."""
-        for update in updates:
+        for update in updates if parameter.numel() else ():
             end = bisect.bisect_right(self._taken, update.step, key=_step)
             found = self._sum(name, parameter, end)
             key = self._key(update, name)

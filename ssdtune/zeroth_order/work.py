@@ -41,7 +41,7 @@ def moves_of(
     """Making all variants of each block's tensors, and each update that a streamed block has missed.
 
     trains_blocks: whether the tensors are streamed weights; adapters take their updates between steps. num_missed: as
-    in `Moves`. low_rank: whether windows are held as matrices of low rank. rule: of updates. Rounding bfloat16 at
+    in `Moves`. low_rank: whether windows are held as matrices of low rank. rule: of updates. Rounding 16 bits at
     random, which updates do, is not counted, nor is drawing again what the steps of an earlier window came to.
     """
     family = estimator.family
