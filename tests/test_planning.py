@@ -462,6 +462,15 @@ def test_an_older_or_disturbed_profile_is_said_with_the_remedy(run) -> None:
     assert "profile:" not in run("--offload.ram", "2MB", "--hardware", "rtx4090")[1]
 
 
+def test_a_format_that_no_probe_measures_is_planned_and_said(run) -> None:
+    save_profile(a_profile(), own_profile_path())
+    code, text = run("--offload.ram", "2MB", "--dtype", "float16")
+    assert code == 0
+    assert "assumed: float16 as fast as float32, which was measured" in text
+    assert "s/step" in text.split("\n", 5)[4]
+    assert "assumed:" not in run("--offload.ram", "2MB")[1]
+
+
 def test_a_step_is_told_up_to_its_slow_end(config_path: Path) -> None:
     profile = a_profile()
     slow = dataclasses.replace(

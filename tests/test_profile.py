@@ -1,6 +1,7 @@
 """A machine's profile: curves, costs, what is refused."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -106,6 +107,23 @@ def test_a_rate_that_is_missing_is_named_when_it_is_needed() -> None:
         profile.transfer("h2d")
     with pytest.raises(ProfileError, match=r"operators\.bfloat16\.matmul"):
         profile.operator("bfloat16", "matmul")
+
+
+def test_a_format_that_was_not_measured_goes_by_a_near_ones_rates() -> None:
+    """float16 as bfloat16, else as float32; bfloat16 as nothing else."""
+    profile = profile_from({**GOOD, **NEWER, "in_model": {"float32": {"factor": 3.0}}}, "p")
+    for op in (Operator("matmul", 1000.0), Operator("matmul", 3.2e7, 4e6, 16)):
+        work = Work({op: 2})
+        assert work.seconds(profile, "float16") == work.seconds(profile, "float32") > 0
+    assert profile.assumed_of("float16") == ("float16 as fast as float32, which was measured",)
+    assert profile.assumed_of("float32") == ()
+    faster = {kind: Curve(((1.0, 1e-12),)) for kind in OPERATORS}
+    both = {**profile.operators, "bfloat16": faster}
+    wide = dataclasses.replace(profile, operators=both)
+    assert wide.operator("float16", "matmul") is faster["matmul"]
+    assert "as fast as bfloat16" in wide.assumed_of("float16")[0]
+    three = dataclasses.replace(profile, operators={**both, "float16": dict(faster)})
+    assert three.assumed_of("float16") == ()
 
 
 def test_ops_take_what_their_work_takes_on_this_machine() -> None:

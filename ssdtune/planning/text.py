@@ -71,8 +71,7 @@ def lines_of(answer: Answer, loaded: Loaded) -> Iterator[str]:
     place, found = answer.best
     yield from _of_one(answer, LETTERS[place], found)
     yield from profile_notes(machine)
-    if machine.assumed:
-        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
+    yield from assumed_lines(job, machine)
     path = "" if loaded.path is None else f" {loaded.path}"
     yield f"next: ssdtune train{path} {ways[place].flags}".rstrip()
 
@@ -120,6 +119,15 @@ def profile_notes(machine: Machine) -> Iterator[str]:
             f"profile: measured while other processes used {profile.busy_cores:.2g} cores: times are too long. Measure "
             "anew with `ssdtune probe` when the machine is idle"
         )
+
+
+def assumed_lines(job: Job, machine: Machine) -> Iterator[str]:
+    """Yields what the times and sizes assume."""
+    if machine.assumed:
+        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
+    if machine.profile is not None and job.work is not None:
+        for words in machine.profile.assumed_of(job.work.dtype):
+            yield f"assumed: {words}"
 
 
 def machine_line(machine: Machine) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
-from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, InModel, Profile
+from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import (
     ACTIVATIONS_ON_NVME,
@@ -43,7 +43,7 @@ class Operator(NamedTuple):
 
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes alone. Raises ProfileError for a curve that is missing."""
-        if self.kind in MAY_LACK and self.kind not in profile.operators.get(dtype, ()):
+        if self.kind in MAY_LACK and self.kind not in profile.curves(dtype):
             return 0.0
         if self.num_rows:
             few = profile.few_rows_s(dtype, self.kind, self.size, self.num_rows)
@@ -84,7 +84,7 @@ class Work:
 
     def seconds(self, profile: Profile, dtype: str, *, is_recorded: bool = True) -> float:
         """How long it takes inside a model, one operator after the other. is_recorded: for a backward pass."""
-        return profile.in_model.get(dtype, InModel()).seconds(
+        return profile.inside(dtype).seconds(
             self.num_calls - self.num_autograd_calls,
             self.num_autograd_calls,
             self.curves_s(profile, dtype),

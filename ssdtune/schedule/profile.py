@@ -40,6 +40,9 @@ SUSTAINED = "nvme_write_sustained"
 DEVICE_DECODE = "device_decode"  # bytes that a device decodes packed weights to
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
 STAND_INS = {"decode": "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
+# Number formats whose rates are taken for one that was not measured, the nearest first: as many bits, the same units of
+# a GPU. `ssdtune probe` leaves it out, since each format takes it a third of its time.
+FORMAT_STAND_INS = {"float16": ("bfloat16", "float32")}
 BUSY_CORES = 0.15  # of others, from which on a measurement is not to be trusted
 REMEDY = "Measure this machine with `ssdtune probe`."
 
@@ -110,10 +113,28 @@ class Profile:
     optimizer: Mapping[str, Curve] = dataclasses.field(default_factory=dict[str, Curve])
     busy_cores: float = 0.0
 
+    def format_for(self, dtype: str) -> str:
+        """The number format whose rates are taken for this one: its own, or a near one's where it was not measured."""
+        near = (dtype, *FORMAT_STAND_INS.get(dtype, ()))
+        return next((name for name in near if name in self.operators), dtype)
+
+    def assumed_of(self, dtype: str) -> tuple[str, ...]:
+        """What times of this number format assume, in words; nothing where it was measured."""
+        name = self.format_for(dtype)
+        return () if name == dtype else (f"{dtype} as fast as {name}, which was measured",)
+
+    def curves(self, dtype: str) -> Mapping[str, Curve]:
+        """All kinds of operators in this number format, or in what stands in for it; empty: nothing does."""
+        return self.operators.get(self.format_for(dtype), {})
+
+    def inside(self, dtype: str) -> InModel:
+        """What is to be added inside a model."""
+        return self.in_model.get(self.format_for(dtype), InModel())
+
     def operator(self, dtype: str, kind: str) -> Curve:
-        """Raises ProfileError where it was not measured."""
+        """Raises ProfileError where neither it was measured nor what stands in for its number format."""
         try:
-            return self.operators[dtype][kind]
+            return self.curves(dtype)[kind]
         except KeyError:
             raise ProfileError(
                 f"profile {self.name}: operators.{dtype}.{kind} is missing.\n{REMEDY}"
@@ -121,7 +142,7 @@ class Profile:
 
     def few_rows_s(self, dtype: str, kind: str, flop: float, num_rows: int) -> float | None:
         """Seconds of a product of few rows with a large matrix; None where only its FLOP count. kind: of product."""
-        grid = self.products.get(dtype, {}).get(kind)
+        grid = self.products.get(self.format_for(dtype), {}).get(kind)
         if grid is None:
             return None
         return seconds_in(grid, self.operator(dtype, kind), flop, num_rows)

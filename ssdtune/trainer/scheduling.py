@@ -110,8 +110,10 @@ class Schedule:
         return search_within(request, self.pricing, self._effort, shares=shares)
 
     def lines(self) -> Iterator[str]:
-        """Yields what a step will take."""
+        """Yields what a step will take, and what that assumes."""
         yield from self.predicted().lines(self.num_tokens, LANE_LABELS)
+        for words in self.profile.assumed_of(self.work.dtype):
+            yield f"assumed   {words}"
 
 
 class Watch(TrainerCallback):
