@@ -41,7 +41,7 @@ DEVICE_DECODE = "device_decode"  # bytes that a device decodes packed weights to
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
 STAND_INS = {"decode": "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
 # Number formats whose rates are taken for one that was not measured, the nearest first: as many bits, the same units of
-# a GPU. `ssdtune probe` leaves it out, since each format takes it a third of its time.
+# a GPU. `ssdtune probe` leaves it out, to be done within a minute.
 FORMAT_STAND_INS = {"float16": ("bfloat16", "float32")}
 BUSY_CORES = 0.15  # of others, from which on a measurement is not to be trusted
 REMEDY = "Measure this machine with `ssdtune probe`."
