@@ -471,6 +471,20 @@ def test_a_format_that_no_probe_measures_is_planned_and_said(run) -> None:
     assert "assumed:" not in run("--offload.ram", "2MB")[1]
 
 
+def test_a_profile_without_writes_plans_all_that_writes_nothing(run) -> None:
+    profile = a_profile()
+    reads = {name: curve for name, curve in profile.transfers.items() if name != "nvme_write"}
+    save_profile(dataclasses.replace(profile, transfers=reads), own_profile_path())
+    code, text = run("--offload.ram", "300KB")
+    assert code == 0
+    assert "A a step: compute" in text
+    assert "nvme was never measured" in text
+    assert "without products of few tokens with large matrices, perturbing weights, writing" in text
+    code, text = run("--offload.ram", "300KB", "--offload.block_inputs", "nvme")
+    assert code == 0
+    assert "times are not known: writing to the drive was never measured" in text
+
+
 def test_a_step_is_told_up_to_its_slow_end(config_path: Path) -> None:
     profile = a_profile()
     slow = dataclasses.replace(

@@ -292,6 +292,8 @@ def test_inputs_wait_where_they_fit_and_it_is_said(
     assert choice.tier is trainer.streamer.engine.plan.block_inputs is tier
     assert (trainer.streamer.input_store is None) == (tier is Tier.DEVICE)
     assert f"auto is {tier}" in choice.line()
+    if schedule is not None:
+        assert schedule.is_known == (tier is Tier.DEVICE), "the profile has no writes"
     if tier is Tier.NVME and has_times:
         assert "device does not fit, nvme " in choice.line()
     trainer.train()

@@ -87,7 +87,7 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
     elif machine.profile is None:
         yield "times are not known: measure this machine with `ssdtune probe`"
     else:
-        yield f"times are not known: the model's work can't be counted ({job.footprint.how})"
+        yield f"times are not known: {_why_untimed(job)}"
     for where, parts in (("RAM", found.peak.ram), ("VRAM", found.peak.device)):
         if parts:
             yield f"{letter} {where}: {parts_line(found, parts)}"
@@ -98,6 +98,13 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
         yield f"{letter} costs: {cost}"
     if answer.prices.per_kwh is not None and machine.watts is None:
         yield "what it takes in watts is not known: its energy is not priced"
+
+
+def _why_untimed(job: Job) -> str:
+    """Why a measured machine's steps have no times."""
+    if job.work is None:
+        return f"the model's work can't be counted ({job.footprint.how})"
+    return "writing to the drive was never measured, measure anew with `ssdtune probe`"
 
 
 def _price_source(answer: Answer) -> str:

@@ -107,6 +107,7 @@ class Refusal:
 
 def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
     """What comes of the job on the machine with these choices."""
+    machine = _as_known(job, machine, choices)
     on_device = machine.device is not None
     least = smallest_budgets(job.blocks, on_device=on_device)
     room = _room(job, machine, choices)
@@ -229,13 +230,24 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     return Budgets(ram_bytes=int(ram), device_bytes=int(device) if on_device else 0)
 
 
+def _as_known(job: Job, machine: Machine, choices: Choices) -> Machine:
+    """The machine, without its profile where the steps would write to a drive whose writing was never measured."""
+    profile = machine.profile
+    if profile is None or profile.knows_writes or job.kind != "train":
+        return machine
+    writes = choices.block_inputs is Tier.NVME or choices.nvme_activation_bytes
+    return dataclasses.replace(machine, profile=None) if writes else machine
+
+
 def _drive_room(machine: Machine, choices: Choices) -> int:
     """Bytes of the drive for activations. None of a drive whose room is not known, or where no times tell what they are
     worth."""
     if choices.nvme_activation_bytes is not None:
         return choices.nvme_activation_bytes
     free = machine.drive.free_bytes
-    return 0 if free is None or machine.profile is None else int(AUTO_DRIVE_SHARE * free)
+    if free is None or machine.profile is None or not machine.profile.knows_writes:
+        return 0
+    return int(AUTO_DRIVE_SHARE * free)
 
 
 def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:

@@ -156,12 +156,18 @@ class Profile:
         return self.transfers[name]
 
     @property
+    def knows_writes(self) -> bool:
+        """Whether writing to the drive was measured."""
+        return "nvme_write" in self.transfers
+
+    @property
     def lacks(self) -> list[str]:
         """What a probe of today would have measured besides, in words: an older one did not."""
         kinds = {kind for curves in self.operators.values() for kind in curves}
         entries = {
             "products of few tokens with large matrices": bool(self.products),
             "perturbing weights": PERTURB in kinds,
+            "writing to the drive": self.knows_writes,
             "reading and writing at once": MIXED in self.transfers,
             "the optimizer on the CPU": bool(self.optimizer),
         }

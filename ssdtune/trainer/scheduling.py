@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ssdtune.report import LANE_LABELS
 from ssdtune.schedule.cost import Pricing
-from ssdtune.schedule.plan import Lane
+from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
 from ssdtune.sizes import format_size
@@ -84,6 +84,13 @@ class Schedule:
             activation_bytes=self.activation_bytes,
             factors=factors,
         )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the profile has rates of all that the plan does: an older one may lack those of writing to the drive."""
+        plan = self.streamer.engine.plan
+        writes = plan.block_inputs is Tier.NVME or bool(plan.stored_blocks)
+        return self.profile.knows_writes or not writes or self.passes.kind != "train"
 
     def predicted(self) -> Simulation:
         """A steady step of the plan that is carried out now."""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ssdtune.memory import nearest_folder
-from ssdtune.schedule.grid import best_of, words_of
+from ssdtune.schedule.grid import UNMEASURED, best_of, words_of
 from ssdtune.schedule.outcome import AUTO_DRIVE_SHARE
 from ssdtune.schedule.plan import Lane, Plan, Tier
 from ssdtune.schedule.planner import least_of
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ssdtune.visit.streamer import Streamer
 
 AUTO_SHARE = 0.8  # of the memory that nothing else is predicted to take
-UNKNOWN = "was never measured"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +126,7 @@ def settle_inputs(
     seconds: dict[str, float | str | None] = {}
     for tier in auto.tiers:
         fits, step_s, is_done = settling.tried(tier)
-        seconds[str(tier)] = (UNKNOWN if step_s is None else step_s) if fits else None
+        seconds[str(tier)] = (UNMEASURED if step_s is None else step_s) if fits else None
         if fits:
             tried.append((tier, step_s))
         if fits and (is_done or schedule is None):
@@ -174,7 +173,7 @@ class _Settling:
         request = dataclasses.replace(request, block_inputs=plan.block_inputs)
         if self.schedule is not None:
             request = dataclasses.replace(request, activation_bytes=self.schedule.activation_bytes)
-            if self.auto.drive is not None and "nvme_write" in self.schedule.profile.transfers:
+            if self.auto.drive is not None and self.schedule.profile.knows_writes:
                 request = _with_drive(request, self.auto.drive)
         if not (self.auto.ram or self.auto.vram):
             return request
