@@ -7,31 +7,35 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
 import tiny_models
+import tiny_runs
 import torch
 from transformers import AutoTokenizer  # noqa: F401  (a tokenizer's own imports are slow; once)
 
 from ssdtune import cli, planning
 from ssdtune.config import load_config
+from ssdtune.data import load_dataset_rows, tokenize_rows
 from ssdtune.jobs import Source, job_of
 from ssdtune.machines import own_machine
+from ssdtune.opened import SAMPLE_ROWS
 from ssdtune.planning.lossless import Saving, saving
-from ssdtune.planning.text import seconds
+from ssdtune.planning.text import data_line, job_line, seconds
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.curve import Curve
-from ssdtune.schedule.job import Job, job_from
+from ssdtune.schedule.job import Job, in_proportion, job_from
 from ssdtune.schedule.machine import Device, Drive, Machine
 from ssdtune.schedule.methods import foreseen, rates_of, shape_of
 from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
 from ssdtune.schedule.plan import Tier
 from ssdtune.schedule.planner import smallest_budgets
 from ssdtune.schedule.profile import OPERATORS, PERTURB, PERTURB_SIGNS, Profile, profile_from
+from ssdtune.trainer.rows import load_tokenizer
 
 MB = 10**6
 LENGTH, ROWS, MICRO = 32, 2, 4
@@ -274,6 +278,56 @@ def test_other_files_keys_or_rows_make_another_job(
     config_path.write_text(config_path.read_text().replace("lora_r: 4", "lora_r: 8"))
     assert a_job(config_path).num_trained == 2 * first.num_trained
     assert len(list(jobs.glob("*.json"))) == 2
+
+
+def test_several_datasets_count_by_their_rows() -> None:
+    """A million rows of 100 tokens and 2,000 of 2,000 are 104 on average, not 1,050; where all were looked at, they are
+    all there once."""
+    picked = in_proportion([[100] * 2000, [2000] * 2000], [1e6, 2000])
+    assert sum(picked) / len(picked) == pytest.approx(103.8, rel=1e-3)
+    assert sorted(in_proportion([[1, 2, 3], [4, 5]], [3, 2])) == [1, 2, 3, 4, 5]
+    rare = in_proportion([[100] * 2000, [2000]], [1e9, 1])
+    assert rare.count(2000) == 1, "however few, they are there"
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> Iterator[Path]:
+    """A configuration of 6,000 short rows and 100 long ones, laid end to end."""
+    tiny_runs.save(tiny_runs.llama(), tmp_path / "model")
+    for name, num, times in (("many", 6000, 1), ("few", 100, 4)):
+        rows = [{"text": "the sky is blue and the grass is green " * times}] * num
+        tiny_runs.write_rows(tmp_path / f"{name}.jsonl", rows)
+    path = tmp_path / "rows.yaml"
+    path.write_text(
+        f"model_name_or_path: {tmp_path}/model\noutput_dir: {tmp_path}/run\nmax_length: 64\n"
+        f"dataset: [{tmp_path}/many.jsonl, {tmp_path}/few.jsonl]\nlora_r: 4\n"
+    )
+    with tiny_runs.own_datasets_cache(tmp_path / "datasets"):
+        yield path
+
+
+def test_a_large_data_set_is_estimated_from_2000_rows_and_marked(
+    two_sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of each data set, which counts by all of its rows."""
+    config = load_config(two_sets, []).config
+    tokenizer = load_tokenizer(config)
+    entries = [load_dataset_rows(entry) for entry in config.dataset]
+    whole = tokenize_rows(entries, tokenizer, max_length=config.max_length)
+    lengths = whole.lengths(len(whole))
+    assert whole.lengths(61) == lengths[::100], "each has its share of a few"
+    assert SAMPLE_ROWS == 2000
+    job = job_of(Source.of(config, None, on_device=False))
+    assert job.data.is_estimate
+    assert job.data.num == 6100
+    assert job.data.mean_tokens == pytest.approx(sum(lengths) / 6100, rel=1e-3)
+    assert job.data.longest == max(lengths)
+    assert cli.main(["plan", str(two_sets)]) == 0
+    told = capsys.readouterr().out
+    assert f"6,100 rows → ≈ {sum(lengths):,} tokens" in told
+    assert " · ≈ " in next(line for line in told.splitlines() if line.startswith("job"))
+    counted = dataclasses.replace(job, data=dataclasses.replace(job.data, is_estimate=False))
+    assert "≈" not in data_line(counted) + job_line(counted)
 
 
 def test_a_cached_job_that_was_cut_short_is_made_anew(config_path: Path, tmp_path: Path) -> None:
