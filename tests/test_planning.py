@@ -300,7 +300,7 @@ def two_sets(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "rows.yaml"
     path.write_text(
         f"model_name_or_path: {tmp_path}/model\noutput_dir: {tmp_path}/run\nmax_length: 64\n"
-        f"dataset: [{tmp_path}/many.jsonl, {tmp_path}/few.jsonl]\nlora_r: 4\n"
+        f"dataset: [{{path: {tmp_path}/many.jsonl}}, {{path: {tmp_path}/few.jsonl}}]\nlora_r: 4\n"
     )
     with tiny_runs.own_datasets_cache(tmp_path / "datasets"):
         yield path
