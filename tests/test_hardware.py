@@ -23,10 +23,17 @@ from ssdtune.machines import (
     machine_from,
 )
 from ssdtune.planning.ways import ways_of
-from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, curve
+from ssdtune.schedule.cost import Operator
+from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, PASS_SHARE, curve
 from ssdtune.schedule.outcome import Outcome
 from ssdtune.schedule.plan import Direction
-from ssdtune.schedule.profile import OPERATORS, TRANSFERS, ProfileError
+from ssdtune.schedule.profile import (
+    OPERATORS,
+    PERTURB,
+    PERTURB_SIGNS,
+    TRANSFERS,
+    ProfileError,
+)
 
 ROOT = Path(__file__).parent.parent
 GB = 10**9
@@ -56,7 +63,8 @@ def test_the_parts_go_into_a_wheel() -> None:
 def test_every_device_has_whole_and_rising_curves(device: str) -> None:
     profile = machine_from(device).profile
     assert profile is not None
-    curves = [profile.operator(dtype, kind) for dtype in DTYPES for kind in OPERATORS]
+    kinds = (*OPERATORS, PERTURB, PERTURB_SIGNS)
+    curves = [profile.operator(dtype, kind) for dtype in DTYPES for kind in kinds]
     curves += [profile.transfer(name) for name in TRANSFERS]
     for each in curves:
         times = [each.seconds(10.0**power) for power in range(3, 14)]
@@ -69,6 +77,17 @@ def test_a_large_product_runs_at_the_models_share_of_the_published_rate() -> Non
     assert machine.profile is not None
     seconds = machine.profile.operator("bfloat16", "matmul").seconds(1e14)
     assert seconds == pytest.approx(1e14 / (MODEL_SHARE * 179.2e12), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [PERTURB, PERTURB_SIGNS])
+def test_perturbing_weights_takes_the_time_of_its_bytes_and_is_said(kind: str) -> None:
+    machine = machine_from("rtx4090")
+    assert machine.profile is not None
+    assert machine.device is not None
+    assert machine.device.bandwidth is not None
+    seconds = Operator(kind, 1e9).seconds(machine.profile, "bfloat16")
+    assert seconds == pytest.approx(4e9 / (PASS_SHARE * machine.device.bandwidth), rel=0.01)
+    assert any("perturbing weights" in words for words in machine.assumed)
 
 
 def test_a_curve_is_latency_and_rate() -> None:

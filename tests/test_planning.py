@@ -22,7 +22,7 @@ from ssdtune import cli, planning
 from ssdtune.config import load_config
 from ssdtune.data import load_dataset_rows, tokenize_rows
 from ssdtune.jobs import Source, job_of
-from ssdtune.machines import own_machine
+from ssdtune.machines import machine_from, own_machine
 from ssdtune.opened import SAMPLE_ROWS
 from ssdtune.planning.lossless import Saving, saving
 from ssdtune.planning.text import data_line, job_line, seconds
@@ -501,6 +501,12 @@ def test_measured_optimizer_and_sustained_writes_go_before_guesses(config_path: 
     assert rates.perturb == pytest.approx(1e8)
     full = foreseen(job, a_machine(10**12, profile=profile))[0].outlook.step_s
     assert full > foreseen(job, a_machine(10**12))[0].outlook.step_s
+
+
+def test_a_machine_that_nobody_measured_takes_time_to_perturb(config_path: Path) -> None:
+    rates = rates_of(a_job(config_path), machine_from("rtx4090"))
+    assert rates is not None
+    assert 1e9 < rates.perturb < math.inf
 
 
 # ------------------------------------------------------------------ what a profile is worth
