@@ -363,6 +363,29 @@ def test_slow_reading_corrects_the_prediction_and_changes_the_plan(
     assert schedule.streamer.engine.plan.ram_bytes <= replanner.request.budgets.ram_bytes
 
 
+def test_a_miss_that_no_lane_explains_is_searched_for_less_and_less(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that take twice as long though each lane is as busy as predicted: no plan is better, and a search takes its
+    seconds each time."""
+    schedule = scheduled(make(), a_profile(read_rate=1e15), monkeypatch)
+    searches: list[Any] = []
+    best = schedule.best
+    monkeypatch.setattr(
+        schedule, "best", lambda *given, **more: searches.append(given) or best(*given, **more)
+    )
+    lines: list[str] = []
+    watch = Watch(schedule, Telemetry(schedule.streamer), lines.append)
+    busy = {str(lane): s for lane, s in watch.first.busy_s.items()}
+    watch.on_train_begin(None, None, None)
+    watch.telemetry.records += records(1, 99.0, {})
+    for _ in range(31 * WATCHED_STEPS):
+        watch.telemetry.records += records(1, 2 * watch.first.step_s, busy)
+        watch.on_step_end(None, None, None)
+    assert (watch.num_changes, lines) == (0, [])
+    assert len(searches) == 5, "after 4, 12, 28, 60 and 124 steps"
+
+
 def test_it_is_seen_in_a_real_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make
 ) -> None:

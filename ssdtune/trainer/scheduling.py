@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 MIN_GAIN = 0.02  # of a step's time: less does not pay for reading the resident weights anew
 OFF_BY = 0.05  # a prediction that misses by more is made anew
-WATCHED_STEPS = 4  # steady steps whose median counts
+# Steady steps whose median counts; twice as many after each search that found nothing better: where no lane explains why
+# steps take longer, the next search finds nothing either.
+WATCHED_STEPS = 4
 MAX_CHANGES = 2  # of the plan during a run
 
 
@@ -134,7 +136,7 @@ class Watch(TrainerCallback):
     ) -> None:
         self.schedule, self.telemetry, self.say = schedule, telemetry, say
         self.first = schedule.predicted()
-        self.num_changes = 0
+        self.num_changes, self._num_watched = 0, WATCHED_STEPS
         self._first_change: int | None = None  # records when the first plan was given up
         self._since = (
             0  # records before this one were made under another plan, or are no steady steps
@@ -147,7 +149,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at the last steps when there are enough of them."""
         recent = self.telemetry.records[self._since :]
-        if len(recent) < WATCHED_STEPS or self.num_changes >= MAX_CHANGES:
+        if len(recent) < self._num_watched or self.num_changes >= MAX_CHANGES:
             return
         self._since = len(self.telemetry.records)
         schedule, before = self.schedule, self.schedule.predicted()
@@ -159,15 +161,17 @@ class Watch(TrainerCallback):
             if predicted_s > 0 and busy_s > 0:
                 schedule.factors[lane] = schedule.factors.get(lane, 1.0) * busy_s / predicted_s
         found = schedule.improve(schedule.streamer.replanner.request)
-        if found is not None:
-            self.num_changes += 1
-            if self._first_change is None:
-                self._first_change = self._since
-            self._since += 1
-            self.say(
-                f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
-                f"{found.simulation.step_s:.3g} s ({format_size(found.plan.sequences[schedule.passes.kind].read_bytes)} read a step)"
-            )
+        if found is None:
+            self._num_watched *= 2
+            return
+        self.num_changes, self._num_watched = self.num_changes + 1, WATCHED_STEPS
+        if self._first_change is None:
+            self._first_change = self._since
+        self._since += 1
+        self.say(
+            f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
+            f"{found.simulation.step_s:.3g} s ({format_size(found.plan.sequences[schedule.passes.kind].read_bytes)} read a step)"
+        )
 
     def compared(self) -> dict[str, tuple[float, float]]:
         """Predicted and measured seconds of the first plan's step ("step") and of each lane; nothing where there was
