@@ -13,8 +13,12 @@ import support
 import tiny_models
 import torch
 
+from ssdtune.config import load_config
 from ssdtune.data import CausalCollator
+from ssdtune.jobs import Source, job_of
 from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.machine import Drive, Machine
+from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.plan import Budgets, Lane, Tier
 from ssdtune.schedule.planner import Choice, layout_of, size_classes
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
@@ -191,6 +195,34 @@ def test_an_automatic_budget_is_what_the_rest_of_the_peak_leaves(
     else:
         assert changed
         assert now.ram_bytes < plan.ram_bytes
+
+
+def test_a_run_takes_the_budget_that_was_planned(
+    make, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    """Of the same free memory, with the same process before the model."""
+    free, base, profile = 4 * 10**9, resident_set_bytes(), a_profile(read_rate=1e6)
+    monkeypatch.setattr(forecast_module, "free_ram", lambda: free - resident_set_bytes())
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    trainer = make()
+    schedule = scheduled(trainer, profile, monkeypatch)
+    auto = Auto(ram=True)
+    assert settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=base, auto=auto)
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"model_name_or_path: {folder}\ndataset: nowhere.jsonl\noutput_dir: {tmp_path}/run\n"
+        f"max_length: {LENGTH}\nper_device_train_batch_size: {ROWS}\n"
+        f"gradient_accumulation_steps: {MICRO}\n"
+    )
+    job = job_of(Source.of(load_config(path).config, None, on_device=False))
+    job = dataclasses.replace(job, fixed=dataclasses.replace(job.fixed, base_bytes=base))
+    machine = Machine(
+        name="this one", ram_bytes=free, drive=Drive(name="/nvme"), profile=profile
+    )
+    planned = outcome(job, machine, Choices(micro_batches=MICRO))
+    assert isinstance(planned, Outcome)
+    ran = trainer.streamer.engine.plan.budgets.ram_bytes
+    assert planned.plan.budgets.ram_bytes == pytest.approx(ran, rel=0.01)
 
 
 def test_a_budget_of_the_users_is_kept(make, monkeypatch: pytest.MonkeyPatch) -> None:

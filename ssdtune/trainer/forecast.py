@@ -151,12 +151,15 @@ def free_ram_share() -> int:
     return free_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def free_vram(device: torch.device) -> int:
+    """Bytes of the device that are free, or this process's already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
 def spare_vram(peak: Peak, device: torch.device) -> int:
     """Bytes of the device that are free and not to be held: negative where it will be short."""
-    free, _ = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    cached = torch.cuda.memory_reserved(device) - allocated
-    return free + cached - max(0, peak.device_bytes - allocated)
+    return free_vram(device) - max(peak.device_bytes, torch.cuda.memory_allocated(device))
 
 
 def _kept_bytes(peak: Peak) -> int:
