@@ -153,7 +153,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
     from ssdtune.trainer.opening import trains_all
-    from ssdtune.visit.rehearsal import rehearse_draft
+    from ssdtune.visit.rehearsal import autocast_of, rehearse_draft
 
     config, drafted, adapted = source.config, opened.drafted, opened.adapted
     base: Any = opened.meta.model
@@ -166,7 +166,8 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     def rehearsed(length: int) -> Any:
         batch = {"input_ids": torch.zeros(at_once * opened.sequences, length, dtype=torch.long)}
-        return rehearse_draft(adapted, drafted, on_cpu, batch)
+        with autocast_of(config, on_cpu.device):
+            return rehearse_draft(adapted, drafted, on_cpu, batch)
 
     usual = rehearsed(round(rows.padded_tokens))
     longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)

@@ -27,6 +27,7 @@ from ssdtune.opened import SAMPLE_ROWS
 from ssdtune.planning.lossless import Saving, saving
 from ssdtune.planning.text import data_line, job_line, seconds
 from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.cost import Work
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.job import Job, in_proportion, job_from
 from ssdtune.schedule.machine import Device, Drive, Machine
@@ -34,7 +35,14 @@ from ssdtune.schedule.methods import foreseen, rates_of, shape_of
 from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
 from ssdtune.schedule.plan import Tier
 from ssdtune.schedule.planner import smallest_budgets
-from ssdtune.schedule.profile import OPERATORS, PERTURB, PERTURB_SIGNS, Profile, profile_from
+from ssdtune.schedule.profile import (
+    OPERATORS,
+    PERTURB,
+    PERTURB_SIGNS,
+    Profile,
+    ProfileError,
+    profile_from,
+)
 from ssdtune.trainer.rows import load_tokenizer
 
 MB = 10**6
@@ -543,6 +551,39 @@ def test_a_profile_without_writes_plans_all_that_writes_nothing(run) -> None:
     code, text = run("--offload.ram", "300KB", "--offload.block_inputs", "nvme")
     assert code == 0
     assert "times are not known: writing to the drive was never measured" in text
+
+
+def test_under_autocast_products_go_by_its_format_and_all_else_by_the_weights(
+    config_path: Path,
+) -> None:
+    plain = a_job(config_path)
+    config_path.write_text(config_path.read_text() + "bf16: true\n")
+    job = a_job(config_path)
+    assert job_from(job.to_json()) == job
+    assert plain.work is not None
+    assert job.work is not None
+    assert (plain.work.autocast, job.work.autocast) == (None, "bfloat16")
+    assert "autocast to bfloat16" in job_line(job)
+    def total(job: Job, of: Callable[[Work], float]) -> float:
+        assert job.work is not None
+        return sum(of(work) for works in job.work.passes["train"].values() for work in works)
+
+    flop = total(plain, lambda work: work.flop)
+    assert total(job, lambda work: work.flop) == flop
+    casts = total(job, lambda work: work.num_calls) - total(plain, lambda work: work.num_calls)
+    assert casts > 0, "they are operators too"
+    choices = Choices(micro_batches=MICRO)
+    with pytest.raises(ProfileError, match=r"operators\.bfloat16\.matmul"):
+        outcome(job, a_machine(), choices)
+    profile = a_profile()
+    emulated = {kind: Curve(((1.0, 1e-6), (1e9, 1e3))) for kind in OPERATORS}
+    both = {**profile.operators, "bfloat16": emulated}
+    machine = a_machine(profile=dataclasses.replace(profile, operators=both))
+    for each, least_s, most_s in ((plain, 0.0, 1e-7), (job, 1e-6, 1.2e-6)):
+        found = outcome(each, machine, choices)
+        assert isinstance(found, Outcome)
+        assert found.simulation is not None
+        assert least_s < found.simulation.step_s / (MICRO * flop) < most_s
 
 
 def test_a_step_is_told_up_to_its_slow_end(config_path: Path) -> None:

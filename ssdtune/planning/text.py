@@ -133,7 +133,7 @@ def assumed_lines(job: Job, machine: Machine) -> Iterator[str]:
     if machine.assumed:
         yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
     if machine.profile is not None and job.work is not None:
-        for words in machine.profile.assumed_of(job.work.dtype):
+        for words in machine.profile.assumed_of(job.work.dtype, job.work.autocast):
             yield f"assumed: {words}"
 
 
@@ -168,11 +168,13 @@ def model_line(job: Job) -> str:
 def job_line(job: Job) -> str:
     """Method, tokens, steps."""
     about = "≈ " if job.data.is_estimate else ""
-    parts = [
-        f"{job.method}, {job.num_trained / 1e6:,.1f} M trainable",
+    parts = [f"{job.method}, {job.num_trained / 1e6:,.1f} M trainable"]
+    if job.work is not None and job.work.autocast is not None:
+        parts.append(f"autocast to {job.work.autocast}")
+    parts.append(
         f"{about}{job.tokens(job.micro_batches):,.0f} tokens/step "
-        f"({job.micro_batches} micro-batches × {job.rows_at_once} rows)",
-    ]
+        f"({job.micro_batches} micro-batches × {job.rows_at_once} rows)"
+    )
     if job.num_steps is not None:
         parts.append(f"{job.num_steps:,} steps")
     elif job.data.num:

@@ -127,6 +127,7 @@ class StepWork:
 
     passes: kind of step -> (block's number, direction) -> work of one micro-batch, of each visit in turn: a tied
     embedding and head is visited twice. between: once a step, the optimizer.
+    autocast: the number format that products and attention are computed in, where it is not `dtype`.
     behind: block -> a backward that does not compute its activations again. moves: of zeroth-order steps.
     """
 
@@ -137,6 +138,7 @@ class StepWork:
         default_factory=dict[int, Sequence[Work]]
     )
     moves: Moves | None = None
+    autocast: str | None = None
 
     def between_s(self, profile: Profile) -> float:
         """Seconds between two steps; optimizers call operators on many tensors at once, so their curves are all."""
@@ -170,6 +172,8 @@ class Pricing:
         activation_bytes: Sequence[int] = (),
         factors: Mapping[Lane, float] | None = None,
     ) -> None:
+        if work.autocast is not None:
+            profile = profile.under_autocast(work.dtype, work.autocast)
         self.kind, self.profile, self.factors = kind, profile, dict(factors or {})
         self.stored_bytes, self.activation_bytes = stored_bytes, activation_bytes
         self.between_s = work.between_s(profile) if kind == "train" else 0.0

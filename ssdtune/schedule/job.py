@@ -173,6 +173,7 @@ class Job:
                     for block, each_turn in self.work.behind.items()
                 ],
                 "dtype": self.work.dtype,
+                "autocast": self.work.autocast,
                 "moves": works.moves(self.work.moves),
             }
         else:
@@ -239,6 +240,7 @@ def job_from(text: str) -> Job:
                 for block, each_turn in found["behind"]
             },
             dtype=str(found["dtype"]),
+            autocast=found["autocast"],
             moves=_moves_from(found["moves"], listed),
         )
     made: dict[str, Any] = {

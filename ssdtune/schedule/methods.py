@@ -116,8 +116,9 @@ def rates_of(job: Job, machine: Machine) -> Rates | None:
     dram = _rate(profile, "unpack") / UNPACK_SHARE
     on_device = machine.device is not None
     operators = profile.curves(job.dtype)
+    products = job.dtype if job.work is None else job.work.autocast or job.dtype
     return Rates(
-        flops=profile.operator(job.dtype, "matmul").rate,
+        flops=profile.operator(products, "matmul").rate,
         h2d=_rate(profile, "h2d") if on_device else math.inf,
         d2h=_rate(profile, "d2h") if on_device else math.inf,
         read=_rate(profile, "nvme_read"),

@@ -20,15 +20,9 @@ from ssdtune.schedule.curve import (
 )
 from ssdtune.schedule.products import Grid, seconds_in
 
-# Kinds of operators, each measured per number format, and of transfers.
-OPERATORS = (
-    "matmul",
-    "matmul_transposed",
-    "attention",
-    "attention_backward",
-    "pointwise",
-    "special",
-)
+# Kinds of operators, each measured per number format, and of transfers. Autocast changes the format of PRODUCTS.
+PRODUCTS = ("matmul", "matmul_transposed", "attention", "attention_backward")
+OPERATORS = (*PRODUCTS, "pointwise", "special")
 FRESH = "fresh"  # bytes of memory that the kernel has just given: what its pages take beyond being written
 # Elements that move along one random direction (`kernels/noise.py`): of normal numbers, or of signs.
 PERTURB, PERTURB_SIGNS = "perturb", "perturb_signs"
@@ -118,10 +112,14 @@ class Profile:
         near = (dtype, *FORMAT_STAND_INS.get(dtype, ()))
         return next((name for name in near if name in self.operators), dtype)
 
-    def assumed_of(self, dtype: str) -> tuple[str, ...]:
-        """What times of this number format assume, in words; nothing where it was measured."""
-        name = self.format_for(dtype)
-        return () if name == dtype else (f"{dtype} as fast as {name}, which was measured",)
+    def assumed_of(self, *dtypes: str | None) -> tuple[str, ...]:
+        """What times of these number formats assume, in words; nothing where they were measured, or of None."""
+        taken = {dtype: self.format_for(dtype) for dtype in dtypes if dtype is not None}
+        return tuple(
+            f"{dtype} as fast as {name}, which was measured"
+            for dtype, name in taken.items()
+            if name != dtype
+        )
 
     def curves(self, dtype: str) -> Mapping[str, Curve]:
         """All kinds of operators in this number format, or in what stands in for it; empty: nothing does."""
@@ -130,6 +128,18 @@ class Profile:
     def inside(self, dtype: str) -> InModel:
         """What is to be added inside a model."""
         return self.in_model.get(self.format_for(dtype), InModel())
+
+    def under_autocast(self, dtype: str, products: str) -> Profile:
+        """As a model of `dtype` finds it whose products and attention autocast to the format `products`: these at its
+        rates, all else at its own. Raises ProfileError where they were not measured."""
+        cast = {kind: self.operator(products, kind) for kind in PRODUCTS}
+        grids = self.products.get(self.format_for(products), {})
+        return dataclasses.replace(
+            self,
+            operators={**self.operators, dtype: {**self.curves(dtype), **cast}},
+            products={**self.products, dtype: grids},
+            in_model={**self.in_model, dtype: self.inside(dtype)},
+        )
 
     def operator(self, dtype: str, kind: str) -> Curve:
         """Raises ProfileError where neither it was measured nor what stands in for its number format."""

@@ -16,7 +16,7 @@ from ssdtune.schedule.memory import ACTIVATIONS, INPUTS, MOST_STATES, NUM_STATES
 from ssdtune.sizes import format_size
 from ssdtune.trainer.scheduling import Schedule
 from ssdtune.visit.memory import hold_to, predict, resident_set_bytes
-from ssdtune.visit.rehearsal import Rehearsed, rehearse
+from ssdtune.visit.rehearsal import Rehearsed, autocast_of, rehearse
 
 if TYPE_CHECKING:
     from ssdtune.schedule.memory import Peak
@@ -46,7 +46,10 @@ class Rehearsals:
             collator: Any = self.trainer.data_collator
             num = args.per_device_train_batch_size * getattr(collator, "sequences_per_row", 1)
             rows = [row, *[shorter] * (num - 1)]
-            self._known[length] = rehearse(self.trainer.model, collator(rows))
+            streamer = self.trainer.streamer
+            assert streamer is not None
+            with autocast_of(args, streamer.engine.slots.device):
+                self._known[length] = rehearse(self.trainer.model, collator(rows))
         return self._known[length]
 
 

@@ -121,7 +121,7 @@ class Schedule:
     def lines(self) -> Iterator[str]:
         """Yields what a step will take, and what that assumes."""
         yield from self.predicted().lines(self.num_tokens, LANE_LABELS)
-        for words in self.profile.assumed_of(self.work.dtype):
+        for words in self.profile.assumed_of(self.work.dtype, self.work.autocast):
             yield f"assumed   {words}"
 
 
