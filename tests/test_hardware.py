@@ -23,6 +23,7 @@ from ssdtune.machines import (
     machine_from,
 )
 from ssdtune.planning.ways import ways_of
+from ssdtune.profiles import save_profile
 from ssdtune.schedule.cost import Operator
 from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, PASS_SHARE, curve
 from ssdtune.schedule.outcome import Outcome
@@ -137,6 +138,24 @@ def test_a_measured_machine_may_be_a_file(tmp_path: Path) -> None:
     path = tmp_path / "other.yaml"
     with pytest.raises(ProfileError, match="can't read it"):
         machine_from(str(path))
+
+
+def test_a_file_that_was_measured_on_a_device_is_a_machine_with_one(tmp_path: Path) -> None:
+    path, profile = tmp_path / "other.yaml", machine_from("rtx4090").profile
+    assert profile is not None
+    save_profile(dataclasses.replace(profile, device_bytes=22 * GB), path)
+    machine = machine_from(str(path))
+    assert machine.device_bytes == 22 * GB
+    assert machine.is_measured
+    path.write_text(path.read_text().replace(f"device_bytes: {22 * GB}", "device_bytes: 23GB"))
+    assert machine_from(str(path)).device_bytes == 23 * GB, "as its owner may write it"
+    save_profile(profile, path)
+    with pytest.raises(MachineError, match="for instance device_bytes: 22GB"):
+        machine_from(str(path))
+    links = ("h2d", "d2h", "d2d")
+    alone = {name: curve for name, curve in profile.transfers.items() if name not in links}
+    save_profile(dataclasses.replace(profile, transfers=alone), path)
+    assert machine_from(str(path)).device is None
 
 
 def test_the_list_shows_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:

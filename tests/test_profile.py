@@ -27,6 +27,7 @@ NEWER: dict[str, Any] = {
     "products": {"float32": {"matmul": {1: [[2e6, 0.4, 0.5]], 16: [[3.2e7, 0.9, 1.2]]}}},
     "optimizer": {"fused": [[1e6, 1e-2, 2e-2]]},
     "busy_cores": 0.5,
+    "device_bytes": 22 * 10**9,
 }
 
 
@@ -80,6 +81,7 @@ def test_a_machine_at_its_slow_end_has_the_same_curves_slower() -> None:
         (("transfers", "nvme_read"), [[True, 1]], "transfers.nvme_read"),
         (("reading_takes",), -1, "reading_takes"),
         (("busy_cores",), "many", "busy_cores"),
+        (("device_bytes",), 22, "device_bytes: 22 has no unit"),
         (("products",), [1], "products"),
         (("products",), {"float32": {"matmul": {"few": [[1, 1]]}}}, "'few' is no number of rows"),
         (("products",), {"float32": {"matmul": {16: [[1, 0]]}}}, "products.float32.matmul.16"),

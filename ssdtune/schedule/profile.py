@@ -19,6 +19,7 @@ from ssdtune.schedule.curve import (
     mapping,
 )
 from ssdtune.schedule.products import Grid, seconds_in
+from ssdtune.sizes import SizeError, parse_size
 
 # Kinds of operators, each measured per number format, and of transfers. Autocast changes the format of PRODUCTS.
 PRODUCTS = ("matmul", "matmul_transposed", "attention", "attention_backward")
@@ -93,6 +94,7 @@ class Profile:
         products: dtype -> "matmul" or "matmul_transposed" -> what few rows by a large matrix take.
         optimizer: torch's way to step AdamW on the CPU ("foreach", "fused") -> parameters to seconds.
         busy_cores: that other processes used while this was measured: rates are too low by as much.
+        device_bytes: free of the device that was measured; None: there was none, or an older probe did not say.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Profile:
     )
     optimizer: Mapping[str, Curve] = dataclasses.field(default_factory=dict[str, Curve])
     busy_cores: float = 0.0
+    device_bytes: int | None = None
 
     def format_for(self, dtype: str) -> str:
         """The number format whose rates are taken for this one: its own, or a near one's where it was not measured."""
@@ -208,7 +211,7 @@ class Profile:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for YAML, times to four digits; `profile_from` reads them."""
-        priced = {} if self.price_per_hour is None else {"price_per_hour": self.price_per_hour}
+        told = {"price_per_hour": self.price_per_hour, "device_bytes": self.device_bytes}
         return {
             "name": self.name,
             "operators": {
@@ -226,7 +229,7 @@ class Profile:
             "optimizer": {name: curve.listed() for name, curve in self.optimizer.items()},
             "in_model": {dtype: dataclasses.asdict(each) for dtype, each in self.in_model.items()},
             "reading_takes": self.reading_takes,
-            **priced,
+            **{name: value for name, value in told.items() if value is not None},
             "busy_cores": self.busy_cores,
         }
 
@@ -260,6 +263,7 @@ def profile_from(content: Any, where: str) -> Profile:
         products=_products(entries.get("products") or {}, f"{where}: products"),
         optimizer=curves_from(optimizer, f"{where}: optimizer") if optimizer else {},
         busy_cores=_not_negative(entries, "busy_cores", "cores", where),
+        device_bytes=_size_of(entries, "device_bytes", where),
     )
 
 
@@ -268,6 +272,13 @@ def _not_negative(entries: Mapping[Any, Any], name: str, unit: str, where: str) 
     if not isinstance(found, int | float) or not 0 <= found < math.inf:
         raise ProfileError(f"{where}: {name} is {found!r}; it is in {unit}, 0 or more.")
     return float(found)
+
+
+def _size_of(entries: Mapping[Any, Any], name: str, where: str) -> int | None:
+    try:
+        return parse_size(entries.get(name))
+    except SizeError as error:
+        raise ProfileError(f"{where}: {name}: {error}") from error
 
 
 def _products(found: Any, where: str) -> dict[str, dict[str, Grid]]:
