@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -243,6 +244,46 @@ def test_a_config_alone_is_planned(run, folder: Path) -> None:
     with_weights, alone = (t.splitlines()[1].split(" · ") for t in (run()[1], text))
     assert with_weights[1] == alone[1], "parameters"
     assert with_weights[3].split(",")[0] == alone[3].split(",")[0] == "6 blocks"
+
+
+def test_an_unknown_model_type_is_named_with_its_file(
+    folder: Path, config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    for words in (
+        ["--model", str(other / "config.json")],
+        ["--model", str(other)],
+        ["--model_name_or_path", str(other)],
+    ):
+        assert cli.main(["plan", str(config_path), *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert str(other / "config.json") in error
+        assert "no_such_model" in error
+        assert "Traceback" not in error
+
+
+def test_two_machines_are_planned_and_stand_beside_each_other(run) -> None:
+    both = ("--hardware", "rtx4090", "--hardware", "h100+2x990pro", "--max_steps", "100")
+    code, text = run(*both)
+    assert code == 0
+    names = ["RTX 4090 + Samsung 990 Pro 2 TB", "H100 SXM + 2 × Samsung 990 Pro 2 TB"]
+    for name in names:
+        assert any(line.startswith(f"machine   {name}") for line in text.splitlines()), name
+    beside = text[text.rindex("machine ") :].splitlines()
+    assert beside[0].split()[:3] == ["machine", "s/step", "tok/s"]
+    assert "$/hour" in beside[0]
+    assert sorted(name for name in names for line in beside[1:3] if line.startswith(name)) == sorted(
+        names
+    )
+    assert text.count("assumed: ") == text.count("perturbing weights at") == 2
+    assert text.count("A the run: writes ") == text.count(" kWh at full load") == 2
+    assert text.count("of the drive's rated") == 2
+    told = json.loads(run(*both, "--json")[1])
+    assert [each["machine"]["name"] for each in told] == names
 
 
 def test_the_second_time_needs_no_torch(config_path: Path, run) -> None:
