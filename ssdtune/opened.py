@@ -389,8 +389,8 @@ def _rows(source: Source, meta: MetaModel) -> tuple[Rows, list[int], int]:
 
 
 def _lengths(tokenized: Tokenized, nums: Sequence[float]) -> list[int]:
-    """Tokens of the rows that were looked at; of several data sets each its share, shuffled as a run shuffles them. nums:
-    rows that each has."""
+    """Tokens of the rows that were looked at; of several data sets each its share, shuffled as a run shuffles them.
+    nums: rows that each has."""
     lengths = tokenized.lengths(len(tokenized))
     if not tokenized.entries:
         return lengths

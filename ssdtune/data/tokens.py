@@ -79,7 +79,7 @@ class Tokenized:
         return OptionsCollator(pad_token_id, self.num_options, self.sequences_per_row)
 
     def lengths(self, most: int = 2000) -> list[int]:
-        """Tokens of each row; where there are more than `most`, of so many, spread evenly: of each dataset its share."""
+        """Tokens of each row; where there are more than `most`, of so many, spread evenly over all datasets."""
         num = len(self.dataset)
         rows = [i * num // most for i in range(most)] if num > most else range(num)
         return [len(ids) for ids in self.dataset[rows]["input_ids"]]

@@ -76,8 +76,8 @@ def best_of(
     step_s: Callable[[T], float | None],
     costs: Callable[[T], tuple[float, ...]],
 ) -> T | None:
-    """The one with the least costs among those whose steps are within WORTH of the fastest. A step whose time is not known
-    is none of them, unless no time is known: then the first. None of none."""
+    """The one with the least costs among those whose steps are within WORTH of the fastest. A step whose time is not
+    known is none of them, unless no time is known: then the first. None of none."""
     known = [(each, seconds) for each in fitting if (seconds := step_s(each)) is not None]
     if not known:
         return fitting[0] if fitting else None

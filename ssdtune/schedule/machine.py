@@ -187,7 +187,7 @@ def profile_of(device: Device, drive: Drive, host: Host) -> Profile:
 
 
 def _operators(flops: float, bandwidth: float, value_bytes: int) -> Mapping[str, Curve]:
-    """value_bytes: of one number. Perturbing weights reads and writes each; the noise is made in registers meanwhile."""
+    """value_bytes: of one number. Perturbing reads and writes each weight; its noise is made in registers meanwhile."""
     passes = PASS_SHARE * bandwidth
     rates = {
         "matmul": MODEL_SHARE * flops,

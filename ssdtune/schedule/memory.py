@@ -210,11 +210,11 @@ def _stored(plan: Plan, known: Sequence[int]) -> dict[str, int]:
 def room_for_weights(
     free_bytes: float, *, peak_bytes: float, weights_bytes: int, least_bytes: int, is_heap: bool
 ) -> int:
-    """Bytes of a memory that weights may take where nobody has set a budget, as `ssdtune plan` and a run both decide it.
+    """Bytes of a memory that weights may take where nobody has set a budget, for `ssdtune plan` as for a run.
 
-    free_bytes: what the process holds counted as free. peak_bytes, weights_bytes: predicted of some plan, and what of it
-    are its weights. least_bytes: with which any plan works; less than that is returned only where there is less. is_heap:
-    whether weights make the heap's allowance for holes larger: in RAM, where there is no device.
+    free_bytes: what the process holds counted as free. peak_bytes, weights_bytes: predicted of some plan, and what of
+    it are its weights. least_bytes: with which any plan works; less than that is returned only where there is less.
+    is_heap: whether weights make the heap's allowance for holes larger: in RAM, where there is no device.
     """
     holes = 1 + HOLES_SHARE if is_heap else 1.0
     most = weights_bytes + ((1 - KEEP_FREE) * free_bytes - peak_bytes) / holes

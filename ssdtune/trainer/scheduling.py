@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 MIN_GAIN = 0.02  # of a step's time: less does not pay for reading the resident weights anew
 OFF_BY = 0.05  # a prediction that misses by more is made anew
-# Steady steps whose median counts; twice as many after each search that found nothing better: where no lane explains why
-# steps take longer, the next search finds nothing either.
+# Steady steps whose median counts; twice as many after each search that found nothing better: where no lane explains
+# why steps take longer, the next search finds nothing either.
 WATCHED_STEPS = 4
 MAX_CHANGES = 2  # of the plan during a run
 
@@ -89,7 +89,7 @@ class Schedule:
 
     @property
     def is_known(self) -> bool:
-        """Whether the profile has rates of all that the plan does: an older one may lack those of writing to the drive."""
+        """Whether the profile has rates of all that the plan does: an older one may lack that of writing to NVMe."""
         plan = self.streamer.engine.plan
         writes = plan.block_inputs is Tier.NVME or bool(plan.stored_blocks)
         return self.profile.knows_writes or not writes or self.passes.kind != "train"

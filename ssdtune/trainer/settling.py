@@ -218,7 +218,7 @@ class _Settling:
         return plan if tier is None else dataclasses.replace(plan, block_inputs=tier)
 
     def _room(self, plan: Plan, least: Budgets) -> tuple[int, int]:
-        """Bytes that weights may take of RAM and of the device, all else as the plan has it. least: what they must have."""
+        """Bytes that weights may take of RAM and of the device, all else as the plan has it. least: what they need."""
         peak, held = self._peak(plan=plan), resident_set_bytes()
         ram = room_for_weights(
             free_ram_share() + held,

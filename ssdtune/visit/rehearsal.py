@@ -47,8 +47,8 @@ class Rehearsed:
 
 
 def rehearse(model: Any, micro_batch: Mapping[str, Any]) -> Rehearsed:
-    """Rehearses a streamed model, adapters and all, on one micro-batch, under the autocast of the moment; the model and the
-    generators stay as they are."""
+    """Rehearses a streamed model, adapters and all, on one micro-batch, under the autocast of the moment; the model and
+    the generators stay as they are."""
     base = base_of(model)
     streamer: Streamer = base.ssdtune
     points = [
@@ -93,8 +93,8 @@ def rehearse_draft(
 
 
 def autocast_of(settings: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The autocast with which a run passes its model, to rehearse under; settings: with its `bf16` and `fp16`. Without the
-    cache of cast weights, as visits are."""
+    """The autocast of a run, to rehearse under; without a cache of cast weights, as visits are. settings: with its `bf16`
+    and `fp16`."""
     dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
     if dtype is None:
         return contextlib.nullcontext()
