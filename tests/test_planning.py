@@ -276,9 +276,7 @@ def test_two_machines_are_planned_and_stand_beside_each_other(run) -> None:
     beside = text[text.rindex("machine ") :].splitlines()
     assert beside[0].split()[:3] == ["machine", "s/step", "tok/s"]
     assert "$/hour" in beside[0]
-    assert sorted(name for name in names for line in beside[1:3] if line.startswith(name)) == sorted(
-        names
-    )
+    assert all(any(line.startswith(name) for line in beside[1:3]) for name in names)
     assert text.count("assumed: ") == text.count("perturbing weights at") == 2
     assert text.count("A the run: writes ") == text.count(" kWh at full load") == 2
     assert text.count("of the drive's rated") == 2
@@ -605,6 +603,7 @@ def test_under_autocast_products_go_by_its_format_and_all_else_by_the_weights(
     assert job.work is not None
     assert (plain.work.autocast, job.work.autocast) == (None, "bfloat16")
     assert "autocast to bfloat16" in job_line(job)
+
     def total(job: Job, of: Callable[[Work], float]) -> float:
         assert job.work is not None
         return sum(of(work) for works in job.work.passes["train"].values() for work in works)

@@ -201,12 +201,12 @@ def test_a_run_takes_the_budget_that_was_planned(
     make, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
     """Of the same free memory, with the same process before the model."""
-    free, base, profile = 4 * 10**9, resident_set_bytes(), a_profile(read_rate=1e6)
+    free, profile = 4 * 10**9, a_profile(read_rate=1e6)
     monkeypatch.setattr(forecast_module, "free_ram", lambda: free - resident_set_bytes())
     monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
     trainer = make()
     schedule = scheduled(trainer, profile, monkeypatch)
-    auto = Auto(ram=True)
+    auto, base = Auto(ram=True), resident_set_bytes()
     assert settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=base, auto=auto)
     path = tmp_path / "train.yaml"
     path.write_text(
@@ -216,9 +216,7 @@ def test_a_run_takes_the_budget_that_was_planned(
     )
     job = job_of(Source.of(load_config(path).config, None, on_device=False))
     job = dataclasses.replace(job, fixed=dataclasses.replace(job.fixed, base_bytes=base))
-    machine = Machine(
-        name="this one", ram_bytes=free, drive=Drive(name="/nvme"), profile=profile
-    )
+    machine = Machine(name="this one", ram_bytes=free, drive=Drive(name="/nvme"), profile=profile)
     planned = outcome(job, machine, Choices(micro_batches=MICRO))
     assert isinstance(planned, Outcome)
     ran = trainer.streamer.engine.plan.budgets.ram_bytes

@@ -168,9 +168,10 @@ class Watch(TrainerCallback):
         if self._first_change is None:
             self._first_change = self._since
         self._since += 1
+        read = found.plan.sequences[schedule.passes.kind].read_bytes
         self.say(
             f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
-            f"{found.simulation.step_s:.3g} s ({format_size(found.plan.sequences[schedule.passes.kind].read_bytes)} read a step)"
+            f"{found.simulation.step_s:.3g} s ({format_size(read)} read a step)"
         )
 
     def compared(self) -> dict[str, tuple[float, float]]:

@@ -93,8 +93,8 @@ def rehearse_draft(
 
 
 def autocast_of(settings: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The autocast of a run, to rehearse under; without a cache of cast weights, as visits are. settings: with its `bf16`
-    and `fp16`."""
+    """The autocast of a run, to rehearse under; without a cache of cast weights, as visits are. settings: with its
+    `bf16` and `fp16`."""
     dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
     if dtype is None:
         return contextlib.nullcontext()
