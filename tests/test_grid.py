@@ -13,7 +13,8 @@ from ssdtune.config import ConfigError, TrainConfig, load_config, to_yaml
 from ssdtune.durable import commit_folder, new_temporary_folder
 from ssdtune.planning import settle
 from ssdtune.planning.settle import settled
-from ssdtune.planning.ways import decide
+from ssdtune.planning.text import assumed_lines
+from ssdtune.planning.ways import alternatives, decide
 from ssdtune.schedule.cost import Operator, StepWork, Work
 from ssdtune.schedule.grid import (
     WORTH,
@@ -220,6 +221,26 @@ def test_a_drive_whose_writing_was_never_measured_is_the_last_resort() -> None:
     last = best_point(tight)
     assert last is not None
     assert (last.tier, last.step_s) == (Tier.NVME, None)
+    ways = list(alternatives(roomy[0].job, a_machine(400 * MB, profile=profile), roomy))
+    assert [way.found.choices.block_inputs for way in ways][-1] is Tier.NVME
+    assert all(isinstance(way.found, Outcome) for way in ways), "none is refused for want of a rate"
+    chosen = Choices(micro_batches=ROWS, block_inputs=Tier.NVME, nvme_activation_bytes=None)
+    found = outcome(a_job(1), a_machine(400 * MB, profile=profile), chosen)
+    assert isinstance(found, Outcome)
+    assert (found.simulation, found.slow_step_s, found.hidden_at) == (None, None, None)
+
+
+def test_a_format_that_no_probe_measures_is_planned_and_said() -> None:
+    job, machine = a_job(1), a_machine(400 * MB, profile=a_profile())
+    assert job.work is not None
+    half = dataclasses.replace(job, work=dataclasses.replace(job.work, dtype="float16"))
+    found, same = (outcome(each, machine, Choices(micro_batches=ROWS)) for each in (job, half))
+    assert isinstance(found, Outcome)
+    assert isinstance(same, Outcome)
+    assert same.simulation == found.simulation
+    assert list(assumed_lines(job, machine)) == []
+    said = "assumed: float16 as fast as float32, which was measured"
+    assert list(assumed_lines(half, machine)) == [said]
 
 
 def test_of_equals_the_cheapest() -> None:

@@ -128,6 +128,37 @@ def test_a_format_that_was_not_measured_goes_by_a_near_ones_rates() -> None:
     assert three.assumed_of("float16") == ()
 
 
+def test_under_autocast_products_go_by_its_format_and_all_else_by_the_weights() -> None:
+    emulated = {kind: Curve(((1.0, 1e-6), (1e9, 1e3))) for kind in OPERATORS}
+    plain = profile_from({**GOOD, **NEWER, "in_model": {"float32": {"factor": 3.0}}}, "p")
+    both = dataclasses.replace(plain, operators={**plain.operators, "bfloat16": emulated})
+    product, few, passes = (
+        Operator("matmul", 1000.0),
+        Operator("matmul", 3.2e7, 4e6, 16),
+        Operator("pointwise", 1000.0),
+    )
+
+    def seconds(op: Operator, autocast: str | None) -> float:
+        work = StepWork(
+            passes={"train": {(0, Direction.FORWARD): [Work({op: 1})]}},
+            between=Work({}),
+            dtype="float32",
+            autocast=autocast,
+        )
+        blocks = (BlockShape(name="a", slot_bytes=10**6, file_bytes=10**6),)
+        orders = {"train": [(0, Direction.FORWARD)]}
+        plan = make_plan(Request(blocks=blocks, orders=orders, budgets=Budgets(ram_bytes=10**6)))
+        return Pricing(work, both, num_micro_batches=1).simulation(plan).busy_s[Lane.COMPUTE]
+
+    for op in (product, few):
+        cast_s = 3 * Work({op: 1}).curves_s(both, "bfloat16")
+        assert seconds(op, "bfloat16") == pytest.approx(cast_s, rel=0.01)
+        assert seconds(op, None) == pytest.approx(3 * op.seconds(both, "float32"), rel=0.01)
+    assert seconds(passes, "bfloat16") == seconds(passes, None)
+    with pytest.raises(ProfileError, match=r"operators\.bfloat16\.matmul"):
+        plain.under_autocast("float32", "bfloat16")
+
+
 def test_ops_take_what_their_work_takes_on_this_machine() -> None:
     profile = profile_from(GOOD, "p")
     shapes = tuple(

@@ -282,6 +282,7 @@ def test_a_run_tells_its_plan_first_and_what_it_predicted_of_each_lane_last(
     assert beside.measured_s > 0
 
 
+@pytest.mark.slow  # two runs; what they plan is tested in test_grid
 @pytest.mark.parametrize(
     ("flags", "write_rate", "said"),
     [
