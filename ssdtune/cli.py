@@ -48,7 +48,8 @@ Will it fit, how fast, what limits it, what does it write to the drive. Reads th
 some rows; trains nothing. Exit code 1 if nothing fits. CONFIG.yaml and --key as for `ssdtune train`.
 
   --hardware PART+PART         for a machine that one does not have (`ssdtune hardware` lists the
-                               parts); again for another beside it: --hardware rtx4090+2x990pro+128GB
+                               parts); again for another beside it: --hardware rtx4090+2x990pro+128GB;
+                               or a profile that `ssdtune probe --out other.yaml` wrote on it
   --model FOLDER|config.json   instead of the configuration's; a config.json alone is enough
   --compare                    other methods beside it, also those that can't be run yet (≈: by plain rates)
   --timeline FILE.png|.json    the lanes of one step and what each memory holds meanwhile, drawn, or as

@@ -96,12 +96,22 @@ def machine_from(spec: str) -> Machine:
 
 
 def _measured(path: Path) -> Machine:
-    """A machine whose profile is in a file; its memory is not in it: that of this machine is taken."""
+    """A machine whose profile is in a file, with a device where one was measured. Its RAM is not in it: that of this
+    machine is taken. Raises MachineError for a device whose memory is not known."""
     profile = load_profile(path)
+    device = None
+    if "h2d" in profile.transfers:
+        if profile.device_bytes is None:
+            raise MachineError(
+                f"--hardware {path}: it was measured on a device and does not say how much memory that has free.\n"
+                f"Write it into {path}, for instance device_bytes: 22GB, or measure anew with `ssdtune probe`."
+            )
+        device = Device(name=profile.name, memory_bytes=profile.device_bytes)
     return Machine(
-        name=f"{profile.name} ({path}), memory of this machine",
+        name=f"{profile.name} ({path}), RAM of this machine",
         ram_bytes=free_ram(),
         drive=Drive(name="its drive"),
+        device=device,
         profile=profile,
         price_per_hour=profile.price_per_hour,
         price_source="its profile",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
+import random
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.jobs import AUTO
-from ssdtune.schedule.job import Job, Reading, Rows, mean_padded
+from ssdtune.schedule.job import Job, Reading, Rows, in_proportion, mean_padded
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
+    from ssdtune.data.stats import DataStats
+    from ssdtune.data.tokens import Tokenized
     from ssdtune.jobs import Source
     from ssdtune.schedule.cost import Moves, StepWork
     from ssdtune.schedule.plan import BlockShape
@@ -149,7 +153,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
     from ssdtune.trainer.opening import trains_all
-    from ssdtune.visit.rehearsal import rehearse_draft
+    from ssdtune.visit.rehearsal import autocast_of, rehearse_draft
 
     config, drafted, adapted = source.config, opened.drafted, opened.adapted
     base: Any = opened.meta.model
@@ -162,7 +166,8 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     def rehearsed(length: int) -> Any:
         batch = {"input_ids": torch.zeros(at_once * opened.sequences, length, dtype=torch.long)}
-        return rehearse_draft(adapted, drafted, on_cpu, batch)
+        with autocast_of(config, on_cpu.device):
+            return rehearse_draft(adapted, drafted, on_cpu, batch)
 
     usual = rehearsed(round(rows.padded_tokens))
     longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
@@ -364,14 +369,41 @@ def _rows(source: Source, meta: MetaModel) -> tuple[Rows, list[int], int]:
         train_on=config.train_on,
         chat_template=config.chat_template,
     )
-    lengths = tokenized.lengths(len(tokenized))
     num_sampled = sum(len(rows) for rows in sample)
+    entries = tokenized.entries or (tokenized.stats,)
+    # Rows of each data set that would be kept, by those that were looked at.
+    nums = [
+        stats.num_rows * len(whole) / len(rows)
+        for stats, whole, rows in zip(entries, opened, sample, strict=True)
+    ]
+    lengths = _lengths(tokenized, nums)
     rows = Rows(
-        num=round(num_rows * len(tokenized) / num_sampled),
+        num=round(sum(nums)),
         mean_tokens=statistics.mean(lengths),
         padded_tokens=statistics.mean(lengths),
         longest=tokenized.stats.longest_row,
-        trained_share=tokenized.stats.trained_share,
+        trained_share=_trained_share(entries, nums),
         is_estimate=num_sampled < num_rows,
     )
     return rows, lengths, tokenized.sequences_per_row
+
+
+def _lengths(tokenized: Tokenized, nums: Sequence[float]) -> list[int]:
+    """Tokens of the rows that were looked at; of several data sets each its share, shuffled as a run shuffles them.
+    nums: rows that each has."""
+    lengths = tokenized.lengths(len(tokenized))
+    if not tokenized.entries:
+        return lengths
+    counts = [stats.num_rows for stats in tokenized.entries]
+    ends = itertools.accumulate(counts)
+    each = [lengths[end - num : end] for end, num in zip(ends, counts, strict=True)]
+    mixed = in_proportion(each, nums)
+    random.Random(0).shuffle(mixed)
+    return mixed
+
+
+def _trained_share(entries: Sequence[DataStats], nums: Sequence[float]) -> float:
+    """Of the tokens of so many rows of each data set."""
+    weighed = [(num / stats.num_rows, stats) for num, stats in zip(nums, entries, strict=True)]
+    trained = sum(weight * stats.num_trained_tokens for weight, stats in weighed)
+    return trained / sum(weight * stats.num_tokens for weight, stats in weighed)

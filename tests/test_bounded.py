@@ -21,7 +21,17 @@ import torch
 from support import padded, with_lora
 from transformers import LlamaConfig
 
-from ssdtune.schedule.memory import HOLES, INPUTS, Fixed, Footprint, Peak, predict_peak
+from ssdtune.schedule.memory import (
+    HOLES,
+    HOLES_SHARE,
+    INPUTS,
+    SPARE_SHARE,
+    Fixed,
+    Footprint,
+    Peak,
+    predict_peak,
+    room_for_weights,
+)
 from ssdtune.schedule.plan import BlockShape, Budgets, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.swap.inputs import staging_bytes
@@ -450,6 +460,24 @@ def test_buffers_are_counted_where_they_are() -> None:
         assert peak.device_bytes == plan.device_bytes
         assert peak.ram["weights that stay in RAM"] == 10 * MIB * plan.tiers.count(Tier.RAM)
         assert peak.ram_bytes == plan.ram_bytes + peak.ram["math libraries"]
+
+
+def test_of_what_is_free_weights_take_a_share_beyond_the_least() -> None:
+    """And where it is too little, all that there is: never more than the shortage allows."""
+    given = {"weights_bytes": 100, "least_bytes": 100}
+    for is_heap, holes in ((False, 1.0), (True, 1 + HOLES_SHARE)):
+        room = [
+            room_for_weights(free, peak_bytes=950, is_heap=is_heap, **given)
+            for free in (2000, 1000, 900)
+        ]
+        assert room[0] == pytest.approx(100 + SPARE_SHARE * 950 / holes, abs=1)
+        assert room[1] == pytest.approx(100, abs=1)
+        assert room[2] == pytest.approx(100 - 95 / holes, abs=1)
+    # However much of the weights the plan holds whose peak is known.
+    other = room_for_weights(
+        2000, peak_bytes=1050, weights_bytes=200, least_bytes=100, is_heap=False
+    )
+    assert other == pytest.approx(100 + SPARE_SHARE * 950, abs=1)
 
 
 def test_the_heap_is_cleaned_up_only_when_too_much_is_held() -> None:

@@ -134,3 +134,14 @@ def test_a_step_is_predicted_where_the_machine_was_measured(
     assert found.busy_s["compute"] > MICRO * flop * 1e-9
     assert found.step_s >= found.two_pass_s * 0.8
     assert f"a step of {ROWS * (LENGTH - 1) * MICRO} tokens" in next(schedule.lines())
+
+
+def test_a_run_that_autocasts_is_rehearsed_so(make) -> None:
+    trainer = make()
+    plain = Rehearsals(trainer)(LENGTH).work
+    trainer.args.bf16 = True
+    cast = Rehearsals(trainer)(LENGTH).work
+    assert plain is not None
+    assert cast is not None
+    assert (plain.autocast, cast.autocast) == (None, "bfloat16")
+    assert cast.dtype == plain.dtype == "float32"

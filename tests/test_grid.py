@@ -13,7 +13,8 @@ from ssdtune.config import ConfigError, TrainConfig, load_config, to_yaml
 from ssdtune.durable import commit_folder, new_temporary_folder
 from ssdtune.planning import settle
 from ssdtune.planning.settle import settled
-from ssdtune.planning.ways import decide
+from ssdtune.planning.text import assumed_lines
+from ssdtune.planning.ways import alternatives, decide
 from ssdtune.schedule.cost import Operator, StepWork, Work
 from ssdtune.schedule.grid import (
     WORTH,
@@ -204,6 +205,44 @@ def test_without_times_it_is_the_nearest_that_holds_them() -> None:
     assert tiers == [Tier.DEVICE, Tier.RAM, Tier.NVME]
 
 
+def without_writes(profile: Profile) -> Profile:
+    kept = {name: curve for name, curve in profile.transfers.items() if name != "nvme_write"}
+    return dataclasses.replace(profile, transfers=kept)
+
+
+def test_a_drive_whose_writing_was_never_measured_is_the_last_resort() -> None:
+    """Its steps have no time to compare, so that it is taken where no other tier fits."""
+    profile = without_writes(a_profile())
+    roomy, tight = (points(a_machine(ram * MB, profile=profile), [a_job(1)]) for ram in (400, 98))
+    best = best_point(roomy)
+    assert best is not None
+    assert (best.tier, best.step_s is None) == (Tier.DEVICE, False)
+    assert [p.tier for p in roomy if p.step_s is None] == [Tier.NVME]
+    last = best_point(tight)
+    assert last is not None
+    assert (last.tier, last.step_s) == (Tier.NVME, None)
+    ways = list(alternatives(roomy[0].job, a_machine(400 * MB, profile=profile), roomy))
+    assert [way.found.choices.block_inputs for way in ways][-1] is Tier.NVME
+    assert all(isinstance(way.found, Outcome) for way in ways), "none is refused for want of a rate"
+    chosen = Choices(micro_batches=ROWS, block_inputs=Tier.NVME, nvme_activation_bytes=None)
+    found = outcome(a_job(1), a_machine(400 * MB, profile=profile), chosen)
+    assert isinstance(found, Outcome)
+    assert (found.simulation, found.slow_step_s, found.hidden_at) == (None, None, None)
+
+
+def test_a_format_that_no_probe_measures_is_planned_and_said() -> None:
+    job, machine = a_job(1), a_machine(400 * MB, profile=a_profile())
+    assert job.work is not None
+    half = dataclasses.replace(job, work=dataclasses.replace(job.work, dtype="float16"))
+    found, same = (outcome(each, machine, Choices(micro_batches=ROWS)) for each in (job, half))
+    assert isinstance(found, Outcome)
+    assert isinstance(same, Outcome)
+    assert same.simulation == found.simulation
+    assert list(assumed_lines(job, machine)) == []
+    said = "assumed: float16 as fast as float32, which was measured"
+    assert list(assumed_lines(half, machine)) == [said]
+
+
 def test_of_equals_the_cheapest() -> None:
     found = best_of(
         [("a", 10.0, 3), ("b", 10.1, 1), ("c", 12.0, 0)], lambda x: x[1], lambda x: (x[2],)
@@ -243,6 +282,10 @@ def test_both_decisions_are_made_and_said(config_path: Path) -> None:
     assert found.job.rows_at_once == ROWS
     assert found.lines[0].startswith("offload.micro_batch_size: auto is 4 rows at once (1 ")
     assert found.lines[1].startswith("offload.block_inputs: auto is device (device ")
+    older = dataclasses.replace(machine, profile=without_writes(a_profile()))
+    found = decide(jobs_of(), older, config)  # type: ignore[arg-type]
+    assert found.job.rows_at_once == ROWS
+    assert found.lines[1].endswith(", nvme was never measured)")
 
 
 def test_a_run_gets_a_number_and_keeps_it_when_it_is_resumed(

@@ -23,10 +23,18 @@ from ssdtune.machines import (
     machine_from,
 )
 from ssdtune.planning.ways import ways_of
-from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, curve
+from ssdtune.profiles import save_profile
+from ssdtune.schedule.cost import Operator
+from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, PASS_SHARE, curve
 from ssdtune.schedule.outcome import Outcome
 from ssdtune.schedule.plan import Direction
-from ssdtune.schedule.profile import OPERATORS, TRANSFERS, ProfileError
+from ssdtune.schedule.profile import (
+    OPERATORS,
+    PERTURB,
+    PERTURB_SIGNS,
+    TRANSFERS,
+    ProfileError,
+)
 
 ROOT = Path(__file__).parent.parent
 GB = 10**9
@@ -56,7 +64,8 @@ def test_the_parts_go_into_a_wheel() -> None:
 def test_every_device_has_whole_and_rising_curves(device: str) -> None:
     profile = machine_from(device).profile
     assert profile is not None
-    curves = [profile.operator(dtype, kind) for dtype in DTYPES for kind in OPERATORS]
+    kinds = (*OPERATORS, PERTURB, PERTURB_SIGNS)
+    curves = [profile.operator(dtype, kind) for dtype in DTYPES for kind in kinds]
     curves += [profile.transfer(name) for name in TRANSFERS]
     for each in curves:
         times = [each.seconds(10.0**power) for power in range(3, 14)]
@@ -69,6 +78,17 @@ def test_a_large_product_runs_at_the_models_share_of_the_published_rate() -> Non
     assert machine.profile is not None
     seconds = machine.profile.operator("bfloat16", "matmul").seconds(1e14)
     assert seconds == pytest.approx(1e14 / (MODEL_SHARE * 179.2e12), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [PERTURB, PERTURB_SIGNS])
+def test_perturbing_weights_takes_the_time_of_its_bytes_and_is_said(kind: str) -> None:
+    machine = machine_from("rtx4090")
+    assert machine.profile is not None
+    assert machine.device is not None
+    assert machine.device.bandwidth is not None
+    seconds = Operator(kind, 1e9).seconds(machine.profile, "bfloat16")
+    assert seconds == pytest.approx(4e9 / (PASS_SHARE * machine.device.bandwidth), rel=0.01)
+    assert any("perturbing weights" in words for words in machine.assumed)
 
 
 def test_a_curve_is_latency_and_rate() -> None:
@@ -118,6 +138,24 @@ def test_a_measured_machine_may_be_a_file(tmp_path: Path) -> None:
     path = tmp_path / "other.yaml"
     with pytest.raises(ProfileError, match="can't read it"):
         machine_from(str(path))
+
+
+def test_a_file_that_was_measured_on_a_device_is_a_machine_with_one(tmp_path: Path) -> None:
+    path, profile = tmp_path / "other.yaml", machine_from("rtx4090").profile
+    assert profile is not None
+    save_profile(dataclasses.replace(profile, device_bytes=22 * GB), path)
+    machine = machine_from(str(path))
+    assert machine.device_bytes == 22 * GB
+    assert machine.is_measured
+    path.write_text(path.read_text().replace(f"device_bytes: {22 * GB}", "device_bytes: 23GB"))
+    assert machine_from(str(path)).device_bytes == 23 * GB, "as its owner may write it"
+    save_profile(profile, path)
+    with pytest.raises(MachineError, match="for instance device_bytes: 22GB"):
+        machine_from(str(path))
+    links = ("h2d", "d2h", "d2d")
+    alone = {name: curve for name, curve in profile.transfers.items() if name not in links}
+    save_profile(dataclasses.replace(profile, transfers=alone), path)
+    assert machine_from(str(path)).device is None
 
 
 def test_the_list_shows_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:

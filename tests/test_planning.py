@@ -5,33 +5,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
 import tiny_models
+import tiny_runs
 import torch
 from transformers import AutoTokenizer  # noqa: F401  (a tokenizer's own imports are slow; once)
 
-from ssdtune import cli, planning
+from ssdtune import cli, opened, planning
 from ssdtune.config import load_config
+from ssdtune.data import load_dataset_rows, tokenize_rows
 from ssdtune.jobs import Source, _key, job_of
-from ssdtune.machines import own_machine
+from ssdtune.machines import machine_from, own_machine
 from ssdtune.planning.lossless import Saving, saving
-from ssdtune.planning.text import seconds
+from ssdtune.planning.text import data_line, job_line, seconds
 from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.cost import Work
 from ssdtune.schedule.curve import Curve
-from ssdtune.schedule.job import Job, job_from
+from ssdtune.schedule.job import Job, in_proportion, job_from
 from ssdtune.schedule.machine import Device, Drive, Machine
 from ssdtune.schedule.methods import foreseen, rates_of, shape_of
 from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
 from ssdtune.schedule.plan import Tier
 from ssdtune.schedule.planner import smallest_budgets
-from ssdtune.schedule.profile import OPERATORS, PERTURB, PERTURB_SIGNS, Profile, profile_from
+from ssdtune.schedule.profile import (
+    OPERATORS,
+    PERTURB,
+    PERTURB_SIGNS,
+    Profile,
+    ProfileError,
+    profile_from,
+)
+from ssdtune.trainer.rows import load_tokenizer
 
 MB = 10**6
 LENGTH, ROWS, MICRO = 32, 2, 4
@@ -233,6 +245,44 @@ def test_a_config_alone_is_planned(run, folder: Path) -> None:
     assert with_weights[3].split(",")[0] == alone[3].split(",")[0] == "6 blocks"
 
 
+def test_an_unknown_model_type_is_named_with_its_file(
+    folder: Path, config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    for words in (
+        ["--model", str(other / "config.json")],
+        ["--model", str(other)],
+        ["--model_name_or_path", str(other)],
+    ):
+        assert cli.main(["plan", str(config_path), *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert str(other / "config.json") in error
+        assert "no_such_model" in error
+        assert "Traceback" not in error
+
+
+def test_two_machines_are_planned_and_stand_beside_each_other(run) -> None:
+    both = ("--hardware", "rtx4090", "--hardware", "h100+2x990pro", "--max_steps", "100")
+    code, text = run(*both)
+    assert code == 0
+    names = ["RTX 4090 + Samsung 990 Pro 2 TB", "H100 SXM + 2 × Samsung 990 Pro 2 TB"]
+    for name in names:
+        assert any(line.startswith(f"machine   {name}") for line in text.splitlines()), name
+    beside = text[text.rindex("machine ") :].splitlines()
+    assert beside[0].split()[:3] == ["machine", "s/step", "tok/s"]
+    assert "$/hour" in beside[0]
+    assert all(any(line.startswith(name) for line in beside[1:3]) for name in names)
+    assert text.count("assumed: ") == text.count("perturbing weights at") == 2
+    assert text.count("A the run: writes ") == text.count(" kWh at full load") == 2
+    assert text.count("of the drive's rated") == 2
+    told = json.loads(run(*both, "--json")[1])
+    assert [each["machine"]["name"] for each in told] == names
+
+
 def test_the_second_time_needs_no_torch(config_path: Path, run) -> None:
     save_profile(a_profile(), own_profile_path())
     first = run("--offload.ram", "300KB")[1]
@@ -284,6 +334,57 @@ def test_a_longer_horizon_makes_another_job(config_path: Path) -> None:
         config = load_config(config_path, flags).config
         keys.add(_key(Source.of(config, None, on_device=False)))
     assert len(keys) == 2
+
+
+def test_several_datasets_count_by_their_rows() -> None:
+    """A million rows of 100 tokens and 2,000 of 2,000 are 104 on average, not 1,050; where all were looked at, they are
+    all there once."""
+    picked = in_proportion([[100] * 2000, [2000] * 2000], [1e6, 2000])
+    assert sum(picked) / len(picked) == pytest.approx(103.8, rel=1e-3)
+    assert sorted(in_proportion([[1, 2, 3], [4, 5]], [3, 2])) == [1, 2, 3, 4, 5]
+    rare = in_proportion([[100] * 2000, [2000]], [1e9, 1])
+    assert rare.count(2000) == 1, "however few, they are there"
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> Iterator[Path]:
+    """A configuration of 60 short rows and 5 long ones, laid end to end."""
+    tiny_runs.save(tiny_runs.llama(), tmp_path / "model")
+    for name, num, times in (("many", 60, 1), ("few", 5, 4)):
+        rows = [{"text": "the sky is blue and the grass is green " * times}] * num
+        tiny_runs.write_rows(tmp_path / f"{name}.jsonl", rows)
+    path = tmp_path / "rows.yaml"
+    path.write_text(
+        f"model_name_or_path: {tmp_path}/model\noutput_dir: {tmp_path}/run\nmax_length: 64\n"
+        f"dataset: [{{path: {tmp_path}/many.jsonl}}, {{path: {tmp_path}/few.jsonl}}]\nlora_r: 4\n"
+    )
+    with tiny_runs.own_datasets_cache(tmp_path / "datasets"):
+        yield path
+
+
+def test_a_large_data_set_is_estimated_from_its_first_rows_and_marked(
+    two_sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 2,000 of each data set, here 20; each counts by all of its rows."""
+    assert opened.SAMPLE_ROWS == 2000
+    monkeypatch.setattr(opened, "SAMPLE_ROWS", 20)
+    config = load_config(two_sets, []).config
+    tokenizer = load_tokenizer(config)
+    entries = [load_dataset_rows(entry) for entry in config.dataset]
+    whole = tokenize_rows(entries, tokenizer, max_length=config.max_length)
+    lengths = whole.lengths(len(whole))
+    assert whole.lengths(13) == lengths[::5], "each has its share of a few"
+    job = job_of(Source.of(config, None, on_device=False))
+    assert job.data.is_estimate
+    assert job.data.num == 65
+    assert job.data.mean_tokens == pytest.approx(sum(lengths) / 65, rel=1e-3)
+    assert job.data.longest == max(lengths)
+    assert cli.main(["plan", str(two_sets)]) == 0
+    told = capsys.readouterr().out
+    assert f"65 rows → ≈ {sum(lengths):,} tokens" in told
+    assert " · ≈ " in next(line for line in told.splitlines() if line.startswith("job"))
+    counted = dataclasses.replace(job, data=dataclasses.replace(job.data, is_estimate=False))
+    assert "≈" not in data_line(counted) + job_line(counted)
 
 
 def test_a_cached_job_that_was_cut_short_is_made_anew(config_path: Path, tmp_path: Path) -> None:
@@ -457,6 +558,9 @@ def test_measured_optimizer_and_sustained_writes_go_before_guesses(config_path: 
     assert rates.perturb == pytest.approx(1e8)
     full = foreseen(job, a_machine(10**12, profile=profile))[0].outlook.step_s
     assert full > foreseen(job, a_machine(10**12))[0].outlook.step_s
+    there = rates_of(job, machine_from("rtx4090"))
+    assert there is not None
+    assert 1e9 < there.perturb < math.inf, "assumed, not free"
 
 
 # ------------------------------------------------------------------ what a profile is worth
@@ -470,6 +574,56 @@ def test_an_older_or_disturbed_profile_is_said_with_the_remedy(run) -> None:
     assert "other processes used 1.2 cores" in notes[1]
     assert all("`ssdtune probe`" in note for note in notes)
     assert "profile:" not in run("--offload.ram", "2MB", "--hardware", "rtx4090")[1]
+
+
+@pytest.mark.slow  # models are opened; see the same of made-up jobs in test_grid and test_profile
+def test_a_profile_without_writes_plans_all_that_writes_nothing(run) -> None:
+    profile = a_profile()
+    reads = {name: curve for name, curve in profile.transfers.items() if name != "nvme_write"}
+    save_profile(dataclasses.replace(profile, transfers=reads), own_profile_path())
+    code, text = run("--offload.ram", "300KB")
+    assert code == 0
+    assert "A a step: compute" in text
+    assert "nvme was never measured" in text
+    assert "without products of few tokens with large matrices, perturbing weights, writing" in text
+    code, text = run("--offload.ram", "300KB", "--offload.block_inputs", "nvme")
+    assert code == 0
+    assert "times are not known: writing to the drive was never measured" in text
+
+
+@pytest.mark.slow  # models are opened; see the same of made-up jobs in test_grid and test_profile
+def test_under_autocast_products_go_by_its_format_and_all_else_by_the_weights(
+    config_path: Path,
+) -> None:
+    plain = a_job(config_path)
+    config_path.write_text(config_path.read_text() + "bf16: true\n")
+    job = a_job(config_path)
+    assert job_from(job.to_json()) == job
+    assert plain.work is not None
+    assert job.work is not None
+    assert (plain.work.autocast, job.work.autocast) == (None, "bfloat16")
+    assert "autocast to bfloat16" in job_line(job)
+
+    def total(job: Job, of: Callable[[Work], float]) -> float:
+        assert job.work is not None
+        return sum(of(work) for works in job.work.passes["train"].values() for work in works)
+
+    flop = total(plain, lambda work: work.flop)
+    assert total(job, lambda work: work.flop) == flop
+    casts = total(job, lambda work: work.num_calls) - total(plain, lambda work: work.num_calls)
+    assert casts > 0, "they are operators too"
+    choices = Choices(micro_batches=MICRO)
+    with pytest.raises(ProfileError, match=r"operators\.bfloat16\.matmul"):
+        outcome(job, a_machine(), choices)
+    profile = a_profile()
+    emulated = {kind: Curve(((1.0, 1e-6), (1e9, 1e3))) for kind in OPERATORS}
+    both = {**profile.operators, "bfloat16": emulated}
+    machine = a_machine(profile=dataclasses.replace(profile, operators=both))
+    for each, least_s, most_s in ((plain, 0.0, 1e-7), (job, 1e-6, 1.2e-6)):
+        found = outcome(each, machine, choices)
+        assert isinstance(found, Outcome)
+        assert found.simulation is not None
+        assert least_s < found.simulation.step_s / (MICRO * flop) < most_s
 
 
 def test_a_step_is_told_up_to_its_slow_end(config_path: Path) -> None:

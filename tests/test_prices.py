@@ -10,7 +10,9 @@ from test_grid import MB, a_job, a_machine, a_profile
 from ssdtune import cli
 from ssdtune.machines import devices_known, entries, hardware_lines, machine_from
 from ssdtune.planning.prices import Offer, Prices, beside_each_other, cost_line, cost_of
+from ssdtune.planning.text import wear_line
 from ssdtune.planning.ways import Way
+from ssdtune.schedule.machine import Drive
 from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.profile import ProfileError, profile_from
 
@@ -41,6 +43,19 @@ def test_a_run_costs_its_hours_and_its_energy() -> None:
     line = cost_line(cost, "somebody")
     assert "$2.00 an hour (somebody)" in line
     assert "energy $" in line
+
+
+def test_what_a_run_writes_and_takes_is_told_as_far_as_it_is_known() -> None:
+    """Bytes, their share of what the drive is rated for, energy at full load."""
+    found = dataclasses.replace(found_on(PRICED), written_bytes=2.5e9)
+    assert found.total_s is not None
+    rated = dataclasses.replace(PRICED, drive=Drive(name="/nvme", endurance_bytes=1e12))
+    energy = f"{500.0 * found.total_s / 3.6e6:.3g} kWh at full load"
+    share = "writes 2.50 GB (0.0025 of the drive's rated 1.00 TB)"
+    unknown = dataclasses.replace(PRICED, watts=None)
+    assert wear_line(rated, found) == f"{share} · {energy}"
+    assert wear_line(PRICED, found) == f"writes 2.50 GB · {energy}"
+    assert wear_line(unknown, found) == "writes 2.50 GB"
 
 
 def test_the_users_price_beats_a_published_one_and_none_is_invented() -> None:

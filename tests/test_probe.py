@@ -158,7 +158,6 @@ def test_a_busy_machine_is_said_to_be(
 
 
 def test_a_sustained_write_is_measured_past_the_cache_and_leaves_nothing(tmp_path: Path) -> None:
-    """Against a drive whose last chunks are slow."""
     said: list[str] = []
     curve = drive.measure_sustained(tmp_path, 4 * drive.SUSTAINED_CHUNK, said.append)
     assert curve.points[0][0] == drive.SUSTAINED_CHUNK

@@ -1,6 +1,7 @@
 """A machine's profile: curves, costs, what is refused."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ NEWER: dict[str, Any] = {
     "products": {"float32": {"matmul": {1: [[2e6, 0.4, 0.5]], 16: [[3.2e7, 0.9, 1.2]]}}},
     "optimizer": {"fused": [[1e6, 1e-2, 2e-2]]},
     "busy_cores": 0.5,
+    "device_bytes": 22 * 10**9,
 }
 
 
@@ -79,6 +81,7 @@ def test_a_machine_at_its_slow_end_has_the_same_curves_slower() -> None:
         (("transfers", "nvme_read"), [[True, 1]], "transfers.nvme_read"),
         (("reading_takes",), -1, "reading_takes"),
         (("busy_cores",), "many", "busy_cores"),
+        (("device_bytes",), 22, "device_bytes: 22 has no unit"),
         (("products",), [1], "products"),
         (("products",), {"float32": {"matmul": {"few": [[1, 1]]}}}, "'few' is no number of rows"),
         (("products",), {"float32": {"matmul": {16: [[1, 0]]}}}, "products.float32.matmul.16"),
@@ -106,6 +109,54 @@ def test_a_rate_that_is_missing_is_named_when_it_is_needed() -> None:
         profile.transfer("h2d")
     with pytest.raises(ProfileError, match=r"operators\.bfloat16\.matmul"):
         profile.operator("bfloat16", "matmul")
+
+
+def test_a_format_that_was_not_measured_goes_by_a_near_ones_rates() -> None:
+    """float16 as bfloat16, else as float32; bfloat16 as nothing else."""
+    profile = profile_from({**GOOD, **NEWER, "in_model": {"float32": {"factor": 3.0}}}, "p")
+    for op in (Operator("matmul", 1000.0), Operator("matmul", 3.2e7, 4e6, 16)):
+        work = Work({op: 2})
+        assert work.seconds(profile, "float16") == work.seconds(profile, "float32") > 0
+    assert profile.assumed_of("float16") == ("float16 as fast as float32, which was measured",)
+    assert profile.assumed_of("float32") == ()
+    faster = {kind: Curve(((1.0, 1e-12),)) for kind in OPERATORS}
+    both = {**profile.operators, "bfloat16": faster}
+    wide = dataclasses.replace(profile, operators=both)
+    assert wide.operator("float16", "matmul") is faster["matmul"]
+    assert "as fast as bfloat16" in wide.assumed_of("float16")[0]
+    three = dataclasses.replace(profile, operators={**both, "float16": dict(faster)})
+    assert three.assumed_of("float16") == ()
+
+
+def test_under_autocast_products_go_by_its_format_and_all_else_by_the_weights() -> None:
+    emulated = {kind: Curve(((1.0, 1e-6), (1e9, 1e3))) for kind in OPERATORS}
+    plain = profile_from({**GOOD, **NEWER, "in_model": {"float32": {"factor": 3.0}}}, "p")
+    both = dataclasses.replace(plain, operators={**plain.operators, "bfloat16": emulated})
+    product, few, passes = (
+        Operator("matmul", 1000.0),
+        Operator("matmul", 3.2e7, 4e6, 16),
+        Operator("pointwise", 1000.0),
+    )
+
+    def seconds(op: Operator, autocast: str | None) -> float:
+        work = StepWork(
+            passes={"train": {(0, Direction.FORWARD): [Work({op: 1})]}},
+            between=Work({}),
+            dtype="float32",
+            autocast=autocast,
+        )
+        blocks = (BlockShape(name="a", slot_bytes=10**6, file_bytes=10**6),)
+        orders = {"train": [(0, Direction.FORWARD)]}
+        plan = make_plan(Request(blocks=blocks, orders=orders, budgets=Budgets(ram_bytes=10**6)))
+        return Pricing(work, both, num_micro_batches=1).simulation(plan).busy_s[Lane.COMPUTE]
+
+    for op in (product, few):
+        cast_s = 3 * Work({op: 1}).curves_s(both, "bfloat16")
+        assert seconds(op, "bfloat16") == pytest.approx(cast_s, rel=0.01)
+        assert seconds(op, None) == pytest.approx(3 * op.seconds(both, "float32"), rel=0.01)
+    assert seconds(passes, "bfloat16") == seconds(passes, None)
+    with pytest.raises(ProfileError, match=r"operators\.bfloat16\.matmul"):
+        plain.under_autocast("float32", "bfloat16")
 
 
 def test_ops_take_what_their_work_takes_on_this_machine() -> None:

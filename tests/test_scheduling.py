@@ -13,8 +13,12 @@ import support
 import tiny_models
 import torch
 
+from ssdtune.config import load_config
 from ssdtune.data import CausalCollator
+from ssdtune.jobs import Source, job_of
 from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.schedule.machine import Drive, Machine
+from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.plan import Budgets, Lane, Tier
 from ssdtune.schedule.planner import Choice, layout_of, size_classes
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
@@ -193,6 +197,32 @@ def test_an_automatic_budget_is_what_the_rest_of_the_peak_leaves(
         assert now.ram_bytes < plan.ram_bytes
 
 
+def test_a_run_takes_the_budget_that_was_planned(
+    make, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    """Of the same free memory, with the same process before the model."""
+    free, profile = 4 * 10**9, a_profile(read_rate=1e6)
+    monkeypatch.setattr(forecast_module, "free_ram", lambda: free - resident_set_bytes())
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    trainer = make()
+    schedule = scheduled(trainer, profile, monkeypatch)
+    auto, base = Auto(ram=True), resident_set_bytes()
+    assert settle(Rehearsals(trainer), schedule, longest_row=LENGTH, base_bytes=base, auto=auto)
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"model_name_or_path: {folder}\ndataset: nowhere.jsonl\noutput_dir: {tmp_path}/run\n"
+        f"max_length: {LENGTH}\nper_device_train_batch_size: {ROWS}\n"
+        f"gradient_accumulation_steps: {MICRO}\n"
+    )
+    job = job_of(Source.of(load_config(path).config, None, on_device=False))
+    job = dataclasses.replace(job, fixed=dataclasses.replace(job.fixed, base_bytes=base))
+    machine = Machine(name="this one", ram_bytes=free, drive=Drive(name="/nvme"), profile=profile)
+    planned = outcome(job, machine, Choices(micro_batches=MICRO))
+    assert isinstance(planned, Outcome)
+    ran = trainer.streamer.engine.plan.budgets.ram_bytes
+    assert planned.plan.budgets.ram_bytes == pytest.approx(ran, rel=0.01)
+
+
 def test_a_budget_of_the_users_is_kept(make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make()
     schedule = scheduled(trainer, a_profile(read_rate=1e6), monkeypatch)
@@ -292,6 +322,8 @@ def test_inputs_wait_where_they_fit_and_it_is_said(
     assert choice.tier is trainer.streamer.engine.plan.block_inputs is tier
     assert (trainer.streamer.input_store is None) == (tier is Tier.DEVICE)
     assert f"auto is {tier}" in choice.line()
+    if schedule is not None:
+        assert schedule.is_known == (tier is Tier.DEVICE), "the profile has no writes"
     if tier is Tier.NVME and has_times:
         assert "device does not fit, nvme " in choice.line()
     trainer.train()
@@ -359,6 +391,29 @@ def test_slow_reading_corrects_the_prediction_and_changes_the_plan(
     assert schedule.factors[Lane.NVME_READ] == pytest.approx(1e5)
     assert schedule.factors[Lane.COMPUTE] == pytest.approx(1.0)
     assert schedule.streamer.engine.plan.ram_bytes <= replanner.request.budgets.ram_bytes
+
+
+def test_a_miss_that_no_lane_explains_is_searched_for_less_and_less(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that take twice as long though each lane is as busy as predicted: no plan is better, and a search takes its
+    seconds each time."""
+    schedule = scheduled(make(), a_profile(read_rate=1e15), monkeypatch)
+    searches: list[Any] = []
+    best = schedule.best
+    monkeypatch.setattr(
+        schedule, "best", lambda *given, **more: searches.append(given) or best(*given, **more)
+    )
+    lines: list[str] = []
+    watch = Watch(schedule, Telemetry(schedule.streamer), lines.append)
+    busy = {str(lane): s for lane, s in watch.first.busy_s.items()}
+    watch.on_train_begin(None, None, None)
+    watch.telemetry.records += records(1, 99.0, {})
+    for _ in range(31 * WATCHED_STEPS):
+        watch.telemetry.records += records(1, 2 * watch.first.step_s, busy)
+        watch.on_step_end(None, None, None)
+    assert (watch.num_changes, lines) == (0, [])
+    assert len(searches) == 5, "after 4, 12, 28, 60 and 124 steps"
 
 
 def test_it_is_seen_in_a_real_run(

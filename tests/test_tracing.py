@@ -1,4 +1,4 @@
-"""`ssdtune trace`: a step beside its prediction; made-up steps whose differences are known, and a real run."""
+"""`ssdtune trace`: a step beside its prediction; made-up steps whose differences are known."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import tiny_runs
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_scheduling import a_profile
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,7 +29,11 @@ from ssdtune.config import load_config
 from ssdtune.data import CausalCollator, DataError, load_dataset_rows, tokenize_rows
 from ssdtune.durable import DurableError, lock_folder
 from ssdtune.generate import GenerateError, generate_from_run
+from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.report import duration
+from ssdtune.run_files import PLAN_NAME
+from ssdtune.schedule.compare import Prediction, compare
+from ssdtune.schedule.plan import Kind
 from ssdtune.trainer import opening, train_from_config
 from ssdtune.trainer import run as run_module
 from ssdtune.trainer.checkpoint import CheckpointError, fault_of, steps_of
@@ -243,6 +248,58 @@ def test_losses_and_weights_equal_a_plain_in_memory_trainer(load, model, data, t
         name.replace(".default", ""): value for name, value in support.weights(plain).items()
     }
     support.assert_equal(trained, saved, "weights")
+
+
+# ------------------------------------------------------------------ on a machine that was measured
+
+
+def test_a_run_tells_its_plan_first_and_what_it_predicted_of_each_lane_last(
+    load, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    save_profile(a_profile(write_rate=1e9), own_profile_path())
+    result = train_from_config(load("measured", "--max_steps", "4", "--eval_strategy", "no"))
+    told = capsys.readouterr().out
+    places = []
+    for said in (
+        r"decided   offload\.block_inputs: auto is device \(device ",
+        r"predicted \S+ s a step of \d+ tokens · [\d,]+ tokens/s · .*-bound",
+        r"\n4/4  loss ",
+        r"predicted, measured: step \S+, \S+ s \([+-]\d+%\) · .*NVMe read \S+, \S+ s",
+    ):
+        found = re.search(said, told)
+        assert found, said
+        places.append(found.start())
+    assert places == sorted(places)
+    compared = result.metrics["predicted_and_measured"]
+    assert set(compared) >= {"step", "compute", "nvme_read"}
+    assert all(min(pair) > 0 for pair in compared.values())
+    prediction = Prediction.from_json((result.output_dir / PLAN_NAME).read_text())
+    assert compared["step"][0] == pytest.approx(prediction.step_s, rel=0.01)
+    beside = compare(prediction, result.trace, 3)
+    assert {pair.op.kind for pair in beside.pairs} >= {Kind.LOAD, Kind.COMPUTE}
+    assert beside.unplanned == ()
+    assert beside.measured_s > 0
+
+
+@pytest.mark.slow  # two runs; what they plan is tested in test_grid
+@pytest.mark.parametrize(
+    ("flags", "write_rate", "said"),
+    [
+        (("--dtype", "float16"), 1e9, "assumed   float16 as fast as float32, which was measured"),
+        (("--offload.block_inputs", "nvme"), None, "note: times are not predicted: writing to"),
+    ],
+    ids=["format", "writes"],
+)
+def test_what_was_not_measured_keeps_nobody_from_training(
+    load, capsys, monkeypatch, tmp_path, flags, write_rate, said
+):
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    save_profile(a_profile(write_rate=write_rate), own_profile_path())
+    flags = (*flags, "--max_steps", "1", "--eval_strategy", "no")
+    result = train_from_config(load("unmeasured", *flags))
+    assert said in capsys.readouterr().out
+    assert result.metrics["global_step"] == 1
 
 
 # ------------------------------------------------------------------ stopped, and again

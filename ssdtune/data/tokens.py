@@ -51,12 +51,14 @@ class Tokenized:
 
     num_options: 0; of rows with a label, how many each has. Such rows have further columns: `options` (ids of the
     whole text with each option), `option_lengths` (tokens of each that are the option) and `label` (the right one's
-    number); `input_ids` and `labels` are those of the right one.
+    number); `input_ids` and `labels` are those of the right one. entries: counts of each dataset, where several were
+    laid end to end.
     """
 
     dataset: datasets.Dataset
     stats: DataStats
     num_options: int = 0
+    entries: tuple[DataStats, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -77,8 +79,10 @@ class Tokenized:
         return OptionsCollator(pad_token_id, self.num_options, self.sequences_per_row)
 
     def lengths(self, most: int = 2000) -> list[int]:
-        """Tokens of each row, of the first `most`."""
-        return [len(ids) for ids in self.dataset[:most]["input_ids"]]
+        """Tokens of each row; where there are more than `most`, of so many, spread evenly over all datasets."""
+        num = len(self.dataset)
+        rows = [i * num // most for i in range(most)] if num > most else range(num)
+        return [len(ids) for ids in self.dataset[rows]["input_ids"]]
 
 
 def tokenize_rows(
@@ -123,7 +127,7 @@ def tokenize_rows(
     if len(parts) == 1:
         return Tokenized(parts[0].dataset, stats, num_options)
     whole = datasets.concatenate_datasets([part.dataset for part in parts])
-    return Tokenized(whole, stats, num_options)
+    return Tokenized(whole, stats, num_options, tuple(part.stats for part in parts))
 
 
 def resolve_train_on(train_on: str | None, row_format: Format) -> str:

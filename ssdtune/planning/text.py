@@ -71,8 +71,7 @@ def lines_of(answer: Answer, loaded: Loaded) -> Iterator[str]:
     place, found = answer.best
     yield from _of_one(answer, LETTERS[place], found)
     yield from profile_notes(machine)
-    if machine.assumed:
-        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
+    yield from assumed_lines(job, machine)
     path = "" if loaded.path is None else f" {loaded.path}"
     yield f"next: ssdtune train{path} {ways[place].flags}".rstrip()
 
@@ -88,7 +87,7 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
     elif machine.profile is None:
         yield "times are not known: measure this machine with `ssdtune probe`"
     else:
-        yield f"times are not known: the model's work can't be counted ({job.footprint.how})"
+        yield f"times are not known: {_why_untimed(job)}"
     for where, parts in (("RAM", found.peak.ram), ("VRAM", found.peak.device)):
         if parts:
             yield f"{letter} {where}: {parts_line(found, parts)}"
@@ -99,6 +98,13 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
         yield f"{letter} costs: {cost}"
     if answer.prices.per_kwh is not None and machine.watts is None:
         yield "what it takes in watts is not known: its energy is not priced"
+
+
+def _why_untimed(job: Job) -> str:
+    """Why a measured machine's steps have no times."""
+    if job.work is None:
+        return f"the model's work can't be counted ({job.footprint.how})"
+    return "writing to the drive was never measured, measure anew with `ssdtune probe`"
 
 
 def _price_source(answer: Answer) -> str:
@@ -120,6 +126,15 @@ def profile_notes(machine: Machine) -> Iterator[str]:
             f"profile: measured while other processes used {profile.busy_cores:.2g} cores: times are too long. Measure "
             "anew with `ssdtune probe` when the machine is idle"
         )
+
+
+def assumed_lines(job: Job, machine: Machine) -> Iterator[str]:
+    """Yields what the times and sizes assume."""
+    if machine.assumed:
+        yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
+    if machine.profile is not None and job.work is not None:
+        for words in machine.profile.assumed_of(job.work.dtype, job.work.autocast):
+            yield f"assumed: {words}"
 
 
 def machine_line(machine: Machine) -> str:
@@ -153,11 +168,13 @@ def model_line(job: Job) -> str:
 def job_line(job: Job) -> str:
     """Method, tokens, steps."""
     about = "≈ " if job.data.is_estimate else ""
-    parts = [
-        f"{job.method}, {job.num_trained / 1e6:,.1f} M trainable",
+    parts = [f"{job.method}, {job.num_trained / 1e6:,.1f} M trainable"]
+    if job.work is not None and job.work.autocast is not None:
+        parts.append(f"autocast to {job.work.autocast}")
+    parts.append(
         f"{about}{job.tokens(job.micro_batches):,.0f} tokens/step "
-        f"({job.micro_batches} micro-batches × {job.rows_at_once} rows)",
-    ]
+        f"({job.micro_batches} micro-batches × {job.rows_at_once} rows)"
+    )
     if job.num_steps is not None:
         parts.append(f"{job.num_steps:,} steps")
     elif job.data.num:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ssdtune.schedule.grid import (
+    UNMEASURED,
     Point,
     best_point,
     divisors,
@@ -68,19 +69,24 @@ def _rows_line(best: Point, points: Sequence[Point]) -> str:
     line = f"offload.micro_batch_size: auto is {best.job.rows_at_once}"
     if best.step_s is None:
         return f"{line}, as configured: times are not known, or nothing fits"
-    fastest: dict[str, float | None] = {}
-    for point in sorted(points, key=lambda p: p.job.rows_at_once):
-        name, step_s = str(point.job.rows_at_once), point.step_s
-        known = fastest.get(name)
-        fastest[name] = step_s if known is None or (step_s or known) < known else known
-    return f"{line} rows at once ({words_of(fastest)})"
+    cuts = sorted({point.job.rows_at_once for point in points})
+    told = {str(n): _told([p for p in points if p.job.rows_at_once == n]) for n in cuts}
+    return f"{line} rows at once ({words_of(told)})"
+
+
+def _told(points: Sequence[Point]) -> float | str | None:
+    """Seconds of a step of the fastest of these, or that they are not known; None where none fits."""
+    times = [point.step_s for point in points if point.step_s is not None]
+    if times:
+        return min(times)
+    return UNMEASURED if any(isinstance(p.found, Outcome) for p in points) else None
 
 
 def _tier_line(best: Point, points: Sequence[Point]) -> str:
     line = f"offload.block_inputs: auto is {best.tier}"
     if best.step_s is None:
         return f"{line}, the nearest that holds them"
-    return f"{line} ({words_of({str(p.tier): p.step_s for p in points})})"
+    return f"{line} ({words_of({str(p.tier): _told([p]) for p in points})})"
 
 
 def ways_of(job: Job, machine: Machine, config: TrainConfig) -> Iterator[Way]:

@@ -20,7 +20,7 @@ from ssdtune.probe.drive import measure_both, measure_reads, measure_sustained, 
 from ssdtune.probe.few_rows import measure_few_rows
 from ssdtune.probe.files import random_file
 from ssdtune.probe.in_model import measure_in_model
-from ssdtune.probe.machine import cpu_seconds, machine_name
+from ssdtune.probe.machine import cpu_seconds, free_device_bytes, machine_name
 from ssdtune.probe.operators import measure_fresh, measure_operators
 from ssdtune.probe.optimizer import measure_optimizer
 from ssdtune.probe.perturbing import measure_perturbing
@@ -52,6 +52,7 @@ def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
     import torch
 
     start, before = perf_counter(), cpu_seconds()
+    free_bytes = free_device_bytes(device)  # before anything lies there
     dtypes = {name: getattr(torch, name) for name in DTYPES}
     fresh = {FRESH: measure_fresh()} if device.type == "cpu" else {}
     operators = {
@@ -79,6 +80,7 @@ def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
         products={name: grids for name, grids in products.items() if grids},
         optimizer=measure_optimizer(),
         busy_cores=round(max(0.0, cpu_seconds() - before) / (perf_counter() - start), 2),
+        device_bytes=free_bytes,
     )
 
 

@@ -35,3 +35,10 @@ def cpu_seconds() -> float:
     own = os.times()
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return busy - own.user - own.system - own.children_user - own.children_system
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Free of the device's memory now; None of the processor."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
-from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, InModel, Profile
+from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import (
     ACTIVATIONS_ON_NVME,
@@ -43,7 +43,7 @@ class Operator(NamedTuple):
 
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes alone. Raises ProfileError for a curve that is missing."""
-        if self.kind in MAY_LACK and self.kind not in profile.operators.get(dtype, ()):
+        if self.kind in MAY_LACK and self.kind not in profile.curves(dtype):
             return 0.0
         if self.num_rows:
             few = profile.few_rows_s(dtype, self.kind, self.size, self.num_rows)
@@ -84,7 +84,7 @@ class Work:
 
     def seconds(self, profile: Profile, dtype: str, *, is_recorded: bool = True) -> float:
         """How long it takes inside a model, one operator after the other. is_recorded: for a backward pass."""
-        return profile.in_model.get(dtype, InModel()).seconds(
+        return profile.inside(dtype).seconds(
             self.num_calls - self.num_autograd_calls,
             self.num_autograd_calls,
             self.curves_s(profile, dtype),
@@ -127,6 +127,7 @@ class StepWork:
 
     passes: kind of step -> (block's number, direction) -> work of one micro-batch, of each visit in turn: a tied
     embedding and head is visited twice. between: once a step, the optimizer.
+    autocast: the number format that products and attention are computed in, where it is not `dtype`.
     behind: block -> a backward that does not compute its activations again. moves: of zeroth-order steps.
     """
 
@@ -137,6 +138,7 @@ class StepWork:
         default_factory=dict[int, Sequence[Work]]
     )
     moves: Moves | None = None
+    autocast: str | None = None
 
     def between_s(self, profile: Profile) -> float:
         """Seconds between two steps; optimizers call operators on many tensors at once, so their curves are all."""
@@ -170,6 +172,8 @@ class Pricing:
         activation_bytes: Sequence[int] = (),
         factors: Mapping[Lane, float] | None = None,
     ) -> None:
+        if work.autocast is not None:
+            profile = profile.under_autocast(work.dtype, work.autocast)
         self.kind, self.profile, self.factors = kind, profile, dict(factors or {})
         self.stored_bytes, self.activation_bytes = stored_bytes, activation_bytes
         self.between_s = work.between_s(profile) if kind == "train" else 0.0

@@ -1,6 +1,7 @@
 """What a step is made from: the shape of a model of equal blocks, and what is decided for a method.
 
-`full_step.py` and `forward_step.py` make the ops of it; no engine runs them.
+`full_step.py` and `forward_step.py` make the ops of it. The engine runs no full steps, and forwards alone by plans of
+its own (`method: zo`).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ssdtune.schedule.plan import Tier
 
 WORTH = 0.02  # of a step's time: less does not pay for writing to a drive, or for another cut than before
 NEAREST_FIRST = (Tier.DEVICE, Tier.RAM, Tier.NVME)
+UNMEASURED = "was never measured"  # writing to the drive, above all: an older profile lacks it
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ def grid(
 
 
 def best_point(points: Sequence[Point]) -> Point | None:
-    """The fastest that fits; without times the first that fits. None where nothing does."""
+    """The fastest that fits; without any times the first that fits. None where nothing does."""
     return best_of([p for p in points if isinstance(p.found, Outcome)], lambda p: p.step_s, _costs)
 
 
@@ -75,15 +76,13 @@ def best_of(
     step_s: Callable[[T], float | None],
     costs: Callable[[T], tuple[float, ...]],
 ) -> T | None:
-    """The one with the least costs among those whose steps are within WORTH of the fastest; the first where some step's
-    time is not known; None of none."""
-    times = [step_s(each) for each in fitting]
-    known = [seconds for seconds in times if seconds is not None]
-    if not fitting or len(known) < len(fitting):
+    """The one with the least costs among those whose steps are within WORTH of the fastest. A step whose time is not
+    known is none of them, unless no time is known: then the first. None of none."""
+    known = [(each, seconds) for each in fitting if (seconds := step_s(each)) is not None]
+    if not known:
         return fitting[0] if fitting else None
-    limit = min(known) / (1 - WORTH)
-    near = [each for each, seconds in zip(fitting, known, strict=True) if seconds <= limit]
-    return min(near, key=costs)
+    limit = min(seconds for _, seconds in known) / (1 - WORTH)
+    return min((each for each, seconds in known if seconds <= limit), key=costs)
 
 
 def _costs(point: Point) -> tuple[float, ...]:

@@ -39,6 +39,25 @@ def mean_padded(lengths: Sequence[int], rows_at_once: int) -> float:
     return sum(padded) / len(padded)
 
 
+MIXED_ROWS = (
+    10_000  # that stand for all rows of several data sets: of one row in so many there is still one
+)
+
+
+def in_proportion(lengths: Sequence[Sequence[int]], nums: Sequence[float]) -> list[int]:
+    """Lengths of rows of several data sets, of each as many as is its share of all rows, one data set after the other.
+
+    lengths: tokens of the rows that were looked at, of each data set. nums: rows that each has.
+    """
+    share = min(1.0, MIXED_ROWS / sum(nums))
+    picked: list[int] = []
+    for own, num in zip(lengths, nums, strict=True):
+        picks = max(1, round(share * num))
+        stride = max(1, len(own) // picks)
+        picked += [own[i * stride % len(own)] for i in range(picks)]
+    return picked
+
+
 # What errors of readings are to: the source's weights, or, where there is a packed file alone, what all of it says.
 WEIGHTS, ALL_BITS = "the weights", "all bits of the file"
 
@@ -156,6 +175,7 @@ class Job:
                     for block, each_turn in self.work.behind.items()
                 ],
                 "dtype": self.work.dtype,
+                "autocast": self.work.autocast,
                 "moves": works.moves(self.work.moves),
             }
         else:
@@ -222,6 +242,7 @@ def job_from(text: str) -> Job:
                 for block, each_turn in found["behind"]
             },
             dtype=str(found["dtype"]),
+            autocast=found["autocast"],
             moves=_moves_from(found["moves"], listed),
         )
     made: dict[str, Any] = {

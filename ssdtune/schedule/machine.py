@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ssdtune.schedule.curve import Curve
-from ssdtune.schedule.profile import OPERATORS, InModel, Profile
+from ssdtune.schedule.profile import OPERATORS, PERTURB, PERTURB_SIGNS, InModel, Profile
 
 # A model's products reach this share of what one large product reaches: smaller shapes, what lies between them.
 # 0.85-0.9 is usual; to be corrected by a run.
@@ -19,7 +19,14 @@ FLOAT32_SHARE = 0.25  # of the bf16 rate, without tensor cores' shortcuts; assum
 UNPACK_SHARE = 1 / 3  # of RAM bandwidth: read, written, and the read that a write causes
 KERNEL_S, TRANSFER_S = 5e-6, 20e-6  # before the first byte; assumed
 LAUNCH_S = 8e-6  # of the host for each call, hidden while the device computes; assumed
-DTYPES = {"bfloat16": 1.0, "float16": 1.0, "float32": FLOAT32_SHARE}
+DTYPES = {"bfloat16": 1.0, "float16": 1.0, "float32": FLOAT32_SHARE}  # of the bf16 rate
+VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# What of these stands behind every time of a machine that is put together, in words.
+ASSUMED_RATES = (
+    f"products at {MODEL_SHARE:.0%} of the published rate",
+    f"attention at {ATTENTION_SHARE:.0%} of that",
+    f"passes over values and perturbing weights at {PASS_SHARE:.0%} of the memory bandwidth",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +136,7 @@ class Machine:
 def put_together(device: Device, drive: Drive, host: Host) -> Machine:
     """A machine that nobody has measured, from published rates. What is assumed is named."""
     parts = ((device.name, device), (drive.name, drive), (host.name, host))
-    assumed = tuple(f"{field} of {name}" for name, part in parts for field in part.assumed)
+    assumed = [f"{field} of {name}" for name, part in parts for field in part.assumed]
     return Machine(
         name=f"{device.name} + {drive.name}",
         ram_bytes=host.ram_bytes - host.reserved_bytes,
@@ -139,7 +146,7 @@ def put_together(device: Device, drive: Drive, host: Host) -> Machine:
         watts=None if device.watts is None else device.watts + host.watts,
         price_per_hour=device.price_per_hour,
         price_source=device.price_source,
-        assumed=assumed,
+        assumed=(*assumed, *ASSUMED_RATES),
     )
 
 
@@ -168,7 +175,7 @@ def profile_of(device: Device, drive: Drive, host: Host) -> Profile:
     return Profile(
         name=f"{device.name}, published rates",
         operators={
-            dtype: _operators(share * device.flops, device.bandwidth)
+            dtype: _operators(share * device.flops, device.bandwidth, VALUE_BYTES[dtype])
             for dtype, share in DTYPES.items()
         },
         transfers={name: curve(rate, TRANSFER_S) for name, rate in transfers.items()},
@@ -179,16 +186,20 @@ def profile_of(device: Device, drive: Drive, host: Host) -> Profile:
     )
 
 
-def _operators(flops: float, bandwidth: float) -> Mapping[str, Curve]:
+def _operators(flops: float, bandwidth: float, value_bytes: int) -> Mapping[str, Curve]:
+    """value_bytes: of one number. Perturbing reads and writes each weight; its noise is made in registers meanwhile."""
+    passes = PASS_SHARE * bandwidth
     rates = {
         "matmul": MODEL_SHARE * flops,
         "matmul_transposed": MODEL_SHARE * flops,
         "attention": ATTENTION_SHARE * MODEL_SHARE * flops,
         "attention_backward": ATTENTION_SHARE * MODEL_SHARE * flops,
-        "pointwise": PASS_SHARE * bandwidth,
-        "special": PASS_SHARE * bandwidth,
+        "pointwise": passes,
+        "special": passes,
+        PERTURB: passes / (2 * value_bytes),
+        PERTURB_SIGNS: passes / (2 * value_bytes),
     }
-    assert set(rates) == set(OPERATORS)
+    assert set(rates) == {*OPERATORS, PERTURB, PERTURB_SIGNS}
     return {kind: curve(rate, KERNEL_S) for kind, rate in rates.items()}
 
 

@@ -25,6 +25,8 @@ MOST_STATES = 2  # of all others
 # Of RAM, through which block inputs go to NVMe and back, and as much for activations (swap/inputs.py).
 STAGING_BYTES = 32 * 2**20
 SMALL_SHARE = 0.02  # of a total: smaller parts are not told
+KEEP_FREE = 0.05  # of RAM and device memory: drivers, allocators, the desktop
+SPARE_SHARE = 0.8  # of what is free beyond that and beyond the least plan: for weights and activations that stay
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,3 +212,18 @@ def _stored(plan: Plan, known: Sequence[int]) -> dict[str, int]:
     stored = sum(known[i] for i in plan.stored_blocks if i < len(known))
     budget = plan.budgets.nvme_activation_bytes
     return {STORED: min(stored, budget)} if plan.stored_blocks else {}
+
+
+def room_for_weights(
+    free_bytes: float, *, peak_bytes: float, weights_bytes: int, least_bytes: int, is_heap: bool
+) -> int:
+    """Bytes of a memory that weights may take where nobody has set a budget, for `ssdtune plan` as for a run.
+
+    free_bytes: what the process holds counted as free. peak_bytes, weights_bytes: predicted of some plan, and what of
+    it are its weights. least_bytes: with which any plan works; less than that is returned only where there is less.
+    is_heap: whether weights make the heap's allowance for holes larger: in RAM, where there is no device.
+    """
+    holes = 1 + HOLES_SHARE if is_heap else 1.0
+    most = weights_bytes + ((1 - KEEP_FREE) * free_bytes - peak_bytes) / holes
+    spare = most - least_bytes
+    return int(least_bytes + (SPARE_SHARE * spare if spare > 0 else spare))

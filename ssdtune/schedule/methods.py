@@ -111,13 +111,14 @@ def rates_of(job: Job, machine: Machine) -> Rates | None:
     RAM gives and takes; where reading and writing at once was not, they take turns; writes are those beyond the drive's
     cache, where these were measured."""
     profile = machine.profile
-    if profile is None or job.dtype not in profile.operators:
+    if profile is None or not profile.curves(job.dtype):
         return None
     dram = _rate(profile, "unpack") / UNPACK_SHARE
     on_device = machine.device is not None
-    operators = profile.operators[job.dtype]
+    operators = profile.curves(job.dtype)
+    products = job.dtype if job.work is None else job.work.autocast or job.dtype
     return Rates(
-        flops=profile.operator(job.dtype, "matmul").rate,
+        flops=profile.operator(products, "matmul").rate,
         h2d=_rate(profile, "h2d") if on_device else math.inf,
         d2h=_rate(profile, "d2h") if on_device else math.inf,
         read=_rate(profile, "nvme_read"),

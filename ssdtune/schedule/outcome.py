@@ -10,13 +10,14 @@ from ssdtune.schedule.holding import Level, levels_of
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import Machine
 from ssdtune.schedule.memory import (
-    HOLES_SHARE,
     INPUTS,
+    KEEP_FREE,
     STAGING_BYTES,
     STORED,
     Passes,
     Peak,
     predict_peak_of,
+    room_for_weights,
 )
 from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
@@ -27,7 +28,6 @@ from ssdtune.sizes import format_size
 
 HIDDEN = 1.05  # reading is hidden where a step takes at most so many times its compute
 MOST_MICRO_BATCHES = 1024
-KEEP_FREE = 0.05  # of RAM and device memory: drivers, allocators, the desktop
 AUTO_DRIVE_SHARE = 0.5  # of what is free of a drive: checkpoints, other runs
 SAVES = 20  # checkpoints of a run, where nobody says how many
 SAVED_COPIES = 3  # adapters, and the optimizer's two states
@@ -107,6 +107,7 @@ class Refusal:
 
 def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
     """What comes of the job on the machine with these choices."""
+    machine = _as_known(job, machine, choices)
     on_device = machine.device is not None
     least = smallest_budgets(job.blocks, on_device=on_device)
     room = _room(job, machine, choices)
@@ -228,10 +229,30 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     )
     plan = make_plan(_request(job, choices, least, on_device=on_device))
     peak = _peak(job, plan, choices.micro_batches)
-    holes = 1.0 if on_device else 1 + HOLES_SHARE  # weights in RAM make the allowance larger
-    ram = ((1 - KEEP_FREE) * machine.ram_bytes - peak.ram_bytes) / holes + plan.ram_bytes
-    device = (1 - KEEP_FREE) * machine.device_bytes - peak.device_bytes + plan.slot_bytes
-    return Budgets(ram_bytes=int(ram), device_bytes=int(device) if on_device else 0)
+    ram = room_for_weights(
+        machine.ram_bytes,
+        peak_bytes=peak.ram_bytes,
+        weights_bytes=plan.ram_bytes,
+        least_bytes=least.ram_bytes,
+        is_heap=not on_device,
+    )
+    device = room_for_weights(
+        machine.device_bytes,
+        peak_bytes=peak.device_bytes,
+        weights_bytes=plan.device_bytes,
+        least_bytes=least.device_bytes,
+        is_heap=False,
+    )
+    return Budgets(ram_bytes=ram, device_bytes=device if on_device else 0)
+
+
+def _as_known(job: Job, machine: Machine, choices: Choices) -> Machine:
+    """The machine, without its profile where the steps would write to a drive whose writing was never measured."""
+    profile = machine.profile
+    if profile is None or profile.knows_writes or job.kind != "train":
+        return machine
+    writes = choices.block_inputs is Tier.NVME or choices.nvme_activation_bytes
+    return dataclasses.replace(machine, profile=None) if writes else machine
 
 
 def _drive_room(machine: Machine, choices: Choices) -> int:
@@ -240,7 +261,9 @@ def _drive_room(machine: Machine, choices: Choices) -> int:
     if choices.nvme_activation_bytes is not None:
         return choices.nvme_activation_bytes
     free = machine.drive.free_bytes
-    return 0 if free is None or machine.profile is None else int(AUTO_DRIVE_SHARE * free)
+    if free is None or machine.profile is None or not machine.profile.knows_writes:
+        return 0
+    return int(AUTO_DRIVE_SHARE * free)
 
 
 def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:

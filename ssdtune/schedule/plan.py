@@ -51,15 +51,15 @@ class Kind(StrEnum):
     FETCH = "fetch"  # and back, for backward
     STORE_ACTIVATIONS = "store_activations"  # what autograd saved in a visit to NVMe, in forward
     FETCH_ACTIVATIONS = "fetch_activations"  # and back, for backward
-    # Of steps that are modelled (`steps.py`) and that the engine does not run yet:
-    DOWNLOAD_INPUT = "download_input"  # what backward needs, device to RAM, in forward
+    DOWNLOAD_INPUT = "download_input"  # a block input from a device to RAM, in forward
     UPLOAD_INPUT = "upload_input"  # and back
+    DOWNLOAD = "download"  # weights that changed on the device, to RAM
+    STORE_WEIGHTS = "store_weights"  # and on to NVMe
+    # Of full fine-tuning, which is modelled (`full_step.py`) and which the engine does not run:
     DOWNLOAD_GRADIENT = "download_gradient"
     LOAD_STATE = "load_state"  # optimizer states, NVMe to RAM, a chunk
     UPDATE = "update"  # the optimizer, on the CPU, a chunk
     STORE_STATE = "store_state"  # states and updated weights, RAM to NVMe, a chunk
-    DOWNLOAD = "download"  # weights that changed on the device, to RAM
-    STORE_WEIGHTS = "store_weights"  # and on to NVMe
 
 
 # What moves and uses weights; a step's other ops are of its block inputs and activations.

@@ -19,16 +19,11 @@ from ssdtune.schedule.curve import (
     mapping,
 )
 from ssdtune.schedule.products import Grid, seconds_in
+from ssdtune.sizes import SizeError, parse_size
 
-# Kinds of operators, each measured per number format, and of transfers.
-OPERATORS = (
-    "matmul",
-    "matmul_transposed",
-    "attention",
-    "attention_backward",
-    "pointwise",
-    "special",
-)
+# Kinds of operators, each measured per number format, and of transfers. Autocast changes the format of PRODUCTS.
+PRODUCTS = ("matmul", "matmul_transposed", "attention", "attention_backward")
+OPERATORS = (*PRODUCTS, "pointwise", "special")
 FRESH = "fresh"  # bytes of memory that the kernel has just given: what its pages take beyond being written
 # Elements that move along one random direction (`kernels/noise.py`): of normal numbers, or of signs.
 PERTURB, PERTURB_SIGNS = "perturb", "perturb_signs"
@@ -40,6 +35,9 @@ SUSTAINED = "nvme_write_sustained"
 DEVICE_DECODE = "device_decode"  # bytes that a device decodes packed weights to
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
 STAND_INS = {"decode": "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
+# Number formats whose rates are taken for one that was not measured, the nearest first: as many bits, the same units of
+# a GPU. `ssdtune probe` leaves it out, to be done within a minute.
+FORMAT_STAND_INS = {"float16": ("bfloat16", "float32")}
 BUSY_CORES = 0.15  # of others, from which on a measurement is not to be trusted
 REMEDY = "Measure this machine with `ssdtune probe`."
 
@@ -96,6 +94,7 @@ class Profile:
         products: dtype -> "matmul" or "matmul_transposed" -> what few rows by a large matrix take.
         optimizer: torch's way to step AdamW on the CPU ("foreach", "fused") -> parameters to seconds.
         busy_cores: that other processes used while this was measured: rates are too low by as much.
+        device_bytes: free of the device that was measured; None: there was none, or an older probe did not say.
     """
 
     name: str
@@ -109,11 +108,46 @@ class Profile:
     )
     optimizer: Mapping[str, Curve] = dataclasses.field(default_factory=dict[str, Curve])
     busy_cores: float = 0.0
+    device_bytes: int | None = None
+
+    def format_for(self, dtype: str) -> str:
+        """The number format whose rates are taken for this one: its own, or a near one's where it was not measured."""
+        near = (dtype, *FORMAT_STAND_INS.get(dtype, ()))
+        return next((name for name in near if name in self.operators), dtype)
+
+    def assumed_of(self, *dtypes: str | None) -> tuple[str, ...]:
+        """What times of these number formats assume, in words; nothing where they were measured, or of None."""
+        taken = {dtype: self.format_for(dtype) for dtype in dtypes if dtype is not None}
+        return tuple(
+            f"{dtype} as fast as {name}, which was measured"
+            for dtype, name in taken.items()
+            if name != dtype
+        )
+
+    def curves(self, dtype: str) -> Mapping[str, Curve]:
+        """All kinds of operators in this number format, or in what stands in for it; empty: nothing does."""
+        return self.operators.get(self.format_for(dtype), {})
+
+    def inside(self, dtype: str) -> InModel:
+        """What is to be added inside a model."""
+        return self.in_model.get(self.format_for(dtype), InModel())
+
+    def under_autocast(self, dtype: str, products: str) -> Profile:
+        """As a model of `dtype` finds it whose products and attention autocast to the format `products`: these at its
+        rates, all else at its own. Raises ProfileError where they were not measured."""
+        cast = {kind: self.operator(products, kind) for kind in PRODUCTS}
+        grids = self.products.get(self.format_for(products), {})
+        return dataclasses.replace(
+            self,
+            operators={**self.operators, dtype: {**self.curves(dtype), **cast}},
+            products={**self.products, dtype: grids},
+            in_model={**self.in_model, dtype: self.inside(dtype)},
+        )
 
     def operator(self, dtype: str, kind: str) -> Curve:
-        """Raises ProfileError where it was not measured."""
+        """Raises ProfileError where neither it was measured nor what stands in for its number format."""
         try:
-            return self.operators[dtype][kind]
+            return self.curves(dtype)[kind]
         except KeyError:
             raise ProfileError(
                 f"profile {self.name}: operators.{dtype}.{kind} is missing.\n{REMEDY}"
@@ -121,7 +155,7 @@ class Profile:
 
     def few_rows_s(self, dtype: str, kind: str, flop: float, num_rows: int) -> float | None:
         """Seconds of a product of few rows with a large matrix; None where only its FLOP count. kind: of product."""
-        grid = self.products.get(dtype, {}).get(kind)
+        grid = self.products.get(self.format_for(dtype), {}).get(kind)
         if grid is None:
             return None
         return seconds_in(grid, self.operator(dtype, kind), flop, num_rows)
@@ -135,12 +169,18 @@ class Profile:
         return self.transfers[name]
 
     @property
+    def knows_writes(self) -> bool:
+        """Whether writing to the drive was measured."""
+        return "nvme_write" in self.transfers
+
+    @property
     def lacks(self) -> list[str]:
         """What a probe of today would have measured besides, in words: an older one did not."""
         kinds = {kind for curves in self.operators.values() for kind in curves}
         entries = {
             "products of few tokens with large matrices": bool(self.products),
             "perturbing weights": PERTURB in kinds,
+            "writing to the drive": self.knows_writes,
             "reading and writing at once": MIXED in self.transfers,
             "the optimizer on the CPU": bool(self.optimizer),
         }
@@ -171,7 +211,7 @@ class Profile:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for YAML, times to four digits; `profile_from` reads them."""
-        priced = {} if self.price_per_hour is None else {"price_per_hour": self.price_per_hour}
+        told = {"price_per_hour": self.price_per_hour, "device_bytes": self.device_bytes}
         return {
             "name": self.name,
             "operators": {
@@ -189,7 +229,7 @@ class Profile:
             "optimizer": {name: curve.listed() for name, curve in self.optimizer.items()},
             "in_model": {dtype: dataclasses.asdict(each) for dtype, each in self.in_model.items()},
             "reading_takes": self.reading_takes,
-            **priced,
+            **{name: value for name, value in told.items() if value is not None},
             "busy_cores": self.busy_cores,
         }
 
@@ -223,6 +263,7 @@ def profile_from(content: Any, where: str) -> Profile:
         products=_products(entries.get("products") or {}, f"{where}: products"),
         optimizer=curves_from(optimizer, f"{where}: optimizer") if optimizer else {},
         busy_cores=_not_negative(entries, "busy_cores", "cores", where),
+        device_bytes=_size_of(entries, "device_bytes", where),
     )
 
 
@@ -231,6 +272,13 @@ def _not_negative(entries: Mapping[Any, Any], name: str, unit: str, where: str) 
     if not isinstance(found, int | float) or not 0 <= found < math.inf:
         raise ProfileError(f"{where}: {name} is {found!r}; it is in {unit}, 0 or more.")
     return float(found)
+
+
+def _size_of(entries: Mapping[Any, Any], name: str, where: str) -> int | None:
+    try:
+        return parse_size(entries.get(name))
+    except SizeError as error:
+        raise ProfileError(f"{where}: {name}: {error}") from error
 
 
 def _products(found: Any, where: str) -> dict[str, dict[str, Grid]]:

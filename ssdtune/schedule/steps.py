@@ -1,4 +1,4 @@
-"""Ops of a step as they are made: for machines and methods that are only thought of, without the engine.
+"""Ops of a step as they are made, for a coarse look at machines and methods without a plan for the engine.
 
 From a plain shape (equal blocks) and decisions (`decisions.py`) to a `StepPlan`; how long its ops take is `outlook.py`.
 One rule orders the ops of a lane, since a transfer that waits holds up those behind it: an op enters its lane once the

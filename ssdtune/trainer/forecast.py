@@ -16,7 +16,7 @@ from ssdtune.schedule.memory import ACTIVATIONS, INPUTS, MOST_STATES, NUM_STATES
 from ssdtune.sizes import format_size
 from ssdtune.trainer.scheduling import Schedule
 from ssdtune.visit.memory import hold_to, predict, resident_set_bytes
-from ssdtune.visit.rehearsal import Rehearsed, rehearse
+from ssdtune.visit.rehearsal import Rehearsed, autocast_of, rehearse
 
 if TYPE_CHECKING:
     from ssdtune.schedule.memory import Peak
@@ -46,7 +46,10 @@ class Rehearsals:
             collator: Any = self.trainer.data_collator
             num = args.per_device_train_batch_size * getattr(collator, "sequences_per_row", 1)
             rows = [row, *[shorter] * (num - 1)]
-            self._known[length] = rehearse(self.trainer.model, collator(rows))
+            streamer = self.trainer.streamer
+            assert streamer is not None
+            with autocast_of(args, streamer.engine.slots.device):
+                self._known[length] = rehearse(self.trainer.model, collator(rows))
         return self._known[length]
 
 
@@ -151,12 +154,15 @@ def free_ram_share() -> int:
     return free_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def free_vram(device: torch.device) -> int:
+    """Bytes of the device that are free, or this process's already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
 def spare_vram(peak: Peak, device: torch.device) -> int:
     """Bytes of the device that are free and not to be held: negative where it will be short."""
-    free, _ = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    cached = torch.cuda.memory_reserved(device) - allocated
-    return free + cached - max(0, peak.device_bytes - allocated)
+    return free_vram(device) - max(peak.device_bytes, torch.cuda.memory_allocated(device))
 
 
 def _kept_bytes(peak: Peak) -> int:

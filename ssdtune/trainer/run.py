@@ -189,6 +189,12 @@ def _settled(
     )
     if inputs is not None:
         say(inputs.line())
+    if schedule is not None and not schedule.is_known:
+        say(
+            "note: times are not predicted: writing to the drive was never measured. Measure this machine anew with "
+            "`ssdtune probe`"
+        )
+        schedule = None
     if settle(rehearsals, schedule, longest_row=longest, base_bytes=base_bytes, auto=auto):
         for line in trainer.streamer.engine.plan.lines():
             say(line)

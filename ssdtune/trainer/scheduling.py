@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ssdtune.report import LANE_LABELS
 from ssdtune.schedule.cost import Pricing
-from ssdtune.schedule.plan import Lane
+from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
 from ssdtune.sizes import format_size
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 MIN_GAIN = 0.02  # of a step's time: less does not pay for reading the resident weights anew
 OFF_BY = 0.05  # a prediction that misses by more is made anew
-WATCHED_STEPS = 4  # steady steps whose median counts
+# Steady steps whose median counts; twice as many after each search that found nothing better: where no lane explains
+# why steps take longer, the next search finds nothing either.
+WATCHED_STEPS = 4
 MAX_CHANGES = 2  # of the plan during a run
 
 
@@ -85,6 +87,13 @@ class Schedule:
             factors=factors,
         )
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the profile has rates of all that the plan does: an older one may lack that of writing to NVMe."""
+        plan = self.streamer.engine.plan
+        writes = plan.block_inputs is Tier.NVME or bool(plan.stored_blocks)
+        return self.profile.knows_writes or not writes or self.passes.kind != "train"
+
     def predicted(self) -> Simulation:
         """A steady step of the plan that is carried out now."""
         return self.pricing.simulation(self.streamer.engine.plan)
@@ -110,8 +119,10 @@ class Schedule:
         return search_within(request, self.pricing, self._effort, shares=shares)
 
     def lines(self) -> Iterator[str]:
-        """Yields what a step will take."""
+        """Yields what a step will take, and what that assumes."""
         yield from self.predicted().lines(self.num_tokens, LANE_LABELS)
+        for words in self.profile.assumed_of(self.work.dtype, self.work.autocast):
+            yield f"assumed   {words}"
 
 
 class Watch(TrainerCallback):
@@ -125,7 +136,7 @@ class Watch(TrainerCallback):
     ) -> None:
         self.schedule, self.telemetry, self.say = schedule, telemetry, say
         self.first = schedule.predicted()
-        self.num_changes = 0
+        self.num_changes, self._num_watched = 0, WATCHED_STEPS
         self._first_change: int | None = None  # records when the first plan was given up
         self._since = (
             0  # records before this one were made under another plan, or are no steady steps
@@ -138,7 +149,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at the last steps when there are enough of them."""
         recent = self.telemetry.records[self._since :]
-        if len(recent) < WATCHED_STEPS or self.num_changes >= MAX_CHANGES:
+        if len(recent) < self._num_watched or self.num_changes >= MAX_CHANGES:
             return
         self._since = len(self.telemetry.records)
         schedule, before = self.schedule, self.schedule.predicted()
@@ -150,15 +161,18 @@ class Watch(TrainerCallback):
             if predicted_s > 0 and busy_s > 0:
                 schedule.factors[lane] = schedule.factors.get(lane, 1.0) * busy_s / predicted_s
         found = schedule.improve(schedule.streamer.replanner.request)
-        if found is not None:
-            self.num_changes += 1
-            if self._first_change is None:
-                self._first_change = self._since
-            self._since += 1
-            self.say(
-                f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
-                f"{found.simulation.step_s:.3g} s ({format_size(found.plan.sequences[schedule.passes.kind].read_bytes)} read a step)"
-            )
+        if found is None:
+            self._num_watched *= 2
+            return
+        self.num_changes, self._num_watched = self.num_changes + 1, WATCHED_STEPS
+        if self._first_change is None:
+            self._first_change = self._since
+        self._since += 1
+        read = found.plan.sequences[schedule.passes.kind].read_bytes
+        self.say(
+            f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
+            f"{found.simulation.step_s:.3g} s ({format_size(read)} read a step)"
+        )
 
     def compared(self) -> dict[str, tuple[float, float]]:
         """Predicted and measured seconds of the first plan's step ("step") and of each lane; nothing where there was

@@ -9,13 +9,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ssdtune.memory import nearest_folder
-from ssdtune.schedule.grid import best_of, words_of
+from ssdtune.schedule.grid import UNMEASURED, best_of, words_of
+from ssdtune.schedule.memory import room_for_weights
 from ssdtune.schedule.outcome import AUTO_DRIVE_SHARE
-from ssdtune.schedule.plan import Lane, Plan, Tier
+from ssdtune.schedule.plan import Budgets, Lane, Plan, Tier
 from ssdtune.schedule.planner import least_of
 from ssdtune.schedule.profile import ProfileError
 from ssdtune.schedule.search import AT_LIMIT
-from ssdtune.trainer.forecast import free_ram_share, predicted, spare_vram, to_come
+from ssdtune.trainer.forecast import free_ram_share, free_vram, predicted, spare_vram
+from ssdtune.visit.memory import resident_set_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from ssdtune.trainer.forecast import Rehearsals
     from ssdtune.trainer.scheduling import Schedule
     from ssdtune.visit.streamer import Streamer
-
-AUTO_SHARE = 0.8  # of the memory that nothing else is predicted to take
-UNKNOWN = "was never measured"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +117,8 @@ def settle_inputs(
     """Block inputs wait from now on where they fit and steps are predicted to be the fastest; None where there is no
     choice. folder: for those on NVMe.
 
-    As `ssdtune plan` decides it (`schedule/grid.py`); a farther tier is not looked at where a step is all compute.
+    As `ssdtune plan` decides it (`schedule/grid.py`), for rows as they are cut; a farther tier is not looked at where a
+    step is all compute.
     """
     if len(auto.tiers) < 2:
         return None
@@ -127,7 +127,7 @@ def settle_inputs(
     seconds: dict[str, float | str | None] = {}
     for tier in auto.tiers:
         fits, step_s, is_done = settling.tried(tier)
-        seconds[str(tier)] = (UNKNOWN if step_s is None else step_s) if fits else None
+        seconds[str(tier)] = (UNMEASURED if step_s is None else step_s) if fits else None
         if fits:
             tried.append((tier, step_s))
         if fits and (is_done or schedule is None):
@@ -174,12 +174,12 @@ class _Settling:
         request = dataclasses.replace(request, block_inputs=plan.block_inputs)
         if self.schedule is not None:
             request = dataclasses.replace(request, activation_bytes=self.schedule.activation_bytes)
-            if self.auto.drive is not None and "nvme_write" in self.schedule.profile.transfers:
+            if self.auto.drive is not None and self.schedule.profile.knows_writes:
                 request = _with_drive(request, self.auto.drive)
         if not (self.auto.ram or self.auto.vram):
             return request
         budgets, least = request.budgets, least_of(request)
-        ram, device = self._room(plan)
+        ram, device = self._room(plan, least)
         budgets = dataclasses.replace(
             budgets,
             ram_bytes=max(ram, least.ram_bytes) if self.auto.ram else budgets.ram_bytes,
@@ -192,13 +192,13 @@ class _Settling:
     def tried(self, tier: Tier) -> tuple[bool, float | None, bool]:
         """With block inputs there: whether it fits, a step's seconds where they are known, whether it is all compute."""
         request, plan = self.request(tier), self._plan(tier)
-        ram, device = self._room(plan)
         least, asked = least_of(request), request.budgets
-        needs_ram = least.ram_bytes if self.auto.ram else min(asked.ram_bytes, plan.ram_bytes)
-        fits = ram >= needs_ram
-        if plan.on_device:
-            needs = least.device_bytes if self.auto.vram else plan.device_bytes
-            fits = fits and device >= needs
+        needs = Budgets(
+            ram_bytes=least.ram_bytes if self.auto.ram else min(asked.ram_bytes, plan.ram_bytes),
+            device_bytes=least.device_bytes if self.auto.vram else plan.device_bytes,
+        )
+        ram, device = self._room(plan, needs)
+        fits = ram >= needs.ram_bytes and (not plan.on_device or device >= needs.device_bytes)
         if not fits or self.schedule is None:
             return fits, None, False
         try:
@@ -217,14 +217,26 @@ class _Settling:
         plan = self.streamer.engine.plan
         return plan if tier is None else dataclasses.replace(plan, block_inputs=tier)
 
-    def _room(self, plan: Plan) -> tuple[int, int]:
-        """Bytes that weights may take of RAM and of the device, all else as the plan has it."""
-        peak = self._peak(plan=plan)
-        ram = plan.ram_bytes + int(AUTO_SHARE * (free_ram_share() - to_come(peak)))
-        device = plan.device_bytes if plan.on_device else 0
-        if plan.on_device:
-            spare = spare_vram(peak, self.streamer.engine.slots.device)
-            device += int(AUTO_SHARE * spare)
+    def _room(self, plan: Plan, least: Budgets) -> tuple[int, int]:
+        """Bytes that weights may take of RAM and of the device, all else as the plan has it. least: what they need."""
+        peak, held = self._peak(plan=plan), resident_set_bytes()
+        ram = room_for_weights(
+            free_ram_share() + held,
+            peak_bytes=max(peak.ram_bytes, held),
+            weights_bytes=plan.ram_bytes,
+            least_bytes=least.ram_bytes,
+            is_heap=not plan.on_device,
+        )
+        if not plan.on_device:
+            return ram, 0
+        free = free_vram(self.streamer.engine.slots.device)
+        device = room_for_weights(
+            free,
+            peak_bytes=free - spare_vram(peak, self.streamer.engine.slots.device),
+            weights_bytes=plan.device_bytes,
+            least_bytes=least.device_bytes,
+            is_heap=False,
+        )
         return ram, device
 
 

@@ -47,7 +47,8 @@ class Rehearsed:
 
 
 def rehearse(model: Any, micro_batch: Mapping[str, Any]) -> Rehearsed:
-    """Rehearses a streamed model, adapters and all, on one micro-batch; the model and the generators stay as they are."""
+    """Rehearses a streamed model, adapters and all, on one micro-batch, under the autocast of the moment; the model and
+    the generators stay as they are."""
     base = base_of(model)
     streamer: Streamer = base.ssdtune
     points = [
@@ -89,6 +90,15 @@ def rehearse_draft(
         ),
         micro_batch,
     )
+
+
+def autocast_of(settings: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The autocast of a run, to rehearse under; without a cache of cast weights, as visits are. settings: with its
+    `bf16` and `fp16`."""
+    dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def _rehearsed(cast: Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
@@ -171,7 +181,15 @@ def _step_work(cast: Cast, stage: Stage, losses: tuple[Work, Work] | None) -> St
         between=Work({key: ADAMW_OPERATORS * n for key, n in between.items()}),
         behind=stage.behind,
         dtype=str(cast.base.dtype).removeprefix("torch."),
+        autocast=_autocast_to(cast.device),
     )
+
+
+def _autocast_to(device: torch.device) -> str | None:
+    """The number format that products are computed in now; None: their operands'."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
 def _loss_works(cast: Cast, shape: tuple[int, int], stage: Stage) -> tuple[Work, Work]:
