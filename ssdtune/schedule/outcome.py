@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import math
 
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.holding import Level, levels_of
@@ -18,7 +18,7 @@ from ssdtune.schedule.memory import (
     Peak,
     predict_peak_of,
 )
-from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
+from ssdtune.schedule.plan import Budgets, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
@@ -72,7 +72,8 @@ class Outcome:
         tokens: of one step. num_steps: of the run.
         written_bytes: to the drive in the whole run, checkpoints included.
         read_bytes: of one step.
-        hidden_at: micro-batches of a step from which on reading is hidden; None: it never is, or is not known.
+        hidden_at: micro-batches of a step from which on reading is hidden with this plan; None: it never is, or is not
+            known.
     """
 
     choices: Choices
@@ -93,8 +94,8 @@ class Outcome:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether compute is what a step waits for."""
-        return self.hidden_at is not None and self.hidden_at <= self.choices.micro_batches
+        """Whether compute is what a step waits for: it stands still for next to none of it."""
+        return self.simulation is not None and _hides(self.simulation)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +149,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         tokens=job.tokens(choices.micro_batches),
         num_steps=num_steps,
         written_bytes=_written(job, peak, num_steps),
-        hidden_at=_hidden_at(job, machine, plan),
+        hidden_at=_hidden_at(job, machine, choices, plan, simulation),
         read_bytes=plan.sequences[job.kind].read_bytes,
     )
 
@@ -306,26 +307,29 @@ def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
     )
 
 
-def _hidden_at(job: Job, machine: Machine, plan: Plan) -> int | None:
-    """The least micro-batches of a step with which its passes compute as long as they read.
+def _hides(step: Simulation) -> bool:
+    return step.step_s <= HIDDEN * step.compute_s
 
-    Reading is that of the plan; per micro-batch a pass computes always the same.
+
+def _hidden_at(
+    job: Job, machine: Machine, choices: Choices, plan: Plan, step: Simulation | None
+) -> int | None:
+    """The least micro-batches of a step with which the plan's reading is hidden; None: more than MOST_MICRO_BATCHES, or
+    not known. step: with as many as chosen.
+
+    By simulation: lanes alone don't know that a block is read only when there is a slot for it. Compute grows with
+    micro-batches, reading weights does not.
     """
-    pricing = _pricing(job, machine, 1)
-    if pricing is None:
+    if step is None:
         return None
-    steps = plan.sequences[job.kind]
-    seconds = pricing.op_seconds(steps)
-    needed = 1
-    for direction in Direction:
-        lanes: dict[Lane, float] = {}
-        for op in steps.ops:
-            if op.direction is direction:
-                lanes[op.lane] = lanes.get(op.lane, 0.0) + seconds[op.id]
-        compute = lanes.pop(Lane.COMPUTE, 0.0)
-        moving = max(lanes.values(), default=0.0)
-        if moving and not compute:
-            return None
-        if moving:
-            needed = max(needed, math.ceil(moving / (HIDDEN * compute)))
-    return needed if needed <= MOST_MICRO_BATCHES else None
+
+    def hides(num: int) -> bool:
+        pricing = _pricing(job, machine, num)
+        assert pricing is not None
+        return _hides(pricing.simulation(plan))
+
+    own = choices.micro_batches
+    numbers = range(1, max(MOST_MICRO_BATCHES, own) + 1)
+    low, high = (0, own - 1) if _hides(step) else (own, len(numbers))
+    found = bisect.bisect_left(numbers, True, low, high, key=hides)
+    return found + 1 if found < len(numbers) else None
