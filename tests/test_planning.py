@@ -185,6 +185,16 @@ def test_a_timeline_is_a_picture_or_events(run, tmp_path: Path) -> None:
     assert (tmp_path / "lanes.png").stat().st_size > 5_000
 
 
+def test_a_zeroth_order_step_has_a_picture_too(
+    run: Callable[..., tuple[int, str]], config_path: Path, tmp_path: Path
+) -> None:
+    words = "method: zo\nzo_trains: all\nmax_steps: 5\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    save_profile(a_profile(), own_profile_path())
+    assert run("--timeline", str(tmp_path / "lanes.png"), "--offload.ram", "300KB")[0] == 0
+    assert (tmp_path / "lanes.png").stat().st_size > 5_000
+
+
 def test_auto_is_decided_and_said_as_it_is_trained(run) -> None:
     save_profile(a_profile(), own_profile_path())
     text = run("--offload.micro_batch_size", "auto")[1]
