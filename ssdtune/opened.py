@@ -20,6 +20,7 @@ from ssdtune.schedule.job import Job, Reading, Rows, mean_padded
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.jobs import Source
+    from ssdtune.packing.once import Twin
     from ssdtune.schedule.cost import Moves, StepWork
     from ssdtune.schedule.plan import BlockShape
     from ssdtune.schedule.planner import Order
@@ -42,6 +43,7 @@ class Opened:
         lengths: tokens of the rows that were looked at; empty: there are no data.
         sequences: texts that a row becomes in a micro-batch.
         readings, lossless_ratio: as `Job` has them.
+        twin: the packed file that a run makes first; None: none.
     """
 
     base_bytes: int
@@ -57,6 +59,7 @@ class Opened:
     sequences: int
     readings: tuple[Reading, ...] = ()
     lossless_ratio: float | None = None
+    twin: Twin | None = None
 
 
 def open_source(source: Source) -> Opened:
@@ -100,7 +103,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     import torch
 
     from ssdtune.api import build_arguments
-    from ssdtune.packing.once import build_planned
+    from ssdtune.packing.once import NONE, build_and_plan, twin_of
     from ssdtune.packing.readings import readings_of
     from ssdtune.packing.sample import lossless_ratio
     from ssdtune.peft import attach, lora_config
@@ -111,11 +114,12 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     chooses = arguments.get("quantization") == AUTO
     if chooses:
         del arguments["quantization"]
-    meta = build_planned(model, **arguments)
+    plain, meta = build_and_plan(model, **arguments)
     options = _options(source, meta)
     drafted = draft(meta, options)
     has_weights = model == source.name  # of a config.json alone there are headers
     path = source.config.offload.path
+    twin = twin_of(plain, arguments.get("quantization", NONE), path)
     readings = ()
     if chooses:  # before there are adapters
         readings = readings_of(meta, options, path, has_weights=has_weights)
@@ -140,6 +144,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         sequences=sequences,
         readings=readings,
         lossless_ratio=lossless_ratio(meta) if has_weights else None,
+        twin=twin,
     )
 
 
@@ -203,7 +208,19 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         fold_steps=steps.fold_steps,
         readings=opened.readings,
         lossless_ratio=opened.lossless_ratio,
+        **_packing(opened.twin),
     )
+
+
+def _packing(twin: Twin | None) -> dict[str, Any]:
+    """What a job says of the packed file that is made for it."""
+    if twin is None:
+        return {}
+    return {
+        "packed_bytes": twin.num_bytes,
+        "packed_folder": str(twin.folder),
+        "source_bytes": twin.source_bytes,
+    }
 
 
 def _orders(likely: Mapping[str, Order], work: StepWork | None) -> Mapping[str, Order]:

@@ -399,6 +399,50 @@ def test_this_machine_is_as_it_is(tmp_path: Path) -> None:
     assert machine.profile is None
 
 
+# ------------------------------------------------------------------ the drive's room
+
+
+def on_a_drive(job: Job, free_bytes: int, **more: Any) -> Outcome | Refusal:
+    """What comes of it where so much of the drive is free; with the smallest budget, if none is given."""
+    least = 2 * smallest_budgets(job.blocks, on_device=False).ram_bytes
+    choices = Choices(**{"micro_batches": MICRO, "ram_bytes": least, **more})
+    return outcome(job, a_machine(drive=Drive(name="/nvme", free_bytes=free_bytes)), choices)
+
+
+def test_a_working_copy_of_the_weights_must_have_room(config_path: Path) -> None:
+    words = "method: zo\nzo_trains: all\nzo_fold_steps: 10\nmax_steps: 100\n"
+    config_path.write_text(config_path.read_text().replace("lora_r: 4\n", words))
+    job = a_job(config_path)
+    copy = sum(block.slot_bytes for block in job.blocks)
+    found = on_a_drive(job, copy)
+    assert isinstance(found, Outcome)
+    assert sum(found.peak.nvme.values()) == copy, "the table's drive column has it"
+    refused = on_a_drive(job, copy - 1)
+    assert isinstance(refused, Refusal)
+    assert "of the drive needed (working copy of the weights)" in refused.why
+    short = dataclasses.replace(job, num_steps=10)
+    for other, ram in ((short, None), (dataclasses.replace(job, fold_steps=0), None), (job, 10**9)):
+        budget = {} if ram is None else {"ram_bytes": ram}
+        assert isinstance(on_a_drive(other, 0, **budget), Outcome), "no copy is made"
+
+
+def test_a_model_that_is_packed_first_must_have_room(config_path: Path) -> None:
+    config_path.write_text(f"{config_path.read_text()}method: qlora\nquantization: 4\n")
+    job = a_job(config_path)
+    assert 0 < job.packed_bytes < job.source_bytes
+    found = on_a_drive(job, job.packed_bytes)
+    assert isinstance(found, Outcome)
+    assert found.written_bytes >= job.packed_bytes
+    refused = on_a_drive(job, job.packed_bytes - 1)
+    assert isinstance(refused, Refusal)
+    assert "of the drive needed (the packed model, which is made first)" in refused.why
+    assert job_from(job.to_json()) == job
+    folder = Path(job.packed_folder)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert a_job(config_path).packed_bytes == 0, "it is there"
+
+
 # ------------------------------------------------------------------ methods that can't be run yet
 
 

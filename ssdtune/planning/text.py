@@ -228,8 +228,8 @@ def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:
 
 
 def _on_drive(job: Job, found: Outcome) -> float:
-    """The model's own files, block inputs, two checkpoints."""
-    model = sum(block.file_bytes for block in job.blocks)
+    """The model's own files, those that a packed one is made from too, what a run makes beside them, two checkpoints."""
+    model = job.source_bytes if job.packed_bytes else sum(b.file_bytes for b in job.blocks)
     return model + sum(found.peak.nvme.values()) + 2 * SAVED_COPIES * job.fixed.trained_bytes
 
 

@@ -116,7 +116,10 @@ def _tried(
     for reading in readings:
         found = None
         if _has_room(reading, machine):
-            come = outcome(dataclasses.replace(job, blocks=reading.blocks), machine, choices)
+            own = dataclasses.replace(
+                job, blocks=reading.blocks, packed_bytes=reading.missing_bytes
+            )
+            come = outcome(own, machine, choices)
             found = come if isinstance(come, Outcome) else None
         yield Tried(reading=reading, found=found)
 
@@ -124,7 +127,7 @@ def _tried(
 def _has_room(reading: Reading, machine: Machine) -> bool:
     """Whether the drive has room for the file that would have to be packed."""
     free = machine.drive.free_bytes
-    return reading.is_there or free is None or reading.packed_bytes <= free
+    return free is None or reading.missing_bytes <= free
 
 
 def _hidden_words(each: Tried) -> str:

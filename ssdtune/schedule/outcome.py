@@ -10,8 +10,10 @@ from ssdtune.schedule.holding import Level, levels_of
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import Machine
 from ssdtune.schedule.memory import (
+    COPY,
     HOLES_SHARE,
     INPUTS,
+    PACKED,
     STAGING_BYTES,
     STORED,
     Passes,
@@ -117,7 +119,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         ram_bytes=max(ram, 0),
         device_bytes=max(device, 0) if on_device else 0,
         activation_bytes=choices.activation_bytes or 0,
-        nvme_activation_bytes=_drive_room(machine, choices),
+        nvme_activation_bytes=_drive_room(job, machine, choices),
     )
     if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
         return Refusal(choices=choices, why=_shortage(machine, room, least))
@@ -199,7 +201,17 @@ def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
     fixed = job.fixed
     if plan.block_inputs is Tier.NVME:
         fixed = dataclasses.replace(fixed, staging_bytes=STAGING_BYTES)
-    return predict_peak_of(plan, job.footprint, fixed, _passes(job, micro_batches))
+    peak = predict_peak_of(plan, job.footprint, fixed, _passes(job, micro_batches))
+    return dataclasses.replace(peak, nvme={**peak.nvme, **_files(job, plan, micro_batches)})
+
+
+def _files(job: Job, plan: Plan, micro_batches: int) -> dict[str, int]:
+    """What a run makes on the drive beside what waits for backward: the packed model that it reads, and, once blocks that
+    are read have missed so many steps, all of them as slots hold them."""
+    files = {PACKED: job.packed_bytes} if job.packed_bytes else {}
+    if 0 < job.fold_steps < job.steps(micro_batches) and plan.sequences[job.kind].read_bytes:
+        files[COPY] = sum(block.slot_bytes for block in job.blocks)
+    return files
 
 
 def _passes(job: Job, micro_batches: int) -> Passes:
@@ -220,7 +232,7 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     least = dataclasses.replace(
         smallest_budgets(job.blocks, on_device=on_device),
         activation_bytes=choices.activation_bytes or 0,
-        nvme_activation_bytes=_drive_room(machine, choices),
+        nvme_activation_bytes=_drive_room(job, machine, choices),
     )
     plan = make_plan(_request(job, choices, least, on_device=on_device))
     peak = _peak(job, plan, choices.micro_batches)
@@ -230,13 +242,15 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     return Budgets(ram_bytes=int(ram), device_bytes=int(device) if on_device else 0)
 
 
-def _drive_room(machine: Machine, choices: Choices) -> int:
+def _drive_room(job: Job, machine: Machine, choices: Choices) -> int:
     """Bytes of the drive for activations. None of a drive whose room is not known, or where no times tell what they are
     worth."""
     if choices.nvme_activation_bytes is not None:
         return choices.nvme_activation_bytes
     free = machine.drive.free_bytes
-    return 0 if free is None or machine.profile is None else int(AUTO_DRIVE_SHARE * free)
+    if free is None or machine.profile is None:
+        return 0
+    return int(AUTO_DRIVE_SHARE * max(free - job.packed_bytes, 0))
 
 
 def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:
@@ -256,25 +270,28 @@ def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:
 def _over(peak: Peak, machine: Machine) -> str:
     """What is short; empty where nothing is."""
     told: list[str] = []
-    for name, needed, has in (
-        ("RAM", peak.ram_bytes, machine.ram_bytes),
-        ("VRAM", peak.device_bytes, machine.device_bytes),
-        ("the drive", sum(peak.nvme.values()), machine.drive.free_bytes),
+    for name, parts, has in (
+        ("RAM", peak.ram, machine.ram_bytes),
+        ("VRAM", peak.device, machine.device_bytes),
+        ("the drive", peak.nvme, machine.drive.free_bytes),
     ):
+        needed = sum(parts.values())
         if has is not None and needed > has:
+            what = f" ({' and '.join(parts)})" if parts is peak.nvme else ""
             told.append(
-                f"{format_size(round(needed))} of {name} needed, {format_size(round(has))} free"
+                f"{format_size(round(needed))} of {name} needed{what}, {format_size(round(has))} free"
             )
     return "; ".join(told)
 
 
 def _written(job: Job, peak: Peak, num_steps: int) -> float:
-    """Block inputs and activations of every step where NVMe holds them, checkpoints, and working copies of the
-    weights."""
+    """Block inputs and activations of every step where NVMe holds them, checkpoints, working copies of the weights, and the
+    packed model, once."""
     waiting = peak.nvme.get(INPUTS, 0) + peak.nvme.get(STORED, 0)
     saved = min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
     copies = num_steps // job.fold_steps if job.fold_steps else 0
-    return num_steps * waiting + saved + copies * sum(block.slot_bytes for block in job.blocks)
+    copied = copies * sum(block.slot_bytes for block in job.blocks)
+    return num_steps * waiting + saved + copied + peak.nvme.get(PACKED, 0)
 
 
 # ------------------------------------------------------------------ time
