@@ -201,6 +201,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         num_steps=config.max_steps if config.max_steps > 0 else None,
         num_epochs=config.num_train_epochs,
         chunk_tokens=opened.options.chunk_tokens,
+        visits_vary=request.visits_vary,
         method=steps.words,
         data=rows,
         kind=steps.kind,

@@ -164,6 +164,7 @@ def _request(job: Job, choices: Choices, budgets: Budgets, *, on_device: bool) -
         on_device=on_device,
         block_inputs=choices.block_inputs,
         chunk_tokens=job.chunk_tokens,
+        visits_vary=job.visits_vary,
         activation_bytes=job.footprint.activations_of(job.passes(choices.micro_batches)),
     )
 
