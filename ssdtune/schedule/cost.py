@@ -229,6 +229,8 @@ class Pricing:
             else:
                 one = self._transfer_s(op)
             seconds.append(one * self.factors.get(op.lane, 1.0))
+        if any(op.lane is Lane.NVME_WRITE for op in steps.ops):
+            seconds = _sharing_the_drive(steps.ops, seconds, self.profile.drive_overlap)
         return _slowed(steps.ops, seconds, self.profile)
 
     def _moving_weights_s(self, visit: Visit, *, is_first: bool) -> float:
@@ -245,7 +247,8 @@ class Pricing:
         return self._transfers_s[key]
 
     def _computed_transfer_s(self, op: Op) -> float:
-        seconds = self.profile.transfer(_transfer_of(op)).seconds(op.num_bytes)
+        name = self.profile.writes if op.lane is Lane.NVME_WRITE else _transfer_of(op)
+        seconds = self.profile.transfer(name).seconds(op.num_bytes)
         if op.decoded_bytes:
             seconds += self.profile.transfer(DEVICE_DECODE).seconds(op.decoded_bytes)
         return seconds
@@ -272,6 +275,31 @@ def _copied_bytes(steps: StepPlan) -> dict[int, int]:
     if any(op.lane is Lane.D2H for op in steps.ops):
         return {}
     return {op.visit: op.num_bytes for op in steps.ops if op.kind in ACTIVATIONS_ON_NVME}
+
+
+def _sharing_the_drive(
+    ops: Sequence[Op], seconds: Sequence[float], overlap: float | None
+) -> list[float]:
+    """Reads and writes of each pass, as long as they take beside each other; as they are where that was not measured.
+
+    overlap: of the drive, c (`Profile.drive_overlap`). While both are under way each runs at c/2. The shorter lane is so all
+    the time, as if the other never paused: 2/c times as long; the longer one is for as long as that, and alone for the
+    rest. So the longer lane is what the drive needs for both, and a pass that is bound by the drive takes that.
+    """
+    found = list(seconds)
+    if overlap is None:
+        return found
+    for direction in Direction:
+        lanes = [
+            [op.id for op in ops if op.lane is lane and op.direction is direction]
+            for lane in (Lane.NVME_READ, Lane.NVME_WRITE)
+        ]
+        alone = [sum(seconds[i] for i in lane) for lane in lanes]
+        more = (2 / overlap - 1) * min(alone)
+        for lane, lane_s in zip(lanes, alone, strict=True):
+            for i in lane if more else ():
+                found[i] *= 1 + more / lane_s
+    return found
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:

@@ -135,6 +135,26 @@ class Profile:
         return self.transfers[name]
 
     @property
+    def drive_overlap(self) -> float | None:
+        """Seconds of reads alone and of writes alone that the drive does in a second of both: 1, they take turns; 2, neither
+        slows the other. None where that was not measured.
+
+        From the largest mixed point, n bytes read and n written in t seconds. Alone they take a <= b seconds; beside each
+        other both run at c/2 until a is done, the rest of b alone: t = 2 a / c + b - a.
+        """
+        if not {MIXED, "nvme_write"} <= self.transfers.keys():
+            return None
+        num_bytes, t = self.transfers[MIXED].points[-1]
+        alone = (self.transfer(name).seconds(num_bytes / 2) for name in ("nvme_read", "nvme_write"))
+        a, b = sorted(alone)
+        return min(2.0, max(1.0, 2 * a / (t - b + a))) if t > b - a else 2.0
+
+    @property
+    def writes(self) -> str:
+        """The transfer that is written with in every step: a drive's cache is full by then, where that was measured."""
+        return SUSTAINED if SUSTAINED in self.transfers else "nvme_write"
+
+    @property
     def lacks(self) -> list[str]:
         """What a probe of today would have measured besides, in words: an older one did not."""
         kinds = {kind for curves in self.operators.values() for kind in curves}
