@@ -477,6 +477,23 @@ def test_full_fine_tuning_reads_and_writes_its_states(config_path: Path) -> None
     )
 
 
+def test_of_a_models_experts_those_compute_that_a_token_is_routed_to(
+    config_path: Path, tmp_path: Path
+) -> None:
+    experts = tmp_path / "experts"
+    tiny_models.save(tiny_models.build("qwen3_moe", dtype=torch.float32), experts)
+    text = config_path.read_text().splitlines()
+    config_path.write_text("\n".join([f"model_name_or_path: {experts}", *text[1:]]))
+    job = a_job(config_path)
+    assert job.visits_vary, "by what a step's tokens choose"
+    shape = shape_of(job)
+    sizes = tiny_models.SMALL["hidden_size"], tiny_models.EXPERTS["moe_intermediate_size"]
+    left_out = 2 * 3 * math.prod(sizes)  # two of the four, each of three matrices
+    routed = 2.0 * (shape.block_parameters - left_out)
+    assert routed < shape.flop_per_token < 1.2 * routed, "attention and adapters are counted too"
+    assert shape.flop_per_token < 1.8 * shape.block_parameters
+
+
 def test_what_would_not_fit_is_said_with_the_numbers(config_path: Path) -> None:
     job = a_job(config_path)
     drive = Drive(name="/nvme", free_bytes=10**5)

@@ -100,10 +100,23 @@ def shape_of(job: Job) -> Shape:
         block_parameters=parameters,
         num_tokens=tokens * job.micro_batches,
         num_micro_batches=job.micro_batches,
-        flop_per_token=2.0 * parameters,
+        flop_per_token=_flop_of(job, largest, tokens) or 2.0 * parameters,
         input_bytes_per_token=job.footprint.kept_bytes / max(num_blocks * longest, 1),
         embedding_parameters=max(0, job.num_parameters - num_blocks * parameters),
     )
+
+
+def _flop_of(job: Job, slot_bytes: int, num_tokens: int) -> float:
+    """Of a token's forward through a block of this size, on average, as counted: of experts, those that it is routed to;
+    0: not known. num_tokens: of a micro-batch."""
+    if job.work is None:
+        return 0.0
+    flop = [
+        sum(work.flop for work in works)
+        for (block, direction), works in job.work.passes["forward"].items()
+        if direction is Direction.FORWARD and job.blocks[block].slot_bytes == slot_bytes
+    ]
+    return sum(flop) / max(len(flop), 1) / num_tokens
 
 
 def rates_of(job: Job, machine: Machine) -> Rates | None:
