@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ssdtune.schedule.cost import Moves, StepWork
     from ssdtune.schedule.plan import BlockShape
     from ssdtune.schedule.planner import Order
+    from ssdtune.swap.recipe import BlockRecipe
     from ssdtune.visit.build import MetaModel
     from ssdtune.visit.draft import Draft
 
@@ -176,7 +177,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
     steps = _steps(config, drafted, trained, opened.resident_bytes if is_of_all else 0)
     work = usual.work
     if work is not None and steps.moves is not None:
-        work = dataclasses.replace(work, moves=steps.moves)
+        work = dataclasses.replace(work, moves=_with_decoding(source, drafted, steps.moves))
     request = drafted.replanner.request
     return Job(
         model=Path(source.name).name if source.model is None else source.name,
@@ -249,15 +250,41 @@ class _Steps:
 
 def _blocks(source: Source, drafted: Draft) -> tuple[BlockShape, ...]:
     """As slots hold them."""
-    from ssdtune.swap.recipe import kept_packed, widened
+    from ssdtune.swap.recipe import widened
 
     if source.config.method == "zo" and source.config.zo_master:
         return tuple(widened(recipe).shape for recipe in drafted.recipes)
     if source.config.method != "zo" or source.config.zo_packed == "decoded":
         return tuple(drafted.replanner.request.blocks)
-    return tuple(
-        (kept_packed(r, on_device=source.on_device) if r.packed else r).shape
-        for r in drafted.recipes
+    return tuple(recipe.shape for recipe in _kept_packed(source, drafted))
+
+
+def _kept_packed(source: Source, drafted: Draft) -> list[BlockRecipe]:
+    """Of blocks that stay packed in their slots, where they are packed."""
+    from ssdtune.swap.recipe import kept_packed
+
+    return [
+        kept_packed(recipe, on_device=source.on_device) if recipe.packed else recipe
+        for recipe in drafted.recipes
+    ]
+
+
+def _with_decoding(source: Source, drafted: Draft, moves: Moves) -> Moves:
+    """With what decoding takes of blocks that stay packed in their slots."""
+    from ssdtune.trainer.opening import trains_all
+    from ssdtune.trainer.zeroth_order import estimator_of
+    from ssdtune.zeroth_order.work import with_decoding
+
+    config = source.config
+    if config.zo_packed == "decoded":
+        return moves
+    return with_decoding(
+        moves,
+        _kept_packed(source, drafted),
+        estimator_of(config),
+        way=config.zo_packed,
+        trains_blocks=trains_all(config),
+        on_device=source.on_device,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
-from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, InModel, Profile
+from ssdtune.schedule.profile import DECODE, DEVICE_DECODE, FRESH, MAY_LACK, InModel, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import (
     ACTIVATIONS_ON_NVME,
@@ -22,15 +22,18 @@ TRANSFER_OF = {
     Kind.FETCH_ACTIVATIONS: "nvme_read",
     Kind.STORE_ACTIVATIONS: "nvme_write",
     Kind.UNPACK: "unpack",
-    Kind.DECODE: "decode",
+    Kind.DECODE: DECODE,
     Kind.UPLOAD: "h2d",
     Kind.DOWNLOAD_INPUT: "d2h",
     Kind.UPLOAD_INPUT: "h2d",
 }
 
 
+DECODES = (DECODE, DEVICE_DECODE)  # of packed weights, by bytes that they decode to
+
+
 class Operator(NamedTuple):
-    """One call. kind, size: as in `profile.OPERATORS`.
+    """One call. kind, size: as in `profile.OPERATORS`, or of DECODES.
 
     A matrix product has its bytes too, since it takes as long as the longer of FLOP and bytes, and the rows that one
     matrix is multiplied by; both are 0 for others, rows also for products of many matrices.
@@ -43,6 +46,8 @@ class Operator(NamedTuple):
 
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes alone. Raises ProfileError for a curve that is missing."""
+        if self.kind in DECODES:
+            return profile.transfer(self.kind).seconds(self.size)
         if self.kind in MAY_LACK and self.kind not in profile.operators.get(dtype, ()):
             return 0.0
         if self.num_rows:
@@ -102,13 +107,15 @@ class Moves:
 
     shifts: block -> making all variants of its weights. updates: block -> one change of what is stored of them. window:
     steps that make one such change together. num_missed: changes, on average over the run, that a block from the drive
-    has missed; one that has stayed in its slot missed those of one step.
+    has missed; one that has stayed in its slot missed those of one step. anew: blocks that take all changes so far in each
+    visit, wherever they lie; as many as `num_missed`, too.
     """
 
     shifts: Mapping[int, Work]
     updates: Mapping[int, Work] = dataclasses.field(default_factory=dict[int, Work])
     num_missed: float = 1.0
     window: int = 1
+    anew: frozenset[int] = frozenset()
 
 
 def missed_steps(num_steps: int, fold_steps: int, window: int = 1) -> float:
@@ -192,6 +199,7 @@ class Pricing:
             for works in (moves.shifts, moves.updates)
         )
         self._num_missed, self._num_of_step = moves.num_missed, 1 / moves.window
+        self._anew = moves.anew
         self._transfers_s: dict[tuple[Kind, Lane, int, int], float] = {}
 
     def simulation(self, plan: Plan) -> Simulation:
@@ -236,7 +244,8 @@ class Pricing:
     def _moving_weights_s(self, visit: Visit, *, is_first: bool) -> float:
         """Seconds of making variants of a block, and of the steps that it has missed. is_first: of its visits in the
         step."""
-        num = self._num_missed if visit.is_filled_for else is_first * self._num_of_step
+        is_behind = visit.is_filled_for or visit.block in self._anew
+        num = self._num_missed if is_behind else is_first * self._num_of_step
         return self._shift_s.get(visit.block, 0.0) + num * self._update_s.get(visit.block, 0.0)
 
     def _transfer_s(self, op: Op) -> float:

@@ -201,6 +201,7 @@ class _Numbered:
             "updates": [[block, self.place(work)] for block, work in moves.updates.items()],
             "num_missed": moves.num_missed,
             "window": moves.window,
+            "anew": sorted(moves.anew),
         }
 
 
@@ -269,6 +270,7 @@ def _moves_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Moves | N
         updates={int(block): listed[int(i)] for block, i in raw["updates"]},
         num_missed=float(raw["num_missed"]),
         window=int(raw["window"]),
+        anew=frozenset(map(int, raw["anew"])),
     )
 
 

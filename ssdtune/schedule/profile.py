@@ -37,9 +37,10 @@ TRANSFERS = ("nvme_read", "nvme_write", "unpack", "decode", "h2d", "d2h", "d2d")
 MIXED = "nvme_mixed"  # bytes of the drive, half of them read while the others are written
 # Bytes written beyond a drive's cache; only where it was asked for.
 SUSTAINED = "nvme_write_sustained"
-DEVICE_DECODE = "device_decode"  # bytes that a device decodes packed weights to
+DECODE = "decode"  # bytes that packed weights are decoded to on the CPU
+DEVICE_DECODE = "device_decode"  # and by a device
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
-STAND_INS = {"decode": "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
+STAND_INS = {DECODE: "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
 BUSY_CORES = 0.15  # of others, from which on a measurement is not to be trusted
 REMEDY = "Measure this machine with `ssdtune probe`."
 
