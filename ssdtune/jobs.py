@@ -98,7 +98,7 @@ class Jobs:
         path = None if key is None else cache_folder() / "jobs" / f"{key}.json"
         if path is not None and path.is_file():
             try:
-                return job_from(path.read_text(encoding="utf-8"))
+                return _as_it_is_now(job_from(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, KeyError, TypeError):
                 path.unlink(missing_ok=True)  # cut short, or another version's: made anew
         from ssdtune.opened import job_from_opened, open_source
@@ -110,7 +110,14 @@ class Jobs:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file_atomically(path, job.to_json().encode())
             _forget_old(path.parent)
-        return job
+        return _as_it_is_now(job)
+
+
+def _as_it_is_now(job: Job) -> Job:
+    """Nothing is to be packed that was packed since."""
+    if job.packed_bytes and (Path(job.packed_folder) / "config.json").is_file():
+        return dataclasses.replace(job, packed_bytes=0)
+    return job
 
 
 def job_of(source: Source) -> Job:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from ssdtune.data.stats import DataStats
     from ssdtune.data.tokens import Tokenized
     from ssdtune.jobs import Source
+    from ssdtune.packing.once import Twin
     from ssdtune.schedule.cost import Moves, StepWork
     from ssdtune.schedule.plan import BlockShape
     from ssdtune.schedule.planner import Order
+    from ssdtune.swap.recipe import BlockRecipe
     from ssdtune.visit.build import MetaModel
     from ssdtune.visit.draft import Draft
 
@@ -46,6 +48,7 @@ class Opened:
         lengths: tokens of the rows that were looked at; empty: there are no data.
         sequences: texts that a row becomes in a micro-batch.
         readings, lossless_ratio: as `Job` has them.
+        twin: the packed file that a run makes first; None: none.
     """
 
     base_bytes: int
@@ -61,6 +64,7 @@ class Opened:
     sequences: int
     readings: tuple[Reading, ...] = ()
     lossless_ratio: float | None = None
+    twin: Twin | None = None
 
 
 def open_source(source: Source) -> Opened:
@@ -104,7 +108,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     import torch
 
     from ssdtune.api import build_arguments
-    from ssdtune.packing.once import build_planned
+    from ssdtune.packing.once import NONE, build_and_plan, twin_of
     from ssdtune.packing.readings import readings_of
     from ssdtune.packing.sample import lossless_ratio
     from ssdtune.peft import attach, lora_config
@@ -115,11 +119,12 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     chooses = arguments.get("quantization") == AUTO
     if chooses:
         del arguments["quantization"]
-    meta = build_planned(model, **arguments)
+    plain, meta = build_and_plan(model, **arguments)
     options = _options(source, meta)
     drafted = draft(meta, options)
     has_weights = model == source.name  # of a config.json alone there are headers
     path = source.config.offload.path
+    twin = twin_of(plain, arguments.get("quantization", NONE), path)
     readings = ()
     if chooses:  # before there are adapters
         readings = readings_of(meta, options, path, has_weights=has_weights)
@@ -144,6 +149,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         sequences=sequences,
         readings=readings,
         lossless_ratio=lossless_ratio(meta) if has_weights else None,
+        twin=twin,
     )
 
 
@@ -176,7 +182,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
     steps = _steps(config, drafted, trained, opened.resident_bytes if is_of_all else 0)
     work = usual.work
     if work is not None and steps.moves is not None:
-        work = dataclasses.replace(work, moves=steps.moves)
+        work = dataclasses.replace(work, moves=_with_decoding(source, drafted, steps.moves))
     request = drafted.replanner.request
     return Job(
         model=Path(source.name).name if source.model is None else source.name,
@@ -201,6 +207,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         num_steps=config.max_steps if config.max_steps > 0 else None,
         num_epochs=config.num_train_epochs,
         chunk_tokens=opened.options.chunk_tokens,
+        visits_vary=request.visits_vary,
         method=steps.words,
         data=rows,
         kind=steps.kind,
@@ -208,7 +215,19 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         fold_steps=steps.fold_steps,
         readings=opened.readings,
         lossless_ratio=opened.lossless_ratio,
+        **_packing(opened.twin),
     )
+
+
+def _packing(twin: Twin | None) -> dict[str, Any]:
+    """What a job says of the packed file that is made for it."""
+    if twin is None:
+        return {}
+    return {
+        "packed_bytes": twin.num_bytes,
+        "packed_folder": str(twin.folder),
+        "source_bytes": twin.source_bytes,
+    }
 
 
 def _orders(likely: Mapping[str, Order], work: StepWork | None) -> Mapping[str, Order]:
@@ -236,15 +255,41 @@ class _Steps:
 
 def _blocks(source: Source, drafted: Draft) -> tuple[BlockShape, ...]:
     """As slots hold them."""
-    from ssdtune.swap.recipe import kept_packed, widened
+    from ssdtune.swap.recipe import widened
 
     if source.config.method == "zo" and source.config.zo_master:
         return tuple(widened(recipe).shape for recipe in drafted.recipes)
     if source.config.method != "zo" or source.config.zo_packed == "decoded":
         return tuple(drafted.replanner.request.blocks)
-    return tuple(
-        (kept_packed(r, on_device=source.on_device) if r.packed else r).shape
-        for r in drafted.recipes
+    return tuple(recipe.shape for recipe in _kept_packed(source, drafted))
+
+
+def _kept_packed(source: Source, drafted: Draft) -> list[BlockRecipe]:
+    """Of blocks that stay packed in their slots, where they are packed."""
+    from ssdtune.swap.recipe import kept_packed
+
+    return [
+        kept_packed(recipe, on_device=source.on_device) if recipe.packed else recipe
+        for recipe in drafted.recipes
+    ]
+
+
+def _with_decoding(source: Source, drafted: Draft, moves: Moves) -> Moves:
+    """With what decoding takes of blocks that stay packed in their slots."""
+    from ssdtune.trainer.opening import trains_all
+    from ssdtune.trainer.zeroth_order import estimator_of
+    from ssdtune.zeroth_order.work import with_decoding
+
+    config = source.config
+    if config.zo_packed == "decoded":
+        return moves
+    return with_decoding(
+        moves,
+        _kept_packed(source, drafted),
+        estimator_of(config),
+        way=config.zo_packed,
+        trains_blocks=trains_all(config),
+        on_device=source.on_device,
     )
 
 

@@ -85,7 +85,8 @@ class StepWindow:
 
 
 def training_steps(trace: Iterable[OpRecord]) -> list[StepWindow]:
-    """The windows of all steps with a backward half, in order.
+    """The windows of all steps with a backward half, in order; of all steps where none has one, as of a run of forward
+    passes alone.
 
     A step ends where the next begins (optimizer and data loading are part of it), or with its own
     last visit if an evaluation or nothing follows.
@@ -96,6 +97,7 @@ def training_steps(trace: Iterable[OpRecord]) -> list[StepWindow]:
             visits.setdefault(op.step, []).append(op)
     starts = {step: min(op.start_s for op in ops) for step, ops in visits.items()}
     trained = {step for step, ops in visits.items() if any(op.direction == "B" for op in ops)}
+    trained = trained or set(visits)
     windows = []
     for step in sorted(trained):
         own_end = max(op.end_s for op in visits[step])
@@ -399,15 +401,17 @@ class _Timeline:
         own = [op for op in shown if op.step == self.window.step and op.lane == "compute"]
         num_blocks = len({op.block for op in own})
         what = f"Step {self.window.step}{f', {name}' if name else ''}"
-        title = f"{what}: {num_blocks} blocks, forward and backward, in {summary}"
+        backward = [op.start_s for op in own if op.direction == "B"]
+        passes = "forward and backward" if backward else "forward"
+        title = f"{what}: {num_blocks} blocks, {passes}, in {summary}"
         axes.set_title(title, loc="left", color=INK, fontsize=13, pad=22)
-        turn = self.at(min(op.start_s for op in own if op.direction == "B"))
         last = self.at(max(op.end_s for op in own))
         top = {"y": -0.56, "fontsize": 9, "color": FAINT}
-        air = self.length * 0.005
-        axes.text(turn - air, s="forward", ha="right", **top)
-        axes.text(turn + air, s="backward", ha="left", **top)
-        axes.axvline(turn, color=FAINT, lw=1, ls=(0, (3, 3)), zorder=0)
+        if backward:
+            turn, air = self.at(min(backward)), self.length * 0.005
+            axes.text(turn - air, s="forward", ha="right", **top)
+            axes.text(turn + air, s="backward", ha="left", **top)
+            axes.axvline(turn, color=FAINT, lw=1, ls=(0, (3, 3)), zorder=0)
         if self.length - last > 0.1 * self.length:
             axes.text(self.length, s="optimizer, next batch", ha="right", **top)
             axes.axvline(last, color=FAINT, lw=1, ls=(0, (3, 3)), zorder=0)
@@ -458,10 +462,9 @@ def short_block_name(block: str) -> str:
 def _legend_handles(shown: Sequence[OpRecord], window: StepWindow) -> list[Any]:
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(facecolor=FORWARD, label="forward"),
-        Patch(facecolor=BACKWARD, label="backward"),
-    ]
+    handles = [Patch(facecolor=FORWARD, label="forward")]
+    if any(op.direction == "B" for op in shown):
+        handles.append(Patch(facecolor=BACKWARD, label="backward"))
     handles.append(Patch(facecolor=IDLE, edgecolor=WAIT, label="idle"))
     if any(_wait(op) > 0.001 * window.seconds for op in shown):  # a pixel
         handles.append(Patch(facecolor=WAIT, label="compute waits for weights"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def print_trace(run: Path, *, picture: Path | None = None) -> int:
     run: its output_dir. picture: where to, else trace.png in the run. Raises TracingError.
     """
     prediction, trace = _read(run)
-    step = _last_whole_step(trace)
+    step = _last_whole_step(prediction, trace)
     try:
         found = compare(prediction, trace, step)
     except ValueError as error:
@@ -60,8 +61,8 @@ def lines_of(found: Comparison, step: int) -> Iterator[str]:
     worst = [
         [
             f"{pair.op.kind} {pair.op.block} {pair.op.direction}",
-            f"{pair.predicted.seconds:.3g} s",
-            f"{pair.measured.seconds:.3g} s",
+            f"{pair.predicted_s:.3g} s",
+            f"{pair.measured_s:.3g} s",
             f"{pair.off_s:+.2g} s",
             pair.why,
         ]
@@ -90,38 +91,30 @@ def _read(run: Path) -> tuple[Prediction, Sequence[TraceOp]]:
     return prediction, trace
 
 
-def _last_whole_step(trace: Sequence[TraceOp]) -> int:
-    """The last training step but one: how long the last took to its end is not in the trace."""
-    trained = sorted(
-        {op.step for op in trace if op.direction is Direction.BACKWARD and op.kind is Kind.COMPUTE}
-    )
-    if not trained:
+def _last_whole_step(prediction: Prediction, trace: Sequence[TraceOp]) -> int:
+    """The last training step that another one follows at once, for how long the last took to its end is not in the
+    trace; else the last."""
+    has_backward = prediction.kind == "train"
+    visits = (op for op in trace if op.kind is Kind.COMPUTE)
+    found = {op.step for op in visits if not has_backward or op.direction is Direction.BACKWARD}
+    if prediction.steps:  # forward passes alone don't tell training from evaluation
+        found &= set(prediction.steps)
+    if not found:
         raise TracingError("the trace holds no training step.")
-    return trained[-2] if len(trained) > 1 else trained[-1]
+    return max([step for step in found if step + 1 in found] or found)
 
 
 def _as_trace(found: Comparison, step: int) -> list[TraceOp]:
-    """The prediction as if it had run; the next step's first visit says when this one ends."""
-    ops = found.prediction.ops
-    spans = found.prediction.spans
+    """The prediction as if it had run; the next step's first visits say when this one ends."""
+    prediction = found.prediction
+    planned = [*zip(prediction.ops, prediction.spans, strict=True), *prediction.moves]
     made = [
-        TraceOp.of(op, step=step, start_s=span.start_s, end_s=span.end_s)
-        for op, span in zip(ops, spans, strict=True)
+        TraceOp.of(op, step=step, start_s=span.start_s, end_s=span.end_s) for op, span in planned
     ]
-    first = next(op for op in made if op.kind is Kind.COMPUTE)
-    end = found.prediction.step_s
-    turn = next(op for op in made if op.direction is Direction.BACKWARD)
-    following = [(first, Direction.FORWARD), (turn, Direction.BACKWARD)]
+    visits = [op for op in made if op.kind is Kind.COMPUTE]
+    firsts = {op.direction: op for op in reversed(visits)}
+    end = prediction.step_s
     return made + [
-        TraceOp(
-            op_id=-1,
-            kind=Kind.COMPUTE,
-            lane=op.lane,
-            block=op.block,
-            direction=direction,
-            step=step + 1,
-            start_s=end,
-            end_s=end,
-        )
-        for op, direction in following
+        dataclasses.replace(op, op_id=-1, step=step + 1, start_s=end, end_s=end)
+        for op in firsts.values()
     ]

@@ -392,3 +392,17 @@ def test_175b_in_16_micro_batches_builds_and_simulates_in_a_tenth_of_a_second() 
     assert len(steps.ops) > 7000
     assert built - start < 0.4
     assert time.process_time() - built < 0.4
+
+
+@pytest.mark.slow
+def test_175b_in_16_micro_batches_simulates_in_a_tenth_of_a_second() -> None:
+    """The best of five: of an idle machine, or nearly so."""
+    shape = gpt_shape(96, 12288, 16 * 1024, num_micro_batches=16)
+    steps = full_step(shape, Full())
+    seconds = [0.1] * len(steps.ops)
+    taken: list[float] = []
+    for _ in range(5):
+        start = time.process_time()
+        simulate(steps, seconds)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 0.1

@@ -139,10 +139,21 @@ def test_a_record_without_wait_is_as_good():
 
 def test_a_trace_without_training_is_refused(tmp_path):
     with pytest.raises(report.ReportError, match="no training step"):
-        report.timeline_figure(trace_of(0, 10, directions="F"))
+        report.timeline_figure([])
     with pytest.raises(report.ReportError, match="no training step 9"):
         report.draw_timeline(trace_of(0), tmp_path / "t.png", step=9)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_of_forward_passes_alone_are_drawn_without_a_turn():
+    rows = trace_of(0, 10, 20, directions="F")
+    assert [w.seconds for w in report.training_steps(rows)] == [10, 10, 5]
+    figure = report.timeline_figure(rows)
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == "Step 2: 2 blocks, forward, in 10 s"
+    assert "backward" not in [text.get_text() for text in axes.texts]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["forward", "idle", "compute waits for weights"]
 
 
 def test_a_table_puts_numbers_right_and_text_left():

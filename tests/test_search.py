@@ -194,6 +194,24 @@ def test_it_is_never_slower_than_the_static_policy_and_stays_in_the_budget(
     assert found.simulation.step_s <= case.step_s(make_plan(case.request)) * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_where_visits_vary_a_slot_more_is_ready(seed: int) -> None:
+    """Of what fits, three slots and more; a budget that holds only fewer is planned all the same."""
+    case = a_case(seed, 10, on_device=False, resident=0.3)
+    varied = dataclasses.replace(case.request, visits_vary=True)
+    layers = [i for i, block in enumerate(case.blocks) if "layers" in block.name]
+
+    def num_slots(request: Request, effort: Effort | None = None) -> int:
+        visits = search(request, case, effort).plan.sequences["train"].visits
+        return len({v.slot for v in visits if v.block in layers and v.is_filled_for})
+
+    assert num_slots(varied) >= 3
+    asked = Effort(depths=(1,))
+    assert num_slots(varied, asked) == num_slots(case.request, asked) == 2
+    least = Budgets(ram_bytes=max(block.slot_bytes for block in case.blocks))
+    assert num_slots(dataclasses.replace(varied, budgets=least)) == 1
+
+
 def test_equal_requests_have_equal_plans() -> None:
     case = a_case(7, 10, on_device=False, resident=0.4)
     assert search(case.request, case) == search(case.request, case)

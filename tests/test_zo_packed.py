@@ -1,5 +1,6 @@
 """Zeroth-order training on a packed base whose slots stay packed: the bits of training in memory, written plainly."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,15 @@ import torch
 from support import digests, num_misses, with_lora
 from test_packing import FORMATS, make_pair
 from test_zeroth_order import ESTIMATORS, NUM_STEPS, SEED, InMemory, all_weights, train_both
+from test_zeroth_order_work import step
 
 from ssdtune.kernels import philox, unpack_add
 from ssdtune.kernels.affine import Affine, join_slices, zero_of
 from ssdtune.schedule.plan import Lane
+from ssdtune.schedule.profile import DECODE, PERTURB
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.visit.build import build_meta
-from ssdtune.zeroth_order import Fold, ZerothOrder, packed
+from ssdtune.zeroth_order import Fold, ZerothOrder, packed, updates
 from ssdtune.zeroth_order.packed import KEPT, MOVED, PackedError
 
 Stream = Callable[..., Any]
@@ -253,3 +256,47 @@ def test_a_flipped_bit_is_found_before_it_is_used(tmp_path: Path, stream: Stream
     method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED, packed=KEPT)
     with pytest.raises(Exception, match="is damaged"):
         method.step([lambda: pair.streamed(**tiny_models.batch("llama"))], learning_rate=0.1)
+
+
+# ------------------------------------------------------------------ predictions
+
+
+SLOWLY = [pytest.param(*case, marks=pytest.mark.slow) for case in ((KEPT, True), (MOVED, False))]
+
+
+@pytest.mark.parametrize(("way", "adapts"), [(KEPT, False), *SLOWLY])
+def test_decoding_and_steps_taken_anew_are_those_predicted(
+    way: str, adapts: bool, tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the third step of five, which has missed as many as blocks do on average over the run."""
+    adapt = partial(with_lora, targets=["q_proj"]) if adapts else lambda m: m
+    pair = make_pair("llama", tmp_path, stream, FORMATS["4"], adapt=adapt)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED, packed=way)
+    step(method, 0)
+    step(method, 1)
+    done: Counter[str] = Counter()
+    add = updates.add_directions
+
+    def decoding(format: Any, parts: Any, out: torch.Tensor, moves: Sequence[Any]) -> None:
+        done[DECODE] += out.nbytes
+        done[PERTURB] += out.numel() * sum(len(move.directions) for move in moves)
+        unpack_add.unpack_add(format, parts, out, moves)
+
+    def adding(to: torch.Tensor, base: torch.Tensor, directions: Any, **more: Any) -> None:
+        done[PERTURB] += base.numel() * len(directions)
+        add(to, base, directions, **more)
+
+    monkeypatch.setattr(packed, "unpack_add", decoding)
+    monkeypatch.setattr(updates, "add_directions", adding)
+    step(method, 2)
+    moves, wanted = method.moves(5), Counter[str]()
+    assert moves.num_missed == 2
+    for visit in pair.streamed.ssdtune.engine.plan.sequences["forward"].visits:
+        for op, n in moves.shifts[visit.block].operators.items():
+            wanted[op.kind] += round(op.size * n)
+        for op, n in moves.updates[visit.block].operators.items() if moves.updates else ():
+            wanted[op.kind] += round(moves.num_missed * op.size * n)
+    assert done[DECODE] == wanted[DECODE] > 0
+    if way == KEPT and not adapts:
+        outside = sum(p.numel() for p in method.weights.residents.outside.values())
+        assert done[PERTURB] == wanted[PERTURB] + outside * (4 + 2), "four variants, one step"

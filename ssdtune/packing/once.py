@@ -37,11 +37,20 @@ def build_planned(
     name: str | os.PathLike[str], *, quantization: str = NONE, **build: Any
 ) -> MetaModel:
     """`build_meta`; a model that is not packed has the entries that it would have once packed, for plans alone."""
+    return build_and_plan(name, quantization=quantization, **build)[1]
+
+
+def build_and_plan(
+    name: str | os.PathLike[str], *, quantization: str = NONE, **build: Any
+) -> tuple[MetaModel, MetaModel]:
+    """The model as it is, and as `build_planned` has it."""
     meta = _build(name, quantization, **build)
     if quantization == NONE:
-        return meta
+        return meta, meta
     quantization = _with_widths(meta, quantization)
-    return _read(meta, quantization) if is_packed(meta) else planned(meta, quantization)
+    if is_packed(meta):
+        return meta, _read(meta, quantization)
+    return meta, planned(meta, quantization)
 
 
 def listed(name: str | os.PathLike[str], *, quantization: str, **build: Any) -> Listed:
@@ -87,6 +96,28 @@ def folder_of(meta: MetaModel, quantization: str, beside: Path | None) -> Path:
     name = re.sub(r"[^\w.-]+", "-", Path(meta.model.name_or_path or meta.folder).name)[-60:]
     kind = quantization.split("/")[-1]
     return (beside or cache_folder()) / "packed" / f"{name}-{kind}-{key}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Twin:
+    """The packed twin that a run makes of a model where it is not there. num_bytes: of its weights; source_bytes: of those
+    that it is made from."""
+
+    folder: Path
+    num_bytes: int
+    source_bytes: int
+
+
+def twin_of(meta: MetaModel, quantization: str, beside: Path | None) -> Twin | None:
+    """None where the model is read as it is. meta: as it is. beside: as for `build_packed`."""
+    if quantization == NONE or is_packed(meta):
+        return None
+    groups = groups_of(meta, Wanted.of(quantization).chosen())
+    return Twin(
+        folder_of(meta, quantization, beside),
+        sum(group.num_bytes for group in groups),
+        sum(tensor.num_bytes for group in groups for tensor in group.tensors),
+    )
 
 
 def build_packed(

@@ -29,7 +29,17 @@ def chosen_for(job: Job, machine: Machine, config: TrainConfig) -> Chosen:
 
 def read_as(reading: Reading, jobs: Callable[..., Job]) -> Callable[..., Job]:
     """The same jobs, their weights read in this way. jobs: as `Jobs`."""
-    return lambda *cut: dataclasses.replace(jobs(*cut), blocks=reading.blocks)
+
+    def read(*cut: int) -> Job:
+        job = jobs(*cut)
+        return dataclasses.replace(
+            job,
+            blocks=reading.blocks,
+            packed_bytes=reading.missing_bytes,
+            source_bytes=sum(block.file_bytes for block in job.blocks),
+        )
+
+    return read
 
 
 def _is_packed(reading: Reading) -> bool:

@@ -10,7 +10,7 @@ from ssdtune.schedule.holding import Level
 from ssdtune.schedule.plan import Tier
 from ssdtune.sizes import format_size
 
-TIER_LABELS = {Tier.DEVICE: "device", Tier.RAM: "RAM", Tier.NVME: "NVMe, block inputs"}
+TIER_LABELS = {Tier.DEVICE: "device", Tier.RAM: "RAM", Tier.NVME: "NVMe, beside the model"}
 SMALL = 0.02  # of a strip's height: thinner parts are drawn as one
 REST = "all else"
 # From what stays all the time to what comes and goes; neighbours differ.

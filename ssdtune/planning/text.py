@@ -11,7 +11,7 @@ from ssdtune.planning.prices import Prices, cost_line, cost_of
 from ssdtune.planning.ways import Way, knows_steps
 from ssdtune.report import LANE_LABELS, duration, format_table
 from ssdtune.schedule.methods import Foreseen
-from ssdtune.schedule.outcome import SAVED_COPIES, Outcome, Refusal
+from ssdtune.schedule.outcome import HIDDEN, SAVED_COPIES, Outcome, Refusal
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.profile import BUSY_CORES
 from ssdtune.sizes import format_size
@@ -245,21 +245,40 @@ def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:
 
 
 def _on_drive(job: Job, found: Outcome) -> float:
-    """The model's own files, block inputs, two checkpoints."""
-    model = sum(block.file_bytes for block in job.blocks)
+    """The model's own files, those that a packed one is made from too, what a run makes beside them, two checkpoints."""
+    model = job.source_bytes if job.packed_bytes else sum(b.file_bytes for b in job.blocks)
     return model + sum(found.peak.nvme.values()) + 2 * SAVED_COPIES * job.fixed.trained_bytes
 
 
 def verdict(found: Outcome) -> str:
-    """What limits it."""
-    assert found.simulation is not None
-    if not found.read_bytes:
-        return "all weights stay: compute-bound"
+    """What limits it: compute, where it stands still for next to none of the step; else what it waits for."""
+    step = found.simulation
+    assert step is not None
     if found.is_hidden:
-        return "compute-bound, reading hidden"
-    lane = LANE_LABELS[found.simulation.bound_by]
+        return (
+            "compute-bound, reading hidden"
+            if found.read_bytes
+            else "all weights stay: compute-bound"
+        )
     more = f": hidden from {found.hidden_at} micro-batches on" if found.hidden_at else ""
-    return f"{lane}-bound{more}"
+    if step.bound_by is Lane.COMPUTE:
+        return f"{_waits(found, step)}{more}"
+    return f"{LANE_LABELS[step.bound_by]}-bound{more}"
+
+
+def _waits(found: Outcome, step: Simulation) -> str:
+    """Of a step whose longest lane is compute, which waits all the same; for want of slots, where lanes could overlap
+    more."""
+    others = {lane: s for lane, s in step.busy_s.items() if lane is not Lane.COMPUTE}
+    longest = max(others, key=lambda lane: others[lane])
+    told = (
+        f"compute waits {1 - step.compute_s / step.step_s:.0%} of a step for {LANE_LABELS[longest]}"
+    )
+    if step.step_s <= HIDDEN * step.two_pass_s:
+        return told
+    visits = [visit for steps in found.plan.sequences.values() for visit in steps.visits]
+    num = len({visit.slot for visit in visits if visit.is_filled_for})
+    return f"{told} through {num} slot{'s' if num > 1 else ''}"
 
 
 def lanes_line(step: Simulation) -> str:

@@ -1,6 +1,6 @@
 """`quantization: auto`: in how many bits a job's weights are best read on a machine. A pure function.
 
-Of the ways that fit, the one with the most bits whose reading is hidden: whose step takes at most HIDDEN times its
+Of the ways that fit, the one with the most bits whose reading is hidden (`outcome.HIDDEN`): whose step takes little more than its
 compute. Where none is, the fastest of at least LEAST_FOR_SPEED bits; of several as fast, the one with the most bits.
 Fewer bits than that are taken only where nothing wider fits: they cost the model too much for time alone. Where times
 are not known, the most bits that fit.
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from ssdtune.schedule.job import Job, Reading
 from ssdtune.schedule.machine import Machine
-from ssdtune.schedule.outcome import HIDDEN, Choices, Outcome, outcome
+from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.plan import Lane
 from ssdtune.sizes import format_size
 
@@ -41,13 +41,12 @@ class Tried:
     def compute_s(self) -> float | None:
         """Of a step that waits for nothing."""
         step = None if self.found is None else self.found.simulation
-        return None if step is None else step.step_s - sum(step.stall_s.values())
+        return None if step is None else step.compute_s
 
     @property
     def is_hidden(self) -> bool:
         """Whether its step waits for compute alone."""
-        compute_s = self.compute_s
-        return compute_s is not None and _known(self.step_s) <= HIDDEN * compute_s
+        return self.found is not None and self.found.is_hidden
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +116,10 @@ def _tried(
     for reading in readings:
         found = None
         if _has_room(reading, machine):
-            come = outcome(dataclasses.replace(job, blocks=reading.blocks), machine, choices)
+            own = dataclasses.replace(
+                job, blocks=reading.blocks, packed_bytes=reading.missing_bytes
+            )
+            come = outcome(own, machine, choices)
             found = come if isinstance(come, Outcome) else None
         yield Tried(reading=reading, found=found)
 
@@ -125,7 +127,7 @@ def _tried(
 def _has_room(reading: Reading, machine: Machine) -> bool:
     """Whether the drive has room for the file that would have to be packed."""
     free = machine.drive.free_bytes
-    return reading.is_there or free is None or reading.packed_bytes <= free
+    return free is None or reading.missing_bytes <= free
 
 
 def _hidden_words(each: Tried) -> str:

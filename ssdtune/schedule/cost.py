@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
-from ssdtune.schedule.profile import DEVICE_DECODE, FRESH, MAY_LACK, Profile
+from ssdtune.schedule.profile import DECODE, DEVICE_DECODE, FRESH, MAY_LACK, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import (
     ACTIVATIONS_ON_NVME,
@@ -22,15 +22,18 @@ TRANSFER_OF = {
     Kind.FETCH_ACTIVATIONS: "nvme_read",
     Kind.STORE_ACTIVATIONS: "nvme_write",
     Kind.UNPACK: "unpack",
-    Kind.DECODE: "decode",
+    Kind.DECODE: DECODE,
     Kind.UPLOAD: "h2d",
     Kind.DOWNLOAD_INPUT: "d2h",
     Kind.UPLOAD_INPUT: "h2d",
 }
 
 
+DECODES = (DECODE, DEVICE_DECODE)  # of packed weights, by bytes that they decode to
+
+
 class Operator(NamedTuple):
-    """One call. kind, size: as in `profile.OPERATORS`.
+    """One call. kind, size: as in `profile.OPERATORS`, or of DECODES.
 
     A matrix product has its bytes too, since it takes as long as the longer of FLOP and bytes, and the rows that one
     matrix is multiplied by; both are 0 for others, rows also for products of many matrices.
@@ -43,6 +46,8 @@ class Operator(NamedTuple):
 
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes alone. Raises ProfileError for a curve that is missing."""
+        if self.kind in DECODES:
+            return profile.transfer(self.kind).seconds(self.size)
         if self.kind in MAY_LACK and self.kind not in profile.curves(dtype):
             return 0.0
         if self.num_rows:
@@ -102,13 +107,15 @@ class Moves:
 
     shifts: block -> making all variants of its weights. updates: block -> one change of what is stored of them. window:
     steps that make one such change together. num_missed: changes, on average over the run, that a block from the drive
-    has missed; one that has stayed in its slot missed those of one step.
+    has missed; one that has stayed in its slot missed those of one step. anew: blocks that take all changes so far in each
+    visit, wherever they lie; as many as `num_missed`, too.
     """
 
     shifts: Mapping[int, Work]
     updates: Mapping[int, Work] = dataclasses.field(default_factory=dict[int, Work])
     num_missed: float = 1.0
     window: int = 1
+    anew: frozenset[int] = frozenset()
 
 
 def missed_steps(num_steps: int, fold_steps: int, window: int = 1) -> float:
@@ -196,6 +203,7 @@ class Pricing:
             for works in (moves.shifts, moves.updates)
         )
         self._num_missed, self._num_of_step = moves.num_missed, 1 / moves.window
+        self._anew = moves.anew
         self._transfers_s: dict[tuple[Kind, Lane, int, int], float] = {}
 
     def simulation(self, plan: Plan) -> Simulation:
@@ -233,12 +241,15 @@ class Pricing:
             else:
                 one = self._transfer_s(op)
             seconds.append(one * self.factors.get(op.lane, 1.0))
+        if any(op.lane is Lane.NVME_WRITE for op in steps.ops):
+            seconds = _sharing_the_drive(steps.ops, seconds, self.profile.drive_overlap)
         return _slowed(steps.ops, seconds, self.profile)
 
     def _moving_weights_s(self, visit: Visit, *, is_first: bool) -> float:
         """Seconds of making variants of a block, and of the steps that it has missed. is_first: of its visits in the
         step."""
-        num = self._num_missed if visit.is_filled_for else is_first * self._num_of_step
+        is_behind = visit.is_filled_for or visit.block in self._anew
+        num = self._num_missed if is_behind else is_first * self._num_of_step
         return self._shift_s.get(visit.block, 0.0) + num * self._update_s.get(visit.block, 0.0)
 
     def _transfer_s(self, op: Op) -> float:
@@ -249,7 +260,8 @@ class Pricing:
         return self._transfers_s[key]
 
     def _computed_transfer_s(self, op: Op) -> float:
-        seconds = self.profile.transfer(_transfer_of(op)).seconds(op.num_bytes)
+        name = self.profile.writes if op.lane is Lane.NVME_WRITE else _transfer_of(op)
+        seconds = self.profile.transfer(name).seconds(op.num_bytes)
         if op.decoded_bytes:
             seconds += self.profile.transfer(DEVICE_DECODE).seconds(op.decoded_bytes)
         return seconds
@@ -276,6 +288,31 @@ def _copied_bytes(steps: StepPlan) -> dict[int, int]:
     if any(op.lane is Lane.D2H for op in steps.ops):
         return {}
     return {op.visit: op.num_bytes for op in steps.ops if op.kind in ACTIVATIONS_ON_NVME}
+
+
+def _sharing_the_drive(
+    ops: Sequence[Op], seconds: Sequence[float], overlap: float | None
+) -> list[float]:
+    """Reads and writes of each pass, as long as they take beside each other; as they are where that was not measured.
+
+    overlap: of the drive, c (`Profile.drive_overlap`). While both are under way each runs at c/2. The shorter lane is so all
+    the time, as if the other never paused: 2/c times as long; the longer one is for as long as that, and alone for the
+    rest. So the longer lane is what the drive needs for both, and a pass that is bound by the drive takes that.
+    """
+    found = list(seconds)
+    if overlap is None:
+        return found
+    for direction in Direction:
+        lanes = [
+            [op.id for op in ops if op.lane is lane and op.direction is direction]
+            for lane in (Lane.NVME_READ, Lane.NVME_WRITE)
+        ]
+        alone = [sum(seconds[i] for i in lane) for lane in lanes]
+        more = (2 / overlap - 1) * min(alone)
+        for lane, lane_s in zip(lanes, alone, strict=True):
+            for i in lane if more else ():
+                found[i] *= 1 + more / lane_s
+    return found
 
 
 def _slowed(ops: Sequence[Op], seconds: list[float], profile: Profile) -> list[float]:

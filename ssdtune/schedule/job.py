@@ -85,6 +85,11 @@ class Reading:
     is_mixed: bool = False
     error: float | None = None
 
+    @property
+    def missing_bytes(self) -> int:
+        """Of the file, where it is not there yet."""
+        return 0 if self.is_there else self.packed_bytes
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -104,6 +109,9 @@ class Job:
         kind: of step, "train" or "forward". variants: of the weights that each micro-batch passes.
         fold_steps: steps from one working copy of the weights to the next; 0: there is none.
         readings: in how many bits the weights may be read, the most first, where that is to be chosen.
+        packed_bytes: of the packed file that a run makes first; 0: of none. packed_folder: where. source_bytes: of the
+            files that it is made from.
+        visits_vary: as `planner.Request` has it.
         lossless_ratio: bytes of the weights over those of a lossless packing, measured; None: it was not.
     """
 
@@ -128,6 +136,10 @@ class Job:
     variants: int = 1
     fold_steps: int = 0
     readings: tuple[Reading, ...] = ()
+    packed_bytes: int = 0
+    packed_folder: str = ""
+    source_bytes: int = 0
+    visits_vary: bool = False
     lossless_ratio: float | None = None
 
     def passes(self, micro_batches: int) -> int:
@@ -209,6 +221,7 @@ class _Numbered:
             "updates": [[block, self.place(work)] for block, work in moves.updates.items()],
             "num_missed": moves.num_missed,
             "window": moves.window,
+            "anew": sorted(moves.anew),
         }
 
 
@@ -278,6 +291,7 @@ def _moves_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Moves | N
         updates={int(block): listed[int(i)] for block, i in raw["updates"]},
         num_missed=float(raw["num_missed"]),
         window=int(raw["window"]),
+        anew=frozenset(map(int, raw["anew"])),
     )
 
 

@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 
 from ssdtune.schedule.curve import Curve
-from ssdtune.schedule.profile import OPERATORS, PERTURB, PERTURB_SIGNS, InModel, Profile
+from ssdtune.schedule.profile import (
+    MIXED,
+    OPERATORS,
+    PERTURB,
+    PERTURB_SIGNS,
+    InModel,
+    Profile,
+)
 
 # A model's products reach this share of what one large product reaches: smaller shapes, what lies between them.
 # 0.85-0.9 is usual; to be corrected by a run.
@@ -167,6 +174,7 @@ def profile_of(device: Device, drive: Drive, host: Host) -> Profile:
     transfers = {
         "nvme_read": drive.read,
         "nvme_write": drive.sustained_write,
+        MIXED: 2 / (1 / drive.read + 1 / drive.sustained_write),  # in turns, as flash does; assumed
         "unpack": UNPACK_SHARE * host.bandwidth,
         "h2d": pcie,
         "d2h": pcie,

@@ -140,6 +140,7 @@ IN_FLIGHT = "hidden states and gradients in flight"
 HOLES = "holes in the heap, at most"
 ACTIVATIONS = "activations that stay until backward"
 STORED = "activations that wait for backward"  # on NVMe
+COPY, PACKED = "working copy of the weights", "the packed model, which is made first"  # on NVMe
 WORKSPACE = "workspace of one block or loss chunk"
 NATURAL = frozenset({ADAPTERS, GRADIENTS, STATES, INPUTS, HELD, ACTIVATIONS})
 

@@ -19,8 +19,8 @@ from ssdtune.schedule.outlook import (
     foresee_forward,
     foresee_full,
 )
-from ssdtune.schedule.plan import Tier
-from ssdtune.schedule.profile import DEVICE_DECODE, MIXED, PERTURB, SUSTAINED, Profile
+from ssdtune.schedule.plan import Direction, Tier
+from ssdtune.schedule.profile import DEVICE_DECODE, PERTURB, Profile
 
 NF4_BITS = 4.5  # 4 bits a weight, a 16-bit scale for every 32
 
@@ -100,10 +100,23 @@ def shape_of(job: Job) -> Shape:
         block_parameters=parameters,
         num_tokens=tokens * job.micro_batches,
         num_micro_batches=job.micro_batches,
-        flop_per_token=2.0 * parameters,
+        flop_per_token=_flop_of(job, largest, tokens) or 2.0 * parameters,
         input_bytes_per_token=job.footprint.kept_bytes / max(num_blocks * longest, 1),
         embedding_parameters=max(0, job.num_parameters - num_blocks * parameters),
     )
+
+
+def _flop_of(job: Job, slot_bytes: int, num_tokens: int) -> float:
+    """Of a token's forward through a block of this size, on average, as counted: of experts, those that it is routed to;
+    0: not known. num_tokens: of a micro-batch."""
+    if job.work is None:
+        return 0.0
+    flop = [
+        sum(work.flop for work in works)
+        for (block, direction), works in job.work.passes["forward"].items()
+        if direction is Direction.FORWARD and job.blocks[block].slot_bytes == slot_bytes
+    ]
+    return sum(flop) / max(len(flop), 1) / num_tokens
 
 
 def rates_of(job: Job, machine: Machine) -> Rates | None:
@@ -122,28 +135,14 @@ def rates_of(job: Job, machine: Machine) -> Rates | None:
         h2d=_rate(profile, "h2d") if on_device else math.inf,
         d2h=_rate(profile, "d2h") if on_device else math.inf,
         read=_rate(profile, "nvme_read"),
-        write=_rate(profile, SUSTAINED if SUSTAINED in profile.transfers else "nvme_write"),
-        drive_overlap=_drive_overlap(profile),
+        write=_rate(profile, profile.writes),
+        drive_overlap=profile.drive_overlap or 1.0,
         update=max(
             (curve.rate for curve in profile.optimizer.values()), default=dram / ADAM_DRAM_BYTES
         ),
         perturb=operators[PERTURB].rate if PERTURB in operators else math.inf,
         decode=_rate(profile, DEVICE_DECODE if on_device else "decode"),
     )
-
-
-def _drive_overlap(profile: Profile) -> float:
-    """`Rates.drive_overlap`, from the largest mixed point: n bytes read and n written in t seconds.
-
-    Alone they take a <= b seconds. Beside each other both run at c/2 until a is done, the rest of b alone:
-    t = 2 a / c + b - a.
-    """
-    if MIXED not in profile.transfers:
-        return 1.0
-    num_bytes, t = profile.transfers[MIXED].points[-1]
-    alone = (profile.transfer(name).seconds(num_bytes / 2) for name in ("nvme_read", "nvme_write"))
-    a, b = sorted(alone)
-    return min(2.0, max(1.0, 2 * a / (t - b + a))) if t > b - a else 2.0
 
 
 def _rate(profile: Profile, name: str) -> float:

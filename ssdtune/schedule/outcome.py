@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import math
 
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.holding import Level, levels_of
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import Machine
 from ssdtune.schedule.memory import (
+    COPY,
     INPUTS,
     KEEP_FREE,
+    PACKED,
     STAGING_BYTES,
     STORED,
     Passes,
@@ -19,7 +21,7 @@ from ssdtune.schedule.memory import (
     predict_peak_of,
     room_for_weights,
 )
-from ssdtune.schedule.plan import Budgets, Direction, Lane, Plan, PlanError, Tier
+from ssdtune.schedule.plan import Budgets, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
@@ -72,7 +74,8 @@ class Outcome:
         tokens: of one step. num_steps: of the run.
         written_bytes: to the drive in the whole run, checkpoints included.
         read_bytes: of one step.
-        hidden_at: micro-batches of a step from which on reading is hidden; None: it never is, or is not known.
+        hidden_at: micro-batches of a step from which on reading is hidden with this plan; None: it never is, or is not
+            known.
     """
 
     choices: Choices
@@ -93,8 +96,8 @@ class Outcome:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether compute is what a step waits for."""
-        return self.hidden_at is not None and self.hidden_at <= self.choices.micro_batches
+        """Whether compute is what a step waits for: it stands still for next to none of it."""
+        return self.simulation is not None and _hides(self.simulation)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +120,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         ram_bytes=max(ram, 0),
         device_bytes=max(device, 0) if on_device else 0,
         activation_bytes=choices.activation_bytes or 0,
-        nvme_activation_bytes=_drive_room(machine, choices),
+        nvme_activation_bytes=_drive_room(job, machine, choices),
     )
     if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
         return Refusal(choices=choices, why=_shortage(machine, room, least))
@@ -149,7 +152,7 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         tokens=job.tokens(choices.micro_batches),
         num_steps=num_steps,
         written_bytes=_written(job, plan, peak, num_steps),
-        hidden_at=_hidden_at(job, machine, plan),
+        hidden_at=_hidden_at(job, machine, choices, plan, simulation),
         read_bytes=plan.sequences[job.kind].read_bytes,
     )
 
@@ -162,6 +165,7 @@ def _request(job: Job, choices: Choices, budgets: Budgets, *, on_device: bool) -
         on_device=on_device,
         block_inputs=choices.block_inputs,
         chunk_tokens=job.chunk_tokens,
+        visits_vary=job.visits_vary,
         activation_bytes=job.footprint.activations_of(job.passes(choices.micro_batches)),
     )
 
@@ -199,7 +203,17 @@ def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
     fixed = job.fixed
     if plan.block_inputs is Tier.NVME:
         fixed = dataclasses.replace(fixed, staging_bytes=STAGING_BYTES)
-    return predict_peak_of(plan, job.footprint, fixed, _passes(job, micro_batches))
+    peak = predict_peak_of(plan, job.footprint, fixed, _passes(job, micro_batches))
+    return dataclasses.replace(peak, nvme={**peak.nvme, **_files(job, plan, micro_batches)})
+
+
+def _files(job: Job, plan: Plan, micro_batches: int) -> dict[str, int]:
+    """What a run makes on the drive beside what waits for backward: the packed model that it reads, and, once blocks that
+    are read have missed so many steps, all of them as slots hold them."""
+    files = {PACKED: job.packed_bytes} if job.packed_bytes else {}
+    if 0 < job.fold_steps < job.steps(micro_batches) and plan.sequences[job.kind].read_bytes:
+        files[COPY] = sum(block.slot_bytes for block in job.blocks)
+    return files
 
 
 def _passes(job: Job, micro_batches: int) -> Passes:
@@ -225,7 +239,7 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
     least = dataclasses.replace(
         smallest_budgets(job.blocks, on_device=on_device),
         activation_bytes=choices.activation_bytes or 0,
-        nvme_activation_bytes=_drive_room(machine, choices),
+        nvme_activation_bytes=_drive_room(job, machine, choices),
     )
     plan = make_plan(_request(job, choices, least, on_device=on_device))
     peak = _peak(job, plan, choices.micro_batches)
@@ -255,7 +269,7 @@ def _as_known(job: Job, machine: Machine, choices: Choices) -> Machine:
     return dataclasses.replace(machine, profile=None) if writes else machine
 
 
-def _drive_room(machine: Machine, choices: Choices) -> int:
+def _drive_room(job: Job, machine: Machine, choices: Choices) -> int:
     """Bytes of the drive for activations. None of a drive whose room is not known, or where no times tell what they are
     worth."""
     if choices.nvme_activation_bytes is not None:
@@ -263,7 +277,7 @@ def _drive_room(machine: Machine, choices: Choices) -> int:
     free = machine.drive.free_bytes
     if free is None or machine.profile is None or not machine.profile.knows_writes:
         return 0
-    return int(AUTO_DRIVE_SHARE * free)
+    return int(AUTO_DRIVE_SHARE * max(free - job.packed_bytes, 0))
 
 
 def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:
@@ -283,24 +297,26 @@ def _shortage(machine: Machine, room: Budgets, least: Budgets) -> str:
 def _over(peak: Peak, machine: Machine) -> str:
     """What is short; empty where nothing is."""
     told: list[str] = []
-    for name, needed, has in (
-        ("RAM", peak.ram_bytes, machine.ram_bytes),
-        ("VRAM", peak.device_bytes, machine.device_bytes),
-        ("the drive", sum(peak.nvme.values()), machine.drive.free_bytes),
+    for name, parts, has in (
+        ("RAM", peak.ram, machine.ram_bytes),
+        ("VRAM", peak.device, machine.device_bytes),
+        ("the drive", peak.nvme, machine.drive.free_bytes),
     ):
+        needed = sum(parts.values())
         if has is not None and needed > has:
+            what = f" ({' and '.join(parts)})" if parts is peak.nvme else ""
             told.append(
-                f"{format_size(round(needed))} of {name} needed, {format_size(round(has))} free"
+                f"{format_size(round(needed))} of {name} needed{what}, {format_size(round(has))} free"
             )
     return "; ".join(told)
 
 
 def _written(job: Job, plan: Plan, peak: Peak, num_steps: int) -> float:
-    """Block inputs and activations of every step where NVMe holds them, checkpoints, and working copies of the
-    weights."""
+    """Block inputs and activations of every step where NVMe holds them, checkpoints, working copies of the weights, and the
+    packed model, once."""
     waiting = peak.nvme.get(INPUTS, 0) + peak.nvme.get(STORED, 0)
     saved = min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
-    return num_steps * waiting + saved + _folded(job, plan, num_steps)
+    return num_steps * waiting + saved + _folded(job, plan, num_steps) + peak.nvme.get(PACKED, 0)
 
 
 def _folded(job: Job, plan: Plan, num_steps: int) -> float:
@@ -344,26 +360,29 @@ def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
     )
 
 
-def _hidden_at(job: Job, machine: Machine, plan: Plan) -> int | None:
-    """The least micro-batches of a step with which its passes compute as long as they read.
+def _hides(step: Simulation) -> bool:
+    return step.step_s <= HIDDEN * step.compute_s
 
-    Reading is that of the plan; per micro-batch a pass computes always the same.
+
+def _hidden_at(
+    job: Job, machine: Machine, choices: Choices, plan: Plan, step: Simulation | None
+) -> int | None:
+    """The least micro-batches of a step with which the plan's reading is hidden; None: more than MOST_MICRO_BATCHES, or
+    not known. step: with as many as chosen.
+
+    By simulation: lanes alone don't know that a block is read only when there is a slot for it. Compute grows with
+    micro-batches, reading weights does not.
     """
-    pricing = _pricing(job, machine, 1)
-    if pricing is None:
+    if step is None:
         return None
-    steps = plan.sequences[job.kind]
-    seconds = pricing.op_seconds(steps)
-    needed = 1
-    for direction in Direction:
-        lanes: dict[Lane, float] = {}
-        for op in steps.ops:
-            if op.direction is direction:
-                lanes[op.lane] = lanes.get(op.lane, 0.0) + seconds[op.id]
-        compute = lanes.pop(Lane.COMPUTE, 0.0)
-        moving = max(lanes.values(), default=0.0)
-        if moving and not compute:
-            return None
-        if moving:
-            needed = max(needed, math.ceil(moving / (HIDDEN * compute)))
-    return needed if needed <= MOST_MICRO_BATCHES else None
+
+    def hides(num: int) -> bool:
+        pricing = _pricing(job, machine, num)
+        assert pricing is not None
+        return _hides(pricing.simulation(plan))
+
+    own = choices.micro_batches
+    numbers = range(1, max(MOST_MICRO_BATCHES, own) + 1)
+    low, high = (0, own - 1) if _hides(step) else (own, len(numbers))
+    found = bisect.bisect_left(numbers, True, low, high, key=hides)
+    return found + 1 if found < len(numbers) else None

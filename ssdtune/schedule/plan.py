@@ -318,7 +318,7 @@ def _plan_from(raw: Mapping[str, Any]) -> Plan:
 
 def _sequence_from(raw: Mapping[str, Any]) -> StepPlan:
     visits = tuple(_visit_from(visit) for visit in raw["visits"])
-    return StepPlan(visits=visits, ops=tuple(_op_from(op) for op in raw["ops"]))
+    return StepPlan(visits=visits, ops=tuple(op_from(op) for op in raw["ops"]))
 
 
 def _visit_from(raw: Mapping[str, Any]) -> Visit:
@@ -330,7 +330,8 @@ def _visit_from(raw: Mapping[str, Any]) -> Visit:
     return Visit(**{**raw, **typed})
 
 
-def _op_from(raw: Mapping[str, Any]) -> Op:
+def op_from(raw: Mapping[str, Any]) -> Op:
+    """Of an op as a mapping, enums by their values. Raises ValueError, KeyError or TypeError for anything else."""
     typed: dict[str, Any] = {
         "kind": Kind(raw["kind"]),
         "lane": Lane(raw["lane"]),

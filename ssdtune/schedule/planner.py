@@ -87,6 +87,7 @@ class Request:
         activation_bytes: of each block, what all micro-batches of a step would keep from forward to
             backward instead of computing it again; empty: not known. Where it is not, every block
             may keep, and the budgets decide when the bytes are there.
+        visits_vary: whether a block's visits take longer one time than another: a token chooses among experts.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -98,6 +99,7 @@ class Request:
     chunk_tokens: int = 4096
     buffers_on_device: bool = False
     activation_bytes: tuple[int, ...] = ()
+    visits_vary: bool = False
 
 
 def plain_orders(num_blocks: int, first_trained: int = 0) -> dict[str, list[tuple[int, Direction]]]:

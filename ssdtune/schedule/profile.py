@@ -32,9 +32,10 @@ TRANSFERS = ("nvme_read", "nvme_write", "unpack", "decode", "h2d", "d2h", "d2d")
 MIXED = "nvme_mixed"  # bytes of the drive, half of them read while the others are written
 # Bytes written beyond a drive's cache; only where it was asked for.
 SUSTAINED = "nvme_write_sustained"
-DEVICE_DECODE = "device_decode"  # bytes that a device decodes packed weights to
+DECODE = "decode"  # bytes that packed weights are decoded to on the CPU
+DEVICE_DECODE = "device_decode"  # and by a device
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
-STAND_INS = {"decode": "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
+STAND_INS = {DECODE: "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
 # Number formats whose rates are taken for one that was not measured, the nearest first: as many bits, the same units of
 # a GPU. `ssdtune probe` leaves it out, to be done within a minute.
 FORMAT_STAND_INS = {"float16": ("bfloat16", "float32")}
@@ -172,6 +173,26 @@ class Profile:
     def knows_writes(self) -> bool:
         """Whether writing to the drive was measured."""
         return "nvme_write" in self.transfers
+
+    @property
+    def drive_overlap(self) -> float | None:
+        """Seconds of reads alone and of writes alone that the drive does in a second of both: 1, they take turns; 2, neither
+        slows the other. None where that was not measured.
+
+        From the largest mixed point, n bytes read and n written in t seconds. Alone they take a <= b seconds; beside each
+        other both run at c/2 until a is done, the rest of b alone: t = 2 a / c + b - a.
+        """
+        if not {MIXED, "nvme_write"} <= self.transfers.keys():
+            return None
+        num_bytes, t = self.transfers[MIXED].points[-1]
+        alone = (self.transfer(name).seconds(num_bytes / 2) for name in ("nvme_read", "nvme_write"))
+        a, b = sorted(alone)
+        return min(2.0, max(1.0, 2 * a / (t - b + a))) if t > b - a else 2.0
+
+    @property
+    def writes(self) -> str:
+        """The transfer that is written with in every step: a drive's cache is full by then, where that was measured."""
+        return SUSTAINED if SUSTAINED in self.transfers else "nvme_write"
 
     @property
     def lacks(self) -> list[str]:

@@ -54,6 +54,7 @@ HOPELESS = 1.1  # times as slow as the best of another budget: no arrangement ma
 AT_LIMIT = 0.005  # of its compute, beyond it: a step that has next to no time left to gain
 WORTH_WRITING = 0.02  # of a step's time: less does not pay for wearing a drive
 FEW_PLACES = 8  # blocks up to which every one is tried elsewhere
+STEADY_DEPTH = 2  # fills ahead where visits vary: a slot computes, one is full, one is being filled
 DIGITS = (
     4  # step times that agree so far are a tie: fewer bytes written, then read, then less memory
 )
@@ -280,16 +281,24 @@ def _name(choice: Choice) -> tuple[object, ...]:
 
 def _skeletons_that_fit(hunt: Hunt) -> list[Skeleton]:
     """The ways to share slots that the budget has room for; those without any prefetch only where nothing else fits, or
-    that was asked for. Raises PlanError where none does."""
+    that was asked for. Where visits vary, those with three slots and more, if there are any: what is predicted knows the
+    usual visit, and a slot more is ready when one is shorter. Raises PlanError where none does."""
     depths = hunt.effort.depths
+    steady = [depth for depth in depths if depth >= STEADY_DEPTH]
+    fit = _fitting(hunt, steady) if hunt.request.visits_vary and steady else []
+    fit = [way for way in fit if way[1]] or _fitting(hunt, depths)
+    if not fit:
+        raise PlanError("no way to share slots fits the budget")
+    return fit
+
+
+def _fitting(hunt: Hunt, depths: Sequence[int]) -> list[Skeleton]:
     fit: list[Skeleton] = []
     for classes, depth in skeletons(dataclasses.replace(hunt.request, prefetch=max(depths))):
         if depth not in depths and (depth or fit):
             continue
         if static_choice(hunt.request, classes, depth) is not None:
             fit.append((tuple(map(tuple, classes)), depth))
-    if not fit:
-        raise PlanError("no way to share slots fits the budget")
     return fit
 
 

@@ -56,6 +56,11 @@ class Simulation:
         """The lane with the most work."""
         return max(self.busy_s, key=lambda lane: self.busy_s[lane])
 
+    @property
+    def compute_s(self) -> float:
+        """Of a step that waits for nothing: compute's work, and what lies between two steps."""
+        return self.step_s - sum(self.stall_s.values())
+
     def lines(self, num_tokens: int, labels: Mapping[str, str]) -> Iterator[str]:
         """Yields the step as a person reads it. labels: of lanes."""
         lanes = [f"{labels[lane]} {s:.3g} s" for lane, s in self.busy_s.items() if s > 0]

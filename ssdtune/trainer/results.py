@@ -34,14 +34,15 @@ class TrainResult:
     """What a run came to.
 
     metrics: numbers of the whole run (losses, seconds, bytes; see summary.py). log_history:
-    as TrainerState keeps it. trace: ops of the last few steps. was_interrupted: stopped by a
-    signal, saved; the same command again goes on.
+    as TrainerState keeps it. trace: ops of the last few steps; steps: numbers of those that trained.
+    was_interrupted: stopped by a signal, saved; the same command again goes on.
     """
 
     metrics: dict[str, Any]
     log_history: list[dict[str, Any]]
     trace: list[TraceOp]
     output_dir: Path
+    steps: tuple[int, ...] = ()
     was_interrupted: bool = False
 
 
@@ -63,6 +64,7 @@ def result_of(
         log_history=list(history),
         trace=list(telemetry.streamer.engine.trace),
         output_dir=config.output_dir,
+        steps=tuple(telemetry.engine_steps),
         was_interrupted=trainer.was_interrupted
         and trainer.state.global_step < trainer.state.max_steps,
     )
@@ -77,7 +79,8 @@ def write_trace(folder: Path, result: TrainResult, schedule: Schedule | None) ->
     write_file_atomically(folder / TRACE_NAME, text.encode())
     if schedule is not None:
         plan = schedule.streamer.engine.plan
-        prediction = Prediction.of(plan, schedule.priced({}).simulation(plan), schedule.passes.kind)
+        simulation, kind = schedule.priced({}).simulation(plan), schedule.passes.kind
+        prediction = Prediction.of(plan, simulation, kind, result.steps)
         write_file_atomically(folder / PLAN_NAME, prediction.to_json().encode())
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ class Telemetry(TrainerCallback):
     def __init__(self, streamer: Any) -> None:
         self.streamer = streamer
         self.records: list[StepRecord] = []
+        # Of the trace, as the engine counts them, with steps of other kinds.
+        self.engine_steps: deque[int] = deque(maxlen=TRACED_STEPS)
         self._mark = perf_counter()
         self._num_tokens = self._num_over = 0
 
@@ -89,6 +92,7 @@ class Telemetry(TrainerCallback):
         self._mark, self._num_tokens, self._num_over = now, num_tokens, num_over
         if self.streamer is not None:
             engine = self.streamer.engine
+            self.engine_steps.append(engine.step)
             trim(engine.trace, first_step=engine.step - TRACED_STEPS + 1)
 
     def _restart(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -26,6 +26,8 @@ from ssdtune.visit.placement import Placements, place
 from ssdtune.visit.recipes import make_recipe
 from ssdtune.visit.replanner import Replanner
 
+EXPERTS = ".experts."  # in names of parameters that tokens are routed to; "shared_experts" take all tokens
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -101,6 +103,7 @@ def draft(meta: MetaModel, options: Options) -> Draft:
                 block_inputs=options.block_inputs,
                 chunk_tokens=options.chunk_tokens,
                 buffers_on_device=options.open_device_pool is not None,
+                visits_vary=any(EXPERTS in name for group in groups for name in group.parameters),
             )
         ),
     )

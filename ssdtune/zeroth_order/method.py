@@ -23,7 +23,7 @@ from ssdtune.zeroth_order.rules import Rule, Update
 from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.weights import MovingWeights
 from ssdtune.zeroth_order.windows import Windows
-from ssdtune.zeroth_order.work import moves_of
+from ssdtune.zeroth_order.work import moves_of, with_decoding
 from ssdtune.zeroth_order.working_copy import WorkingCopy, check_folder
 
 
@@ -117,6 +117,7 @@ class ZerothOrder:
             master=master,
         )
         self.trains_blocks, self.low_rank, self.master = trains_blocks, low_rank, master
+        self.packed = packed
         # Steps that change together what is stored.
         self._window = estimator.family.window if low_rank else 1
         self.num_trained = sum(p.numel() for p in trained.values()) + (
@@ -135,7 +136,7 @@ class ZerothOrder:
 
     def moves(self, num_steps: int) -> Moves:
         """What a visit does to weights, for predictions. num_steps: of the run."""
-        return moves_of(
+        moves = moves_of(
             self.weights.shapes(),
             self.estimator,
             trains_blocks=self.trains_blocks,
@@ -144,6 +145,15 @@ class ZerothOrder:
             ),
             low_rank=self.low_rank,
             rule=self.rule,
+        )
+        engine = self.streamer.engine
+        return with_decoding(
+            moves,
+            engine.recipes,
+            self.estimator,
+            way=self.packed,
+            trains_blocks=self.trains_blocks,
+            on_device=engine.slots.device.type != "cpu",
         )
 
     def resume(self, updates: Sequence[Update], num_steps: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ssdtune.kernels.noise import GAUSSIAN, PART
 from ssdtune.schedule.cost import Moves, Operator, Work
-from ssdtune.schedule.profile import PERTURB, PERTURB_SIGNS
+from ssdtune.schedule.profile import DECODE, DEVICE_DECODE, PERTURB, PERTURB_SIGNS
+from ssdtune.swap.recipe import BlockRecipe, PackedView, Unpacking
 from ssdtune.zeroth_order.estimators import Estimator
+from ssdtune.zeroth_order.packed import KEPT
 from ssdtune.zeroth_order.rules import FOLLOW, SIGN, Rule
 from ssdtune.zeroth_order.updates import Family
 
@@ -71,6 +74,47 @@ def moves_of(
         num_missed=num_missed,
         window=family.window,
     )
+
+
+def with_decoding(
+    moves: Moves,
+    recipes: Sequence[BlockRecipe],
+    estimator: Estimator,
+    *,
+    way: str,
+    trains_blocks: bool,
+    on_device: bool,
+) -> Moves:
+    """The same where blocks stay packed in their slots, as these recipes say: what compute reads of them is decoded for each
+    variant, or once a visit for all, where it is not the blocks that train.
+
+    way: of `packed.WAYS`. Those that are KEPT take all steps so far anew each time; codes that are MOVED take each step
+    once, which counts like one of what they are decoded to.
+    """
+    num = len(estimator.variants) if trains_blocks else 1
+    kind = DEVICE_DECODE if on_device else DECODE
+    shifts, updates = dict(moves.shifts), dict(moves.updates)
+    packed = {b: r.unpacking for b, r in enumerate(recipes) if r.unpacking is not None}
+    for block, unpacking in packed.items():
+        counts = {op: num * n for op, n in Counter(_decoded(unpacking, kind)).items()}
+        known = shifts[block].operators if block in shifts else {}
+        shifts[block] = Work(_both(known, counts))
+        if way == KEPT and block in updates:
+            anew = {op: num * times for op, times in updates[block].operators.items()}
+            updates[block] = Work(anew)
+    return dataclasses.replace(
+        moves,
+        shifts=shifts,
+        updates=updates,
+        anew=frozenset(packed) if way == KEPT else frozenset(),
+    )
+
+
+def _decoded(unpacking: Unpacking, kind: str) -> Iterator[Operator]:
+    """Yields the decoding of each tensor that is made of packed ones. kind: on the CPU or by a device."""
+    for index, tensor in enumerate(unpacking.tensors):
+        if any(isinstance(copy.source, PackedView) for copy in unpacking.of(index)):
+            yield Operator(kind, float(tensor.num_bytes))
 
 
 def _updated(
