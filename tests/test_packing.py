@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,9 @@ from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.sample import lossless_ratio
 from ssdtune.packing.shards import ShardWriter
 from ssdtune.packing.wanted import Wanted
+from ssdtune.swap import storage as swap_storage
 from ssdtune.swap.beside import copy_beside
-from ssdtune.swap.header import CheckpointError
+from ssdtune.swap.header import CheckpointError, TensorEntry
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.recipe import TensorView
 from ssdtune.swap.source import Checkpoint
@@ -258,6 +260,26 @@ def test_interrupted_packing_goes_on_where_it_was(
     values = [decoded(build_meta(f).checkpoint, torch.float32) for f in (whole, out)]
     assert all(torch.equal(values[0][n], values[1][n]) for n in values[0])
     assert not (out / ".packing.json").exists()
+
+
+def test_packing_holds_two_groups(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, storage = build_meta(source), choose_storage(source).storage
+    groups = groups_of(meta, FORMATS["4"].chosen())
+    real, live, counts = swap_storage.anonymous, set[int](), list[int]()
+
+    def counted(num_bytes: int) -> Any:
+        memory = real(num_bytes)
+        live.add(len(counts))
+        weakref.finalize(memory, live.discard, len(counts))
+        counts.append(len(live))
+        return memory
+
+    monkeypatch.setattr(swap_storage, "anonymous", counted)
+    pack(meta, groups, tmp_path / "packed", storage=storage)
+    assert len(counts) == len(groups) > 3
+    assert max(counts) == 2
 
 
 def test_another_packing_is_not_continued(source: Path, tmp_path: Path) -> None:
