@@ -188,17 +188,20 @@ def _write_shard(
     encode: Encoder,
     on_progress: Callable[[int], None],
 ) -> None:
-    described: dict[str, Any] = {}
-    formats: list[Any] = []
+    told = _nothing_told()
     with ShardWriter(path, _json_bytes(shard)) as writer:
         for group, values in reader.read(shard):
-            described |= _write_group(writer, group, values, formats, encode)
+            _write_group(writer, group, values, told, encode)
             on_progress(sum(t.num_bytes for t in group.tensors))
-        writer.finish(_metadata(key, formats, described))
+        writer.finish(_metadata(key, told))
 
 
-def _metadata(key: str, formats: list[Any], described: Mapping[str, Any]) -> dict[str, str]:
-    told = {"version": VERSION, "formats": formats, "tensors": described}
+def _nothing_told() -> dict[str, Any]:
+    """What a shard's header says of no tensor yet."""
+    return {"version": VERSION, "formats": [], "tensors": {}, "plain": {}}
+
+
+def _metadata(key: str, told: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", KEY: key, METADATA_KEY: json.dumps(told, separators=(",", ":"))}
 
 
@@ -206,11 +209,11 @@ def _write_group(
     writer: ShardWriter,
     group: Group,
     values: Mapping[str, torch.Tensor],
-    formats: list[Any],
+    told: dict[str, Any],
     encode: Encoder,
-) -> dict[str, Any]:
-    """Writes a group: what is not packed, then the packed parts, the narrowest reading's first. What the header has to
-    say of the packed ones."""
+) -> None:
+    """Writes a group: what is not packed, then the packed parts, the narrowest reading's first. told: what the shard's
+    header has to say, to which the group's tensors are added."""
     packed: dict[str, Encoded] = {}
     for entry in group.tensors:
         made = None
@@ -218,6 +221,7 @@ def _write_group(
             made = encode(entry.name, values[entry.name], group.formats[entry.name])
         if made is None:
             writer.add(entry.name, entry.dtype, values[entry.name])
+            told["plain"][entry.name] = _sum(values[entry.name])
         else:
             packed[entry.name] = made
     shapes = {entry.name: entry.shape for entry in group.tensors}
@@ -226,11 +230,10 @@ def _write_group(
         for name, by_stage in ordered.items():
             for part in by_stage[number] if number < len(by_stage) else ():
                 writer.add(f"{name}.{part.suffix}", part.dtype, packed[name][1][part.suffix])
-    return {
-        entry.name: _described(entry, *packed[entry.name], formats)
-        for entry in group.tensors
-        if entry.name in packed
-    }
+    for entry in group.tensors:
+        if entry.name in packed:
+            described = _described(entry, *packed[entry.name], told["formats"])
+            told["tensors"][entry.name] = described
 
 
 def _described(
@@ -285,21 +288,22 @@ def header_bytes(shard: Sequence[Group]) -> int:
 def _json_bytes(shard: Sequence[Group]) -> int:
     """Enough for the header: its length with the longest numbers there can be."""
     tensors: dict[str, Any] = {}
-    described: dict[str, Any] = {}
-    formats: list[Any] = []
+    told = _nothing_told()
     for group in shard:
         for entry in group.tensors:
             longest = {"shape": list(entry.shape), "data_offsets": [MAX_OFFSET, MAX_OFFSET]}
             if entry.name not in group.formats:
                 tensors[entry.name] = {"dtype": entry.dtype, **longest}
+                told["plain"][entry.name] = "0" * 16
                 continue
             format = group.formats[entry.name]
             parts = file_parts(format, entry.shape)
             for part in parts:
                 shape = {"shape": list(part.shape)}
                 tensors[f"{entry.name}.{part.suffix}"] = {"dtype": part.dtype, **longest, **shape}
-            formats.append(written_format(format))
-            checksums = {part.suffix: "0" * 16 for part in parts}
-            described[entry.name] = {"format": len(formats), "checksums": checksums, **longest}
-    told = {"__metadata__": _metadata("0" * KEY_DIGITS, formats, described), **tensors}
-    return len(json.dumps(told, separators=(",", ":")).encode()) + 4096
+            told["formats"].append(written_format(format))
+            described = {"format": len(told["formats"]), **longest}
+            described["checksums"] = {part.suffix: "0" * 16 for part in parts}
+            told["tensors"][entry.name] = described
+    header = {"__metadata__": _metadata("0" * KEY_DIGITS, told), **tensors}
+    return len(json.dumps(header, separators=(",", ":")).encode()) + 4096
