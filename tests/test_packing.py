@@ -441,6 +441,18 @@ def test_files_without_checksums_of_plain_tensors_are_read_as_before(
     stream(there)(**tiny_models.batch("llama"))
 
 
+def test_a_config_of_a_newer_version_is_refused(source: Path, tmp_path: Path) -> None:
+    there = packed(source, tmp_path / "packed", FORMATS["4"])
+    path = there / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["version"] = 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="packed in version 2") as caught:
+        build_meta(there)
+    assert str(path) in str(caught.value)
+    assert "newer ssdtune" in str(caught.value)
+
+
 # ------------------------------------------------------------------ the command, the key
 
 
