@@ -368,13 +368,14 @@ def _explained(act: str, path: Path, consequence: str) -> Iterator[None]:
 
 
 _REMEDIES = {
-    errno.ENOSPC: "The drive is full: free some space or choose another output_dir.",
-    errno.EDQUOT: "Your quota is used up: free some space or choose another output_dir.",
-    errno.EACCES: "You may not write there: change the permissions or choose another output_dir.",
-    errno.EROFS: "It is mounted read-only: choose another output_dir.",
+    errno.ENOSPC: "The drive is full: free some space or choose another folder.",
+    errno.EDQUOT: "Your quota is used up: free some space or choose another folder.",
+    errno.EACCES: "You may not write there: change the permissions or choose another folder.",
+    errno.EROFS: "It is mounted read-only: choose another folder.",
     errno.EIO: "The drive reports an error: look at dmesg before trusting it again.",
     errno.EXDEV: "Both must lie on one file system.",
     errno.ENOENT: "Make the folder first.",
-    errno.EINVAL: "This file system cannot do it: choose another output_dir.",
-    errno.ENOSYS: "Remove the old folder, or choose another output_dir.",
+    errno.EEXIST: "A file has that name, or a parent's: choose another folder.",
+    errno.EINVAL: "This file system cannot do it: choose another folder.",
+    errno.ENOSYS: "Remove the old folder, or choose another one.",
 }

@@ -2,15 +2,53 @@
 files as they were."""
 
 import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_models
 import torch
+from support import digests
+from test_packing import FORMATS, packed
 
+from ssdtune.durable import DurableError
+from ssdtune.packing.convert import header_bytes, most_bytes, pack
+from ssdtune.packing.layout import PackError, groups_of, shards
 from ssdtune.packing.shards import ShardError, ShardWriter
+from ssdtune.swap.beside import bytes_beside, copy_beside
+from ssdtune.swap.storage import choose_storage
+from ssdtune.visit.build import build_meta
 
 FULL = Path("/dev/full")  # takes no byte, as a full drive does
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_models.save(
+        tiny_models.build("llama", dtype=torch.bfloat16), tmp_path / "source", "100KB"
+    )
+
+
+@contextmanager
+def no_file_longer_than(num_bytes: int) -> Iterator[None]:
+    """Writes beyond it fail, as on a drive that fills."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def free_are(monkeypatch: pytest.MonkeyPatch, *free: int) -> None:
+    """So many bytes are free, each time that somebody asks."""
+    usage, answers = shutil.disk_usage("/"), iter(free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(answers)))
 
 
 # ------------------------------------------------------------------ a shard
@@ -51,3 +89,66 @@ def test_a_shard_is_flushed_before_it_has_its_name_and_the_folder_after(
     monkeypatch.setattr(os, "replace", replace)
     write_shard(path)
     assert log == [f"{path}.partial", "replace", str(tmp_path)]
+
+
+# ------------------------------------------------------------------ a packing
+
+
+@pytest.mark.parametrize("kind", ["4", "lossless"])
+def test_the_room_that_is_asked_for_holds_what_is_written(
+    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssdtune.packing.layout.SHARD_BYTES", 60_000)
+    there = packed(source, tmp_path / "packed", FORMATS[kind])
+    written = sum(path.stat().st_size for path in there.iterdir())
+    parted = list(shards(groups_of(build_meta(source), FORMATS[kind].chosen())))
+    needed = most_bytes(parted) + bytes_beside(source)
+    assert len(parted) > 1
+    assert written <= needed
+    if kind != "lossless":  # whose tensors may turn out as large as they were
+        assert needed <= written + sum(map(header_bytes, parted))
+    free_are(monkeypatch, written - 1)
+    with pytest.raises(PackError, match=r"are missing\. Nothing was written"):
+        packed(source, tmp_path / "deeper" / "again", FORMATS[kind])
+    assert not (tmp_path / "deeper").exists()
+
+
+@needs_full
+def test_a_drive_that_fills_meanwhile_is_told_with_what_is_missing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssdtune.packing.layout.SHARD_BYTES", 30_000)
+    meta, before, out = build_meta(source), digests(source), tmp_path / "packed"
+    groups, storage = groups_of(meta, FORMATS["4"].chosen()), choose_storage(source).storage
+
+    def begin_and_stop(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(meta, groups, out, storage=storage, encode=begin_and_stop)
+    second = out / f"model-00002-of-{len(list(shards(groups))):05d}.safetensors"
+    second.with_name(f"{second.name}.partial").symlink_to(FULL)
+    with monkeypatch.context() as patched:
+        free_are(patched, 10**12, 1000)
+        with pytest.raises(ShardError, match="ENOSPC") as caught:
+            pack(meta, groups, out, storage=storage)
+    message = str(caught.value)
+    assert str(second) in message
+    assert "1.00 KB are free" in message
+    assert "are missing" in message
+    assert [path.name[:11] for path in out.glob("*.safetensors*")] == ["model-00001"]
+    assert not (out / "config.json").exists()
+    assert digests(source) == before
+    pack(meta, groups, out, storage=storage)
+    assert build_meta(out).checkpoint.tensors.keys() == meta.checkpoint.tensors.keys()
+
+
+def test_a_config_that_can_not_be_written_whole_is_none(tmp_path: Path) -> None:
+    """Whoever finds a config takes the folder for finished."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "config.json").write_text('{"filler": "' + "x" * 10**6 + '"}')
+    with no_file_longer_than(500_000), pytest.raises(DurableError, match=r"config\.json"):
+        copy_beside(source, out, quantization={"quant_method": "ssdtune"})
+    assert list(out.iterdir()) == []

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ssdtune.durable import DurableError, make_folder, remove_abandoned, write_file_atomically
 from ssdtune.kernels import lossless
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
@@ -23,9 +26,9 @@ from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
-from ssdtune.packing.shards import PARTIAL, ShardWriter, data_offset
+from ssdtune.packing.shards import PARTIAL, ShardError, ShardWriter, data_offset
 from ssdtune.sizes import format_size
-from ssdtune.swap.beside import copy_beside
+from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
 from ssdtune.swap.pack_header import METADATA_KEY, METHOD, VERSION, written_format
 from ssdtune.swap.readers import ReaderPool
@@ -37,6 +40,7 @@ MARKER = ".packing.json"  # in a folder that is not finished
 KEY = "ssdtune.source"  # in a shard's header: of what it was made
 KEY_DIGITS = 64
 MAX_OFFSET = 10**15
+FULL = (errno.ENOSPC, errno.EDQUOT)
 Encoded = tuple[Format, Mapping[str, torch.Tensor]]
 Encoder = Callable[[str, torch.Tensor, Format], Encoded | None]  # name, values, the format wanted
 
@@ -71,23 +75,23 @@ def pack(
     Memory: two groups, and one as it is written. Raises SSDTuneError, before a byte is written where the disk has no
     room for all.
     """
-    files = list(shards(groups))
+    parted = list(shards(groups))
+    files = {f"model-{i:05d}-of-{len(parted):05d}.safetensors": s for i, s in enumerate(parted, 1)}
     key = key_of(meta.checkpoint, groups)
     done = _begin(out, key, files, meta.checkpoint)
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    with ReaderPool(storage) as pool:
+    with ReaderPool(storage) as pool, _saying_what_is_missing(out, files):
         reader = GroupReader(pool, storage.alignment)
         encode = encode or encoded
-        for name, shard in zip(names, files, strict=True):
+        for name, shard in files.items():
             if name not in done:
                 _write_shard(out / name, shard, reader, key, encode, on_progress)
             else:
                 on_progress(sum(t.num_bytes for g in shard for t in g.tensors))
     meta.checkpoint.check_unchanged()
-    _finish(out, names, meta.checkpoint.folder)
+    _finish(out, list(files), meta.checkpoint.folder)
     entries = [t for g in groups for t in g.tensors]
     return Packed(
-        num_bytes=sum((out / name).stat().st_size for name in names),
+        num_bytes=sum((out / name).stat().st_size for name in files),
         source_bytes=sum(t.num_bytes for t in entries),
         num_weights=sum(math.prod(t.shape) for t in entries),
         num_packed=sum(
@@ -117,8 +121,11 @@ def is_packed_as(out: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> 
     return bool(found) and all(_is_whole(path, key) for path in found)
 
 
-def _begin(out: Path, key: str, files: list[list[Group]], checkpoint: Checkpoint) -> set[str]:
-    """Makes the folder, or finds which shards of it are whole. Raises PackError."""
+def _begin(
+    out: Path, key: str, files: Mapping[str, Sequence[Group]], checkpoint: Checkpoint
+) -> set[str]:
+    """Makes the folder, or finds which shards of it are whole. Raises PackError, and DurableError where nothing can be
+    written there."""
     if out.exists() and not out.is_dir():
         raise PackError(f"{out} is a file.\nGive a folder that is not there yet.")
     present = sorted(path.name for path in out.iterdir()) if out.exists() else []
@@ -129,20 +136,53 @@ def _begin(out: Path, key: str, files: list[list[Group]], checkpoint: Checkpoint
     done = {
         name for name in present if name.endswith(".safetensors") and _is_whole(out / name, key)
     }
-    needed = sum(group.num_bytes for shard in files for group in shard)
-    needed -= sum((out / name).stat().st_size for name in done)
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
+    needed = most_bytes(shard for name, shard in files.items() if name not in done)
+    needed, free = needed + bytes_beside(checkpoint.folder), _free(out)
     if needed > free:
-        if not present:
-            out.rmdir()
         raise PackError(
-            f"{out}: the packed model takes {format_size(needed)} more, {format_size(free)} are free: "
-            f"{format_size(needed - free)} are missing. Nothing was written.\n"
+            f"{out}: {_room(needed, free)}. Nothing was written.\n"
             f"Free them, pack to fewer bits, or give --out on another drive."
         )
-    (out / MARKER).write_text(json.dumps({"key": key, "source": str(checkpoint.folder)}) + "\n")
+    is_new = not out.exists()
+    make_folder(out)
+    told = json.dumps({"key": key, "source": str(checkpoint.folder)}) + "\n"
+    try:
+        write_file_atomically(out / MARKER, told.encode())
+    except DurableError:
+        if is_new:  # what could be written of it is gone again
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
     return done
+
+
+def most_bytes(files: Iterable[Sequence[Group]]) -> int:
+    """What such shards take at most, headers and their part of the index counted: its lines are shorter than theirs."""
+    return sum(2 * header_bytes(shard) + sum(g.most_bytes for g in shard) for shard in files)
+
+
+def _free(out: Path) -> int:
+    """Bytes that are free where the folder is, or would be."""
+    there = out.absolute()
+    return shutil.disk_usage(next(p for p in (there, *there.parents) if p.is_dir())).free
+
+
+def _room(needed: int, free: int) -> str:
+    """In words."""
+    told = f"the packed model takes up to {format_size(needed)} more, {format_size(free)} are free"
+    return told + (f": {format_size(needed - free)} are missing" if needed > free else " now")
+
+
+@contextlib.contextmanager
+def _saying_what_is_missing(out: Path, files: Mapping[str, Sequence[Group]]) -> Iterator[None]:
+    """Where the drive fills meanwhile, the ShardError says how much room the rest takes."""
+    try:
+        yield
+    except ShardError as error:
+        if getattr(error.__cause__, "errno", None) not in FULL:
+            raise
+        needed = most_bytes(shard for name, shard in files.items() if not (out / name).exists())
+        raise ShardError(f"{error}\n{out}: {_room(needed, _free(out))}.") from error
 
 
 def _marked(out: Path) -> str | None:
@@ -169,9 +209,10 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
         places |= dict.fromkeys(entries, name)
         total += sum(entry.num_bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+    write_file_atomically(out / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
     for left in out.glob(f"*{PARTIAL}"):
         left.unlink()
+    remove_abandoned(out)
     told = {"quant_method": METHOD, "version": VERSION, "source": str(source.absolute())}
     copy_beside(source, out, quantization=told)
     (out / MARKER).unlink()
