@@ -4,7 +4,7 @@ files as they were."""
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ import torch
 from support import digests
 from test_packing import FORMATS, packed
 
+from ssdtune import cli, probe
+from ssdtune.cli import main
 from ssdtune.durable import DurableError
 from ssdtune.packing.convert import header_bytes, most_bytes, pack
 from ssdtune.packing.layout import PackError, groups_of, shards
 from ssdtune.packing.shards import ShardError, ShardWriter
+from ssdtune.replay import ReplayError, write_weights
 from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
@@ -152,3 +155,65 @@ def test_a_config_that_can_not_be_written_whole_is_none(tmp_path: Path) -> None:
     with no_file_longer_than(500_000), pytest.raises(DurableError, match=r"config\.json"):
         copy_beside(source, out, quantization={"quant_method": "ssdtune"})
     assert list(out.iterdir()) == []
+
+
+# ------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def taken(tmp_path: Path) -> Path:
+    """A file where a folder is wanted: not even root can write below it."""
+    path = tmp_path / "taken"
+    path.write_text("mine")
+    return path
+
+
+def test_a_folder_that_can_not_be_made_is_named(source: Path, taken: Path, capsys: Any) -> None:
+    assert main(["pack", str(source), "--out", str(taken / "packed"), "--bits", "4"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert any(
+        line.startswith(f"error: cannot make the folder {taken / 'packed'}") for line in told
+    )
+    assert "choose another folder" in told[-1]
+    assert taken.read_text() == "mine"
+
+
+def test_a_probe_measures_nothing_for_a_file_that_can_not_be_written(
+    tmp_path: Path, taken: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(probe, "measure", lambda *given: pytest.fail("measured"))
+    assert main(["probe", str(tmp_path), "--out", str(taken / "profile.yaml")]) == 2
+    assert f"cannot make the folder {taken}" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_a_message(
+    taken: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refused(words: list[str]) -> None:
+        (taken / "file").write_text("")
+
+    monkeypatch.setattr(cli, "VERBS", {"train": refused})
+    assert main(["train"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {taken / 'file'}: Not a directory (ENOTDIR).\n")
+
+
+def test_what_a_library_calls_an_error_of_the_system_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failed(words: list[str]) -> None:
+        raise OSError("a tokenizer without words")
+
+    monkeypatch.setattr(cli, "VERBS", {"train": failed})
+    with pytest.raises(OSError, match="without words"):
+        main(["train"])
+
+
+def test_weights_that_can_not_be_written_whole_are_not_there(
+    source: Path, tmp_path: Path, stream: Callable[..., Any]
+) -> None:
+    model = stream(source)
+    (tmp_path / "out").mkdir()
+    with no_file_longer_than(20_000), pytest.raises(ReplayError, match="weights could not be"):
+        write_weights(model, tmp_path / "out" / "weights")
+    assert list((tmp_path / "out").iterdir()) == []
