@@ -124,17 +124,15 @@ def test_a_drive_that_fills_meanwhile_is_told_with_what_is_missing(
     meta, before, out = build_meta(source), digests(source), tmp_path / "packed"
     groups, storage = groups_of(meta, FORMATS["4"].chosen()), choose_storage(source).storage
 
-    def begin_and_stop(*given: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack(meta, groups, out, storage=storage, encode=begin_and_stop)
     second = out / f"model-00002-of-{len(list(shards(groups))):05d}.safetensors"
-    second.with_name(f"{second.name}.partial").symlink_to(FULL)
+
+    def fill_the_drive(num_bytes: int) -> None:
+        second.with_name(f"{second.name}.partial").symlink_to(FULL)
+
     with monkeypatch.context() as patched:
         free_are(patched, 10**12, 1000)
         with pytest.raises(ShardError, match="ENOSPC") as caught:
-            pack(meta, groups, out, storage=storage)
+            pack(meta, groups, out, storage=storage, on_progress=fill_the_drive)
     message = str(caught.value)
     assert str(second) in message
     assert "1.00 KB are free" in message
@@ -144,6 +142,25 @@ def test_a_drive_that_fills_meanwhile_is_told_with_what_is_missing(
     assert digests(source) == before
     pack(meta, groups, out, storage=storage)
     assert build_meta(out).checkpoint.tensors.keys() == meta.checkpoint.tensors.keys()
+
+
+def test_what_a_killed_packing_has_left_takes_no_room_from_the_next(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, out = build_meta(source), tmp_path / "packed"
+    groups, storage = groups_of(meta, FORMATS["4"].chosen()), choose_storage(source).storage
+
+    def stopped(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(meta, groups, out, storage=storage, encode=stopped)
+    (out / "model-00001-of-00001.safetensors.partial").write_text("cut")
+    (out / ".ssdtune-0123456789abcdef.tmp").write_text("cut")
+    free_are(monkeypatch, 0)
+    with pytest.raises(PackError, match="are missing"):
+        pack(meta, groups, out, storage=storage)
+    assert [path.name for path in out.iterdir()] == [".packing.json"]
 
 
 def test_a_config_that_can_not_be_written_whole_is_none(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def _begin(
         what = "an unfinished packing of another kind" if MARKER in present else "other files"
         what = "a model already" if "config.json" in present else what
         raise PackError(f"{out} holds {what}.\nGive a folder that is not there yet, or remove it.")
+    if present:
+        _clear(out)
     done = {
         name for name in present if name.endswith(".safetensors") and _is_whole(out / name, key)
     }
@@ -154,6 +156,13 @@ def _begin(
                 out.rmdir()
         raise
     return done
+
+
+def _clear(out: Path) -> None:
+    """Removes what a packing that was killed has left half-written: it takes room."""
+    for left in out.glob(f"*{PARTIAL}"):
+        left.unlink()
+    remove_abandoned(out)
 
 
 def most_bytes(files: Iterable[Sequence[Group]]) -> int:
@@ -210,9 +219,6 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
         total += sum(entry.num_bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     write_file_atomically(out / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
-    for left in out.glob(f"*{PARTIAL}"):
-        left.unlink()
-    remove_abandoned(out)
     told = {"quant_method": METHOD, "version": VERSION, "source": str(source.absolute())}
     copy_beside(source, out, quantization=told)
     (out / MARKER).unlink()
