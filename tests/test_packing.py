@@ -328,6 +328,19 @@ def test_weights_that_are_no_numbers_are_named(source: Path, tmp_path: Path) -> 
 # ------------------------------------------------------------------ bad input
 
 
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed once")
+    tiny_models.save(tiny_models.build("llama", dtype=torch.bfloat16), folder / "source")
+    return packed(folder / "source", folder / "packed", FORMATS["4"])
+
+
+@pytest.fixture
+def there(packed_once: Path, tmp_path: Path) -> Path:
+    """A packed model of one's own, to be damaged."""
+    return Path(shutil.copytree(packed_once, tmp_path / "packed"))
+
+
 def shard_of(folder: Path) -> Path:
     return next(folder.glob("model-*.safetensors"))
 
@@ -376,8 +389,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies_is_refused(lie: str, source: Path, tmp_path: Path) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
+def test_a_header_that_lies_is_refused(lie: str, there: Path) -> None:
     change, message = LIES[lie]
     rewritten(there, change)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -385,8 +397,7 @@ def test_a_header_that_lies_is_refused(lie: str, source: Path, tmp_path: Path) -
     assert shard_of(there).name in str(caught.value)
 
 
-def test_a_shard_that_is_cut_short_is_refused(source: Path, tmp_path: Path) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
+def test_a_shard_that_is_cut_short_is_refused(there: Path) -> None:
     path = shard_of(there)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="cut short"):
@@ -404,11 +415,8 @@ def flip_a_bit(folder: Path, name: str) -> TensorEntry:
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", NORM, "model.norm.weight"])
-def test_a_flipped_bit_is_found_where_it_is(
-    name: str, source: Path, tmp_path: Path, stream: Stream
-) -> None:
+def test_a_flipped_bit_is_found_where_it_is(name: str, there: Path, stream: Stream) -> None:
     """In codes; in a block's norm, which passes a buffer; in a block of its own, which is read in place."""
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
     part = flip_a_bit(there, name)
     with pytest.raises(Exception, match="is damaged") as caught:
         stream(there)(**tiny_models.batch("llama"))
@@ -417,10 +425,7 @@ def test_a_flipped_bit_is_found_where_it_is(
     assert name.rpartition(".")[0][:14] in str(caught.value)
 
 
-def test_a_tensor_that_is_read_alone_is_checked_alone(
-    source: Path, tmp_path: Path, stream: Stream
-) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
+def test_a_tensor_that_is_read_alone_is_checked_alone(there: Path, stream: Stream) -> None:
     flip_a_bit(there, NORM)
     state = stream(there).state_dict()
     with pytest.raises(Exception, match="is damaged"):
@@ -430,9 +435,8 @@ def test_a_tensor_that_is_read_alone_is_checked_alone(
 
 
 def test_files_without_checksums_of_plain_tensors_are_read_as_before(
-    source: Path, tmp_path: Path, stream: Stream
+    there: Path, stream: Stream
 ) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
     before = decoded(build_meta(there).checkpoint, torch.float32)
     rewritten(there, described(lambda told: told.pop("plain")))
     after = decoded(build_meta(there).checkpoint, torch.float32)
@@ -441,8 +445,7 @@ def test_files_without_checksums_of_plain_tensors_are_read_as_before(
     stream(there)(**tiny_models.batch("llama"))
 
 
-def test_a_config_of_a_newer_version_is_refused(source: Path, tmp_path: Path) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
+def test_a_config_of_a_newer_version_is_refused(there: Path) -> None:
     path = there / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["version"] = 2
