@@ -1,7 +1,8 @@
 """The command line: finds the verb, reads the configuration, hands over. Nothing heavy up here.
 
 `--help` must answer at once, so torch and transformers are imported inside the verbs only. A
-SSDTuneError is a message to a person: it is printed without a traceback, exit code 2.
+SSDTuneError is a message to a person: it is printed without a traceback, exit code 2. So is what the
+system refused (a folder that can't be written, a full drive) where nobody has made one of it.
 """
 
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.errors import SSDTuneError
+from ssdtune.errors import SSDTuneError, reason_of
 
 if TYPE_CHECKING:
     import argparse
@@ -78,6 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ssdtune train --help | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if (
+            error.errno is None
+        ):  # a library's own words under the system's name: where it was says more
+            raise
+        print(f"error: {_refusal(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _refusal(error: OSError) -> str:
+    """What the system refused, where nobody has said it better."""
+    place = error.filename2 or error.filename
+    where = "" if place is None else f"{place}: "
+    return (
+        f"{where}{reason_of(error)}.\n"
+        "Look whether it is there, whether you may read and write it, and whether the drive has room."
+    )
 
 
 def _dispatch(words: list[str]) -> int:

@@ -186,15 +186,13 @@ def _ram() -> Iterator[str]:
 
 
 def _drive(place: Path) -> Iterator[str]:
-    from ssdtune.swap.storage import StorageError
-
     usage = shutil.disk_usage(place)
     free = f"{format_size(usage.free)} free of {format_size(usage.total)}"
     yield _row("drive", f"{place.resolve()}: {free}")
     try:
         with _probe_file(place) as (file, what):
             yield from _reading(file, what)
-    except (OSError, StorageError) as error:
+    except (OSError, SSDTuneError) as error:
         yield _row("reading", f"not measured: {' '.join(str(error).split())}")
 
 

@@ -3,7 +3,8 @@
 Everything is written beside its place under a temporary name, flushed with fsync, renamed, and the
 parent folder is flushed too: rename alone survives a killed process, not a power cut (ALICE,
 OSDI'14). A reader therefore finds the old content or the new, never a mix. This is the only module
-that renames, and the only one that deletes folders.
+that renames, and the only one that deletes folders; kernels/compiling.py alone, which imports nothing
+of ours, renames what it compiles, for a library that a crash has cut is compiled again.
 
 What is deleted was provably made here: a folder carries a marker file, written first, that says so
 and, once committed, lists what the folder holds. Links are neither followed nor created.
@@ -59,6 +60,22 @@ def write_file_atomically(path: Path, content: bytes) -> None:
             raise
     with _explained("cannot flush", path, _OLD_OR_NEW):
         _fsync_folder(path.parent)
+
+
+def rename_flushed(written: Path, path: Path) -> None:
+    """Make `path` the file `written` beside it, whose bytes are on the drive already; then the name is too.
+
+    For files too large to be handed over as bytes: whoever wrote them has called fsync, since a failure may go unseen
+    through another descriptor. Raises OSError; `path` is then the old file or the new one.
+    """
+    os.replace(written, path)
+    _fsync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make it and its missing parents, durably; one that is there is fine. Raises DurableError."""
+    with _explained("cannot make the folder", folder, "Nothing was written there."):
+        _make_parents(Path(folder))
 
 
 def new_temporary_folder(beside: Path, *, is_private: bool = False) -> Path:
@@ -351,13 +368,14 @@ def _explained(act: str, path: Path, consequence: str) -> Iterator[None]:
 
 
 _REMEDIES = {
-    errno.ENOSPC: "The drive is full: free some space or choose another output_dir.",
-    errno.EDQUOT: "Your quota is used up: free some space or choose another output_dir.",
-    errno.EACCES: "You may not write there: change the permissions or choose another output_dir.",
-    errno.EROFS: "It is mounted read-only: choose another output_dir.",
+    errno.ENOSPC: "The drive is full: free some space or choose another folder.",
+    errno.EDQUOT: "Your quota is used up: free some space or choose another folder.",
+    errno.EACCES: "You may not write there: change the permissions or choose another folder.",
+    errno.EROFS: "It is mounted read-only: choose another folder.",
     errno.EIO: "The drive reports an error: look at dmesg before trusting it again.",
     errno.EXDEV: "Both must lie on one file system.",
     errno.ENOENT: "Make the folder first.",
-    errno.EINVAL: "This file system cannot do it: choose another output_dir.",
-    errno.ENOSYS: "Remove the old folder, or choose another output_dir.",
+    errno.EEXIST: "A file has that name, or a parent's: choose another folder.",
+    errno.EINVAL: "This file system cannot do it: choose another folder.",
+    errno.ENOSYS: "Remove the old folder, or choose another one.",
 }

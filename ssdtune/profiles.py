@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssdtune.cache import cache_folder
-from ssdtune.durable import write_file_atomically
+from ssdtune.durable import make_folder, write_file_atomically
 from ssdtune.schedule.profile import Profile, ProfileError, profile_from
 
 HEAD = "# Rates of a machine: [size, seconds]. FLOP for matmul and attention, bytes for the rest.\n"
@@ -39,6 +39,6 @@ def save_profile(profile: Profile, path: Path) -> None:
     """Writes it whole or not at all."""
     import yaml
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     text = yaml.safe_dump(profile.to_mapping(), sort_keys=False, default_flow_style=None, width=200)
     write_file_atomically(path, (HEAD + text).encode())

@@ -11,7 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssdtune.durable import commit_folder, new_temporary_folder, remove_folder_we_made
+from ssdtune.durable import (
+    commit_folder,
+    new_temporary_folder,
+    remove_folder_we_made,
+    write_file_atomically,
+)
 from ssdtune.errors import SSDTuneError
 from ssdtune.generate import config_of, find_result
 from ssdtune.report import say
@@ -92,7 +97,9 @@ def _log_of_all(path: Path) -> Log:
 
 
 def write_weights(model: Any, out: Path) -> int:
-    """Writes a streamed model as it is now to the new folder `out`, a file for each block; bytes of all weights."""
+    """Writes a streamed model as it is now to the new folder `out`, a file for each block; bytes of all weights. Raises
+    SSDTuneError where that fails, and leaves nothing."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     parts = list(_parts(model))
@@ -103,11 +110,17 @@ def write_weights(model: Any, out: Path) -> int:
         for number, names in enumerate(parts, 1):
             tensors = _in_files_form(model, names)
             name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                raise ReplayError(
+                    f"{out} could not be written: {error}.\n"
+                    "Nothing of it stays. Free some space, or give --out on another drive."
+                ) from error
             places |= dict.fromkeys(tensors, name)
             total += sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+        write_file_atomically(folder / INDEX_NAME, (json.dumps(index, indent=1) + "\n").encode())
         _write_the_rest(model, folder)
         commit_folder(folder, out)
     finally:

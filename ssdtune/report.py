@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ssdtune.durable import write_file_atomically
+from ssdtune.durable import make_folder, write_file_atomically
 from ssdtune.errors import SSDTuneError
 from ssdtune.sizes import format_size
 
@@ -484,7 +484,7 @@ def _figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """As a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_file_atomically(path, image.getvalue())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,9 @@ from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.sample import lossless_ratio
 from ssdtune.packing.shards import ShardWriter
 from ssdtune.packing.wanted import Wanted
+from ssdtune.swap import storage as swap_storage
 from ssdtune.swap.beside import copy_beside
-from ssdtune.swap.header import CheckpointError
+from ssdtune.swap.header import CheckpointError, TensorEntry
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.recipe import TensorView
 from ssdtune.swap.source import Checkpoint
@@ -47,6 +49,7 @@ FORMATS = {
     "fp4-ue5m3": Wanted("fp4-ue5m3"),
     "lossless": Wanted("lossless"),
 }
+NORM = "model.layers.2.input_layernorm.weight"  # stays as it is, among packed tensors
 
 
 def packed(folder: Path, out: Path, wanted: Wanted) -> Path:
@@ -260,6 +263,26 @@ def test_interrupted_packing_goes_on_where_it_was(
     assert not (out / ".packing.json").exists()
 
 
+def test_packing_holds_two_groups(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, storage = build_meta(source), choose_storage(source).storage
+    groups = groups_of(meta, FORMATS["4"].chosen())
+    real, live, counts = swap_storage.anonymous, set[int](), list[int]()
+
+    def counted(num_bytes: int) -> Any:
+        memory = real(num_bytes)
+        live.add(len(counts))
+        weakref.finalize(memory, live.discard, len(counts))
+        counts.append(len(live))
+        return memory
+
+    monkeypatch.setattr(swap_storage, "anonymous", counted)
+    pack(meta, groups, tmp_path / "packed", storage=storage)
+    assert len(counts) == len(groups) > 3
+    assert max(counts) == 2
+
+
 def test_another_packing_is_not_continued(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed"
     out.mkdir()
@@ -305,6 +328,19 @@ def test_weights_that_are_no_numbers_are_named(source: Path, tmp_path: Path) -> 
 # ------------------------------------------------------------------ bad input
 
 
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed once")
+    tiny_models.save(tiny_models.build("llama", dtype=torch.bfloat16), folder / "source")
+    return packed(folder / "source", folder / "packed", FORMATS["4"])
+
+
+@pytest.fixture
+def there(packed_once: Path, tmp_path: Path) -> Path:
+    """A packed model of one's own, to be damaged."""
+    return Path(shutil.copytree(packed_once, tmp_path / "packed"))
+
+
 def shard_of(folder: Path) -> Path:
     return next(folder.glob("model-*.safetensors"))
 
@@ -346,12 +382,14 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "kind": (described(lambda t: t["formats"][0].update(kind="magic")), "unknown kind"),
     "group of others": (described(lambda t: t["formats"][0].update(group=128)), "needs BF16"),
     "checksums": (described(lambda t: first(t).pop("checksums")), "makes no sense"),
+    "plain": (described(lambda t: t.update(plain=[])), "does not name"),
+    "plain of nothing": (described(lambda t: t["plain"].update(x="00")), "and no tensor"),
+    "plain of words": (described(lambda t: t["plain"].update({NORM: "x"})), "makes no sense"),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies_is_refused(lie: str, source: Path, tmp_path: Path) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
+def test_a_header_that_lies_is_refused(lie: str, there: Path) -> None:
     change, message = LIES[lie]
     rewritten(there, change)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -359,29 +397,63 @@ def test_a_header_that_lies_is_refused(lie: str, source: Path, tmp_path: Path) -
     assert shard_of(there).name in str(caught.value)
 
 
-def test_a_shard_that_is_cut_short_is_refused(source: Path, tmp_path: Path) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
+def test_a_shard_that_is_cut_short_is_refused(there: Path) -> None:
     path = shard_of(there)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="cut short"):
         build_meta(there)
 
 
-def test_a_flipped_bit_is_found_where_it_is(source: Path, tmp_path: Path, stream: Stream) -> None:
-    there = packed(source, tmp_path / "packed", FORMATS["4"])
-    name = "model.layers.2.mlp.up_proj.weight"
-    entry = build_meta(there).checkpoint.tensors[name]
-    assert isinstance(entry, PackedEntry)
-    part = entry.parts[0]
+def flip_a_bit(folder: Path, name: str) -> TensorEntry:
+    """In a tensor, in the first part of it where it is packed; what was changed."""
+    entry = build_meta(folder).checkpoint.tensors[name]
+    part = entry.parts[0] if isinstance(entry, PackedEntry) else entry
     raw = bytearray(part.path.read_bytes())
     raw[part.start + 100] ^= 4
     part.path.write_bytes(raw)
-    model = stream(there)
+    return part
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", NORM, "model.norm.weight"])
+def test_a_flipped_bit_is_found_where_it_is(name: str, there: Path, stream: Stream) -> None:
+    """In codes; in a block's norm, which passes a buffer; in a block of its own, which is read in place."""
+    part = flip_a_bit(there, name)
     with pytest.raises(Exception, match="is damaged") as caught:
-        model(**tiny_models.batch("llama"))
+        stream(there)(**tiny_models.batch("llama"))
     assert part.name in str(caught.value)
     assert part.path.name in str(caught.value)
-    assert "model.layers.2" in str(caught.value)
+    assert name.rpartition(".")[0][:14] in str(caught.value)
+
+
+def test_a_tensor_that_is_read_alone_is_checked_alone(there: Path, stream: Stream) -> None:
+    flip_a_bit(there, NORM)
+    state = stream(there).state_dict()
+    with pytest.raises(Exception, match="is damaged"):
+        state[NORM].clone()
+    for name in state.keys() - {NORM}:
+        state[name].clone()
+
+
+def test_files_without_checksums_of_plain_tensors_are_read_as_before(
+    there: Path, stream: Stream
+) -> None:
+    before = decoded(build_meta(there).checkpoint, torch.float32)
+    rewritten(there, described(lambda told: told.pop("plain")))
+    after = decoded(build_meta(there).checkpoint, torch.float32)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    flip_a_bit(there, NORM)
+    stream(there)(**tiny_models.batch("llama"))
+
+
+def test_a_config_of_a_newer_version_is_refused(there: Path) -> None:
+    path = there / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["version"] = 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="packed in version 2") as caught:
+        build_meta(there)
+    assert str(path) in str(caught.value)
+    assert "newer ssdtune" in str(caught.value)
 
 
 # ------------------------------------------------------------------ the command, the key

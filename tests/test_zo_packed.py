@@ -11,7 +11,7 @@ import test_zeroth_order
 import tiny_models
 import torch
 from support import digests, num_misses, with_lora
-from test_packing import FORMATS, make_pair
+from test_packing import FORMATS, NORM, flip_a_bit, make_pair
 from test_zeroth_order import ESTIMATORS, NUM_STEPS, SEED, InMemory, all_weights, train_both
 from test_zeroth_order_work import step
 
@@ -245,14 +245,12 @@ def test_a_plain_base_is_not_kept_packed(tmp_path: Path, stream: Stream) -> None
         ZerothOrder(stream(folder), ESTIMATORS["mezo"], packed=KEPT)
 
 
-def test_a_flipped_bit_is_found_before_it_is_used(tmp_path: Path, stream: Stream) -> None:
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", NORM])
+def test_a_flipped_bit_is_found_before_it_is_used(
+    name: str, tmp_path: Path, stream: Stream
+) -> None:
     pair = make_pair("llama", tmp_path, stream, FORMATS["4"], adapt=lambda m: m)
-    entry = build_meta(pair.folder).checkpoint.tensors["model.layers.2.mlp.up_proj.weight"]
-    assert isinstance(entry, PackedEntry)
-    part = entry.parts[0]
-    content = bytearray(part.path.read_bytes())
-    content[part.start + 100] ^= 4
-    part.path.write_bytes(content)
+    flip_a_bit(pair.folder, name)
     method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED, packed=KEPT)
     with pytest.raises(Exception, match="is damaged"):
         method.step([lambda: pair.streamed(**tiny_models.batch("llama"))], learning_rate=0.1)

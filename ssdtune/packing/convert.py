@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ssdtune.durable import DurableError, make_folder, remove_abandoned, write_file_atomically
 from ssdtune.kernels import lossless
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
@@ -23,9 +26,9 @@ from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
-from ssdtune.packing.shards import PARTIAL, ShardWriter, data_offset
+from ssdtune.packing.shards import PARTIAL, ShardError, ShardWriter, data_offset
 from ssdtune.sizes import format_size
-from ssdtune.swap.beside import copy_beside
+from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
 from ssdtune.swap.pack_header import METADATA_KEY, METHOD, VERSION, written_format
 from ssdtune.swap.readers import ReaderPool
@@ -37,6 +40,7 @@ MARKER = ".packing.json"  # in a folder that is not finished
 KEY = "ssdtune.source"  # in a shard's header: of what it was made
 KEY_DIGITS = 64
 MAX_OFFSET = 10**15
+FULL = (errno.ENOSPC, errno.EDQUOT)
 Encoded = tuple[Format, Mapping[str, torch.Tensor]]
 Encoder = Callable[[str, torch.Tensor, Format], Encoded | None]  # name, values, the format wanted
 
@@ -71,23 +75,23 @@ def pack(
     Memory: two groups, and one as it is written. Raises SSDTuneError, before a byte is written where the disk has no
     room for all.
     """
-    files = list(shards(groups))
+    parted = list(shards(groups))
+    files = {f"model-{i:05d}-of-{len(parted):05d}.safetensors": s for i, s in enumerate(parted, 1)}
     key = key_of(meta.checkpoint, groups)
     done = _begin(out, key, files, meta.checkpoint)
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    with ReaderPool(storage) as pool:
+    with ReaderPool(storage) as pool, _saying_what_is_missing(out, files):
         reader = GroupReader(pool, storage.alignment)
         encode = encode or encoded
-        for name, shard in zip(names, files, strict=True):
+        for name, shard in files.items():
             if name not in done:
                 _write_shard(out / name, shard, reader, key, encode, on_progress)
             else:
                 on_progress(sum(t.num_bytes for g in shard for t in g.tensors))
     meta.checkpoint.check_unchanged()
-    _finish(out, names, meta.checkpoint.folder)
+    _finish(out, list(files), meta.checkpoint.folder)
     entries = [t for g in groups for t in g.tensors]
     return Packed(
-        num_bytes=sum((out / name).stat().st_size for name in names),
+        num_bytes=sum((out / name).stat().st_size for name in files),
         source_bytes=sum(t.num_bytes for t in entries),
         num_weights=sum(math.prod(t.shape) for t in entries),
         num_packed=sum(
@@ -117,8 +121,11 @@ def is_packed_as(out: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> 
     return bool(found) and all(_is_whole(path, key) for path in found)
 
 
-def _begin(out: Path, key: str, files: list[list[Group]], checkpoint: Checkpoint) -> set[str]:
-    """Makes the folder, or finds which shards of it are whole. Raises PackError."""
+def _begin(
+    out: Path, key: str, files: Mapping[str, Sequence[Group]], checkpoint: Checkpoint
+) -> set[str]:
+    """Makes the folder, or finds which shards of it are whole. Raises PackError, and DurableError where nothing can be
+    written there."""
     if out.exists() and not out.is_dir():
         raise PackError(f"{out} is a file.\nGive a folder that is not there yet.")
     present = sorted(path.name for path in out.iterdir()) if out.exists() else []
@@ -126,23 +133,65 @@ def _begin(out: Path, key: str, files: list[list[Group]], checkpoint: Checkpoint
         what = "an unfinished packing of another kind" if MARKER in present else "other files"
         what = "a model already" if "config.json" in present else what
         raise PackError(f"{out} holds {what}.\nGive a folder that is not there yet, or remove it.")
+    if present:
+        _clear(out)
     done = {
         name for name in present if name.endswith(".safetensors") and _is_whole(out / name, key)
     }
-    needed = sum(group.num_bytes for shard in files for group in shard)
-    needed -= sum((out / name).stat().st_size for name in done)
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
+    needed = most_bytes(shard for name, shard in files.items() if name not in done)
+    needed, free = needed + bytes_beside(checkpoint.folder), _free(out)
     if needed > free:
-        if not present:
-            out.rmdir()
         raise PackError(
-            f"{out}: the packed model takes {format_size(needed)} more, {format_size(free)} are free: "
-            f"{format_size(needed - free)} are missing. Nothing was written.\n"
+            f"{out}: {_room(needed, free)}. Nothing was written.\n"
             f"Free them, pack to fewer bits, or give --out on another drive."
         )
-    (out / MARKER).write_text(json.dumps({"key": key, "source": str(checkpoint.folder)}) + "\n")
+    is_new = not out.exists()
+    make_folder(out)
+    told = json.dumps({"key": key, "source": str(checkpoint.folder)}) + "\n"
+    try:
+        write_file_atomically(out / MARKER, told.encode())
+    except DurableError:
+        if is_new:  # what could be written of it is gone again
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
     return done
+
+
+def _clear(out: Path) -> None:
+    """Removes what a packing that was killed has left half-written: it takes room."""
+    for left in out.glob(f"*{PARTIAL}"):
+        left.unlink()
+    remove_abandoned(out)
+
+
+def most_bytes(files: Iterable[Sequence[Group]]) -> int:
+    """What such shards take at most, headers and their part of the index counted: its lines are shorter than theirs."""
+    return sum(2 * header_bytes(shard) + sum(g.most_bytes for g in shard) for shard in files)
+
+
+def _free(out: Path) -> int:
+    """Bytes that are free where the folder is, or would be."""
+    there = out.absolute()
+    return shutil.disk_usage(next(p for p in (there, *there.parents) if p.is_dir())).free
+
+
+def _room(needed: int, free: int) -> str:
+    """In words."""
+    told = f"the packed model takes up to {format_size(needed)} more, {format_size(free)} are free"
+    return told + (f": {format_size(needed - free)} are missing" if needed > free else " now")
+
+
+@contextlib.contextmanager
+def _saying_what_is_missing(out: Path, files: Mapping[str, Sequence[Group]]) -> Iterator[None]:
+    """Where the drive fills meanwhile, the ShardError says how much room the rest takes."""
+    try:
+        yield
+    except ShardError as error:
+        if getattr(error.__cause__, "errno", None) not in FULL:
+            raise
+        needed = most_bytes(shard for name, shard in files.items() if not (out / name).exists())
+        raise ShardError(f"{error}\n{out}: {_room(needed, _free(out))}.") from error
 
 
 def _marked(out: Path) -> str | None:
@@ -169,9 +218,7 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
         places |= dict.fromkeys(entries, name)
         total += sum(entry.num_bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
-    for left in out.glob(f"*{PARTIAL}"):
-        left.unlink()
+    write_file_atomically(out / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
     told = {"quant_method": METHOD, "version": VERSION, "source": str(source.absolute())}
     copy_beside(source, out, quantization=told)
     (out / MARKER).unlink()
@@ -188,17 +235,20 @@ def _write_shard(
     encode: Encoder,
     on_progress: Callable[[int], None],
 ) -> None:
-    described: dict[str, Any] = {}
-    formats: list[Any] = []
+    told = _nothing_told()
     with ShardWriter(path, _json_bytes(shard)) as writer:
         for group, values in reader.read(shard):
-            described |= _write_group(writer, group, values, formats, encode)
+            _write_group(writer, group, values, told, encode)
             on_progress(sum(t.num_bytes for t in group.tensors))
-        writer.finish(_metadata(key, formats, described))
+        writer.finish(_metadata(key, told))
 
 
-def _metadata(key: str, formats: list[Any], described: Mapping[str, Any]) -> dict[str, str]:
-    told = {"version": VERSION, "formats": formats, "tensors": described}
+def _nothing_told() -> dict[str, Any]:
+    """What a shard's header says of no tensor yet."""
+    return {"version": VERSION, "formats": [], "tensors": {}, "plain": {}}
+
+
+def _metadata(key: str, told: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", KEY: key, METADATA_KEY: json.dumps(told, separators=(",", ":"))}
 
 
@@ -206,11 +256,11 @@ def _write_group(
     writer: ShardWriter,
     group: Group,
     values: Mapping[str, torch.Tensor],
-    formats: list[Any],
+    told: dict[str, Any],
     encode: Encoder,
-) -> dict[str, Any]:
-    """Writes a group: what is not packed, then the packed parts, the narrowest reading's first. What the header has to
-    say of the packed ones."""
+) -> None:
+    """Writes a group: what is not packed, then the packed parts, the narrowest reading's first. told: what the shard's
+    header has to say, to which the group's tensors are added."""
     packed: dict[str, Encoded] = {}
     for entry in group.tensors:
         made = None
@@ -218,6 +268,7 @@ def _write_group(
             made = encode(entry.name, values[entry.name], group.formats[entry.name])
         if made is None:
             writer.add(entry.name, entry.dtype, values[entry.name])
+            told["plain"][entry.name] = _sum(values[entry.name])
         else:
             packed[entry.name] = made
     shapes = {entry.name: entry.shape for entry in group.tensors}
@@ -226,11 +277,10 @@ def _write_group(
         for name, by_stage in ordered.items():
             for part in by_stage[number] if number < len(by_stage) else ():
                 writer.add(f"{name}.{part.suffix}", part.dtype, packed[name][1][part.suffix])
-    return {
-        entry.name: _described(entry, *packed[entry.name], formats)
-        for entry in group.tensors
-        if entry.name in packed
-    }
+    for entry in group.tensors:
+        if entry.name in packed:
+            described = _described(entry, *packed[entry.name], told["formats"])
+            told["tensors"][entry.name] = described
 
 
 def _described(
@@ -285,21 +335,22 @@ def header_bytes(shard: Sequence[Group]) -> int:
 def _json_bytes(shard: Sequence[Group]) -> int:
     """Enough for the header: its length with the longest numbers there can be."""
     tensors: dict[str, Any] = {}
-    described: dict[str, Any] = {}
-    formats: list[Any] = []
+    told = _nothing_told()
     for group in shard:
         for entry in group.tensors:
             longest = {"shape": list(entry.shape), "data_offsets": [MAX_OFFSET, MAX_OFFSET]}
             if entry.name not in group.formats:
                 tensors[entry.name] = {"dtype": entry.dtype, **longest}
+                told["plain"][entry.name] = "0" * 16
                 continue
             format = group.formats[entry.name]
             parts = file_parts(format, entry.shape)
             for part in parts:
                 shape = {"shape": list(part.shape)}
                 tensors[f"{entry.name}.{part.suffix}"] = {"dtype": part.dtype, **longest, **shape}
-            formats.append(written_format(format))
-            checksums = {part.suffix: "0" * 16 for part in parts}
-            described[entry.name] = {"format": len(formats), "checksums": checksums, **longest}
-    told = {"__metadata__": _metadata("0" * KEY_DIGITS, formats, described), **tensors}
-    return len(json.dumps(told, separators=(",", ":")).encode()) + 4096
+            told["formats"].append(written_format(format))
+            described = {"format": len(told["formats"]), **longest}
+            described["checksums"] = {part.suffix: "0" * 16 for part in parts}
+            told["tensors"][entry.name] = described
+    header = {"__metadata__": _metadata("0" * KEY_DIGITS, told), **tensors}
+    return len(json.dumps(header, separators=(",", ":")).encode()) + 4096

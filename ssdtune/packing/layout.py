@@ -39,13 +39,19 @@ class Group:
 
     @property
     def num_bytes(self) -> int:
-        """Once written."""
+        """Once written; escapes of what is packed without loss, which are known once it is packed, are not counted."""
         return sum(
             sum(part_bytes(p) for p in file_parts(self.formats[t.name], t.shape))
             if t.name in self.formats
             else t.num_bytes
             for t in self.tensors
         )
+
+    @property
+    def most_bytes(self) -> int:
+        """The same at most: with many escapes a tensor is stored as it was."""
+        known = {n: f for n, f in self.formats.items() if not isinstance(f, Lossless)}
+        return dataclasses.replace(self, formats=known).num_bytes
 
 
 def groups_of(meta: MetaModel, format: Format) -> list[Group]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdtune.cache import cache_folder
+from ssdtune.durable import make_folder
 from ssdtune.kernels.affine import Affine
 from ssdtune.packing.by_block import (
     Listed,
@@ -155,7 +156,7 @@ def build_packed(
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Of several processes that want the folder one packs, the others wait for it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         # The kernel lets go of it when the process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX)

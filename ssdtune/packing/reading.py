@@ -22,14 +22,17 @@ class GroupReader:
         self._pool, self._alignment = pool, alignment
 
     def read(self, groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, torch.Tensor]]]:
-        """Each group with its tensors by name, on the CPU."""
+        """Each group with its tensors by name, on the CPU: the caller's until the next group is asked for. Memory: two
+        groups."""
         begun = [self._begin(group) for group in groups[:1]]
         for number, group in enumerate(groups):
             memory, where, ticket = begun.pop()
             ticket.wait(READ_TIMEOUT_S)
             if number + 1 < len(groups):
                 begun.append(self._begin(groups[number + 1]))
-            yield group, {t.name: file_view(t, where).values(memory) for t in group.tensors}
+            values = {t.name: file_view(t, where).values(memory) for t in group.tensors}
+            yield group, values
+            values.clear()  # the caller still has it, while memory for the group after the next is made
             del memory
 
     def _begin(self, group: Group) -> tuple[torch.Tensor, ExtentMap, Ticket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from types import TracebackType
 
 import torch
 
+from ssdtune.durable import rename_flushed
 from ssdtune.errors import SSDTuneError, reason_of
 
 CACHE_LINE = 64
@@ -28,8 +30,8 @@ def data_offset(header_bytes: int) -> int:
 class ShardWriter:
     """A file that gets its name when it is whole.
 
-    header_bytes: what the header may take; it is filled up with spaces, to where data lie on cache lines. Use as a context: left without
-    `finish`, nothing stays.
+    header_bytes: what the header may take; it is filled up with spaces, to where data lie on cache lines. Use as a
+    context: left without `finish`, nothing stays. Raises ShardError where the file can't be made.
     """
 
     def __init__(self, path: Path, header_bytes: int) -> None:
@@ -38,7 +40,10 @@ class ShardWriter:
         self._header_bytes = data_offset(header_bytes) - 8
         self._tensors: dict[str, dict[str, object]] = {}
         self._end = 0
-        self._file = self._partial.open("wb")
+        try:
+            self._file = self._partial.open("wb")
+        except OSError as error:
+            raise self._refused(error) from error
         self._file.seek(8 + self._header_bytes)
 
     def add(self, name: str, dtype: str, values: torch.Tensor) -> None:
@@ -53,7 +58,7 @@ class ShardWriter:
         self._end += num_bytes
 
     def finish(self, metadata: Mapping[str, str]) -> int:
-        """Writes the header, flushes, and gives the file its name; its bytes."""
+        """Writes the header, flushes, and gives the file its name; its bytes. ShardError where the disk is full."""
         text = json.dumps({"__metadata__": dict(metadata), **self._tensors}, separators=(",", ":"))
         header = text.encode()
         assert len(header) <= self._header_bytes, (len(header), self._header_bytes)
@@ -64,7 +69,7 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self.path)
+            rename_flushed(self._partial, self.path)
         except OSError as error:
             raise self._refused(error) from error
         return 8 + self._header_bytes + self._end
@@ -75,8 +80,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk takes what is buffered no more than before, and nobody wants it
+            self._file.close()
+        with contextlib.suppress(OSError):  # the same packing writes over it
+            self._partial.unlink()
 
     def _refused(self, error: OSError) -> ShardError:
         return ShardError(

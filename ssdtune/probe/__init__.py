@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from ssdtune.durable import make_folder
 from ssdtune.probe.copies import measure_copies
 from ssdtune.probe.drive import measure_both, measure_reads, measure_sustained, measure_writes
 from ssdtune.probe.few_rows import measure_few_rows
@@ -90,9 +91,11 @@ def print_probe(
     """Measures, prints, writes; returns 0.
 
     sustained_bytes: to write one after the other, to see what the drive does when its cache is full; None: none.
-    Raises DriveError, before anything is measured, where there is no room for them.
+    Raises DriveError, before anything is measured, where there is no room for them; DurableError where `out` has no
+    folder and none can be made.
     """
     start = perf_counter()
+    make_folder(out.parent)
     sustained: dict[str, Curve] = {}
     if sustained_bytes is not None:
         sustained[SUSTAINED] = measure_sustained(folder, sustained_bytes, say)

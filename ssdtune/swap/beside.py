@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from ssdtune.durable import write_file_atomically
 from ssdtune.run_files import CHECK_NAME
 
 CONFIG: Final = "config.json"
@@ -17,13 +18,10 @@ def copy_beside(source: Path, out: Path, *, quantization: dict[str, Any] | None 
     """Copies it to another folder, the config last: without one the folder is no model. What a packing costs is left.
 
     quantization: what the copy's config says of its weights, whatever the source's says; None: that they are plain. A
-    source without a config has none to copy.
+    source without a config has none to copy. Each file is there whole or not at all. Raises DurableError.
     """
-    for path in sorted(source.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        is_beside = path.suffix in SUFFIXES and not is_index and not path.name.startswith(".")
-        if path.is_file() and is_beside and path.name not in (CONFIG, CHECK_NAME):
-            shutil.copyfile(path, out / path.name)
+    for path in _files(source):
+        write_file_atomically(out / path.name, path.read_bytes())
     if not (source / CONFIG).is_file():
         return
     text = (source / CONFIG).read_text(encoding="utf-8")
@@ -32,4 +30,20 @@ def copy_beside(source: Path, out: Path, *, quantization: dict[str, Any] | None 
         if quantization is not None:
             config["quantization_config"] = quantization
         text = json.dumps(config, indent=2) + "\n"
-    (out / CONFIG).write_text(text, encoding="utf-8")
+    write_file_atomically(out / CONFIG, text.encode())
+
+
+def bytes_beside(source: Path) -> int:
+    """Of all that `copy_beside` copies; what it adds to a config is not counted."""
+    sizes = [path.stat().st_size for path in _files(source)]
+    config = source / CONFIG
+    return sum(sizes) + (config.stat().st_size if config.is_file() else 0)
+
+
+def _files(source: Path) -> Iterator[Path]:
+    """What lies there, without the config."""
+    for path in sorted(source.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        is_beside = path.suffix in SUFFIXES and not is_index and not path.name.startswith(".")
+        if path.is_file() and is_beside and path.name not in (CONFIG, CHECK_NAME):
+            yield path

@@ -241,6 +241,9 @@ class Lanes:
                 start, end = self._queue_copy(item, self._uploads, self.clock)
                 num_bytes = self._shapes[fill.block].uploaded_bytes
                 self.clock.add(self._op(fill, what, (0.0, 0.0), num_bytes), start, end)
+        else:
+            fill.stage = "being checked"
+            recipe.check(item.memory)
 
     def _copy_of(self, item: _Item) -> tuple[Kind, Lane]:
         """What the copy into the slot is, and on which lane."""

@@ -47,7 +47,9 @@ class CheckpointError(SSDTuneError):
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor's bytes lie: C order, little endian, [start, start + num_bytes) of `path`."""
+    """Where one tensor's bytes lie: C order, little endian, [start, start + num_bytes) of `path`.
+
+    checksum: of these bytes, as `kernels/checksum.py` makes it, where the file's header has one."""
 
     name: str
     path: Path
@@ -55,6 +57,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int  # absolute byte offset in the file; any value, even odd ones
     num_bytes: int
+    checksum: int | None = None
 
     @property
     def stop(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from ssdtune.kernels import nibbles
@@ -91,6 +92,8 @@ def unpacked(checkpoint: Checkpoint, *, bits: int | None = None) -> Checkpoint:
     tensors: dict[str, TensorEntry | PackedEntry] = dict(checkpoint.tensors)
     for state in checkpoint.states:
         described = _described(state)
+        for name, digits in described["plain"].items():
+            tensors[name] = _plain(name, digits, checkpoint.tensors, state)
         for name, written in described["tensors"].items():
             entry = _entry(name, written, described["formats"], checkpoint.tensors, state, bits)
             tensors[name] = entry
@@ -103,22 +106,44 @@ def _described(state: FileState) -> Mapping[str, Any]:
     """What a shard's header says of its packed tensors."""
     text = state.metadata.get(METADATA_KEY)
     if text is None:
-        return {"tensors": {}, "formats": []}
+        return {"tensors": {}, "formats": [], "plain": {}}
     try:
-        described = json.loads(text)
+        described = {"plain": {}, **json.loads(text)}  # which older files do not have
         version = described["version"]
-        is_sound = isinstance(described["tensors"], dict) and isinstance(described["formats"], list)
+        kinds = {"tensors": dict, "formats": list, "plain": dict}
+        is_sound = all(isinstance(described[key], kind) for key, kind in kinds.items())
     except (ValueError, KeyError, TypeError) as error:
         refuse(state.path, f"its {METADATA_KEY} says nothing that can be read: {error!r}.")
-    if version != VERSION:
-        refuse(
-            state.path,
-            f"it is packed in version {quoted(version)} of the format; this ssdtune reads version {VERSION}.",
-            way_out="Install a newer ssdtune, or pack the model again.",
-        )
+    check_version(state.path, version)
     if not is_sound:
         refuse(state.path, f"its {METADATA_KEY} does not name tensors and formats.")
     return described
+
+
+def check_version(path: Path, version: object) -> None:
+    """Raises CheckpointError where a file says that it is packed in another version of the format than VERSION."""
+    if version != VERSION:
+        refuse(
+            path,
+            f"it is packed in version {quoted(version)} of the format; this ssdtune reads version {VERSION}.",
+            way_out="Install a newer ssdtune, or pack the model again.",
+        )
+
+
+def _plain(
+    name: str,
+    digits: object,
+    tensors: Mapping[str, TensorEntry | PackedEntry],
+    state: FileState,
+) -> TensorEntry:
+    """A tensor that is stored as it was, with its checksum."""
+    found = tensors.get(name)
+    if not isinstance(found, TensorEntry):
+        refuse(state.path, "its header has a checksum of it, and no tensor.", tensor=name)
+    try:
+        return dataclasses.replace(found, checksum=int(str(digits), 16))
+    except ValueError as error:
+        refuse(state.path, f"its checksum makes no sense: {error!r}.", tensor=name)
 
 
 def _entry(
@@ -133,11 +158,11 @@ def _entry(
         format = read_format(formats[written["format"]], bits)
         shape, dtype = tuple(written["shape"]), str(written["dtype"])
         wanted = format.parts(shape)
-        checksums = tuple(int(written["checksums"][part.suffix], 16) for part in wanted)
+        checksums = [int(written["checksums"][part.suffix], 16) for part in wanted]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         refuse(state.path, f"its packing makes no sense: {error!r}.", tensor=name)
     parts: list[TensorEntry] = []
-    for part in wanted:
+    for part, checksum in zip(wanted, checksums, strict=True):
         found = tensors.get(f"{name}.{part.suffix}")
         if not isinstance(found, TensorEntry):
             refuse(state.path, f"its part {part.suffix} is missing.", tensor=name)
@@ -148,5 +173,5 @@ def _entry(
                 f"{format.label} of shape {list(shape)} needs {part.dtype} {list(part.shape)}.",
                 tensor=name,
             )
-        parts.append(found)
-    return PackedEntry(name, parts[0].path, dtype, shape, format, tuple(parts), checksums)
+        parts.append(dataclasses.replace(found, checksum=checksum))
+    return PackedEntry(name, parts[0].path, dtype, shape, format, tuple(parts))

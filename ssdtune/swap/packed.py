@@ -19,7 +19,6 @@ class PackedEntry:
     """A packed tensor, under the name, shape and dtype that it has once decoded.
 
     dtype: as safetensors names it. parts: in the order of `format.parts(shape)`, whose dtypes and shapes they have.
-    checksums: of the parts, where the file has them.
     """
 
     name: str
@@ -28,7 +27,6 @@ class PackedEntry:
     shape: tuple[int, ...]
     format: Format
     parts: tuple[TensorEntry, ...]
-    checksums: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:

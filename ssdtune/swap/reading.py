@@ -17,7 +17,8 @@ def read_tensors(
     buffer: torch.Tensor | None = None,
     slot: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """The recipe's tensors in its order; waits for them. Packed bytes are checked in RAM, then decoded.
+    """The recipe's tensors in its order; waits for them. Bytes that have a checksum are checked in RAM, before any is
+    decoded.
 
     buffer: for the bytes of the files, uint8 in RAM, `recipe.file_bytes` at least, aligned as the pool's storage wants
     it; None: fresh memory. slot: for what is copied or decoded out of it, uint8, `recipe.slot_bytes` at least, on the
@@ -27,8 +28,7 @@ def read_tensors(
     memory = aligned_bytes(max(recipe.file_bytes, 1)) if buffer is None else buffer
     read = memory[: recipe.file_bytes]
     pool.submit(recipe.extents, read, label=recipe.name).wait(timeout_s)
-    for view in recipe.packed:
-        view.check(read)
+    recipe.check(read)
     if not recipe.is_staged:
         return [view.of(read) for view in recipe.tensors]
     if slot is None:

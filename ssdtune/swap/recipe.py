@@ -10,6 +10,7 @@ decoded on the way.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -82,25 +83,33 @@ def address_of(tensor: torch.Tensor) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PackedView:
-    """A packed tensor inside a buffer. file: where it is from, for messages. checksums: of its parts; empty where the
-    file has none."""
+class Summed:
+    """A file's tensor inside a buffer, `offset` in bytes from its start, whose checksum its header has. file: where it is
+    from."""
 
     name: str
     file: str
-    shape: tuple[int, ...]
-    format: Format
-    parts: tuple[TensorView, ...]
-    checksums: tuple[int, ...] = ()
+    offset: int
+    num_bytes: int
+    checksum: int
 
     def check(self, memory: torch.Tensor) -> None:
         """Raises StorageError where the bytes, in RAM, are not those that were written."""
-        for part, wanted in zip(self.parts, self.checksums, strict=bool(self.checksums)):
-            if checksum(memory[part.offset : part.offset + part.num_bytes]) != wanted:
-                raise StorageError(
-                    f"{part.name} in {self.file} is damaged: its checksum is not the one that was written.\n"
-                    "Pack the model again, or restore the file; if it happens again, the drive or the memory fails."
-                )
+        if checksum(memory[self.offset : self.offset + self.num_bytes]) != self.checksum:
+            raise StorageError(
+                f"{self.name} in {self.file} is damaged: its checksum is not the one that was written.\n"
+                "Pack the model again, or restore the file; if it happens again, the drive or the memory fails."
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PackedView:
+    """A packed tensor inside a buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    parts: tuple[TensorView, ...]
 
     def decode(self, memory: torch.Tensor, out: torch.Tensor) -> None:
         """out = the tensor, rounded to its dtype. memory: uint8, on the device of `out`."""
@@ -167,27 +176,12 @@ class Unpacking:
         """What fills one of the tensors."""
         return tuple(copy for copy in self.copies if copy.target == index)
 
-    def check(self, memory: torch.Tensor) -> None:
-        """As `PackedView.check`, of all that is packed. memory: the slot's bytes, in RAM."""
-        for view in _packed(self.copies):
-            view.check(memory)
-
-    def unchecked(self) -> Unpacking:
-        """The same of bytes that have changed since they were written."""
-        copies = [
-            dataclasses.replace(copy, source=dataclasses.replace(copy.source, checksums=()))
-            if isinstance(copy.source, PackedView)
-            else copy
-            for copy in self.copies
-        ]
-        return dataclasses.replace(self, copies=tuple(copies))
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRecipe:
     """Everything needed to fill a slot with one block. is_ours: the file is our own, laid out like the slot, and
     may be written to. unpacking: where the slot holds the block packed, as one tensor of bytes; None: it holds tensors
-    as compute reads them."""
+    as compute reads them. summed: what of the bytes read has a checksum."""
 
     name: str
     extents: tuple[Extent, ...]
@@ -197,6 +191,13 @@ class BlockRecipe:
     slot_bytes: int
     is_ours: bool = False
     unpacking: Unpacking | None = None
+    summed: tuple[Summed, ...] = ()
+
+    def check(self, memory: torch.Tensor) -> None:
+        """Raises StorageError where bytes that were read are not those that were written. memory: uint8, filled, in
+        RAM."""
+        for each in self.summed:
+            each.check(memory)
 
     @property
     def is_staged(self) -> bool:
@@ -206,7 +207,8 @@ class BlockRecipe:
     @property
     def packed(self) -> tuple[PackedView, ...]:
         """The packed tensors among what is read."""
-        return _packed(self.copies)
+        found = (copy.source for copy in self.copies)
+        return tuple(dict.fromkeys(s for s in found if isinstance(s, PackedView)))
 
     @property
     def shape(self) -> BlockShape:
@@ -218,12 +220,6 @@ class BlockRecipe:
             is_staged=self.is_staged,
             is_packed=bool(self.packed),
         )
-
-
-def _packed(copies: tuple[Copy, ...]) -> tuple[PackedView, ...]:
-    """What is packed among the copies' sources."""
-    found = (copy.source for copy in copies)
-    return tuple(dict.fromkeys(s for s in found if isinstance(s, PackedView)))
 
 
 def kept_packed(recipe: BlockRecipe, *, on_device: bool) -> BlockRecipe:
@@ -293,7 +289,17 @@ def alone(recipe: BlockRecipe, index: int, alignment: int) -> BlockRecipe:
             for copy in copies
         ),
         slot_bytes=recipe.tensors[index].num_bytes if copies else end,
+        summed=tuple(_summed(recipe, moved)),
     )
+
+
+def _summed(recipe: BlockRecipe, moved: dict[TensorView, TensorView]) -> Iterator[Summed]:
+    """Those of the checksums whose bytes are read still, where they are read to now."""
+    known = {(each.offset, each.num_bytes): each for each in recipe.summed}
+    for view, to in moved.items():
+        found = known.get((view.offset, view.num_bytes))
+        if found is not None:
+            yield dataclasses.replace(found, offset=to.offset)
 
 
 def _moved(

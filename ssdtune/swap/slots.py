@@ -69,17 +69,10 @@ class Slots:
 
         Raises StorageError for bytes in RAM that have another checksum than when they were written.
         """
-        targets, recipe, packed = (
-            self.tensors(block, slot),
-            self.recipes[block],
-            self._packed[block],
-        )
+        targets, recipe = self.tensors(block, slot), self.recipes[block]
         if buffer.device.type == "cpu":
-            for view in packed:
-                view.check(buffer)
-            if recipe.unpacking is not None:
-                recipe.unpacking.check(buffer)
-        if packed and buffer.device != self.device:
+            recipe.check(buffer)
+        if self._packed[block] and buffer.device != self.device:
             there = self._staging[: recipe.file_bytes]
             buffer = there.copy_(buffer[: recipe.file_bytes], non_blocking=True)
         with torch.no_grad():

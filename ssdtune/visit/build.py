@@ -149,13 +149,14 @@ def _unpacked(config: PretrainedConfig, checkpoint: Checkpoint, bits: int | None
     if quantization is None:
         return checkpoint
     described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    path = checkpoint.folder / "config.json"
     if described.get("quant_method") == pack_header.METHOD:
+        pack_header.check_version(path, described.get("version", pack_header.VERSION))
         return pack_header.unpacked(checkpoint, bits=bits)
     plain = {n: e for n, e in checkpoint.tensors.items() if isinstance(e, TensorEntry)}
     stated = getattr(config, "dtype", None)
     if stated is not None:
         described = {"torch_dtype": str(stated).removeprefix("torch."), **described}
-    path = checkpoint.folder / "config.json"
     return dataclasses.replace(checkpoint, tensors=foreign.recognise(described, plain, path))
 
 

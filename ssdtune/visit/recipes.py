@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.packed import PackedEntry
-from ssdtune.swap.recipe import SLOT_ALIGNMENT, BlockRecipe, Copy, PackedView, TensorView
+from ssdtune.swap.recipe import (
+    SLOT_ALIGNMENT,
+    BlockRecipe,
+    Copy,
+    PackedView,
+    Summed,
+    TensorView,
+)
 from ssdtune.swap.source import ExtentMap, merge_extents
 from ssdtune.visit.placement import FILE_DTYPES, Piece, Placement, is_identity
 
@@ -29,11 +36,9 @@ def make_recipe(
     On a device the bytes pass a buffer in any case, and every tensor starts on SLOT_ALIGNMENT.
     """
     sources = list(dict.fromkeys(piece.source for p in placements for piece in p.pieces))
-    where = merge_extents(
-        [part for s in sources for part in _stored(entries[s])],
-        alignment=alignment,
-        max_gap_bytes=MAX_GAP_BYTES,
-    )
+    stored = [part for s in sources for part in _stored(entries[s])]
+    where = merge_extents(stored, alignment=alignment, max_gap_bytes=MAX_GAP_BYTES)
+    summed = tuple(_summed(stored, where))
     in_place = not on_device and all(_is_in_place(p, entries, where) for p in placements)
     if in_place:
         tensors = [_view(p, where.offsets[p.pieces[0].source]) for p in placements]
@@ -44,6 +49,7 @@ def make_recipe(
             tensors=tuple(tensors),
             copies=(),
             slot_bytes=where.num_bytes,
+            summed=summed,
         )
     tensors, slot_bytes = _packed(placements, entries, on_device=on_device)
     copies = [
@@ -58,7 +64,21 @@ def make_recipe(
         tensors=tuple(tensors),
         copies=tuple(copies),
         slot_bytes=slot_bytes,
+        summed=summed,
     )
+
+
+def _summed(stored: Sequence[TensorEntry], where: ExtentMap) -> Iterator[Summed]:
+    """What has a checksum, of what is read; nothing is read of an empty tensor."""
+    for entry in stored:
+        if entry.checksum is not None and entry.num_bytes:
+            yield Summed(
+                name=entry.name,
+                file=entry.path.name,
+                offset=where.offsets[entry.name],
+                num_bytes=entry.num_bytes,
+                checksum=entry.checksum,
+            )
 
 
 def _stored(entry: TensorEntry | PackedEntry) -> tuple[TensorEntry, ...]:
@@ -130,9 +150,7 @@ def file_view(entry: TensorEntry, where: ExtentMap) -> TensorView:
 def _packed_view(entry: PackedEntry, where: ExtentMap) -> PackedView:
     return PackedView(
         name=entry.name,
-        file=entry.path.name,
         shape=tuple(entry.shape),
         format=entry.format,
         parts=tuple(file_view(part, where) for part in entry.parts),
-        checksums=entry.checksums,
     )

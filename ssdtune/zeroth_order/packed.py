@@ -66,11 +66,6 @@ class PackedBlocks:
         recipes = self._streamer.engine.recipes
         return max((r.unpacking.num_bytes for r in recipes if r.unpacking is not None), default=0)
 
-    def check(self, block: int, raw: torch.Tensor) -> None:
-        """Raises StorageError where the bytes of a slot, in RAM, are not those that were written."""
-        if raw.device.type == "cpu":  # on their way to a device they were looked at in RAM
-            self._unpacking(block).check(raw)
-
     def make(self, block: int, raw: torch.Tensor, to: Sequence[torch.Tensor], at: At) -> None:
         """All tensors of the block. raw: what its slot holds. to: the tensors, laid out as `Unpacking` says."""
         for index in range(len(to)):

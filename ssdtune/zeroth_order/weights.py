@@ -160,8 +160,6 @@ class MovingWeights:
         self._content = content
         key = tensors[0].data_ptr()
         known, taken = self._taken.get(key, (None, 0))
-        if known is not content and self._packed.has(block):
-            self._packed.check(block, tensors[0])
         missed = self.updates[taken if known is content else self._stored.get(block, 0) :]
         if missed:
             engine.await_stored(block)
@@ -247,7 +245,6 @@ class MovingWeights:
         unpacking = self._streamer.engine.recipes[block].unpacking
         assert unpacking is not None
         (raw, missed), view = self._read_stored(block, 0), unpacking.tensors[index]
-        self._packed.check(block, raw)
         if self._moves_packed:
             self._packed.move_one(block, index, raw, missed)
             missed = ()

@@ -123,7 +123,7 @@ def _recipe(
         copies=tuple(copies),
         slot_bytes=recipe.slot_bytes if on_device else num_bytes,
         is_ours=True,
-        unpacking=None if recipe.unpacking is None else recipe.unpacking.unchecked(),
+        unpacking=recipe.unpacking,
     )
 
 
