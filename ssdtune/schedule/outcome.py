@@ -25,7 +25,7 @@ from ssdtune.schedule.plan import Budgets, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
-from ssdtune.schedule.simulate import Simulation
+from ssdtune.schedule.simulate import Simulation, step_seconds
 from ssdtune.sizes import format_size
 
 HIDDEN = 1.05  # reading is hidden where a step takes at most so many times its compute
@@ -97,7 +97,8 @@ class Outcome:
     @property
     def is_hidden(self) -> bool:
         """Whether compute is what a step waits for: it stands still for next to none of it."""
-        return self.simulation is not None and _hides(self.simulation)
+        step = self.simulation
+        return step is not None and _hides(step.step_s, step.compute_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,8 +361,8 @@ def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
     )
 
 
-def _hides(step: Simulation) -> bool:
-    return step.step_s <= HIDDEN * step.compute_s
+def _hides(step_s: float, compute_s: float) -> bool:
+    return step_s <= HIDDEN * compute_s
 
 
 def _hidden_at(
@@ -379,10 +380,16 @@ def _hidden_at(
     def hides(num: int) -> bool:
         pricing = _pricing(job, machine, num)
         assert pricing is not None
-        return _hides(pricing.simulation(plan))
+        steps, between_s = pricing.steps(plan), pricing.between_s
+        seconds = pricing.op_seconds(steps)
+        compute_s = sum(seconds[op.id] for op in steps.ops if op.lane is Lane.COMPUTE)
+        return _hides(step_seconds(steps, seconds, between_s=between_s), between_s + compute_s)
 
-    own = choices.micro_batches
-    numbers = range(1, max(MOST_MICRO_BATCHES, own) + 1)
-    low, high = (0, own - 1) if _hides(step) else (own, len(numbers))
-    found = bisect.bisect_left(numbers, True, low, high, key=hides)
-    return found + 1 if found < len(numbers) else None
+    low, high = 0, choices.micro_batches  # with `low` it is not hidden, with `high` it is
+    if not _hides(step.step_s, step.compute_s):
+        low, high = high, 2 * high
+        while not hides(high):
+            low, high = high, 2 * high
+            if low >= MOST_MICRO_BATCHES:
+                return None
+    return low + 1 + bisect.bisect_left(range(low + 1, high), True, key=hides)
