@@ -85,6 +85,7 @@ class Job:
         kind: of step, "train" or "forward". variants: of the weights that each micro-batch passes.
         fold_steps: steps from one working copy of the weights to the next; 0: there is none.
         readings: in how many bits the weights may be read, the most first, where that is to be chosen.
+        file_dtype: of most bytes of the weights in the files, as safetensors names it; compute may go by another, `dtype`.
         lossless_ratio: bytes of the weights over those of a lossless packing, measured; None: it was not.
     """
 
@@ -109,6 +110,7 @@ class Job:
     variants: int = 1
     fold_steps: int = 0
     readings: tuple[Reading, ...] = ()
+    file_dtype: str = ""
     lossless_ratio: float | None = None
 
     def passes(self, micro_batches: int) -> int:
