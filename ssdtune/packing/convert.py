@@ -18,8 +18,8 @@ from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
-from ssdtune.kernels.nibbles import Nibbles
-from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
+from ssdtune.kernels.nibbles import Nibbles, Nvfp4
+from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles, quantize_nvfp4
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
@@ -27,7 +27,7 @@ from ssdtune.packing.shards import PARTIAL, ShardWriter, data_offset
 from ssdtune.sizes import format_size
 from ssdtune.swap.beside import copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
-from ssdtune.swap.pack_header import METADATA_KEY, METHOD, VERSION, written_format
+from ssdtune.swap.pack_header import METADATA_KEY, METHOD, version_of, written_format
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.source import INDEX_FILE, Checkpoint
 from ssdtune.swap.storage import Storage
@@ -84,7 +84,8 @@ def pack(
             else:
                 on_progress(sum(t.num_bytes for g in shard for t in g.tensors))
     meta.checkpoint.check_unchanged()
-    _finish(out, names, meta.checkpoint.folder)
+    version = version_of(written_format(f) for g in groups for f in g.formats.values())
+    _finish(out, names, meta.checkpoint.folder, version)
     entries = [t for g in groups for t in g.tensors]
     return Packed(
         num_bytes=sum((out / name).stat().st_size for name in names),
@@ -160,8 +161,9 @@ def _is_whole(path: Path, key: str) -> bool:
         return False
 
 
-def _finish(out: Path, names: Sequence[str], source: Path) -> None:
-    """Writes what lies beside the shards; config.json, without which the folder is no model, last."""
+def _finish(out: Path, names: Sequence[str], source: Path, version: int) -> None:
+    """Writes what lies beside the shards; config.json, without which the folder is no model, last. version: the newest
+    of the shards'."""
     places: dict[str, str] = {}
     total = 0
     for name in names:
@@ -172,7 +174,7 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
     (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     for left in out.glob(f"*{PARTIAL}"):
         left.unlink()
-    told = {"quant_method": METHOD, "version": VERSION, "source": str(source.absolute())}
+    told = {"quant_method": METHOD, "version": version, "source": str(source.absolute())}
     copy_beside(source, out, quantization=told)
     (out / MARKER).unlink()
 
@@ -198,7 +200,7 @@ def _write_shard(
 
 
 def _metadata(key: str, formats: list[Any], described: Mapping[str, Any]) -> dict[str, str]:
-    told = {"version": VERSION, "formats": formats, "tensors": described}
+    told = {"version": version_of(formats), "formats": formats, "tensors": described}
     return {"format": "pt", KEY: key, METADATA_KEY: json.dumps(told, separators=(",", ":"))}
 
 
@@ -271,6 +273,8 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
             return format, quantize_affine(
                 values, stored.order, stored.group, is_nested=stored.is_nested, is_rotated=True
             )
+        if isinstance(format, Nvfp4):
+            return format, quantize_nvfp4(values, format.num_stored)
         assert isinstance(format, Nibbles)
         return format, quantize_nibbles(values, format.table, format.block, format.scale)
     except ValueError as error:
