@@ -6,7 +6,8 @@
 Time: of this thread on its processor. Contestants take turns with one `memcpy` of as many bytes as they write, both
 into memory that has been written before; each by the median of its rates beside the memcpy right before it. A memcpy
 goes past the caches, as decoding so much does. What is slow decodes a sixteenth in its turn: torch's operators, and the
-peers, which give new memory for each output. Peers are imported where they can be, from `--peers` too:
+peers, which give new memory for each output. Two threads take turns with one, by the wall clock. Peers are imported
+where they can be, from `--peers` too:
 
     python -m pip install --no-deps --target FOLDER bitsandbytes torchao hqq termcolor
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from time import thread_time
+from time import perf_counter, thread_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,10 +42,22 @@ from benchmarks.lossless import described  # noqa: E402
 
 SHARE = 16  # what is slow decodes so much less
 GROUP = 64  # elements that share a scale, here and with peers
+WIDTH = 4096  # columns, where a format has blocks of rows and columns
 CHECKED = 1 << 20  # elements that are compared with the definition
 MOVED = ("4 bits (4,)", "8 bits (4, 1, 1, 2)", "NF4")  # formats of the variants
-# Of a memcpy's rate, by the ending of the native functions' names: up to four bits, and above.
-BARS = {"_avx512": (1.4, 1.1), "_avx2": (1.25, 0.5)}
+THREADED = MOVED[:2]  # formats that two threads decode
+# Of a memcpy's rate, by the ending of the native functions' names and the kind of format ("4 bits": at most so many).
+BARS = {
+    "_avx512": {"4 bits": 1.4, "5 bits": 1.35, "6 bits": 1.15, "8 bits": 1.1, "FP8": 0.55},
+    "_avx2": {"4 bits": 1.25, "5 bits": 0.5, "6 bits": 0.5, "8 bits": 0.5, "FP8": 0.45},
+}
+KINDS = {  # of bits
+    **dict.fromkeys(range(1, 5), "4 bits"),
+    5: "5 bits",
+    6: "6 bits",
+    **dict.fromkeys((7, 8), "8 bits"),
+}
+THREADS_BAR = 1.7  # of one thread's rate
 
 
 @dataclass(frozen=True)
@@ -56,40 +70,59 @@ class Turn:
     bar: float | None = None
 
 
+def bar_of(suffix: str, kind: str | None) -> float | None:
+    """For the functions of this ending and a kind of format, decoded to 16 bits; None: there is none."""
+    return BARS.get(suffix, {}).get(kind or "")
+
+
 # ------------------------------------------------------------------ contestants
 
 
-def formats() -> Iterator[tuple[str, Any, bool | None]]:
-    """Name, format, and whether it has at most four bits; None: it has no bar."""
+def formats() -> Iterator[tuple[str, Any, str | None]]:
+    """Name, format, and the kind that its bar is of; None: it has no bar."""
     from ssdtune.kernels.affine import ORDERS, Affine
-    from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles
+    from ssdtune.kernels.float8 import ScaledBytes
+    from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles, Nvfp4
     from ssdtune.kernels.rotated import Rotated
 
     for bits, order in ORDERS.items():
-        yield f"{bits} bits {order}", Affine(bits, order, GROUP), bits <= 4
-    yield "4 bits of (4, 1, 1, 2)", Affine(4, ORDERS[8], GROUP), True
-    yield "4 bits of (2, 1, 1, 2, 2)", Affine(4, (2, 1, 1, 2, 2), GROUP), True
-    yield "4 bits, groups of 128", Affine(4, (4,), 128), True
-    yield "8 bits (8,)", Affine(8, (8,), GROUP), False
+        yield f"{bits} bits {order}", Affine(bits, order, GROUP), KINDS[bits]
+    yield "4 bits of (4, 1, 1, 2)", Affine(4, ORDERS[8], GROUP), KINDS[4]
+    yield "4 bits of (2, 1, 1, 2, 2)", Affine(4, (2, 1, 1, 2, 2), GROUP), KINDS[4]
+    yield "4 bits, groups of 128", Affine(4, (4,), 128), KINDS[4]
+    yield "8 bits (8,)", Affine(8, (8,), GROUP), KINDS[8]
     for bits, group in ((2, GROUP), (3, GROUP), (4, GROUP), (4, 128)):
         rotated = Rotated(Affine(bits, ORDERS[bits], group))
         yield f"{bits} bits, rotated groups of {group}", rotated, None
-    yield "NF4", Nibbles(NF4, GROUP, is_high_first=True), True
-    yield "MXFP4", Nibbles(E2M1, 32, is_high_first=False, scale="E8M0"), True
+    yield "NF4", Nibbles(NF4, GROUP, is_high_first=True), KINDS[4]
+    yield "MXFP4", Nibbles(E2M1, 32, is_high_first=False, scale="E8M0"), KINDS[4]
+    yield "NVFP4", Nvfp4(is_divided=False), None
+    yield "FP8, blocks of 128", ScaledBytes((128, 128)), "FP8"
 
 
-def random_parts(format: Any, num_elements: int) -> list[Any]:
-    """Random codes, zeros and e8m0 scales of every size; other scales about 0.01."""
+def shaped(format: Any, flat: Any) -> Any:
+    """The elements in a shape that the format can have: as many whole rows as there are, where it has blocks of them."""
+    from ssdtune.kernels.float8 import ScaledBytes
+
+    if not isinstance(format, ScaledBytes):
+        return flat
+    return flat[: flat.numel() // WIDTH * WIDTH].view(-1, WIDTH)
+
+
+def random_parts(format: Any, shape: tuple[int, ...]) -> list[Any]:
+    """Random codes, zeros and scales of a byte, every one that is a number or e8m0's; other scales about 0.01."""
     import torch
 
     from ssdtune.kernels.nibbles import SCALE_DTYPES
 
     generator = torch.Generator().manual_seed(0)
     made: list[Any] = []
-    for part in format.parts((num_elements,)):
-        if part.dtype == "U8":
-            bytes_of = torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=generator)
-            made.append(bytes_of)
+    for part in format.parts(shape):
+        if part.dtype in ("U8", "F8_E4M3"):
+            found = torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=generator)
+            if part.dtype == "F8_E4M3":
+                found = found.masked_fill_((found & 127) == 127, 0).view(torch.float8_e4m3fn)
+            made.append(found)
         else:
             values = torch.rand(part.shape, generator=generator).add_(0.5).mul_(0.01)
             made.append(values.to(SCALE_DTYPES[part.dtype]))
@@ -98,23 +131,22 @@ def random_parts(format: Any, num_elements: int) -> list[Any]:
 
 def ours(out: Any) -> Iterator[Turn]:
     """Every format by the best native code, and two by torch's operators."""
-    from ssdtune.kernels import decoding, unpack_native
+    from ssdtune.kernels import decoding
     from ssdtune.kernels.native import library
+    from ssdtune.kernels.unpack import unpack
 
     decoding.set_threads(1)
     native = library()
-    for name, format, is_small in formats():
+    for name, format, kind in formats():
         if native is not None:
-            suffix = native.suffixes[0]
-            check(name, format, suffix, out.dtype)
-            decode = partial(unpack_native.DECODERS[type(format)], format)
-            run = partial(decode, random_parts(format, out.numel()), out, suffix)
-            bars = BARS.get(suffix) if out.element_size() == 2 else None
-            bar = None if bars is None or is_small is None else bars[not is_small]
-            yield Turn(name, run, out.numel(), bar)
+            check(name, format, out.dtype)
+            to = shaped(format, out)
+            run = partial(unpack, format, random_parts(format, tuple(to.shape)), to)
+            bar = bar_of(native.suffixes[0], kind) if out.element_size() == 2 else None
+            yield Turn(name, run, to.numel(), bar)
         if name in ("4 bits (4,)", "NF4"):
             some = out[: out.numel() // SHARE]
-            by_torch = partial(format.by_torch, random_parts(format, some.numel()), some)
+            by_torch = partial(format.by_torch, random_parts(format, tuple(some.shape)), some)
             yield Turn(f"{name}, torch", by_torch, some.numel())
 
 
@@ -131,7 +163,7 @@ def variants(out: Any) -> Iterator[Turn]:
     for name, format, _ in formats():
         if name not in MOVED:
             continue
-        parts = random_parts(format, out.numel())
+        parts = random_parts(format, tuple(out.shape))
         for kind in noise.KINDS:
             move = Move((noise.Direction(5, 1e-3, kind),))
 
@@ -144,18 +176,18 @@ def variants(out: Any) -> Iterator[Turn]:
             yield Turn(f"{name}, {kind}, one pass", one_pass, out.numel())
 
 
-def check(name: str, format: Any, suffix: str, dtype: Any) -> None:
+def check(name: str, format: Any, dtype: Any) -> None:
     """Native code against the definition, bit by bit."""
     import torch
 
     from ssdtune.kernels.unpack import unpack
 
-    parts = random_parts(format, CHECKED)
-    found, expected = torch.empty(CHECKED, dtype=dtype), torch.empty(CHECKED, dtype=dtype)
-    unpack(format, parts, found, suffix=suffix)
+    found, expected = (shaped(format, torch.empty(CHECKED, dtype=dtype)) for _ in range(2))
+    parts = random_parts(format, tuple(found.shape))
+    unpack(format, parts, found)
     format.by_torch(parts, expected)
     if not torch.equal(found.view(torch.int16), expected.view(torch.int16)):
-        raise SystemExit(f"{name}, {suffix}: not the same bits")
+        raise SystemExit(f"{name}: not the same bits")
 
 
 def peers(num_elements: int) -> Iterator[Turn]:
@@ -230,6 +262,34 @@ def times(turns: Sequence[Turn], out: Any, num_rounds: int) -> list[dict[str, An
     return rows
 
 
+def by_two_threads(out: Any, num_rounds: int) -> Iterator[dict[str, Any]]:
+    """Yields a row for each of THREADED: two threads beside one, by the wall clock, in turns."""
+    from ssdtune.kernels import decoding
+    from ssdtune.kernels.unpack import unpack
+
+    for name, format, _ in formats():
+        if name not in THREADED:
+            continue
+        parts = random_parts(format, tuple(out.shape))
+        took: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(num_rounds):
+            for num_threads, seconds_of in took.items():
+                decoding.set_threads(num_threads)
+                unpack(format, parts, out)  # starts the thread, warms up
+                start = perf_counter()
+                unpack(format, parts, out)
+                seconds_of.append(perf_counter() - start)
+        decoding.set_threads(1)
+        of_one = measures.paired_ratio(took[1], took[2])
+        yield {
+            "contestant": f"{name}, two threads beside one, wall clock",
+            "bytes_per_s": out.nbytes / statistics.median(took[2]),
+            "of_one_thread": of_one,
+            "bar": THREADS_BAR,
+            "passed": of_one["p50"] >= THREADS_BAR,
+        }
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Of this thread on a processor."""
     start = thread_time()
@@ -246,10 +306,10 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     for row in result["times"]:
         rate = f"| {row['contestant']} | {row['bytes_per_s'] / 1e9:.2f} |"
-        if "of_memcpy" not in row:
+        ratio = row.get("of_memcpy", row.get("of_one_thread"))
+        if ratio is None:
             yield f"{rate} 1 | |"
             continue
-        ratio = row["of_memcpy"]
         spread = f"{ratio['p50']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f}, {ratio['n']})"
         verdict = "met" if row["passed"] else "**not met**"
         bar = "" if row["bar"] is None else f"{row['bar']:g}: {verdict}"
@@ -287,6 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     native = library()
     turns = variants(out) if options.moved else (*ours(out), *peers(out.numel() // SHARE))
     rows = times([*turns], out, options.rounds)
+    if native is not None and not options.moved and len(os.sched_getaffinity(0)) > 1:
+        rows += by_two_threads(out, options.rounds)
     result = {
         "times": rows,
         "dtype": options.dtype,

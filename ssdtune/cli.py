@@ -354,11 +354,19 @@ def _pack_parser() -> "argparse.ArgumentParser":
         choices=("affine", "nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "lossless"),
         help="affine (the default): 1-8 bits; lossless: the same bfloat16 bits in three quarters of the bytes",
     )
-    parser.add_argument("--bits", type=int, help="of affine codes, 1-8; 4 by default")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        help="of affine codes, 1-8, 4 by default; of a lossless dictionary, 4 or 3",
+    )
     parser.add_argument(
         "--order", help="of slices, e.g. 4,1,1,2 with --bits 8: to be read at 4, 5, 6 or 8 bits"
     )
-    parser.add_argument("--group", type=int, help="weights that share a scale; 64 by default")
+    parser.add_argument(
+        "--group",
+        type=int,
+        help="weights that share a scale, of affine codes and nf4; 64 by default",
+    )
     parser.add_argument(
         "--target_bpw",
         "--target-bpw",

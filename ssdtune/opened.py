@@ -12,6 +12,7 @@ import itertools
 import random
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ class Opened:
         rows: as if each stood alone in its micro-batch.
         lengths: tokens of the rows that were looked at; empty: there are no data.
         sequences: texts that a row becomes in a micro-batch.
-        readings, lossless_ratio: as `Job` has them.
+        readings, file_dtype, lossless_ratio: as `Job` has them.
         twin: the packed file that a run makes first; None: none.
     """
 
@@ -63,6 +64,7 @@ class Opened:
     lengths: Sequence[int]
     sequences: int
     readings: tuple[Reading, ...] = ()
+    file_dtype: str = ""
     lossless_ratio: float | None = None
     twin: Twin | None = None
 
@@ -148,6 +150,7 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         lengths=lengths,
         sequences=sequences,
         readings=readings,
+        file_dtype=_file_dtype(meta),
         lossless_ratio=lossless_ratio(meta) if has_weights else None,
         twin=twin,
     )
@@ -214,6 +217,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         variants=steps.variants,
         fold_steps=steps.fold_steps,
         readings=opened.readings,
+        file_dtype=opened.file_dtype,
         lossless_ratio=opened.lossless_ratio,
         **_packing(opened.twin),
     )
@@ -228,6 +232,14 @@ def _packing(twin: Twin | None) -> dict[str, Any]:
         "packed_folder": str(twin.folder),
         "source_bytes": twin.source_bytes,
     }
+
+
+def _file_dtype(meta: MetaModel) -> str:
+    """That of most bytes of the model's tensors, as safetensors names it; of packed ones, what they are decoded to."""
+    num_bytes = Counter[str]()
+    for entry in meta.checkpoint.tensors.values():
+        num_bytes[entry.dtype] += entry.num_bytes
+    return max(num_bytes, key=lambda dtype: num_bytes[dtype], default="")
 
 
 def _orders(likely: Mapping[str, Order], work: StepWork | None) -> Mapping[str, Order]:

@@ -82,11 +82,11 @@ def _groups(request: Request, meta: MetaModel, storage: Storage) -> tuple[Sequen
             f"--target_bpw mixes widths of affine codes; --format {wanted.format} has one.\nLeave one of them out."
         )
     wanted.chosen()  # refuses a group size that is not possible
-    groups = groups_of(meta, affine(WIDTHS[0], wanted.group))
+    groups = groups_of(meta, affine(WIDTHS[0], wanted.group_size))
     fisher = None if request.text is None else _fisher(request.model, meta, groups, request.text)
-    found = _sampled(groups, wanted.group, storage)
+    found = _sampled(groups, wanted.group_size, storage)
     weights = weights_of(groups, found, fisher)
-    mixed = within(groups, request.target_bpw, wanted.group, found, weights)
+    mixed = within(groups, request.target_bpw, wanted.group_size, found, weights)
     told = ", ".join(f"{words} {share:.1%}" for words, share in shares(mixed).items())
     return mixed, f"widths by tensor: {told} of the weights"
 

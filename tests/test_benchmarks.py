@@ -12,10 +12,12 @@ import pytest
 import tiny_models
 import torch
 
+from ssdtune.kernels.native import library
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import contest, inputs, machine, measures, peers, table  # noqa: E402
+from benchmarks import contest, inputs, machine, measures, peers, table, unpack  # noqa: E402
 
 LENGTH, ROUNDS = 32, 2
 
@@ -295,6 +297,33 @@ def run_script(name: str, *flags: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_each_width_has_its_bar() -> None:
+    bars = {
+        name: [unpack.bar_of(suffix, kind) for suffix in ("_avx512", "_avx2")]
+        for name, _, kind in unpack.formats()
+    }
+    assert bars["4 bits (4,)"] == bars["NF4"] == bars["MXFP4"] == [1.4, 1.25]
+    assert bars["5 bits (4, 1)"] == [1.35, 0.5]
+    assert bars["6 bits (4, 1, 1)"] == [1.15, 0.5]
+    assert bars["7 bits (4, 1, 2)"] == bars["8 bits (4, 1, 1, 2)"] == [1.1, 0.5]
+    assert bars["FP8, blocks of 128"] == [0.55, 0.45]
+    assert bars["3 bits, rotated groups of 64"] == [None, None]
+
+
+@pytest.mark.slow
+def test_decoders_are_checked_and_measured_beside_memcpy_and_by_two_threads() -> None:
+    printed = run_script("unpack.py", "--megabytes", 1, "--rounds", 1).splitlines()
+    memcpy, *rows = json.loads(printed[-1])["times"]
+    assert memcpy["contestant"] == "memcpy"
+    assert all(row["bytes_per_s"] > 0 for row in rows)
+    if library() is None:
+        return
+    by_name = {row["contestant"]: row for row in rows}
+    assert by_name["FP8, blocks of 128"]["of_memcpy"]["n"] == 1
+    threaded = [row for row in rows if "of_one_thread" in row]
+    assert [row["bar"] for row in threaded] == [1.7] * (2 * (len(os.sched_getaffinity(0)) > 1))
 
 
 def test_decoders_of_a_device_are_checked_and_measured_without_one() -> None:

@@ -1,5 +1,5 @@
-"""Kernels for what other libraries quantized, and for codes that are written back, under Triton's interpreter: the bits
-of the definitions. (On a GPU: tests/test_cuda.py.)
+"""Kernels for what other libraries quantized, under Triton's interpreter: the bits of the definitions. (On a GPU:
+tests/test_cuda.py.)
 """
 
 import itertools
@@ -116,9 +116,6 @@ def test_blocks_of_ggml(kind: str, dtype: torch.dtype) -> None:
 
 def test_other_types_of_ggml_are_decoded_too() -> None:
     assert_decoded(Ggml("Q2_K"), [blocks_of("Q2_K", 3).reshape(-1)], (768,), torch.bfloat16)
-
-
-# ------------------------------------------------------------------ written back
 
 
 # ------------------------------------------------------------------ compiled

@@ -228,18 +228,19 @@ def test_scales_say_the_dtype_unless_the_config_does(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- AWQ
 
 
+def awq_words(values: torch.Tensor) -> torch.Tensor:
+    """[rows, n] to words [n, rows / 8], each of eight rows; they lie in it as 0, 2, 4, 6, 1, 3, 5, 7."""
+    by_word = values.t().reshape(values.shape[1], -1, 8)
+    return packed(by_word[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
+
+
 def awq(group: int = 32, rows: int = 72, width: int = 96) -> tuple[Tensors, torch.Tensor]:
     codes, zeros = integers_below(16, rows, width), integers_below(16, rows, width // group, seed=1)
     scales = floats(width // group, rows)
 
-    def turned(values: torch.Tensor) -> torch.Tensor:
-        """[rows, n] to words [n, rows / 8], each of eight rows; they lie in it as 0, 2, 4, 6, 1, 3, 5, 7."""
-        by_word = values.t().reshape(values.shape[1], -1, 8)
-        return packed(by_word[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
-
     number = torch.arange(width) // group
     exact = (codes - zeros[:, number]) * scales.t()[:, number].double()
-    return {".qweight": turned(codes), ".qzeros": turned(zeros), ".scales": scales}, exact
+    return {".qweight": awq_words(codes), ".qzeros": awq_words(zeros), ".scales": scales}, exact
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}

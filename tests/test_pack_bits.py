@@ -19,7 +19,7 @@ from test_packing import batches, decoded, unpacked_twin
 from ssdtune.cli import main
 from ssdtune.config import load_config
 from ssdtune.fidelity.beside import measure
-from ssdtune.fidelity.check import paired
+from ssdtune.fidelity.check import paired, reading_of
 from ssdtune.fidelity.record import checks_of, keep
 from ssdtune.fidelity.text import load_text
 from ssdtune.jobs import Source, job_of
@@ -525,6 +525,24 @@ def test_what_is_packed_is_chosen_among_its_own_widths(
     assert [r.quantization for r in job.readings] == ["none"], (
         "widths by tensor are read as they are"
     )
+
+
+def test_rotated_codes_are_chosen_among_their_widths_too(
+    config_path: Path, source: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "rotated"
+    assert main(["pack", str(source), "--out", str(there), "--bits", "5", "--rotate"]) == 0
+    job = a_job_with_readings(config_path, "--model_name_or_path", str(there))
+    alike = [r for r in job.readings if not r.is_mixed]
+    assert [r.quantization for r in alike] == ["5", "4"]
+    whole, fewer = (r.error for r in alike)
+    assert whole == 0
+    assert fewer is not None
+    assert 1e-4 < fewer < 0.02
+    sizes = [sum(b.file_bytes for b in r.blocks) for r in alike]
+    assert sizes[0] > sizes[1]
+    for bits in (4, 5):
+        assert reading_of(build_meta(there, bits=bits).checkpoint) == str(bits), "its checks' name"
 
 
 @pytest.mark.slow

@@ -19,16 +19,19 @@ from support import LORA_TARGETS, Pair, assert_same_training, digests, num_misse
 from ssdtune.cli import main
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import Affine
+from ssdtune.kernels.lossless import Lossless
+from ssdtune.kernels.nibbles import E2M1
+from ssdtune.kernels.quantize import quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.convert import pack
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.sample import lossless_ratio
 from ssdtune.packing.shards import ShardWriter
-from ssdtune.packing.wanted import Wanted
+from ssdtune.packing.wanted import FIRST_NVFP4, Wanted
 from ssdtune.swap import storage as swap_storage
 from ssdtune.swap.beside import copy_beside
-from ssdtune.swap.header import CheckpointError, TensorEntry
+from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.recipe import TensorView
 from ssdtune.swap.source import Checkpoint
@@ -208,6 +211,63 @@ def test_packing_twice_gives_the_same_bytes(source: Path, tmp_path: Path) -> Non
     assert digests(once) == digests(twice)
 
 
+def test_nvfp4_loses_as_much_of_small_weights(tmp_path: Path) -> None:
+    errors: list[list[float]] = []
+    for name, factor in (("plain", 1.0), ("small", 1e-3)):
+        model = tiny_models.build("llama", dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+        source = tiny_models.save(model, tmp_path / name)
+        there = packed(source, tmp_path / f"{name}-packed", FORMATS["nvfp4"])
+        checkpoint = build_meta(there).checkpoint
+        made = {n for n, e in checkpoint.tensors.items() if isinstance(e, PackedEntry)}
+        before, after = (decoded(c, torch.float32) for c in (build_meta(source).checkpoint, checkpoint))  # fmt: skip
+        errors.append([float((after[n] - before[n]).norm() / before[n].norm()) for n in made])
+    assert sorted(errors[1]) == pytest.approx(sorted(errors[0]), rel=0.01)
+    assert 0 < max(errors[0]) < 0.1
+
+
+def told_by(folder: Path) -> dict[str, Any]:
+    """What the first shard says of its packed tensors."""
+    return json.loads(read_header(shard_of(folder))[0].metadata["ssdtune.packed"])
+
+
+def test_a_folder_asks_for_no_newer_reader_than_it_needs(source: Path, tmp_path: Path) -> None:
+    for kind, version in (("4", 1), ("mxfp4", 1), ("nvfp4", 2)):
+        there = packed(source, tmp_path / kind, FORMATS[kind])
+        config = json.loads((there / "config.json").read_text())
+        assert told_by(there)["version"] == version
+        assert config["quantization_config"]["version"] == version
+
+
+def test_nvfp4_of_version_1_is_read_as_it_was(source: Path, tmp_path: Path) -> None:
+    """Scales of blocks alone, which reach down to 2^-9."""
+    meta, there = build_meta(source), tmp_path / "packed"
+    pack(meta, groups_of(meta, FIRST_NVFP4), there, storage=choose_storage(source).storage)
+    told = told_by(there)
+    assert told["version"] == 1
+    assert told["formats"] == [{"kind": "fp4", "block": 16, "scale": "F8_E4M3"}]
+    before = decoded(meta.checkpoint, torch.bfloat16)
+    after = decoded(build_planned(there, quantization="nvfp4").checkpoint, torch.bfloat16)
+    for name in told["tensors"]:
+        parts = quantize_nibbles(before[name], E2M1, 16, "F8_E4M3")
+        expected = torch.empty_like(before[name])
+        FIRST_NVFP4.by_torch([parts["codes"], parts["scales"]], expected)
+        assert after[name].equal(expected)
+
+
+def test_three_bits_without_loss_are_three(source: Path, tmp_path: Path) -> None:
+    command = ["pack", str(source), "--out", str(tmp_path / "packed"), "--format", "lossless"]
+    assert main([*command, "--bits", "3"]) == 0
+    before, after = (build_meta(f).checkpoint for f in (source, tmp_path / "packed"))
+    made = [e.format for e in after.tensors.values() if isinstance(e, PackedEntry)]
+    assert made
+    assert all(isinstance(format, Lossless) and format.bits == 3 for format in made)
+    values = [decoded(checkpoint, torch.bfloat16) for checkpoint in (before, after)]
+    assert all(values[0][n].equal(values[1][n]) for n in before.tensors)
+
+
 def test_a_plan_knows_the_bytes_before_anything_is_packed(source: Path, tmp_path: Path) -> None:
     meta = build_meta(source)
     ahead = imagined(meta.checkpoint, groups_of(meta, FORMATS["4"].chosen()))
@@ -373,7 +433,7 @@ def first(told: dict[str, Any]) -> dict[str, Any]:
 
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "newer": (described(lambda t: t.update(version=2)), "newer ssdtune"),
+    "newer": (described(lambda t: t.update(version=3)), "newer ssdtune"),
     "no version": (described(lambda t: t.pop("version")), "nothing that can be read"),
     "shape": (described(lambda t: first(t).update(shape=[640, 640])), "needs U8"),
     "no format": (described(lambda t: first(t).update(format=7)), "makes no sense"),
@@ -484,6 +544,7 @@ def test_a_rotated_model_says_so_and_is_read_at_fewer_bits(source: Path, tmp_pat
         (["--bits", "8", "--order", "3,5"], "slices of 1, 2, 4 or 8"),
         (["--order", "a"], "whole numbers"),
         (["--format", "nf4", "--rotate"], "--rotate is for affine codes"),
+        (["--format", "nf4", "--bits", "8"], "--bits 8: nf4 has 4"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -492,6 +553,33 @@ def test_flags_that_make_no_sense(
     assert main(["pack", str(source), "--out", str(tmp_path / "packed"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted("nf4", bits=8), "--bits 8: nf4 has 4"),
+        (Wanted("nf4", order=(4,)), "--order is for affine codes, not for nf4"),
+        (Wanted("nf4", group=0), "--group 0: 1 or more"),
+        (Wanted("mxfp4", group=64), "mxfp4 shares a scale among 32 weights"),
+        (Wanted("nvfp4", bits=3), "--bits 3: nvfp4 has 4"),
+        (Wanted("fp4-ue5m3", group=32), "shares a scale among 16 weights"),
+        (Wanted("lossless", bits=5), "--bits 5: lossless has 4 or 3"),
+        (Wanted("lossless", order=(2, 1)), "--order is for affine codes, not for lossless"),
+        (Wanted("lossless", group=64), "lossless has no scales"),
+        (Wanted("lossless", is_rotated=True), "--rotate is for affine codes, not for lossless"),
+    ],
+)
+def test_no_flag_is_passed_over(wanted: Wanted, message: str) -> None:
+    with pytest.raises(SSDTuneError, match=message):
+        wanted.chosen()
+
+
+def test_a_flag_may_say_what_a_format_is() -> None:
+    for wanted in (Wanted("mxfp4", bits=4, group=32), Wanted("nvfp4", group=16)):
+        assert wanted.chosen() == Wanted(wanted.format).chosen()
+    assert Wanted("lossless", bits=4).chosen() == Wanted("lossless").chosen()
+    assert Wanted("nf4", group=128).chosen() != Wanted("nf4").chosen()
 
 
 def test_the_key_packs_once_and_reads_what_it_packed(
@@ -542,11 +630,13 @@ def test_a_packed_folder_is_what_was_asked_for_or_refused(source: Path, tmp_path
         ("nf4", Wanted("nf4", group=128), {"nf4"}),
         ("mxfp4", FORMATS["mxfp4"], {"mxfp4"}),
         ("nvfp4", FORMATS["nvfp4"], {"nvfp4"}),
+        ("rotated", Wanted(bits=5, is_rotated=True), {"4", "5"}),
     ):
         folder = packed(source, tmp_path / kind, wanted)
         assert {word for word in asked if opens(folder, word)} == fitting
     assert all("packed already" in message for message in messages)
     assert "to be read at 4, 5, 6, 8 bits" in messages[0]
+    assert "affine, rotated, to be read at 4, 5 bits" in messages[-1]
 
 
 def test_a_sample_tells_what_packing_without_loss_saves(source: Path, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from ssdtune.config import load_config
 from ssdtune.data import load_dataset_rows, tokenize_rows
 from ssdtune.jobs import Source, _key, job_of
 from ssdtune.machines import machine_from, own_machine
+from ssdtune.packing.layout import PackError, groups_of
+from ssdtune.packing.wanted import Wanted
 from ssdtune.planning.lossless import Saving, saving
 from ssdtune.planning.text import data_line, job_line, seconds, verdict
 from ssdtune.profiles import own_profile_path, save_profile
@@ -44,6 +46,7 @@ from ssdtune.schedule.profile import (
     profile_from,
 )
 from ssdtune.trainer.rows import load_tokenizer
+from ssdtune.visit.build import build_meta
 
 MB = 10**6
 LENGTH, ROWS, MICRO = 32, 2, 4
@@ -100,9 +103,9 @@ def run(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
     return plan
 
 
-def a_job(config_path: Path, **more: Any) -> Job:
+def a_job(config_path: Path, *flags: str, **more: Any) -> Job:
     """With a process of a fixed size: that of the tests grows."""
-    config = load_config(config_path, []).config
+    config = load_config(config_path, flags).config
     job = job_of(Source.of(config, None, **{"on_device": False, **more}))
     return dataclasses.replace(job, fixed=dataclasses.replace(job.fixed, base_bytes=300 * MB))
 
@@ -138,32 +141,44 @@ def test_with_a_profile_it_tells_times_limits_and_alternatives(run) -> None:
     assert "tokens a step on" in text
 
 
+def saving_of(job: Job, **rates: float) -> Saving | None:
+    """Where the machine has these rates, in a budget with room for the buffers that bytes to be decoded pass."""
+    staged = [dataclasses.replace(block, is_staged=True) for block in job.blocks]
+    least = smallest_budgets(staged, on_device=False).ram_bytes
+    machine = a_machine(profile=a_profile(flop_s=1e-12, **rates))
+    now = outcome(job, machine, Choices(micro_batches=MICRO, ram_bytes=least + 10_000))
+    assert isinstance(now, Outcome)
+    return saving(job, machine, now)
+
+
 def test_packing_without_loss_is_named_where_it_pays(config_path: Path) -> None:
     """The same bits in fewer bytes, where the drive is the bound and decoding would not be."""
-    job = dataclasses.replace(a_job(config_path), dtype="bfloat16", lossless_ratio=2.0)
-    # A budget with room for the buffers that bytes to be decoded pass.
-    packed = [
-        dataclasses.replace(b, file_bytes=b.file_bytes // 2, is_staged=True) for b in job.blocks
-    ]
-    least = smallest_budgets(packed, on_device=False).ram_bytes
-    budget = Choices(micro_batches=MICRO, ram_bytes=least + 10_000)
-
-    def found(job: Job, **rates: float) -> Saving | None:
-        machine = a_machine(profile=a_profile(flop_s=1e-12, **rates))
-        now = outcome(job, machine, budget)
-        assert isinstance(now, Outcome)
-        return saving(job, machine, now)
-
-    saved = found(job, read_rate=1e6)
+    job = dataclasses.replace(a_job(config_path), file_dtype="BF16", lossless_ratio=2.0)
+    saved = saving_of(job, read_rate=1e6)
     assert saved is not None
     assert saved.after_s < 0.95 * saved.before_s
     assert "1/2.00 of the bytes (measured on a sample)" in saved.line()
     assert "1/1.35 of the bytes (assumed)" in Saving(1.35, False, 2.0, 1.5).line()
-    assert found(job, read_rate=1e12) is None, "something else is the bound"
-    assert found(job, read_rate=1e6, decode_rate=1e6) is None, "decoding would be the bound"
-    blocks = tuple(dataclasses.replace(b, is_packed=True) for b in packed)
-    assert found(dataclasses.replace(job, blocks=blocks), read_rate=1e6) is None
-    assert found(dataclasses.replace(job, dtype="float32"), read_rate=1e6) is None
+    assert saving_of(job, read_rate=1e12) is None, "something else is the bound"
+    assert saving_of(job, read_rate=1e6, decode_rate=1e6) is None, "decoding would be the bound"
+    blocks = tuple(dataclasses.replace(b, is_staged=True, is_packed=True) for b in job.blocks)
+    assert saving_of(dataclasses.replace(job, blocks=blocks), read_rate=1e6) is None
+
+
+def test_what_can_be_packed_without_loss_goes_by_the_files(
+    config_path: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Not by what is computed in: bfloat16 files can be, whatever they are widened to; float32 files can't."""
+    halves = tiny_models.save(tiny_models.build("llama", dtype=torch.bfloat16), tmp_path / "halves")
+    flags = ("--model_name_or_path", str(halves), "--dtype", "float32")
+    widened = a_job(config_path, *flags)
+    assert (widened.file_dtype, widened.dtype) == ("BF16", "float32")
+    assert saving_of(widened, read_rate=1e6) is not None
+    narrowed = dataclasses.replace(a_job(config_path), dtype="bfloat16")
+    assert narrowed.file_dtype == "F32"
+    assert saving_of(narrowed, read_rate=1e6) is None
+    with pytest.raises(PackError, match="no tensor that can be packed as lossless"):
+        groups_of(build_meta(folder), Wanted("lossless").chosen())
 
 
 def test_json_is_one_object_with_bytes_and_seconds(run) -> None:

@@ -9,8 +9,13 @@ import torch
 
 from ssdtune.kernels import quantize
 from ssdtune.kernels.affine import GROUPS, ORDERS, TILE, Affine, join_slices, widths, zero_of
-from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles, scale_of
-from ssdtune.kernels.quantize import WHOLE_ZERO_BITS, quantize_affine, quantize_nibbles
+from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles, Nvfp4, scale_of
+from ssdtune.kernels.quantize import (
+    WHOLE_ZERO_BITS,
+    quantize_affine,
+    quantize_nibbles,
+    quantize_nvfp4,
+)
 
 NESTED = [ORDERS[bits] for bits in (3, 5, 6, 7, 8)] + [(2, 1, 1, 2, 2)]
 SINGLE = [(1,), (2,), (4,), (8,)]
@@ -35,7 +40,7 @@ def weights(num_groups: int = 256, group: int = 64, seed: int = 0) -> torch.Tens
     return mixed * 10.0 ** torch.linspace(-6, 2, num_groups).unsqueeze(1)
 
 
-def decoded(format: Affine | Nibbles, made: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:  # fmt: skip
+def decoded(format: Affine | Nibbles | Nvfp4, made: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:  # fmt: skip
     out = torch.empty(shape)
     parts = format.parts(tuple(shape))
     for part in parts:
@@ -353,3 +358,71 @@ def test_nf4_with_the_usual_scale_is_that_of_bitsandbytes() -> None:
     made = quantize_nibbles(values, NF4, 64, "F32", is_high_first=True, is_searched=False)
     assert torch.equal(made["scales"], state.absmax)
     assert torch.equal(made["codes"], codes.view(-1))
+
+
+# ------------------------------------------------------------------------- a scale of the whole tensor
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nvfp4(values: torch.Tensor) -> torch.Tensor:
+    return decoded(Nvfp4(is_divided=False), quantize_nvfp4(values), values.shape)
+
+
+@pytest.mark.parametrize("exponent", [-80, -20, -10, 10, 100])
+def test_nvfp4_has_the_same_codes_at_any_magnitude(exponent: int) -> None:
+    plain, scaled = (quantize_nvfp4(normal(33, 70) * factor) for factor in (1.0, 2.0**exponent))
+    assert torch.equal(plain["codes"], scaled["codes"])
+    assert torch.equal(plain["scales"].float(), scaled["scales"].float())
+    assert torch.equal(plain["global_scale"] * 2.0**exponent, scaled["global_scale"])
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.02, 1e-3, 1e-6, 1e-20])
+def test_nvfp4_loses_no_more_of_small_weights(factor: float) -> None:
+    """With e4m3 scales alone, blocks below .0039 would be zeros."""
+    values = normal(64, 256) * factor
+    lost = squares((nvfp4(values) - values).view(-1)) / squares(values.view(-1))
+    assert 0.004 < lost < 0.008
+
+
+def test_the_largest_magnitude_has_the_largest_code_and_scale() -> None:
+    """6 and 448, where that loses least: in a block that has nothing else, beside one a thousandth as large."""
+    values = torch.zeros(48)
+    values[5], values[20:30] = -3.0, 0.003
+    made = quantize_nvfp4(values, num_stored=16)
+    assert made["global_scale"].tolist() == [torch.tensor(3.0).div(6 * 448).item(), *[0.0] * 15]
+    assert made["scales"].float().tolist()[0::2] == [448, 0]
+    assert made["codes"][2] >> 4 == 15
+    found = nvfp4(values)
+    assert (found - values)[:16].abs().max() < 1e-6
+    assert (found - values).abs().max() < 0.003 / 16
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 17, 33])
+def test_nvfp4_of_any_size_and_of_zeros(size: int) -> None:
+    values = normal(size)
+    assert squares(nvfp4(values) - values) <= 0.02 * squares(values)
+    assert nvfp4(torch.zeros(size)).eq(0).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-39, 1e-33, 1e30, 3.4e38])
+def test_nvfp4_makes_nothing_infinite(magnitude: float) -> None:
+    values = normal(4, 64) / normal(4, 64).abs().max() * magnitude
+    found = nvfp4(values)
+    assert found.bfloat16().isfinite().all()
+    assert found.abs().max() < 2 * magnitude
+    if magnitude > 1e-32:
+        assert ((found - values) / magnitude).abs().max() < 0.35
+
+
+def test_nvfp4_refuses_what_is_no_number_and_takes_any_dtype() -> None:
+    values = normal(100)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        given = values.to(dtype).requires_grad_()
+        made, expected = quantize_nvfp4(given), quantize_nvfp4(given.detach().float())
+        assert all(torch.equal(made[s].view(torch.uint8), expected[s].view(torch.uint8)) for s in expected)  # fmt: skip
+    values[[3, 7]] = math.nan
+    with pytest.raises(ValueError, match=r"^2 of 100 values"):
+        quantize_nvfp4(values)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_foreign
 import test_gguf
 import tiny_models
 import torch
@@ -60,6 +61,51 @@ def as_mxfp4(name: str, weight: torch.Tensor) -> Tensors:
     }
 
 
+GROUP = 32  # columns that share a scale, of the integer codes
+
+
+def in_four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [rows, columns], zeros and float16 scales [rows, groups]: w = (q - z) s, on each group's range with 0 in it."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    scales = ((high - low) / 15).half()
+    zeros = (-low / scales.float()).round().clamp(0, 15)
+    codes = (groups / scales.float().unsqueeze(2) + zeros.unsqueeze(2)).round().clamp(0, 15)
+    return codes.flatten(1).long(), zeros.long(), scales
+
+
+def as_gptq(name: str, weight: torch.Tensor) -> Tensors:
+    """AutoGPTQ's, version 1: zeros less one."""
+    base, (codes, zeros, scales) = name.removesuffix(".weight"), in_four_bits(weight)
+    return {
+        f"{base}.qweight": test_foreign.packed(codes, 4).t(),
+        f"{base}.qzeros": (test_foreign.packed(zeros.t(), 4).long() - 0x11111111).to(torch.int32),
+        f"{base}.scales": scales.t(),
+        f"{base}.g_idx": (torch.arange(weight.shape[1]) // GROUP).to(torch.int32),
+    }
+
+
+def as_awq(name: str, weight: torch.Tensor) -> Tensors:
+    """AutoAWQ's "gemm"."""
+    base, (codes, zeros, scales) = name.removesuffix(".weight"), in_four_bits(weight)
+    return {
+        f"{base}.qweight": test_foreign.awq_words(codes),
+        f"{base}.qzeros": test_foreign.awq_words(zeros),
+        f"{base}.scales": scales.t(),
+    }
+
+
+def as_compressed(name: str, weight: torch.Tensor) -> Tensors:
+    """compressed-tensors' "pack-quantized" with zeros."""
+    base, (codes, zeros, scales) = name.removesuffix(".weight"), in_four_bits(weight)
+    return {
+        f"{base}.weight_packed": test_foreign.packed(codes, 4),
+        f"{base}.weight_scale": scales.bfloat16(),
+        f"{base}.weight_zero_point": test_foreign.packed(zeros.t(), 4).t(),
+        f"{base}.weight_shape": torch.tensor(weight.shape),
+    }
+
+
 def is_linear(name: str, weight: torch.Tensor) -> bool:
     return name.endswith("proj.weight") and weight.dim() == 2
 
@@ -82,6 +128,14 @@ KINDS: dict[str, tuple[str, dict[str, Any], Any, Any]] = {
         is_linear,
     ),
     "mxfp4": ("gpt_oss", {"quant_method": "mxfp4"}, as_mxfp4, is_of_experts),
+    "gptq": ("qwen3", test_foreign.gptq_config(group_size=GROUP), as_gptq, is_linear),
+    "awq": ("llama", test_foreign.AWQ | {"group_size": GROUP}, as_awq, is_linear),
+    "compressed-tensors": (
+        "qwen3_moe",
+        test_foreign.compressed_config(symmetric=False, group_size=GROUP),
+        as_compressed,
+        is_linear,
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from ssdtune.kernels import decoding, unpack_native
 from ssdtune.kernels.affine import GROUPS, ORDERS, SLICE_WIDTHS, TILE, Affine, widths
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import library
-from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
+from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles, Nvfp4
 from ssdtune.kernels.unpack import unpack
 
 native = library()
@@ -261,6 +261,17 @@ def test_nibbles_of_any_size_have_the_definitions_bits(
         for size in (1, block - 1, block + 17, 2 * block, 2 * block + 1, 5000):
             if size:
                 assert not differing(format, size, dtype, suffix), (block, size)
+
+
+@every_dtype
+@every_suffix
+def test_a_scale_of_the_whole_tensor_has_the_definitions_bits(
+    suffix: str, dtype: torch.dtype
+) -> None:
+    """It is worked into the table of what comes out for each scale of a byte."""
+    for format in (Nvfp4(is_divided=False, num_stored=16), Nvfp4(is_divided=True)):
+        for size in SIZES:
+            assert not differing(format, size, dtype, suffix)
 
 
 @every_dtype

@@ -95,6 +95,8 @@ def test_one_pass_has_the_bits_of_two(format: Format, suffix: str, dtype: torch.
         (NestedNibbles(NF4, 64, 256, 0.01), (77,)),
         (Nvfp4(is_divided=True), (33, 512)),
         (Nvfp4(is_divided=False), (3, 16)),
+        (Nvfp4(is_divided=False, num_stored=16), (TILE, 5)),
+        (Nvfp4(is_divided=False, num_stored=16), (77,)),
         (TurnedMxfp4(), (2, 64, 33)),
     ],
 )

@@ -13,13 +13,12 @@ from ssdtune.api import choose, stream
 from ssdtune.fidelity.beside import Measured, measure
 from ssdtune.fidelity.record import keep
 from ssdtune.fidelity.text import Text, load_text
-from ssdtune.kernels.affine import Affine
 from ssdtune.packing.layout import PackError
 from ssdtune.packing.once import build_planned, listed
 from ssdtune.packing.widths import is_by_block, mean_of
 from ssdtune.report import duration, format_table, say
 from ssdtune.run_files import CHECK_NAME
-from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.packed import PackedEntry, affine_of
 from ssdtune.visit.build import MetaModel, build_meta
 
 if TYPE_CHECKING:
@@ -114,9 +113,9 @@ def reading_of(checkpoint: Checkpoint) -> str:
         raise PackError(
             f"{checkpoint.folder} is not packed: there is nothing to check.\nGive the --out of `ssdtune pack`."
         )
-    widths = {str(f.bits) if isinstance(f, Affine) else f.label for f in formats}
-    kinds = {type(f) for f in formats}
-    if len(widths) > 1 and kinds == {Affine}:
+    codes = [affine_of(format) for format in formats]
+    widths = {f.label if c is None else str(c.bits) for f, c in zip(formats, codes, strict=True)}
+    if len(widths) > 1 and None not in codes:
         return "mixed"
     return min(widths)
 

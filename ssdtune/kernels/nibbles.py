@@ -6,8 +6,9 @@ Two codes in a byte, in the order in which the elements lie. Scales are float32,
 e8m0 (2^(e - 127), 255 is no number), e4m3, or ue5m3: no sign, five bits of exponent with a bias of 15, three of
 fraction, 255 is no number; from 2^-17 to 114,688. One product, rounded to float32, then to the output.
 
-NF4: Dettmers et al., QLoRA, arXiv 2305.14314. MXFP4: OCP Microscaling Formats 1.0. UE5M3: Fasoli et al., arXiv
-2601.19026: scales that need none of the whole tensor beside them.
+NF4: Dettmers et al., QLoRA, arXiv 2305.14314. MXFP4: OCP Microscaling Formats 1.0. NVFP4, which has a float32 scale of
+the whole tensor beside those of blocks: NVIDIA, arXiv 2509.25149. UE5M3: Fasoli et al., arXiv 2601.19026: scales that
+need none of the whole tensor beside them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ SCALE_DTYPES = {
     "E8M0": torch.uint8,  # also where a file calls it U8
     "UE5M3": torch.uint8,
 }
+NVFP4_BLOCK = 16
 CHUNK = 1 << 20  # elements that torch's operators take at a time
 SLAB = (
     1 << 22
@@ -145,13 +147,15 @@ class NestedNibbles:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Nvfp4:
-    """E2M1 in blocks of 16 along the last dimension, low half first, with e4m3 scales and one for all of them.
+    """E2M1 in blocks of 16, low half first, with e4m3 scales and one for all of them.
 
-    is_divided: whether the blocks' scales are divided by that one (compressed-tensors) or multiplied (ModelOpt);
-    rounded to float32 either way.
+    is_divided: whether the blocks' scales are divided by that one (compressed-tensors) or multiplied (ModelOpt, and what
+    `ssdtune pack` writes); rounded to float32 either way. num_stored: numbers that the one for all is stored as; it is
+    the first of them.
     """
 
     is_divided: bool
+    num_stored: int = 1
 
     @property
     def label(self) -> str:
@@ -160,11 +164,11 @@ class Nvfp4:
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """Codes; scales of blocks; the scale of all."""
-        *rows, width = shape
+        n = num_elements(shape)
         return (
-            Part("codes", "U8", (*rows, width // 2)),
-            Part("scales", "F8_E4M3", (*rows, width // 16)),
-            Part("global_scale", "F32", (1,)),
+            Part("codes", "U8", (-(-n // 2),)),
+            Part("scales", "F8_E4M3", (-(-n // NVFP4_BLOCK),)),
+            Part("global_scale", "F32", (self.num_stored,)),
         )
 
     def by_torch(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
@@ -174,13 +178,16 @@ class Nvfp4:
 
     def slabs(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> Iterator[Slab]:
         """The tensor as plain nibbles, some at a time."""
-        codes, scales, whole = parts[0].view(-1), parts[1].view(-1), parts[2]
-        inner = Nibbles(E2M1, 16, is_high_first=False)
-        for some, blocks in _slabs(out, 16):
-            found = scales[blocks].float()
-            found = found / whole if self.is_divided else found * whole
-            halves = codes[some.start // 2 : some.stop // 2]
+        codes, scales, stored = parts
+        inner = Nibbles(E2M1, NVFP4_BLOCK, is_high_first=False)
+        for some, blocks in _slabs(out, NVFP4_BLOCK):
+            found = self.scaled(scales[blocks], stored)
+            halves = codes[some.start // 2 : -(-some.stop // 2)]
             yield Slab(some.start, inner, (halves, found), out.view(-1)[some])
+
+    def scaled(self, scales: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """What blocks with these e4m3 scales are multiplied by, float32. stored: the part with the one for all."""
+        return scales.float() / stored[:1] if self.is_divided else scales.float() * stored[:1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

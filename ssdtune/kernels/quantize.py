@@ -15,8 +15,8 @@ and lets the edges of the first slice's 16 cells come to lie well. Scale and zer
 fitted to what is left of the codes.
 
 Half-quadratic splitting (HQQ, Badri & Shaji 2023) moves the zero alone, and so that a few errors may be large. At equal
-bits a weight its squared error is larger at every width (`benchmarks/quality.py`, on MiniLM, 2026-11-28); with the same
-groups so is the error of MiniLM's hidden states at 2, 3 and 4 bits.
+bits a weight its squared error is larger at every width (`benchmarks/quality.py`, on MiniLM); with the same groups so is
+the error of MiniLM's hidden states at 2 and 4 bits (2026-11-28; at 3 bits not compared since zeros are whole there).
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ssdtune.kernels.affine import Affine, split_codes, widths
 from ssdtune.kernels.formats import Format, Part
-from ssdtune.kernels.nibbles import SCALE_DTYPES, Nibbles, scale_of
+from ssdtune.kernels.nibbles import E2M1, NVFP4_BLOCK, SCALE_DTYPES, Nibbles, scale_of
 from ssdtune.kernels.rotated import rotated
 
 CHUNK = 1 << 18  # elements at a time: a temporary takes 1 MB, all of them less than 16 MB
@@ -49,6 +50,8 @@ FACTORS = (1.0, 0.7, 0.8, 0.87, 0.94, 1.07, 1.15, 1.3, 1.5)
 SMALLEST = 2.0**-126  # normal bfloat16 number; some processors take what is smaller for 0
 LARGEST = 0.99 * torch.finfo(torch.bfloat16).max  # a decoded value may be; less what rounding adds
 UE5M3_LARGEST = 114_688  # code 254
+NVFP4_LARGEST = 6 * 448  # E2M1's largest value times e4m3's
+NVFP4_LEAST = SMALLEST * 2.0**9  # with the smallest e4m3 scale, 2^-9, still a normal number
 TINY = 1e-30  # where it takes part, a sum of squares of numbers near 1 is zero
 
 
@@ -300,22 +303,58 @@ def quantize_nibbles(
     those tried; else each is the block's largest magnitude / the table's, rounded, as bitsandbytes has it, and for
     e8m0 2^(floor(log2(magnitude)) - 2), as OCP Microscaling 1.0, 6.3, has it for FP4. Codes are those of the nearest
     entries; halfway between two, the one of even index; of equal entries (0, -0) the first.
-    e4m3 scales reach down to 2^-9: smaller weights need a scale of the whole tensor, which the caller divides by. ue5m3
-    scales reach down to 2^-17.
+    e4m3 scales reach down to 2^-9 only: for smaller weights there is `quantize_nvfp4`. ue5m3 scales reach down to 2^-17.
     Raises ValueError, naming their number, where values are not finite."""
     format = Nibbles(table, block, is_high_first, scale)
     book = _Codebook.of(table, values.device)
+    encode = partial(_nibble_chunk, format=format, book=book, is_searched=is_searched)
+    return _by_chunks(values, format.parts(tuple(values.shape)), _chunk_of(block), encode)
+
+
+def quantize_nvfp4(values: torch.Tensor, num_stored: int = 1) -> dict[str, torch.Tensor]:
+    """The parts of `Nvfp4(is_divided=False, num_stored)`: codes, scales, and the scale of the whole tensor, zeros behind.
+
+    That one is the largest magnitude / (6 * 448), so that the block with that magnitude has the largest e4m3 scale
+    (NVIDIA, arXiv 2509.25149), at least NVFP4_LEAST; values / it, rounded to float32, are then encoded as
+    `quantize_nibbles` does. Blocks whose largest magnitude is below about a 500,000th of the tensor's become zeros.
+    values, errors: as there."""
+    format = Nibbles(E2M1, NVFP4_BLOCK, is_high_first=False, scale="F8_E4M3")
+    book = _Codebook.of(E2M1, values.device)
+    whole = _nvfp4_scale(values)
 
     def encode(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
-        made = [_nibble_blocks(rows, book, scale, is_searched) for rows in _rows(chunk, block)]
-        codes = torch.cat([codes for codes, _ in made])
-        pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
-        high, low = (0, 1) if is_high_first else (1, 0)
-        packed = pairs[:, high] << 4 | pairs[:, low]
-        return {"codes": packed, "scales": torch.cat([scales for _, scales in made])}
+        return _nibble_chunk(chunk / whole, format, book, is_searched=True)
 
-    whole_bytes = CHUNK // (2 * block) * 2 * block
-    return _by_chunks(values, format.parts(tuple(values.shape)), whole_bytes, encode)
+    parts = format.parts(tuple(values.shape))
+    made = _by_chunks(values, parts, _chunk_of(NVFP4_BLOCK), encode)
+    return {**made, "global_scale": torch.nn.functional.pad(whole.view(1), (0, num_stored - 1))}
+
+
+def _nvfp4_scale(values: torch.Tensor) -> torch.Tensor:
+    """Of the whole tensor, float32, no dimensions."""
+    if not values.numel():
+        return torch.ones((), device=values.device)
+    least, most = torch.aminmax(values.detach())
+    magnitude = torch.maximum(-least, most).float().clamp(max=LARGEST)
+    return (magnitude / NVFP4_LARGEST).clamp(min=NVFP4_LEAST)
+
+
+def _chunk_of(block: int) -> int:
+    """Elements at a time, about CHUNK: whole blocks and whole bytes."""
+    return CHUNK // (2 * block) * 2 * block
+
+
+def _nibble_chunk(
+    chunk: torch.Tensor, format: Nibbles, book: _Codebook, is_searched: bool
+) -> dict[str, torch.Tensor]:
+    """The parts of float32 values, flat."""
+    rows = _rows(chunk, format.block)
+    made = [_nibble_blocks(some, book, format.scale, is_searched) for some in rows]
+    codes = torch.cat([codes for codes, _ in made])
+    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+    high, low = (0, 1) if format.is_high_first else (1, 0)
+    packed = pairs[:, high] << 4 | pairs[:, low]
+    return {"codes": packed, "scales": torch.cat([scales for _, scales in made])}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

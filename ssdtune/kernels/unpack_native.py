@@ -16,7 +16,7 @@ import torch
 
 from ssdtune.kernels.affine import TILE, Affine
 from ssdtune.kernels.decoding import ALIGNMENT, DTYPES, check, is_streamed, nan_bits, run
-from ssdtune.kernels.nibbles import SCALE_DTYPES, Nibbles, scale_of
+from ssdtune.kernels.nibbles import E2M1, NVFP4_BLOCK, SCALE_DTYPES, Nibbles, Nvfp4, scale_of
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.structs import struct
 
@@ -75,15 +75,29 @@ def _nibbles(
     run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // job.part))
 
 
+def _nvfp4(format: Nvfp4, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str) -> None:
+    """Blocks' scales are bytes: what comes out for each of the 256 has the scale of all in it."""
+    codes, scales, stored = parts
+    blocks = Nibbles(E2M1, NVFP4_BLOCK, is_high_first=False, scale="F8_E4M3")
+    by_scale = _by_scale(blocks, format.scaled(_every(blocks), stored), out.dtype)
+    job = nibbles_job(blocks, (codes, scales), out, by_scale)
+    run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // job.part))
+
+
 def nibbles_job(
-    format: Nibbles, parts: Sequence[torch.Tensor], out: torch.Tensor
+    format: Nibbles,
+    parts: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    by_scale: torch.Tensor | None = None,
 ) -> ctypes.Structure:
-    """As `affine_job`; of a format that has fast paths."""
+    """As `affine_job`; of a format that has fast paths. by_scale: what comes out for each scale of a byte, dtype [256,
+    16], where that is not as the format has it."""
     check(format, parts, out)
     codes, scales = parts
     unit = math.lcm(format.block, ALIGNMENT)
     part = max(1, PART // unit) * unit
-    table, by_scale = _tables(format, out.dtype)
+    table, usual = _tables(format, out.dtype)
+    by_scale = usual if by_scale is None else by_scale
     job = struct("nibbles", "unpack.c")(
         to=out.data_ptr(),
         codes=codes.data_ptr(),
@@ -108,6 +122,7 @@ DECODERS: dict[type, Callable[[Any, Sequence[torch.Tensor], torch.Tensor, str], 
     Affine: _affine,
     Rotated: _rotated,
     Nibbles: _nibbles,
+    Nvfp4: _nvfp4,
 }
 
 
@@ -117,5 +132,14 @@ def _tables(format: Nibbles, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     table = torch.tensor(format.table, dtype=torch.float32)
     if SCALE_KINDS[format.scale] != SCALE_KINDS["E8M0"]:
         return table, torch.empty(0)
-    every = torch.arange(256, dtype=torch.uint8).view(SCALE_DTYPES[format.scale])
-    return table, (table * scale_of(every, format.scale).unsqueeze(1)).to(dtype)
+    return table, _by_scale(format, scale_of(_every(format), format.scale), dtype)
+
+
+def _every(format: Nibbles) -> torch.Tensor:
+    """All 256 scales of a byte, as they are stored."""
+    return torch.arange(256, dtype=torch.uint8).view(SCALE_DTYPES[format.scale])
+
+
+def _by_scale(format: Nibbles, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The 16 values times each of the scales, float32 [256]."""
+    return (torch.tensor(format.table) * scales.unsqueeze(1)).to(dtype)

@@ -21,8 +21,8 @@ from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
-from ssdtune.kernels.nibbles import Nibbles
-from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
+from ssdtune.kernels.nibbles import Nibbles, Nvfp4
+from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles, quantize_nvfp4
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
@@ -30,7 +30,7 @@ from ssdtune.packing.shards import PARTIAL, ShardError, ShardWriter, data_offset
 from ssdtune.sizes import format_size
 from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
-from ssdtune.swap.pack_header import METADATA_KEY, METHOD, VERSION, written_format
+from ssdtune.swap.pack_header import METADATA_KEY, METHOD, version_of, written_format
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.source import INDEX_FILE, Checkpoint
 from ssdtune.swap.storage import Storage
@@ -88,7 +88,8 @@ def pack(
             else:
                 on_progress(sum(t.num_bytes for g in shard for t in g.tensors))
     meta.checkpoint.check_unchanged()
-    _finish(out, list(files), meta.checkpoint.folder)
+    version = version_of(written_format(f) for g in groups for f in g.formats.values())
+    _finish(out, list(files), meta.checkpoint.folder, version)
     entries = [t for g in groups for t in g.tensors]
     return Packed(
         num_bytes=sum((out / name).stat().st_size for name in files),
@@ -209,8 +210,9 @@ def _is_whole(path: Path, key: str) -> bool:
         return False
 
 
-def _finish(out: Path, names: Sequence[str], source: Path) -> None:
-    """Writes what lies beside the shards; config.json, without which the folder is no model, last."""
+def _finish(out: Path, names: Sequence[str], source: Path, version: int) -> None:
+    """Writes what lies beside the shards; config.json, without which the folder is no model, last. version: the newest
+    of the shards'."""
     places: dict[str, str] = {}
     total = 0
     for name in names:
@@ -219,7 +221,7 @@ def _finish(out: Path, names: Sequence[str], source: Path) -> None:
         total += sum(entry.num_bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     write_file_atomically(out / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
-    told = {"quant_method": METHOD, "version": VERSION, "source": str(source.absolute())}
+    told = {"quant_method": METHOD, "version": version, "source": str(source.absolute())}
     copy_beside(source, out, quantization=told)
     (out / MARKER).unlink()
 
@@ -245,10 +247,11 @@ def _write_shard(
 
 def _nothing_told() -> dict[str, Any]:
     """What a shard's header says of no tensor yet."""
-    return {"version": VERSION, "formats": [], "tensors": {}, "plain": {}}
+    return {"formats": [], "tensors": {}, "plain": {}}
 
 
 def _metadata(key: str, told: Mapping[str, Any]) -> dict[str, str]:
+    told = {"version": version_of(told["formats"]), **told}
     return {"format": "pt", KEY: key, METADATA_KEY: json.dumps(told, separators=(",", ":"))}
 
 
@@ -321,6 +324,8 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
             return format, quantize_affine(
                 values, stored.order, stored.group, is_nested=stored.is_nested, is_rotated=True
             )
+        if isinstance(format, Nvfp4):
+            return format, quantize_nvfp4(values, format.num_stored)
         assert isinstance(format, Nibbles)
         return format, quantize_nibbles(values, format.table, format.block, format.scale)
     except ValueError as error:

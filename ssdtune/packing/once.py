@@ -14,7 +14,6 @@ from typing import Any
 
 from ssdtune.cache import cache_folder
 from ssdtune.durable import make_folder
-from ssdtune.kernels.affine import Affine
 from ssdtune.packing.by_block import (
     Listed,
     file_to_be,
@@ -27,7 +26,7 @@ from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.progress import pack_aloud
 from ssdtune.packing.wanted import Wanted, bits_of, word_of
 from ssdtune.packing.widths import is_by_block, mean_of
-from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.packed import PackedEntry, affine_of
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel, build_meta
 
@@ -187,8 +186,9 @@ def _check_agrees(meta: MetaModel, quantization: str) -> None:
             continue
         format = entry.format
         found = format.label
-        if isinstance(format, Affine):
-            found = f"affine, to be read at {', '.join(map(str, format.readings))} bits"
+        if (codes := affine_of(format)) is not None:
+            rotated = ", rotated" if codes is not format else ""
+            found = f"affine{rotated}, to be read at {', '.join(map(str, codes.readings))} bits"
         raise PackError(
             f"quantization: {quantization}, but {meta.folder} is packed already ({found}).\n"
             "Delete the key (and write method: lora instead of qlora), or give the model that it was made from."

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.packing.by_block import (
     Block,
@@ -27,7 +26,7 @@ from ssdtune.packing.widths import written
 from ssdtune.schedule.job import Reading
 from ssdtune.schedule.plan import BlockShape
 from ssdtune.swap.header import DTYPE_BITS
-from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.packed import PackedEntry, affine_of
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.draft import Options, draft
 
@@ -90,10 +89,11 @@ def _of_packed(
     meta: MetaModel, options: Options, formats: set[Format], *, has_weights: bool
 ) -> tuple[Reading, ...]:
     """A packed model's own widths; as it is where it has none to choose from."""
-    widths = {f.readings if isinstance(f, Affine) else () for f in formats}
+    codes = [affine_of(format) for format in formats]
+    widths = {() if affine is None else affine.readings for affine in codes}
     readings = widths.pop() if len(widths) == 1 else ()
     if len(readings) < 2:
-        most = max((f.bits for f in formats if isinstance(f, Affine)), default=4)
+        most = max((affine.bits for affine in codes if affine is not None), default=4)
         return (_as_it_is(meta, options, most),)
     like = Reading(quantization=NONE, bits=0, blocks=(), folder=str(meta.folder))
     words = {bits: str(bits) for bits in readings}

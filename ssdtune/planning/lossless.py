@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 ASSUMED_RATIO = 1.35  # of trained weights; 1.33 to 1.42 were seen
 PAYS = 0.95  # of the step at most, less is no reason to pack
+LOSSLESS_DTYPE = "BF16"  # of files, whatever is computed in
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,11 +36,11 @@ class Saving:
 
 
 def saving(job: Job, machine: Machine, now: Outcome) -> Saving | None:
-    """What packing without loss saves of the step `now`; None where it does not pay: weights are not bfloat16 or packed
+    """What packing without loss saves of the step `now`; None where it does not pay: files are not bfloat16 or packed
     already, something else than reading is the bound, or decoding would be. Decoding is priced by the profile's curve,
     which is of 4-bit codes."""
     step = now.simulation
-    is_plain = job.dtype == "bfloat16" and not any(block.is_packed for block in job.blocks)
+    is_plain = job.file_dtype == LOSSLESS_DTYPE and not any(block.is_packed for block in job.blocks)
     if not is_plain or step is None or step.bound_by is not Lane.NVME_READ:
         return None
     ratio = job.lossless_ratio or ASSUMED_RATIO

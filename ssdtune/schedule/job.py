@@ -112,6 +112,7 @@ class Job:
         packed_bytes: of the packed file that a run makes first; 0: of none. packed_folder: where. source_bytes: of the
             files that it is made from.
         visits_vary: as `planner.Request` has it.
+        file_dtype: of most bytes of the weights in the files, as safetensors names it; compute may go by another, `dtype`.
         lossless_ratio: bytes of the weights over those of a lossless packing, measured; None: it was not.
     """
 
@@ -140,6 +141,7 @@ class Job:
     packed_folder: str = ""
     source_bytes: int = 0
     visits_vary: bool = False
+    file_dtype: str = ""
     lossless_ratio: float | None = None
 
     def passes(self, micro_batches: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from ssdtune.kernels import nibbles
 from ssdtune.kernels.affine import GROUPS, SLICE_WIDTHS, Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
-from ssdtune.kernels.nibbles import Nibbles
+from ssdtune.kernels.nibbles import Nibbles, Nvfp4
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.swap.header import FileState, TensorEntry, quoted, refuse
 from ssdtune.swap.packed import PackedEntry
@@ -23,8 +23,12 @@ from ssdtune.swap.source import Checkpoint
 
 METHOD: Final = "ssdtune"  # quantization_config's quant_method in config.json
 METADATA_KEY: Final = "ssdtune.packed"
-VERSION: Final = 1
+VERSION: Final = 2  # the newest that is read
 ROTATED: Final = "rotated affine"
+NVFP4: Final = "nvfp4"
+SINCE: Final = {NVFP4: 2}  # the version that a kind came with, where that is not the first
+# The scale of all fills a cache line, so that what lies behind it still begins on one.
+OWN_NVFP4: Final = Nvfp4(is_divided=False, num_stored=16)
 TABLES: Final = {"nf4": nibbles.NF4, "fp4": nibbles.E2M1}
 
 
@@ -35,12 +39,19 @@ def written_format(format: Format) -> dict[str, Any]:
         return written if format.is_nested else {**written, "nested": False}
     if isinstance(format, Rotated):
         return {**written_format(format.stored), "kind": ROTATED}
+    if format == OWN_NVFP4:
+        return {"kind": NVFP4}
     if isinstance(format, Nibbles):
         kind = next(name for name, table in TABLES.items() if table == format.table)
         return {"kind": kind, "block": format.block, "scale": format.scale}
     if isinstance(format, Lossless):
         return {"kind": "lossless", "bits": format.bits, "escapes": format.num_escapes}
     raise TypeError(format)
+
+
+def version_of(formats: Iterable[Mapping[str, Any]]) -> int:
+    """The least version that a reader must know. formats: as `written_format` has them."""
+    return max((SINCE.get(format["kind"], 1) for format in formats), default=1)
 
 
 def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
@@ -68,6 +79,8 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
         if type(block) is not int or block < 1 or scale not in nibbles.SCALE_DTYPES:
             raise ValueError(f"{kind} in blocks of {block} with scales {scale}")
         return Nibbles(TABLES[kind], block, is_high_first=False, scale=scale)
+    if kind == NVFP4:
+        return OWN_NVFP4
     if kind == "lossless":
         width, num_escapes = written["bits"], written["escapes"]
         if width not in (3, 4) or type(num_escapes) is not int or not 0 <= num_escapes < 2**31:
@@ -121,11 +134,11 @@ def _described(state: FileState) -> Mapping[str, Any]:
 
 
 def check_version(path: Path, version: object) -> None:
-    """Raises CheckpointError where a file says that it is packed in another version of the format than VERSION."""
-    if version != VERSION:
+    """Raises CheckpointError where a file says that it is packed in a version of the format that is not read."""
+    if type(version) is not int or not 1 <= version <= VERSION:
         refuse(
             path,
-            f"it is packed in version {quoted(version)} of the format; this ssdtune reads version {VERSION}.",
+            f"it is packed in version {quoted(version)} of the format; this ssdtune reads 1 to {VERSION}.",
             way_out="Install a newer ssdtune, or pack the model again.",
         )
 

@@ -112,8 +112,10 @@ class PackedView:
     parts: tuple[TensorView, ...]
 
     def decode(self, memory: torch.Tensor, out: torch.Tensor) -> None:
-        """out = the tensor, rounded to its dtype. memory: uint8, on the device of `out`."""
-        unpack(self.format, self.values(memory), out)
+        """out = the tensor, rounded to its dtype. memory: uint8, on the device of `out`. out: contiguous, with the tensor's
+        elements in any shape: one of a stack of experts has a dimension more than its file tensor, whose rows and columns
+        formats go by."""
+        unpack(self.format, self.values(memory), out.view(self.shape))
 
     def values(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """The parts, to read from; those of bytes are views and may be written to."""

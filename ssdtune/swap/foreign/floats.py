@@ -138,7 +138,7 @@ def put_fp4(
         )
     dtype, shape = weight_dtype(config, ""), (rows, 2 * half)
     if whole:
-        pile.put(name, dtype, shape, Nvfp4(is_divided), parts)
+        pile.put(name, dtype, shape, Nvfp4(is_divided), [flat(codes), flat(scale), *whole])
     else:
         format = Nibbles(E2M1, block, is_high_first=False, scale="E8M0")
         pile.put(name, dtype, shape, format, [flat(codes), flat(exponents(scale))])
