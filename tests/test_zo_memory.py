@@ -29,10 +29,20 @@ class Real(LiveBytes):
             super()._meet(tensor, is_made=is_made)
 
 
-@pytest.mark.parametrize("trains", ["all", "adapters"])
-@pytest.mark.parametrize("num_directions", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("trains", "num_directions"),
+    [
+        ("all", 1),
+        ("all", 4),
+        ("adapters", 2),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("all", 2), ("adapters", 1), ("adapters", 4))
+        ),
+    ],
+)
 def test_a_step_takes_what_was_announced(
-    num_directions: int, trains: str, tmp_path: Path, stream: Stream
+    trains: str, num_directions: int, tmp_path: Path, stream: Stream
 ) -> None:
     """Two, four and eight variants. Live bytes of tensors, operator by operator, and the places that a first step made."""
     base = tiny_models.build("llama")
