@@ -1,12 +1,16 @@
 """What a zeroth-order step costs: beside two plain forwards, and beside the MeZO loop as its authors write it.
 
     python benchmarks/zeroth_order.py --packed
+    python benchmarks/zeroth_order.py --reading 1 [--directions 4]
     python benchmarks/zeroth_order.py [--model FOLDER] [--rows 2] [--length 512] [--rounds 5] [--json out.json]
 
 All in one process, taking turns: two forwards of the model in memory, and of the model with the adapter; MeZO in memory
 (normal numbers by torch, added and taken away in place); ours from the drive with no layer kept, over all weights, with
-a working copy every so many steps, and over an adapter. The step of ours is also taken apart: what of it is making
-variants and updates, measured by the same calls on the same blocks.
+a working copy every so many steps, over an adapter, and over all weights in LOZO's windows as matrices of low rank. Each
+step of ours is also taken apart: what of it is making variants and updates, measured by the same calls on the same blocks.
+
+--reading R: instead, a drive so slow that reading takes R times what one plain forward and one along each of FZOO's
+--directions take in memory: what a step takes of the reading alone. Steps follow one another, as in a run.
 
 --packed: instead, steps over all weights of the model packed to 4 bits, by each way to have its slots; seconds on the
 process's processors, which others on the machine change less.
@@ -32,6 +36,8 @@ from benchmarks import inputs, measures  # noqa: E402
 
 EPS, RATE = 1e-3, 1e-7
 STEP_BAR, NOISE_BAR = 1.10, 0.10
+READING_BAR = 1.15  # a step / the reading of its blocks, where that takes longer than its forwards
+NOT_SLOWED = 1e15  # bytes a second
 
 
 class Plain:
@@ -86,27 +92,40 @@ class Plain:
 
 
 class Streamed:
-    """Ours. fold: of all weights' working copy; None: an adapter trains."""
+    """Ours. fold: of all weights' working copy. has_adapter: LoRA trains, not all weights. can_slow: whether `slow` may be
+    called."""
 
-    def __init__(self, folder: Path, rows: Any, fold: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows: Any,
+        *,
+        estimator: Any,
+        fold: Any = None,
+        has_adapter: bool = False,
+        low_rank: bool = False,
+        can_slow: bool = False,
+    ) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
 
         from benchmarks.contestants import streaming_options
-        from ssdtune.swap.storage import choose_storage
+        from ssdtune.swap.storage import ThrottledStorage, choose_storage
         from ssdtune.visit.assemble import assemble
         from ssdtune.visit.build import build_meta
-        from ssdtune.zeroth_order import MeZO, ZerothOrder
+        from ssdtune.zeroth_order import ZerothOrder
 
         meta = build_meta(folder, dtype=torch.float32)
         spec = {"micro_rows": 1, "prefetch": 2, "chunk_tokens": 4096}
-        options = streaming_options(meta, choose_storage(folder).storage, spec)
-        base: Any = assemble(meta, options)
+        self.storage: Any = choose_storage(folder).storage
+        if can_slow:
+            self.storage = ThrottledStorage(self.storage, NOT_SLOWED)
+        base: Any = assemble(meta, streaming_options(meta, self.storage, spec))
         self.streamer = base.ssdtune
-        if fold is None:
+        if has_adapter:
             base = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
-        self.method = ZerothOrder(base, MeZO(eps=EPS), fold=fold)
-        self.rows = rows
+        self.method = ZerothOrder(base, estimator, fold=fold, low_rank=low_rank)
+        self.rows, self.update = rows, None
 
     def step(self) -> None:
         """One step."""
@@ -115,26 +134,38 @@ class Streamed:
             lambda r=r: self.method.model(input_ids=r, labels=r, num_items_in_batch=num_items)
             for r in self.rows.split(1)
         ]
-        self.method.step(calls, learning_rate=RATE)
+        self.update = self.method.step(calls, learning_rate=RATE).update
 
     def noise_s(self) -> float:
-        """Seconds of all that is drawn and added in a step: each block's update and its two variants."""
-        from ssdtune.zeroth_order.rules import Term
-
-        weights, engine = self.method.weights, self.streamer.engine
-        if not weights.trains_blocks:
-            return 0.0
+        """Seconds of all that is drawn and added in a step: variants of each block, and the last step's update, which a
+        window of low rank has in its sums."""
+        weights, residents = self.method.weights, self.method.weights.residents
         start = perf_counter()
-        update = weights.updates[-1]
-        for block, recipe in enumerate(engine.recipes):
-            made = weights._views_of(block)
-            names = self.streamer.names(block)
-            assert len(recipe.tensors) == len(names)
-            for name, tensor in zip(names, made, strict=True):
-                weights.directions.apply(tensor, name, [update])
-                for side in (EPS, -EPS):
-                    weights.directions.make(tensor, tensor, name, Term(0, 0, side))
-        return perf_counter() - start
+        for block in range(len(self.streamer.engine.recipes)):
+            if weights.trains_blocks and not self.method.low_rank:
+                for name, tensor in self._made(block):
+                    weights.directions.apply(tensor, name, [self.update])
+            for shift in self.method.estimator.variants:
+                residents.use_inside(block, shift)
+                if weights.trains_blocks:
+                    term = shift.term(self.method.num_steps)
+                    for name, tensor in self._made(block):
+                        weights.directions.make(tensor, tensor, name, term)
+        if not weights.trains_blocks:
+            residents.take([self.update])
+        seconds = perf_counter() - start
+        residents.use_outside(None)
+        return seconds
+
+    def _made(self, block: int) -> Iterator[tuple[str, Any]]:
+        """Tensors of the place for variants, by the names of the block's."""
+        names, made = self.streamer.names(block), self.method.weights._views_of(block)
+        return zip(names, made, strict=True)
+
+    def slow(self, reading_s: float) -> None:
+        """From now on a step's blocks take so many seconds to be read."""
+        read_bytes = self.streamer.engine.plan.sequences["forward"].read_bytes
+        self.storage.bytes_per_s = read_bytes / reading_s
 
     def written_bytes(self) -> int:
         """To the drive, in the last step, by the trace."""
@@ -150,26 +181,36 @@ class Streamed:
         self.method.close()
 
 
+def text_of(options: Any) -> Any:
+    """Token ids of the rows, the same in every run."""
+    import torch
+
+    text = torch.Generator().manual_seed(0)
+    return torch.randint(3, 40_000, (options.rows, options.length), generator=text)
+
+
 def measure(folder: Path, scratch: Path, options: Any) -> dict[str, Any]:
     """Medians of each, in turns; the first two turns warm up."""
     import torch
 
-    from ssdtune.zeroth_order import Fold
+    from ssdtune.zeroth_order import LOZO, Fold, MeZO
 
-    text = torch.Generator().manual_seed(0)
-    rows = torch.randint(3, 40_000, (options.rows, options.length), generator=text)
+    rows = text_of(options)
     plain, adapted = Plain(folder, rows), Plain(folder, rows, has_adapter=True)
-    ours = Streamed(folder, rows, Fold(scratch, options.fold))
-    adapter = Streamed(folder, rows, None)
+    mezo, fold = MeZO(eps=EPS), Fold(scratch, options.fold)
+    ours = {
+        "all weights": Streamed(folder, rows, estimator=mezo, fold=fold),
+        "adapter": Streamed(folder, rows, estimator=mezo, has_adapter=True),
+        "low rank": Streamed(folder, rows, estimator=LOZO(eps=EPS), low_rank=True),
+    }
     turns: dict[str, Callable[[], None]] = {
         "two forwards in memory": plain.two_forwards,
         "two forwards in memory, with the adapter": adapted.two_forwards,
         "MeZO in memory": plain.mezo,
-        "ours, all weights": ours.step,
-        "ours, adapter": adapter.step,
+        **{f"ours, {name}": each.step for name, each in ours.items()},
     }
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    noise: list[float] = []
+    noise: dict[str, list[float]] = {name: [] for name in ours}
     with torch.no_grad():
         for turn in range(options.rounds + 2):  # the second step of ours makes the working copy
             for name, take in turns.items():
@@ -177,28 +218,88 @@ def measure(folder: Path, scratch: Path, options: Any) -> dict[str, Any]:
                 take()
                 if turn >= 2:
                     seconds[name].append(perf_counter() - start)
-            if turn >= 2:
-                noise.append(ours.noise_s())
-    written = {"ours, all weights": ours.written_bytes(), "ours, adapter": adapter.written_bytes()}
-    ours.close()
-    adapter.close()
-    base = {
-        name: statistics.median(seconds["two forwards in memory" + more])
-        for name, more in (("ours, adapter", ", with the adapter"), ("", ""))
-    }
-    step = statistics.median(seconds["ours, all weights"])
+            for name, each in ours.items():
+                if turn >= 2:
+                    noise[name].append(each.noise_s())
+    written = {name: each.written_bytes() for name, each in ours.items()}
+    for each in ours.values():
+        each.close()
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    own = {"ours, adapter": "two forwards in memory, with the adapter"}
     return {
         "rows": [
             {
                 "name": name,
-                "seconds": statistics.median(times),
-                "ratio": statistics.median(times) / base.get(name, base[""]),
+                "seconds": took,
+                "ratio": took / median[own.get(name, "two forwards in memory")],
             }
-            for name, times in seconds.items()
+            for name, took in median.items()
         ],
-        "noise_share": statistics.median(noise) / step,
+        "noise_shares": {
+            name: statistics.median(times) / median[f"ours, {name}"]
+            for name, times in noise.items()
+        },
         "written_bytes_per_step": written,
     }
+
+
+# --------------------------------------------------------------------------- a slow drive
+
+
+def measure_reading(folder: Path, options: Any) -> dict[str, Any]:
+    """A row for each of what trains: FZOO's steps one after the other while reading takes as long as was asked for.
+
+    All weights take the steps that they have missed as each block comes: one more in each step, none in the first.
+    """
+    import torch
+
+    from ssdtune.zeroth_order import FZOO
+
+    rows, num = text_of(options), options.directions
+    found = []
+    for name, has_adapter in (("adapter", True), ("all weights, from the log", False)):
+        plain = Plain(folder, rows, has_adapter=has_adapter)
+        estimator = FZOO(eps=EPS, num_directions=num)
+        how = {"estimator": estimator, "has_adapter": has_adapter, "can_slow": True}
+        ours = Streamed(folder, rows, **how)
+        with torch.no_grad():
+            plain.loss()
+            forwards_s = (num + 1) * statistics.median(
+                timed(plain.loss) for _ in range(options.rounds)
+            )
+            reading_s = options.reading * forwards_s
+            ours.slow(reading_s)
+            ours.step()  # some of its blocks were read before the drive was slowed
+            took = statistics.median(timed(ours.step) for _ in range(options.rounds))
+        ours.close()
+        row = {"name": name, "forwards_s": forwards_s, "reading_s": reading_s, "seconds": took}
+        found.append({**row, "ratio": took / reading_s})
+    bars = [
+        measures.bar(
+            f"{num + 1} forwards a fetch, {row['name']} / reading", row["ratio"], READING_BAR
+        )
+        for row in found
+    ]
+    return {"reading": found, "bars": bars}
+
+
+def timed(take: Callable[[], Any]) -> float:
+    """Seconds."""
+    start = perf_counter()
+    take()
+    return perf_counter() - start
+
+
+def reading_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Markdown."""
+    yield "| what trains | forwards in memory, s | reading, s | a step, s | of reading |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in result["reading"]:
+        times = " | ".join(f"{row[key]:.2f}" for key in ("forwards_s", "reading_s", "seconds"))
+        yield f"| {row['name']} | {times} | {row['ratio']:.2f} |"
+
+
+# --------------------------------------------------------------------------- a packed base
 
 
 class Packed(Streamed):
@@ -217,7 +318,7 @@ class Packed(Streamed):
         base: Any = assemble(meta, options)
         self.streamer = base.ssdtune
         self.method = ZerothOrder(base, MeZO(eps=EPS), fold=fold, packed=way)
-        self.rows = rows
+        self.rows, self.update = rows, None
 
     def weights_bytes(self) -> int:
         """Of slots, buffers, and the place for a variant."""
@@ -231,8 +332,7 @@ def measure_packed(options: Any) -> dict[str, Any]:
 
     from ssdtune.zeroth_order import Fold
 
-    text = torch.Generator().manual_seed(0)
-    rows = torch.randint(3, 40_000, (options.rows, options.length), generator=text)
+    rows = text_of(options)
     with tempfile.TemporaryDirectory(dir=inputs.cache_folder()) as made:
         scratch, fold = Path(made), Fold(Path(made), options.fold)
         folder = packed_to_4_bits(options.model, scratch / "packed")
@@ -293,7 +393,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- |"
     for row in result["rows"]:
         yield f"| {row['name']} | {row['seconds']:.2f} | {row['ratio']:.2f} |"
-    yield f"making variants and updates: {result['noise_share']:.1%} of the step of all weights"
+    for name, share in result["noise_shares"].items():
+        yield f"making variants and updates, {name}: {share:.1%} of the step"
     for name, num_bytes in result["written_bytes_per_step"].items():
         yield f"written in the last step, {name}: {num_bytes / 1e6:.0f} MB"
 
@@ -301,10 +402,16 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What was promised and what came out."""
     ratio = {row["name"]: row["ratio"] for row in result["rows"]}
+    shares = result["noise_shares"]
     return [
-        measures.bar("a step of all weights / two forwards", ratio["ours, all weights"], STEP_BAR),
-        measures.bar("a step of an adapter / two forwards", ratio["ours, adapter"], STEP_BAR),
-        measures.bar("variants and updates, of a step", result["noise_share"], NOISE_BAR),
+        *(
+            measures.bar(f"a step, {name} / two forwards", ratio[f"ours, {name}"], STEP_BAR)
+            for name in shares
+        ),
+        *(
+            measures.bar(f"variants and updates, {name}, of a step", share, NOISE_BAR)
+            for name, share in shares.items()
+        ),
     ]
 
 
@@ -315,7 +422,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     default = inputs.cache_folder() / "smollm2-135m-instruct"
     parser.add_argument("--model", type=Path, default=default)
-    parser.add_argument("--packed", action="store_true", help="ways to have a packed base")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--packed", action="store_true", help="ways to have a packed base")
+    kind.add_argument(
+        "--reading", type=float, metavar="R", help="read R times as long as the forwards take"
+    )
+    parser.add_argument("--directions", type=int, default=4, help="of FZOO, with --reading")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
@@ -327,6 +439,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.packed:
         result, told = measure_packed(options), packed_lines
         result["bars"] = []
+    elif options.reading:
+        folder = inputs.in_dtype(options.model, "float32", lambda line: None)
+        result, told = measure_reading(folder, options), reading_lines
     else:
         folder = inputs.in_dtype(options.model, "float32", lambda line: None)
         result, told = measure(folder, inputs.cache_folder(), options), lines

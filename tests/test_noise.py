@@ -127,6 +127,20 @@ def test_native_code_has_the_bits_of_its_definition(
 
 
 @pytest.mark.parametrize("suffix", native_suffixes())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_counters_go_on_beyond_32_bits(dtype: torch.dtype, kind: str, suffix: str) -> None:
+    """Across the place where a counter's low word is 0 again, and where its high word is not 0."""
+    edge = philox.tile_size(noise.FIELD_BITS[kind]) * (2**32 // philox.LANES)
+    base = torch.randn(2 * TILE + 77).to(dtype)
+    at_0 = made(base, kind, suffix, rounding_key=99)
+    for first in (edge - TILE, 4 * edge):
+        found = made(base, kind, suffix, rounding_key=99, first=first)
+        assert same_bits(found, made(base, kind, "", rounding_key=99, first=first))
+        assert not same_bits(found, at_0)
+
+
+@pytest.mark.parametrize("suffix", native_suffixes())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [1.0, 0.9])
 def test_native_values_and_factors_have_the_bits_of_their_definition(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pairs import DTYPES, pairwise
 
-from ssdtune.kernels import noise
+from ssdtune.kernels import noise, philox
 from ssdtune.kernels.noise import GAUSSIAN, KINDS, TRITON, Direction
 
 pytest.importorskip("triton")
@@ -49,6 +49,15 @@ def test_kernels_have_the_bits_of_their_definition(dtype: torch.dtype, kind: str
         base = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
         for more in ({}, {"rounding_key": 99, "decay": 1 - 1e-4}):
             same(base, directions, **more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counters_go_on_beyond_32_bits(kind: str) -> None:
+    """Across the place where a counter's low word is 0 again, and where its high word is not 0."""
+    edge = philox.tile_size(noise.FIELD_BITS[kind]) * (2**32 // philox.LANES)
+    directions = [Direction(7, 1e-3, kind)]
+    same(torch.randn(8192 + 77), directions, first=edge - 8192)
+    same(torch.randn(513).bfloat16(), directions, rounding_key=99, first=4 * edge)
 
 
 def test_parts_make_the_whole(interpreted: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,8 @@ def in_half(values: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
 class InMemory:
     """Every parameter is shifted, all losses are taken, every parameter is put back and updated."""
 
+    rate, weight_decay = LEARNING_RATE, DECAY
+
     def __init__(self, model: Any, estimator: Any, parameters: dict[str, torch.Tensor]) -> None:
         self.model, self.estimator, self.parameters = model.eval(), estimator, parameters
         self.num_steps = 0
@@ -113,19 +115,22 @@ class InMemory:
         losses = []
         for shift in self.estimator.variants:
             self.shift(pristine, shift)
-            found = [self.model(**piece, num_items_in_batch=items).loss for piece in pieces]
-            losses.append(math.fsum(map(float, found)))
+            losses.append(math.fsum(float(self.loss(piece, items)) for piece in pieces))
         self.update(pristine, self.estimator.gradients(losses))
         self.num_steps += 1
         return losses
+
+    def loss(self, piece: dict[str, Any], items: int) -> Any:
+        """A micro-batch's share of the step's loss."""
+        return self.model(**piece, num_items_in_batch=items).loss
 
     def update(self, pristine: dict[str, torch.Tensor], gradients: Sequence[float]) -> None:
         for name, p in self.parameters.items():
             total = pristine[name].float()
             if p.dim() > 1:
-                total = total * torch.tensor(1 - LEARNING_RATE * DECAY)
+                total = total * torch.tensor(1 - self.rate * self.weight_decay)
             for j, g in enumerate(gradients):
-                scale = -(LEARNING_RATE * g)
+                scale = -(self.rate * g)
                 for term in terms(name, p, self.num_steps, j, scale, self.estimator.family):
                     total = total + term
             p.copy_(rounded(total, name, self.num_steps, p.dtype))
@@ -232,18 +237,32 @@ def test_lozo_divides_by_its_rank(num_directions: int) -> None:
     assert found == [2.0 / 4 / num_directions] * num_directions
 
 
-@pytest.mark.parametrize(("name", "dtype"), by_turns(ARCHITECTURES))
+def adapter_runs() -> Iterator[Any]:
+    """(name, dtype, steps): each name for a few steps at once, in both dtypes by turns; all for 20, slow."""
+    for few in by_turns(ARCHITECTURES):
+        if not few.marks:
+            yield pytest.param(*few.values, 6, id=f"{few.id}-6")
+        yield pytest.param(*few.values, NUM_STEPS, id=f"{few.id}-20", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "dtype", "num_steps"), adapter_runs())
 def test_adapters_train_as_in_memory(
-    name: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
+    name: str, dtype: torch.dtype, num_steps: int, tmp_path: Path, stream: Stream
 ) -> None:
+    """And nothing is written: not the user's files, nor anything else, by the trace."""
     pair = make_pair(name, tmp_path, stream, dtype=dtype)
+    before = digests(tmp_path)
     method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED)
     trained = {n: p for n, p in pair.plain.named_parameters() if p.requires_grad}
     reference = InMemory(pair.plain, ESTIMATORS["mezo"], trained)
-    for expected, found in train_both(pair, method, reference, 6):
+    for expected, found in train_both(pair, method, reference, num_steps):
         assert found == expected
     for key, value in trained.items():
         assert torch.equal(pair.streamed.get_parameter(key), value), key
+    lanes = {op.lane for op in pair.engine.trace}
+    assert Lane.NVME_READ in lanes
+    assert Lane.NVME_WRITE not in lanes
+    assert digests(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,10 @@ def every_run() -> list[Any]:
         ("llama", "lozo_m", torch.float32, None, WINDOW + 1),
     ]
     slow = [
-        (name, rule, torch.bfloat16, 2 * WINDOW, NUM_STEPS)
+        (name, rule, dtype, 2 * WINDOW, NUM_STEPS)
         for name in ARCHITECTURES
         for rule in RULES
+        for dtype in (torch.float32, torch.bfloat16)
     ]
     slow += [
         ("llama", rule, dtype, every, NUM_STEPS)

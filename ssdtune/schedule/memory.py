@@ -39,6 +39,8 @@ class Footprint:
     workspace_bytes: recompute and backward of the greediest block, beyond its input.
     loss_bytes: the logits of one chunk, with their gradients.
     forward_bytes: what a forward alone takes at most beyond a block's input, logits of a chunk included; 0: unknown.
+    forward_held_bytes: what else than a block's input is alive where a forward alone waits for a block; None: unknown,
+        at most `held_bytes`.
     activation_bytes: of each block, what it keeps beyond its input where it is not computed again; empty: unknown.
     how: "rehearsed" or "by formula", and from what.
     """
@@ -49,6 +51,7 @@ class Footprint:
     workspace_bytes: int
     loss_bytes: int
     forward_bytes: int = 0
+    forward_held_bytes: int | None = None
     activation_bytes: tuple[int, ...] = ()
     how: str
 
@@ -149,9 +152,11 @@ def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Pass
     """The peak of a step of either kind. Of forwards alone nothing is kept for a backward, nothing is updated."""
     fixed = dataclasses.replace(fixed, more=passes.more)
     if passes.kind == "forward":
+        held = footprint.forward_held_bytes
         footprint = dataclasses.replace(
             footprint,
             kept_bytes=0,
+            held_bytes=footprint.held_bytes if held is None else held,
             workspace_bytes=footprint.forward_bytes,
             loss_bytes=0,
             activation_bytes=(),

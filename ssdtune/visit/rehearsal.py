@@ -1,9 +1,10 @@
 """A rehearsal: one micro-batch through a streamed model on tensors that have shapes but no memory.
 
-The model's own forward, then backward of one block of each kind, while every operator is looked at: what it allocates
-gives the architecture's part of the peak (`Footprint`), what it computes gives the time of a visit (`Work`). It takes
-about a second, reads no weights, and knows masks, experts and adapters as they are. A model that cannot be rehearsed
-(its forward looks at values) gets a footprint by a formula for decoder layers, said to be, and no work.
+The model's own forward, once with backward of one block of each kind and once without a graph, while every operator is
+looked at: what it allocates gives the architecture's part of the peak (`Footprint`), what it computes gives the time of
+a visit (`Work`). It takes about a second, reads no weights, and knows masks, experts and adapters as they are. A model
+that cannot be rehearsed (its forward looks at values) gets a footprint by a formula for decoder layers, said to be, and
+no work.
 """
 
 from __future__ import annotations
@@ -146,14 +147,17 @@ def _rehearse(cast: Cast, micro_batch: Mapping[str, Any]) -> Rehearsed:
             held = stage.live.now
             del output
             losses = _loss_works(cast, shape, stage) if cast.head is not None else None
-    kept = sum(stage.kept.values())
+            with stage.without_graph():
+                cast.front(**fakes)
+    kept, hidden = sum(stage.kept.values()), max(stage.hidden, default=0)
     footprint = Footprint(
         kept_bytes=kept,
-        hidden_bytes=max(stage.hidden, default=0),
+        hidden_bytes=hidden,
         held_bytes=max(held - kept, 0),
         workspace_bytes=max(stage.workspaces.values(), default=0),
         loss_bytes=_loss_bytes(cast, shape),
         forward_bytes=stage.forward_bytes,
+        forward_held_bytes=max(stage.waiting_bytes - hidden, 0),
         activation_bytes=_by_block(cast, stage),
         how="rehearsed on tensors without memory",
     )

@@ -59,6 +59,9 @@ class Stage:
         self.saved: Counter[int] = Counter()  # block -> bytes that it would keep instead
         self._saved_by: dict[Any, tuple[int, Work]] = {}  # kind of block -> those two of one visit
         self.forward_bytes = 0  # the most that a forward without a graph holds beyond its input
+        # The most that a forward without a graph holds where it waits for a block, its input included.
+        self.waiting_bytes = 0
+        self._waits_from: int | None = None  # live bytes before such a one, while it is under way
         self._alive: list[torch.Tensor] = []
         self._before: dict[nn.Module, dict[str, Any]] = {}  # what it was that has been furnished
         self._outputs: dict[Any, Any] = {}  # kind of block and its arguments -> what it makes
@@ -72,7 +75,7 @@ class Stage:
             (point.module, _StandIn(self, point)) for point in self.cast.points
         ]
         if self.cast.head is not None:
-            stages.append((self.cast.head.module, _NoLogits(self.cast.head.module, self._alive)))
+            stages.append((self.cast.head.module, _NoLogits(self.cast.head.module, self)))
         seen: set[Any] = set()
         later: set[nn.Module] = set()
         for point in self.cast.points:
@@ -110,6 +113,9 @@ class Stage:
 
     def play(self, point: Point, args: Any, kwargs: Any) -> Any:
         """One block's forward."""
+        if self._waits_from is not None:
+            self._note_wait()
+            return self._output(_kind_of(point.module), point, args, kwargs)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         kind = _kind_of(point.module)
         is_new = kind not in self.workspaces
@@ -129,6 +135,24 @@ class Stage:
         return pytree.tree_map_only(
             torch.Tensor, lambda x: x.requires_grad_() if x.is_floating_point() else x, out
         )
+
+    def play_head(self, hidden: torch.Tensor) -> None:
+        """What logits would be made of stays alive, as it does until the head's visit."""
+        self._alive.append(hidden)
+        if self._waits_from is not None:
+            self._note_wait()
+
+    @contextlib.contextmanager
+    def without_graph(self) -> Iterator[None]:
+        """For a forward, after one with a graph: notes what it holds where it waits for the other micro-batches."""
+        self._waits_from = self.live.now
+        with torch.no_grad():
+            yield
+        self._waits_from = None
+
+    def _note_wait(self) -> None:
+        assert self._waits_from is not None
+        self.waiting_bytes = max(self.waiting_bytes, self.live.now - self._waits_from)
 
     def _output(self, kind: Any, point: Point, args: Any, kwargs: Any) -> Any:
         """What the block makes of its arguments; of equal ones, what a block of its kind made before."""
@@ -243,16 +267,16 @@ class _StandIn:
 
 class _NoLogits:
     """The forward of a head whose logits are counted chunk by chunk: as wide as they are, for a bias that is added to
-    them, and without their memory. What they would be made of stays alive, as it does until the head's visit."""
+    them, and without their memory."""
 
-    def __init__(self, head: nn.Module, alive: list[torch.Tensor]) -> None:
+    def __init__(self, head: nn.Module, stage: Stage) -> None:
         weight = getattr(head, "weight", None)
         self._width = None if weight is None else weight.shape[0]
-        self._alive = alive
+        self._stage = stage
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See above."""
-        self._alive.append(hidden)
+        self._stage.play_head(hidden)
         if self._width is None:
             return hidden[..., :0]
         return hidden[..., :1].expand(*hidden.shape[:-1], self._width)

@@ -1,0 +1,68 @@
+"""What a zeroth-order step allocates is what was announced: hidden states of every variant, and one variant of a block."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from support import cut, num_items, with_lora
+from test_zeroth_order import Stream
+
+from ssdtune.schedule.memory import HOLES, Passes
+from ssdtune.visit import memory
+from ssdtune.visit.lazy_logits import LazyLogits
+from ssdtune.visit.live_bytes import LiveBytes
+from ssdtune.visit.rehearsal import rehearse
+from ssdtune.zeroth_order import MeZO, ZerothOrder
+
+# There before a step, or of the process and its heap, not of tensors.
+NOT_OF_A_STEP = ("process before the model", "math libraries", "weights outside blocks", HOLES)
+THERE_ALREADY = ("adapters", "slots", "buffers")
+
+
+class Real(LiveBytes):
+    """Of tensors that have memory: logits that are not computed have none."""
+
+    def _meet(self, tensor: torch.Tensor, *, is_made: bool) -> None:
+        if not isinstance(tensor, LazyLogits):
+            super()._meet(tensor, is_made=is_made)
+
+
+@pytest.mark.parametrize(
+    ("trains", "num_directions"),
+    [
+        ("all", 1),
+        ("all", 4),
+        ("adapters", 2),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("all", 2), ("adapters", 1), ("adapters", 4))
+        ),
+    ],
+)
+def test_a_step_takes_what_was_announced(
+    trains: str, num_directions: int, tmp_path: Path, stream: Stream
+) -> None:
+    """Two, four and eight variants. Live bytes of tensors, operator by operator, and the places that a first step made."""
+    base = tiny_models.build("llama")
+    tiny_models.save(base, tmp_path)
+    model: Any = stream(tmp_path, model_class=type(base), options={"chunk_tokens": 64})
+    if trains == "adapters":
+        model = with_lora(model, tiny_models.lora_targets(base))
+    method = ZerothOrder(model, MeZO(num_directions=num_directions))
+    pieces = cut(tiny_models.batch("llama", 4, 128), 2)
+    footprint = rehearse(model, pieces[0]).footprint
+    assert footprint.how.startswith("rehearsed")
+    passes = Passes(kind="forward", num=4 * num_directions, more=method.extra_bytes())
+    parts = memory.predict(model, footprint, passes, base_bytes=0).ram
+    announced = sum(n for part, n in parts.items() if part not in NOT_OF_A_STEP + THERE_ALREADY)
+    items = num_items(pieces)
+    # Losses alone, as trainers have it: an output would keep its last hidden state.
+    calls = [lambda p=p: model(**p, num_items_in_batch=items).loss for p in pieces]
+    method.step(calls, learning_rate=1e-3)
+    with Real() as live:
+        method.step(calls, learning_rate=1e-3)
+    places = (method.weights._scratch, method.weights.residents._scratch)
+    taken = live.peak + sum(place.nbytes for place in places if place is not None)
+    assert taken == pytest.approx(announced, rel=0.05)

@@ -1,0 +1,235 @@
+"""Runs from a YAML file against the algorithm in memory: their weights, what `ssdtune replay` makes of their logs, and
+what a run comes to that ended amid a step and went on."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_runs
+import torch
+from test_zeroth_order import DECAY, LEARNING_RATE, SEED, all_weights
+from test_zo_masters import MastersInMemory
+from test_zo_rules import Ruled
+from test_zo_trainer import ADAM, LOW_RANK, SIZES, YAML
+from test_zo_windows import ESTIMATOR, WindowsInMemory
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from ssdtune.cli import main
+from ssdtune.config import load_config
+from ssdtune.run_files import LOG_NAME
+from ssdtune.trainer import run as run_module
+from ssdtune.trainer import train_from_config
+from ssdtune.trainer.zeroth_order import ZOTrainer, estimator_of, rule_of
+from ssdtune.visit.base import base_of
+
+Load = Callable[..., Any]
+NO_EVAL = ("--eval_strategy", "no")
+EXACT = (
+    *NO_EVAL,
+    *("--seed", str(SEED), "--lr_scheduler_type", "constant"),
+    *("--learning_rate", str(LEARNING_RATE), "--weight_decay", str(DECAY)),
+)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """A run's configuration; its model is `base`, of the dtype asked for first."""
+    data = tiny_runs.write_rows(tmp_path / "rows.jsonl", tiny_runs.texts(16))
+
+    def loaded(output: str, trains: str, *flags: str, dtype: torch.dtype = torch.float32) -> Any:
+        model, path = tmp_path / "base", tmp_path / f"{output}.yaml"
+        if not model.exists():
+            tiny_runs.save(tiny_runs.llama(dtype=dtype, **SIZES), model)
+        given = {"model": model, "data": data, "output": tmp_path / output, "trains": trains}
+        path.write_text(YAML.format(**given))
+        return load_config(path, flags)
+
+    return loaded
+
+
+# ------------------------------------------------------------------ what a run comes across
+
+
+@dataclasses.dataclass
+class Seen(TrainerCallback):
+    """Of each step the micro-batches and the number of labels; at the end all weights, adapters too."""
+
+    steps: list[tuple[list[dict[str, Any]], Any]] = dataclasses.field(default_factory=list)
+    weights: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def watch(self, trainer: ZOTrainer) -> None:
+        plain = trainer._step
+
+        def step(model: Any, num_items: Any) -> torch.Tensor:
+            self.steps.append(([dict(inputs) for inputs in trainer._group], num_items))
+            return plain(model, num_items)
+
+        trainer._step = step  # type: ignore[method-assign]
+        trainer.add_callback(self)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.weights = {name: p.detach().clone() for name, p in named}
+
+
+def run(loaded: Any, monkeypatch: pytest.MonkeyPatch, *callbacks: TrainerCallback) -> Seen:
+    """The whole run, or until a callback ends it."""
+    made, seen = run_module._make_trainer, Seen()
+
+    def with_callbacks(*args: Any) -> Any:
+        trainer, telemetry = made(*args)
+        assert isinstance(trainer, ZOTrainer)
+        seen.watch(trainer)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return trainer, telemetry
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "_make_trainer", with_callbacks)
+        train_from_config(loaded)
+    return seen
+
+
+# ------------------------------------------------------------------ a run, its log, the algorithm
+
+
+def in_memory(model: Any, trains: str, config: Any) -> Any:
+    """The algorithm of a run, written plainly."""
+    weights, rule, estimator = all_weights(model), rule_of(config), estimator_of(config)
+    if trains == "low_rank":
+        assert estimator == ESTIMATOR
+        return WindowsInMemory(model, weights, rule)
+    kind = MastersInMemory if config.zo_master else Ruled
+    return kind(model, estimator, weights, rule)
+
+
+@pytest.mark.parametrize(
+    ("trains", "dtype", "flags"),
+    [
+        pytest.param("all", torch.float32, ADAM, id="all"),
+        *(
+            pytest.param(trains, dtype, flags, id=told, marks=pytest.mark.slow)
+            for told, trains, dtype, flags in (
+                ("all-bf16", "all", torch.bfloat16, ("--zo_fold_steps", "2")),
+                ("masters", "all", torch.bfloat16, ("--zo_master", "true", "--zo_fold_steps", "2")),
+                ("low_rank", "low_rank", torch.bfloat16, (*LOW_RANK, "--zo_num_directions", "2")),
+            )
+        ),
+    ],
+)
+def test_a_run_and_its_replay_have_the_weights_of_the_algorithm_in_memory(
+    trains: str,
+    dtype: torch.dtype,
+    flags: tuple[str, ...],
+    load: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every tensor, and every step's loss; amid the run and at its end."""
+    loaded = load("run", trains, *EXACT, *flags, dtype=dtype)
+    seen = run(loaded, monkeypatch)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    assert plain.dtype == dtype
+    reference = in_memory(plain, trains, loaded.config)
+    lines = (tmp_path / "run" / LOG_NAME).read_text().splitlines()[1:]
+    assert len(lines) == len(seen.steps) == 6
+    for number, (line, step) in enumerate(zip(lines, seen.steps, strict=True), 1):
+        losses = reference.step(*step)
+        assert json.loads(line)["loss"] == math.fsum(losses) / len(losses)
+        if number in (3, 6):
+            out = tmp_path / f"at {number}"
+            steps = ["--step", str(number)] if number < 6 else []
+            assert main(["replay", str(tmp_path / "run"), "--out", str(out), *steps]) == 0
+            replayed = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
+            support.assert_equal(plain.state_dict(), replayed, f"weights after {number} steps")
+    support.assert_equal(all_weights(plain), seen.weights, "the run's weights")
+
+
+# ------------------------------------------------------------------ ended amid a step
+
+
+class EndAmid(TrainerCallback):
+    """Ctrl-C amid the fourth step: some blocks have had their visit, the next is about to."""
+
+    def __init__(self, num_visits: int) -> None:
+        self.num_visits = num_visits
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != 3:
+            return
+        engine, seen = base_of(kwargs["model"]).ssdtune.engine, set[int]()
+        plain = engine.enter
+
+        def entered(block: int, *given: Any) -> int:
+            seen.add(block)
+            if len(seen) > self.num_visits:
+                raise KeyboardInterrupt
+            return plain(block, *given)
+
+        engine.enter = entered
+
+
+FOLD = {"all": ("--zo_fold_steps", "1"), "low_rank": LOW_RANK, "adapters": ()}
+
+
+@pytest.mark.parametrize(
+    "trains", ["all", *(pytest.param(t, marks=pytest.mark.slow) for t in ("low_rank", "adapters"))]
+)
+def test_a_run_that_ended_between_two_visits_goes_on_to_the_same_bits(
+    trains: str, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks before have gone back to the working copy, or are on their way, with steps that the others lack."""
+    flags = (*NO_EVAL, *FOLD[trains])
+    whole = run(load("whole", trains, *flags), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(load("ended", trains, *flags), monkeypatch, EndAmid(2))
+    assert_ended(tmp_path / "ended")
+    resumed = run(load("ended", trains, *flags), monkeypatch)
+    assert len(resumed.steps) == 4, "from the checkpoint after two"
+    assert_same_run(tmp_path, "ended", whole, resumed)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_between_two_visits_goes_on_to_the_same_bits(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGKILL, in a process of its own: nobody tidies up."""
+    flags = (*NO_EVAL, *FOLD["all"])
+    whole = run(load("whole", "all", *flags), monkeypatch)
+    path = load("killed", "all", *flags).path
+    script = Path(__file__).parent / "killed_run.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--config", str(path), *flags],
+        env={**os.environ, "PYTHONPATH": str(tiny_runs.CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert_ended(tmp_path / "killed")
+    resumed = run(load("killed", "all", *flags), monkeypatch)
+    assert_same_run(tmp_path, "killed", whole, resumed)
+
+
+def assert_ended(folder: Path) -> None:
+    """In the fourth step, past a checkpoint after two."""
+    assert (folder / "checkpoint-2").is_dir()
+    assert not (folder / "checkpoint-4").exists()
+    assert len((folder / LOG_NAME).read_bytes().splitlines()) == 1 + 3
+
+
+def assert_same_run(folder: Path, other: str, whole: Seen, resumed: Seen) -> None:
+    """Logs and all weights."""
+    logs = [(folder / name / LOG_NAME).read_bytes() for name in ("whole", other)]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 1 + 6
+    support.assert_equal(whole.weights, resumed.weights, "weights")
