@@ -123,8 +123,8 @@ def test_in_turns_both_take_what_they_take_one_after_the_other() -> None:
 def test_steps_take_as_long_as_where_reads_and_writes_are_followed_moment_by_moment(
     seed: int,
 ) -> None:
-    """`fluid.py` knows at every moment what is under way; the plan's predictions, which a search makes by the hundred, only
-    what a pass has of each."""
+    """`fluid.py` knows at every moment what is under way; the plan's predictions, which a search makes by the hundred,
+    only what a pass has of each."""
     chance = random.Random(seed)
     overlap = chance.choice((1.0, 1.2, 1.5))
     profile = with_overlap(a_profile(write=chance.uniform(0.5, 1.5) * 1e9), overlap)
@@ -178,7 +178,8 @@ def test_a_machine_that_is_put_together_is_taken_to_read_and_write_in_turns() ->
 
 
 def test_fewer_activations_go_to_a_drive_that_has_no_time_for_them() -> None:
-    """Beside reading, writing is free where the drive does both at once, and as long as computing again where it does not."""
+    """Beside reading, writing is free where the drive does both at once, and as long as computing again where it does
+    not."""
     asked = a_request(nvme=10**9, activation_bytes=75 * MB)
     at_once, in_turns = (
         a_pricing(with_overlap(a_profile(), overlap), 0.07, activation_bytes=asked.activation_bytes)

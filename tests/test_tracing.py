@@ -174,7 +174,8 @@ STORE_S, FETCH_S = 1.5, 0.25
 
 @pytest.fixture
 def stored(plan: Plan) -> Prediction:
-    """Forward's visits take 1 s and each leaves its input on NVMe in 1.5 s: the drive bounds it. Backward's take 2 s."""
+    """Forward's visits take 1 s and each leaves its input on NVMe in 1.5 s: the drive bounds it. Backward's take 2
+    s."""
     steps = with_stored_inputs(plan.sequences["train"], 600)
     of = {Kind.LOAD: 0.125, Kind.STORE: STORE_S, Kind.FETCH: FETCH_S}
     seconds = [

@@ -100,8 +100,8 @@ def folder_of(meta: MetaModel, quantization: str, beside: Path | None) -> Path:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Twin:
-    """The packed twin that a run makes of a model where it is not there. num_bytes: of its weights; source_bytes: of those
-    that it is made from."""
+    """The packed twin that a run makes of a model where it is not there. num_bytes: of its weights; source_bytes: of
+    those that it is made from."""
 
     folder: Path
     num_bytes: int

@@ -245,7 +245,8 @@ def other_row(job: Job, machine: Machine, each: Foreseen) -> list[str]:
 
 
 def _on_drive(job: Job, found: Outcome) -> float:
-    """The model's own files, those that a packed one is made from too, what a run makes beside them, two checkpoints."""
+    """The model's own files, those that a packed one is made from too, what a run makes beside them, two
+    checkpoints."""
     model = job.source_bytes if job.packed_bytes else sum(b.file_bytes for b in job.blocks)
     return model + sum(found.peak.nvme.values()) + 2 * SAVED_COPIES * job.fixed.trained_bytes
 
@@ -306,7 +307,7 @@ def limit_line(found: Outcome) -> str:
     ]
     if found.hidden_at is not None:
         tokens = found.tokens / found.choices.micro_batches * found.hidden_at
-        parts.append(f"reading is hidden from {tokens:,.0f} tokens a step on")
+        parts.append(f"with this plan reading is hidden from {tokens:,.0f} tokens a step on")
     return " · ".join(parts)
 
 

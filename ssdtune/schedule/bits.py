@@ -1,9 +1,9 @@
 """`quantization: auto`: in how many bits a job's weights are best read on a machine. A pure function.
 
-Of the ways that fit, the one with the most bits whose reading is hidden (`outcome.HIDDEN`): whose step takes little more than its
-compute. Where none is, the fastest of at least LEAST_FOR_SPEED bits; of several as fast, the one with the most bits.
-Fewer bits than that are taken only where nothing wider fits: they cost the model too much for time alone. Where times
-are not known, the most bits that fit.
+Of the ways that fit, the one with the most bits whose reading is hidden (`outcome.HIDDEN`): whose step takes little
+more than its compute. Where none is, the fastest of at least LEAST_FOR_SPEED bits; of several as fast, the one with the
+most bits. Fewer bits than that are taken only where nothing wider fits: they cost the model too much for time alone.
+Where times are not known, the most bits that fit.
 
 Readings whose blocks have widths of their own lie between two of one width. They are tried once the rule has chosen
 among the latter: those between its choice and the next wider one of the same file, by the same rule.

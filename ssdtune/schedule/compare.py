@@ -39,8 +39,8 @@ class Span:
 class Prediction:
     """A plan, and when each op of a step of its kind was predicted to run.
 
-    moves: ops beside the plan's, of MOVES, and when. step_s: of the whole step. steps: of the trace beside it, the numbers
-    of those that trained; empty: not known.
+    moves: ops beside the plan's, of MOVES, and when. step_s: of the whole step. steps: of the trace beside it, the
+    numbers of those that trained; empty: not known.
     """
 
     plan: Plan

@@ -107,8 +107,8 @@ class Moves:
 
     shifts: block -> making all variants of its weights. updates: block -> one change of what is stored of them. window:
     steps that make one such change together. num_missed: changes, on average over the run, that a block from the drive
-    has missed; one that has stayed in its slot missed those of one step. anew: blocks that take all changes so far in each
-    visit, wherever they lie; as many as `num_missed`, too.
+    has missed; one that has stayed in its slot missed those of one step. anew: blocks that take all changes so far in
+    each visit, wherever they lie; as many as `num_missed`, too.
     """
 
     shifts: Mapping[int, Work]
@@ -295,9 +295,9 @@ def _sharing_the_drive(
 ) -> list[float]:
     """Reads and writes of each pass, as long as they take beside each other; as they are where that was not measured.
 
-    overlap: of the drive, c (`Profile.drive_overlap`). While both are under way each runs at c/2. The shorter lane is so all
-    the time, as if the other never paused: 2/c times as long; the longer one is for as long as that, and alone for the
-    rest. So the longer lane is what the drive needs for both, and a pass that is bound by the drive takes that.
+    overlap: of the drive, c (`Profile.drive_overlap`). While both are under way each runs at c/2. The shorter lane is
+    so all the time, as if the other never paused: 2/c times as long; the longer one is for as long as that, and alone
+    for the rest. So the longer lane is what the drive needs for both, and a pass that is bound by the drive takes that.
     """
     found = list(seconds)
     if overlap is None:

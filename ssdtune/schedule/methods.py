@@ -107,8 +107,8 @@ def shape_of(job: Job) -> Shape:
 
 
 def _flop_of(job: Job, slot_bytes: int, num_tokens: int) -> float:
-    """Of a token's forward through a block of this size, on average, as counted: of experts, those that it is routed to;
-    0: not known. num_tokens: of a micro-batch."""
+    """Of a token's forward through a block of this size, on average, as counted: of experts, those that it is routed
+    to; 0: not known. num_tokens: of a micro-batch."""
     if job.work is None:
         return 0.0
     flop = [

@@ -209,8 +209,8 @@ def _peak(job: Job, plan: Plan, micro_batches: int) -> Peak:
 
 
 def _files(job: Job, plan: Plan, micro_batches: int) -> dict[str, int]:
-    """What a run makes on the drive beside what waits for backward: the packed model that it reads, and, once blocks that
-    are read have missed so many steps, all of them as slots hold them."""
+    """What a run makes on the drive beside what waits for backward: the packed model that it reads, and, once blocks
+    that are read have missed so many steps, all of them as slots hold them."""
     files = {PACKED: job.packed_bytes} if job.packed_bytes else {}
     if 0 < job.fold_steps < job.steps(micro_batches) and plan.sequences[job.kind].read_bytes:
         files[COPY] = sum(block.slot_bytes for block in job.blocks)
@@ -313,8 +313,8 @@ def _over(peak: Peak, machine: Machine) -> str:
 
 
 def _written(job: Job, plan: Plan, peak: Peak, num_steps: int) -> float:
-    """Block inputs and activations of every step where NVMe holds them, checkpoints, working copies of the weights, and the
-    packed model, once."""
+    """Block inputs and activations of every step where NVMe holds them, checkpoints, working copies of the weights, and
+    the packed model, once."""
     waiting = peak.nvme.get(INPUTS, 0) + peak.nvme.get(STORED, 0)
     saved = min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
     return num_steps * waiting + saved + _folded(job, plan, num_steps) + peak.nvme.get(PACKED, 0)

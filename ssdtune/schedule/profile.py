@@ -176,11 +176,11 @@ class Profile:
 
     @property
     def drive_overlap(self) -> float | None:
-        """Seconds of reads alone and of writes alone that the drive does in a second of both: 1, they take turns; 2, neither
-        slows the other. None where that was not measured.
+        """Seconds of reads alone and of writes alone that the drive does in a second of both: 1, they take turns; 2,
+        neither slows the other. None where that was not measured.
 
-        From the largest mixed point, n bytes read and n written in t seconds. Alone they take a <= b seconds; beside each
-        other both run at c/2 until a is done, the rest of b alone: t = 2 a / c + b - a.
+        From the largest mixed point, n bytes read and n written in t seconds. Alone they take a <= b seconds; beside
+        each other both run at c/2 until a is done, the rest of b alone: t = 2 a / c + b - a.
         """
         if not {MIXED, "nvme_write"} <= self.transfers.keys():
             return None

@@ -281,8 +281,8 @@ def _name(choice: Choice) -> tuple[object, ...]:
 
 def _skeletons_that_fit(hunt: Hunt) -> list[Skeleton]:
     """The ways to share slots that the budget has room for; those without any prefetch only where nothing else fits, or
-    that was asked for. Where visits vary, those with three slots and more, if there are any: what is predicted knows the
-    usual visit, and a slot more is ready when one is shorter. Raises PlanError where none does."""
+    that was asked for. Where visits vary, those with three slots and more, if there are any: what is predicted knows
+    the usual visit, and a slot more is ready when one is shorter. Raises PlanError where none does."""
     depths = hunt.effort.depths
     steady = [depth for depth in depths if depth >= STEADY_DEPTH]
     fit = _fitting(hunt, steady) if hunt.request.visits_vary and steady else []

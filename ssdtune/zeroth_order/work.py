@@ -85,8 +85,8 @@ def with_decoding(
     trains_blocks: bool,
     on_device: bool,
 ) -> Moves:
-    """The same where blocks stay packed in their slots, as these recipes say: what compute reads of them is decoded for each
-    variant, or once a visit for all, where it is not the blocks that train.
+    """The same where blocks stay packed in their slots, as these recipes say: what compute reads of them is decoded for
+    each variant, or once a visit for all, where it is not the blocks that train.
 
     way: of `packed.WAYS`. Those that are KEPT take all steps so far anew each time; codes that are MOVED take each step
     once, which counts like one of what they are decoded to.
