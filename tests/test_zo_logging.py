@@ -123,7 +123,7 @@ class Judged(InMemory):
         return -right_ones(self.model(input_ids=piece["input_ids"]), piece).double().sum() / items
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_a_step_with_one_bad_loss_is_logged_as_skipped_and_changes_nothing(
     bad: float, tmp_path: Path, stream: Stream, reporter: Reporter
 ) -> None:

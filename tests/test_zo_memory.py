@@ -32,12 +32,11 @@ class Real(LiveBytes):
 @pytest.mark.parametrize(
     ("trains", "num_directions"),
     [
-        ("all", 1),
-        ("all", 4),
+        ("all", 2),
         ("adapters", 2),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("all", 2), ("adapters", 1), ("adapters", 4))
+            for each in (("all", 1), ("all", 4), ("adapters", 1), ("adapters", 4))
         ),
     ],
 )

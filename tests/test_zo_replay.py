@@ -208,7 +208,7 @@ def test_a_run_that_was_killed_between_two_visits_goes_on_to_the_same_bits(
     path = load("killed", "all", *flags).path
     script = Path(__file__).parent / "killed_run.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--config", str(path), *flags],
+        [sys.executable, str(script), str(path), *flags],
         env={**os.environ, "PYTHONPATH": str(tiny_runs.CHECKOUT)},
         capture_output=True,
         text=True,

@@ -50,7 +50,7 @@ def test_however_a_batch_is_cut_its_steps_are_the_same_to_rounding(
             assert (weights[num_pieces][name] - value).abs().max() < 1e-3 * moved, name
 
 
-@pytest.mark.parametrize("trains", ["all", "adapters"])
+@pytest.mark.parametrize("trains", [pytest.param("all", marks=pytest.mark.slow), "adapters"])
 def test_variants_have_no_dropout(trains: str, tmp_path: Path, stream: Stream) -> None:
     """Of the model and of the adapter, both of which are in training mode before and after."""
     adapt: Any = {
