@@ -32,6 +32,7 @@ from ssdtune.packing.wanted import FIRST_NVFP4, Wanted
 from ssdtune.swap import storage as swap_storage
 from ssdtune.swap.beside import copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
+from ssdtune.swap.pack_header import VERSION
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.recipe import TensorView
 from ssdtune.swap.source import Checkpoint
@@ -508,9 +509,9 @@ def test_files_without_checksums_of_plain_tensors_are_read_as_before(
 def test_a_config_of_a_newer_version_is_refused(there: Path) -> None:
     path = there / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["version"] = 2
+    config["quantization_config"]["version"] = VERSION + 1
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="packed in version 2") as caught:
+    with pytest.raises(CheckpointError, match=f"packed in version {VERSION + 1}") as caught:
         build_meta(there)
     assert str(path) in str(caught.value)
     assert "newer ssdtune" in str(caught.value)
