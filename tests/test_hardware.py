@@ -214,9 +214,8 @@ MODELS |= {
     },
 }
 RAM = {name: 32 if "-8b-" in name else 64 for name in MODELS}
-CARDS = {
-    12: "rtx3060"
-}  # GB: of so much; else one that computes faster, which is harder to keep busy
+# GB: cards of about so much; else one that computes faster, which is harder to keep busy.
+CARDS = dict.fromkeys((4, 12), "rtx3060")
 
 
 # Of one card's two methods or one method's two cards, one at once: each takes seconds to open and to plan.
