@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if (
-            error.errno is None
-        ):  # a library's own words under the system's name: where it was says more
+        if error.errno is None:  # a library's words under the system's name: where it was says more
             raise
         print(f"error: {_refusal(error)}", file=sys.stderr)
         return EXIT_USER_ERROR

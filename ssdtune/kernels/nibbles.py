@@ -145,6 +145,9 @@ class NestedNibbles:
             yield Slab(some.start, inner, (found, scales), out.view(-1)[some])
 
 
+NVFP4_BLOCKS = Nibbles(E2M1, NVFP4_BLOCK, is_high_first=False, scale="F8_E4M3")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Nvfp4:
     """E2M1 in blocks of 16, low half first, with e4m3 scales and one for all of them.

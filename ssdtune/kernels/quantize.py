@@ -32,7 +32,7 @@ import torch
 
 from ssdtune.kernels.affine import Affine, split_codes, widths
 from ssdtune.kernels.formats import Format, Part
-from ssdtune.kernels.nibbles import E2M1, NVFP4_BLOCK, SCALE_DTYPES, Nibbles, scale_of
+from ssdtune.kernels.nibbles import NVFP4_BLOCKS, SCALE_DTYPES, Nibbles, scale_of
 from ssdtune.kernels.rotated import rotated
 
 CHUNK = 1 << 18  # elements at a time: a temporary takes 1 MB, all of them less than 16 MB
@@ -318,15 +318,14 @@ def quantize_nvfp4(values: torch.Tensor, num_stored: int = 1) -> dict[str, torch
     (NVIDIA, arXiv 2509.25149), at least NVFP4_LEAST; values / it, rounded to float32, are then encoded as
     `quantize_nibbles` does. Blocks whose largest magnitude is below about a 500,000th of the tensor's become zeros.
     values, errors: as there."""
-    format = Nibbles(E2M1, NVFP4_BLOCK, is_high_first=False, scale="F8_E4M3")
-    book = _Codebook.of(E2M1, values.device)
+    book = _Codebook.of(NVFP4_BLOCKS.table, values.device)
     whole = _nvfp4_scale(values)
 
     def encode(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _nibble_chunk(chunk / whole, format, book, is_searched=True)
+        return _nibble_chunk(chunk / whole, NVFP4_BLOCKS, book, is_searched=True)
 
-    parts = format.parts(tuple(values.shape))
-    made = _by_chunks(values, parts, _chunk_of(NVFP4_BLOCK), encode)
+    parts = NVFP4_BLOCKS.parts(tuple(values.shape))
+    made = _by_chunks(values, parts, _chunk_of(NVFP4_BLOCKS.block), encode)
     return {**made, "global_scale": torch.nn.functional.pad(whole.view(1), (0, num_stored - 1))}
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ssdtune.kernels.affine import TILE, Affine
 from ssdtune.kernels.decoding import ALIGNMENT, DTYPES, check, is_streamed, nan_bits, run
-from ssdtune.kernels.nibbles import E2M1, NVFP4_BLOCK, SCALE_DTYPES, Nibbles, Nvfp4, scale_of
+from ssdtune.kernels.nibbles import NVFP4_BLOCKS, SCALE_DTYPES, Nibbles, Nvfp4, scale_of
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.structs import struct
 
@@ -78,9 +78,8 @@ def _nibbles(
 def _nvfp4(format: Nvfp4, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str) -> None:
     """Blocks' scales are bytes: what comes out for each of the 256 has the scale of all in it."""
     codes, scales, stored = parts
-    blocks = Nibbles(E2M1, NVFP4_BLOCK, is_high_first=False, scale="F8_E4M3")
-    by_scale = _by_scale(blocks, format.scaled(_every(blocks), stored), out.dtype)
-    job = nibbles_job(blocks, (codes, scales), out, by_scale)
+    by_scale = _by_scale(NVFP4_BLOCKS, format.scaled(_every(NVFP4_BLOCKS), stored), out.dtype)
+    job = nibbles_job(NVFP4_BLOCKS, (codes, scales), out, by_scale)
     run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // job.part))
 
 

@@ -24,6 +24,7 @@ from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles, Nvfp4
 from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles, quantize_nvfp4
 from ssdtune.kernels.rotated import Rotated
+from ssdtune.memory import nearest_folder
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
 from ssdtune.packing.shards import PARTIAL, ShardError, ShardWriter, data_offset
@@ -173,8 +174,7 @@ def most_bytes(files: Iterable[Sequence[Group]]) -> int:
 
 def _free(out: Path) -> int:
     """Bytes that are free where the folder is, or would be."""
-    there = out.absolute()
-    return shutil.disk_usage(next(p for p in (there, *there.parents) if p.is_dir())).free
+    return shutil.disk_usage(nearest_folder(out)).free
 
 
 def _room(needed: int, free: int) -> str:

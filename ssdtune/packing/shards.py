@@ -80,9 +80,8 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk takes what is buffered no more than before, and nobody wants it
+        # A full disk takes what is buffered no more than before, and nobody wants it.
+        with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):  # the same packing writes over it
             self._partial.unlink()

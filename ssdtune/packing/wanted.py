@@ -12,6 +12,7 @@ from ssdtune.kernels.nibbles import (
     E2M1,
     NF4,
     NVFP4_BLOCK,
+    NVFP4_BLOCKS,
     NestedNibbles,
     Nibbles,
     Nvfp4,
@@ -37,7 +38,7 @@ FOUR_BITS: dict[str, Format] = {  # nothing about them can be chosen
     "fp4-ue5m3": Nibbles(E2M1, 16, is_high_first=False, scale="UE5M3"),
 }
 # What `nvfp4` was in version 1 of the format, without a scale of the whole tensor: read, no longer written.
-FIRST_NVFP4 = Nibbles(E2M1, NVFP4_BLOCK, is_high_first=False, scale="F8_E4M3")
+FIRST_NVFP4 = NVFP4_BLOCKS
 FORMATS = (AFFINE, "nf4", *FOUR_BITS, LOSSLESS)
 # Bits and groups that other formats than affine codes can be asked for; where groups are not here, any.
 BITS = {"nf4": (4,), **dict.fromkeys(FOUR_BITS, (4,)), LOSSLESS: (4, 3)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.memory import free_ram
+from ssdtune.probe.machine import free_device_bytes
 from ssdtune.probe.timing import Run, time_all
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.products import Grid
@@ -84,6 +85,5 @@ def _memory(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def _free_bytes(device: torch.device) -> int:
-    import torch
-
-    return free_ram() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    found = free_device_bytes(device)
+    return free_ram() if found is None else found

@@ -64,10 +64,8 @@ def measure_in_model(
                 ids = torch.randint(3, REFERENCE["vocab_size"], (1, tokens), device=device)
                 found = steadily(partial(_passes, model, ids, operators))
                 points += found
-                if (
-                    REFERENCE["num_hidden_layers"] * sum(p.seconds for p in found)
-                    > REFERENCE_STEP_S
-                ):
+                layer_s = sum(point.seconds for point in found)
+                if REFERENCE["num_hidden_layers"] * layer_s > REFERENCE_STEP_S:
                     break
         finally:
             model.get_base_model().ssdtune.close()

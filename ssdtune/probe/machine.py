@@ -1,9 +1,10 @@
-"""The machine itself: its name, and how much of it other processes take."""
+"""The machine itself: its name, how much of it is free or taken by others, and how its device is waited for."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,3 +43,12 @@ def free_device_bytes(device: torch.device) -> int | None:
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        return lambda: torch.cuda.current_stream(device).synchronize()
+    return lambda: None

@@ -11,7 +11,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ssdtune.probe.drive import READ_STRIDE
-from ssdtune.probe.timing import Run, waiter
+from ssdtune.probe.machine import waiter
+from ssdtune.probe.timing import Run
 
 if TYPE_CHECKING:
     import torch

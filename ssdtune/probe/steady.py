@@ -10,6 +10,8 @@ from statistics import median
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, TypeVar
 
+from ssdtune.probe.machine import waiter
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,7 +30,7 @@ class Watch:
     def __init__(self, device: torch.device) -> None:
         import torch
 
-        self._matrix = torch.ones(WIDTH, WIDTH, device=device)
+        self._matrix, self._wait = torch.ones(WIDTH, WIDTH, device=device), waiter(device)
         self._looks: list[float] = []
         self._least = math.inf
         self._left_s = AGAIN_S
@@ -64,11 +66,10 @@ class Watch:
     def _seconds(self) -> float:
         import torch
 
-        device, start = self._matrix.device, perf_counter()
+        start = perf_counter()
         for _ in range(CALLS):
             torch.mm(self._matrix, self._matrix)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        self._wait()
         return perf_counter() - start
 
 

@@ -9,6 +9,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ssdtune.probe.machine import waiter
 from ssdtune.probe.steady import look, steadily
 from ssdtune.schedule.curve import Curve, curve_of
 
@@ -106,12 +107,3 @@ def best_of(run: Run, seconds: float) -> float:
         run()
         best = min(best, perf_counter() - start)
     return best
-
-
-def waiter(device: torch.device) -> Callable[[], None]:
-    """What waits until the device has done what it was given."""
-    import torch
-
-    if device.type == "cuda":
-        return lambda: torch.cuda.current_stream(device).synchronize()
-    return lambda: None

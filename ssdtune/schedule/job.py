@@ -39,9 +39,8 @@ def mean_padded(lengths: Sequence[int], rows_at_once: int) -> float:
     return sum(padded) / len(padded)
 
 
-MIXED_ROWS = (
-    10_000  # that stand for all rows of several data sets: of one row in so many there is still one
-)
+# That stand for all rows of several data sets: of one row in so many there is still one.
+MIXED_ROWS = 10_000
 
 
 def in_proportion(lengths: Sequence[Sequence[int]], nums: Sequence[float]) -> list[int]:
