@@ -50,15 +50,27 @@ def test_overhead_and_factor_are_found_again() -> None:
     assert found.factor == pytest.approx(1.2)
 
 
-def test_calls_that_nothing_records_have_an_overhead_of_their_own() -> None:
+def test_calls_that_nothing_records_have_an_overhead_and_a_factor_of_their_own() -> None:
     visits = ((60, 0, 1e-3), (60, 0, 1e-2), (60, 100, 3e-2), (60, 100, 1e-4))
     points = [in_model.Point(n, a, s, 3e-5 * n + 1e-5 * a + 1.2 * s) for n, a, s in visits]
-    alone = [in_model.Point(60, 0, s, 2e-5 * 60 + 1.2 * s, is_recorded=False) for s in (1e-3, 1e-2)]
+    alone = [in_model.Point(60, 0, s, 2e-5 * 60 + 1.1 * s, is_recorded=False) for s in (1e-3, 1e-2)]
     found = in_model.fit_in_model([*points, *alone], is_hidden=False)
     assert found.overhead_s == pytest.approx(3e-5)
     assert found.no_grad_overhead_s == pytest.approx(2e-5)
+    assert found.no_grad_factor == pytest.approx(1.1)
     assert found.seconds(60, 0, 1e-3) == pytest.approx(3e-3)
-    assert found.seconds(60, 0, 1e-3, is_recorded=False) == pytest.approx(2.4e-3)
+    assert found.seconds(60, 0, 1e-3, is_recorded=False) == pytest.approx(2.3e-3)
+
+
+def test_a_forward_alone_has_at_most_the_factor_of_a_recorded_one_and_at_least_1() -> None:
+    visits = ((60, 0, 1e-3), (60, 0, 1e-2), (60, 100, 3e-2), (60, 100, 1e-4))
+    points = [in_model.Point(n, a, s, 3e-5 * n + 1e-5 * a + 1.2 * s) for n, a, s in visits]
+    for factor, held in ((2.0, 1.2), (0.7, 1.0)):
+        alone = [
+            in_model.Point(60, 0, s, 2e-5 * 60 + factor * s, is_recorded=False) for s in (1e-3, 1e-2)
+        ]
+        found = in_model.fit_in_model([*points, *alone], is_hidden=False)
+        assert found.no_grad_factor == pytest.approx(held)
 
 
 def test_curves_that_do_not_hold_give_a_factor_alone() -> None:

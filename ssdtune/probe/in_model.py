@@ -153,13 +153,23 @@ def _layers_of_last_step(engine: Any) -> list[TraceOp]:
 
 
 def fit_in_model(points: Sequence[Point], *, is_hidden: bool) -> InModel:
-    """Overheads and factor, relative errors as small as may be; calls that nothing records, by what is left then."""
+    """Overheads and factors, relative errors as small as may be.
+
+    Where nothing is recorded a call takes less, and what it gives is freed at once and its memory used again while
+    caches hold it: such passes have an overhead and a factor of their own, at most those of recorded ones.
+    """
     unrecorded = [p for p in points if not p.is_recorded]
     found = _fit_recorded([p for p in points if p.is_recorded], is_hidden=is_hidden)
     if not unrecorded or is_hidden or not found.overhead_s:
         return found
-    each = median((p.seconds - found.factor * p.curves_s) / p.num_calls for p in unrecorded)
-    return dataclasses.replace(found, no_grad_overhead_s=min(max(each, 0.0), found.overhead_s))
+    _, _, factor = _least_squares(unrecorded, None)
+    factor = min(max(LEAST_FACTOR, factor), found.factor)
+    each = median((p.seconds - factor * p.curves_s) / p.num_calls for p in unrecorded)
+    return dataclasses.replace(
+        found,
+        no_grad_overhead_s=min(max(each, 0.0), found.overhead_s),
+        no_grad_factor=factor,
+    )
 
 
 def _fit_recorded(points: Sequence[Point], *, is_hidden: bool) -> InModel:

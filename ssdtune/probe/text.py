@@ -39,8 +39,8 @@ def _operators_line(curves: Mapping[str, Curve], inside: InModel) -> str:
         f"in a model {inside.factor:.2f} x + {inside.overhead_s * 1e6:.0f} us a call, "
         f"{inside.autograd_overhead_s * 1e6:.0f} by autograd"
     )
-    if inside.no_grad_overhead_s is not None:
-        line += f", {inside.no_grad_overhead_s * 1e6:.0f} without it"
+    if inside.no_grad_overhead_s is not None and inside.no_grad_factor is not None:
+        line += f", without it {inside.no_grad_factor:.2f} x + {inside.no_grad_overhead_s * 1e6:.0f} us"
     parts.append(line)
     return " · ".join(parts)
 

@@ -48,10 +48,10 @@ class InModel:
     """What operators take inside a model beyond their curves, which are of one operator again and again.
 
     overhead_s: of each call that a model's code makes: that code, the framework's own work, threads that wake up.
-    autograd_overhead_s: the same of calls that autograd makes. no_grad_overhead_s: of a model's calls where nothing is
-    recorded for autograd; None: as the others of its code. factor: on the curves: caches that other operators have
+    autograd_overhead_s: the same of calls that autograd makes. factor: on the curves: caches that other operators have
     used. is_hidden: whether the calls' overhead passes while a device computes: the longer of the two counts, not
-    their sum.
+    their sum. no_grad_overhead_s, no_grad_factor: of a model's calls where nothing is recorded for autograd; None: as
+    the others.
     """
 
     overhead_s: float = 0.0
@@ -59,6 +59,7 @@ class InModel:
     factor: float = 1.0
     is_hidden: bool = False
     no_grad_overhead_s: float | None = None
+    no_grad_factor: float | None = None
 
     def seconds(
         self,
@@ -70,11 +71,13 @@ class InModel:
     ) -> float:
         """So many calls by a model's code and by autograd, whose curves say `curves_s` in all. is_recorded: for a
         backward pass."""
-        each = self.overhead_s
+        each, factor = self.overhead_s, self.factor
         if not is_recorded and self.no_grad_overhead_s is not None:
             each = self.no_grad_overhead_s
+        if not is_recorded and self.no_grad_factor is not None:
+            factor = self.no_grad_factor
         calls = num_calls * each + num_autograd_calls * self.autograd_overhead_s
-        work = self.factor * curves_s
+        work = factor * curves_s
         return max(calls, work) if self.is_hidden else calls + work
 
 
@@ -327,12 +330,15 @@ def _in_model(found: Any, where: str) -> dict[str, InModel]:
     for dtype, content in mapping(found, where).items():
         each = mapping(content, f"{where}.{dtype}")
         overheads = [each.get(name, 0.0) for name in ("overhead_s", "autograd_overhead_s")]
-        unrecorded = each.get("no_grad_overhead_s")
+        unrecorded, its_factor = each.get("no_grad_overhead_s"), each.get("no_grad_factor")
         overheads += [] if unrecorded is None else [unrecorded]
         factor = each.get("factor", 1.0)
-        if not all(o == 0 or is_positive(o) for o in overheads) or not is_positive(factor):
+        factors = [factor] if its_factor is None else [factor, its_factor]
+        if not all(o == 0 or is_positive(o) for o in overheads) or not all(
+            map(is_positive, factors)
+        ):
             raise ProfileError(
-                f"{where}.{dtype}: overheads must be 0 or more and factor above 0, got {each!r:.80}."
+                f"{where}.{dtype}: overheads must be 0 or more and factors above 0, got {each!r:.80}."
             )
         made[str(dtype)] = InModel(
             overhead_s=float(overheads[0]),
@@ -340,5 +346,6 @@ def _in_model(found: Any, where: str) -> dict[str, InModel]:
             factor=float(factor),
             is_hidden=bool(each.get("is_hidden")),
             no_grad_overhead_s=None if unrecorded is None else float(unrecorded),
+            no_grad_factor=None if its_factor is None else float(its_factor),
         )
     return made
