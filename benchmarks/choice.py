@@ -2,9 +2,10 @@
 
     python benchmarks/choice.py [--profile FILE] [--rounds 5] [--only SUBSTR] [--json out.json]
 
-For each case, in one process: the chosen plan; every plan of a sweep over prefetch depths and sets of blocks that stay
-(how many, and which), all within the same RAM budget; each is run. Then the chosen one and the sweep's best three run
-again, taking turns. The chosen one's median may be at most 5 % plus half the interquartile range above the best's.
+For each case, in one process: the chosen plan; every plan of a sweep over rows at once, prefetch depths and sets of
+blocks that stay (how many, and which), all within the same RAM: more rows at once leave less of it for weights. Each is
+run. Then the chosen one and the sweep's best three run again, taking turns. The chosen one's median may be at most 5 %
+plus half the interquartile range above the best's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SHAPES = ("wide", "deep")
 READING = (0.0, 0.7, 1.5)  # times the predicted compute; 0: the drive as it is
 SHARES = (0.0, 0.25, 0.6)  # of the model's bytes beyond the slots of depth 2
 DEPTHS = (1, 2, 3)
-ROWS, LENGTH, MICRO_BATCHES = 1, 64, 2
+STEP_ROWS, LENGTH = 2, 64
 BAR = 0.05
 BEST = 3
 
@@ -92,30 +93,81 @@ def layouts(request: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{way}, {depth} ahead, {words}", layout
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A step's rows, so many at once: the request within the RAM that is left for weights, what its steps cost."""
+
+    rows: int
+    request: Any
+    pricing: Any
+
+
+def cuts(ours: Any, profile: Any) -> Iterator[Cut]:
+    """Yields each way to cut a step's rows evenly. The RAM is that of one row at once with the model's budget."""
+    from ssdtune.schedule.cost import Pricing
+    from ssdtune.schedule.grid import divisors
+    from ssdtune.schedule.memory import Passes
+    from ssdtune.visit.memory import predict
+    from ssdtune.visit.rehearsal import rehearse
+
+    request = ours.streamer.replanner.request
+    alone = None
+    for rows in divisors(STEP_ROWS):
+        num = STEP_ROWS // rows
+        rehearsed = rehearse(ours.model, {key: value[:rows] for key, value in ours.batch.items()})
+        assert rehearsed.work is not None, rehearsed.footprint.how
+        peak = predict(ours.model, rehearsed.footprint, Passes(num=num), base_bytes=0).ram_bytes
+        alone = peak if alone is None else alone
+        ram_bytes = request.budgets.ram_bytes - (peak - alone)
+        budgets = dataclasses.replace(request.budgets, ram_bytes=ram_bytes)
+        pricing = Pricing(rehearsed.work, profile, num_micro_batches=num)
+        yield Cut(rows, dataclasses.replace(request, budgets=budgets), pricing)
+
+
+def chosen_of(cuts_: Sequence[Cut]) -> tuple[Cut, Any]:
+    """What `micro_batch_size: auto` takes: the fastest plan of all cuts, of equally fast ones that of fewest rows."""
+    from ssdtune.schedule.grid import best_of
+    from ssdtune.schedule.plan import PlanError
+    from ssdtune.schedule.search import search
+
+    found: list[tuple[Cut, Any]] = []
+    for cut in cuts_:
+        try:
+            found.append((cut, search(cut.request, cut.pricing)))
+        except PlanError:  # so many rows leave too little for weights
+            continue
+    best = best_of(found, lambda one: one[1].simulation.step_s, lambda one: (one[0].rows,))
+    assert best is not None, "no cut fits"
+    return best
+
+
+def slowed(profile: Any, bytes_per_s: float) -> Any:
+    """The profile of a machine whose drive gives no more."""
+    from ssdtune.schedule.curve import Curve
+
+    slow = {"nvme_read": Curve(((1e6, 1e6 / bytes_per_s),))}
+    return dataclasses.replace(profile, transfers={**profile.transfers, **slow})
+
+
 def child(job: dict[str, Any]) -> dict[str, Any]:
     """Opens the model, chooses, sweeps, runs the best again."""
     import torch
 
     from benchmarks.contestants import Ours
     from ssdtune.profiles import load_profile
-    from ssdtune.schedule.cost import Pricing
-    from ssdtune.schedule.curve import Curve
     from ssdtune.schedule.plan import Lane
-    from ssdtune.schedule.search import search
-    from ssdtune.visit.rehearsal import rehearse
 
     case = Case(**job["case"])
     torch.set_num_threads(os.cpu_count() or 1)
-    num_rows = ROWS * MICRO_BATCHES
     ours = Ours(
         {
             "model": job["folder"],
-            "batch": [[3 + (7 * i + k) % 1000 for i in range(LENGTH)] for k in range(num_rows)],
+            "batch": [[3 + (7 * i + k) % 1000 for i in range(LENGTH)] for k in range(STEP_ROWS)],
             "dtype": "float32",
             "seed": 0,
             "learning_rate": 1e-4,
             "lora_rank": 16,
-            "micro_rows": ROWS,
+            "micro_rows": 1,
             "prefetch": 2,
             "chunk_tokens": 4096,
             "throttled": True,
@@ -123,29 +175,27 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         }
     )
     profile = load_profile(Path(job["profile"]))
-    rehearsed = rehearse(ours.model, {key: value[:ROWS] for key, value in ours.batch.items()})
-    assert rehearsed.work is not None, rehearsed.footprint.how
     for _ in range(2):  # the order of visits is known after the first
         ours.step()
     replanner = ours.streamer.replanner
     if case.reading:
-        priced = Pricing(rehearsed.work, profile, num_micro_batches=MICRO_BATCHES)
-        compute = priced.simulation(ours.plan).busy_s[Lane.COMPUTE]
-        nothing = sum(
-            op.num_bytes for op in ours.plan.sequences["train"].ops if op.lane is Lane.NVME_READ
-        )
-        rate = max(nothing, ours.plan.model_bytes) / (case.reading * compute)
+        compute = next(cuts(ours, profile)).pricing.simulation(ours.plan).busy_s[Lane.COMPUTE]
+        read = ours.plan.sequences["train"].read_bytes
+        rate = max(read, ours.plan.model_bytes) / (case.reading * compute)
         ours.set({"bytes_per_s": rate})
-        slow = {"nvme_read": Curve(((1e6, 1e6 / rate),))}
-        profile = dataclasses.replace(profile, transfers={**profile.transfers, **slow})
-    pricing = Pricing(rehearsed.work, profile, num_micro_batches=MICRO_BATCHES)
-    chosen = search(replanner.request, pricing)
-    plans = {"chosen": chosen.layout, **dict(layouts(replanner.request))}
-    budget = replanner.request.budgets.ram_bytes
+        profile = slowed(profile, rate)
+    all_cuts = list(cuts(ours, profile))
+    cut, found = chosen_of(all_cuts)
+    plans = {"chosen": (cut, found.layout)}
+    for each in all_cuts:
+        for name, layout in layouts(each.request):
+            plans[f"{each.rows} at once, {name}"] = (each, layout)
 
     def run(name: str, rounds: int) -> list[float]:
-        replanner.adopt(ours.streamer, replanner.request, plans[name])
-        assert ours.plan.ram_bytes <= budget
+        cut, layout = plans[name]
+        ours.streamer.micro_batch_size = cut.rows
+        replanner.adopt(ours.streamer, cut.request, layout)
+        assert ours.plan.ram_bytes <= cut.request.budgets.ram_bytes
         ours.step()  # what stays is read now
         times = []
         for _ in range(rounds):  # one after the other, as in training: reading goes on between them
@@ -162,7 +212,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
             again[name] += run(name, 1)
     ours.close()
     return {
-        "predicted_s": chosen.simulation.step_s,
+        "rows_at_once": cut.rows,
+        "predicted_s": found.simulation.step_s,
         "num_swept": len(plans) - 1,
         "once": once,
         "again": again,
@@ -194,7 +245,8 @@ def table(row: dict[str, Any]) -> str:
     """A line of Markdown."""
     worst = max(row["once"].values()) / row["best_s"]
     return (
-        f"| {row['case']} | {row['predicted_s']:.3f} s | {row['chosen_s']:.3f} s (IQR {row['iqr']:.0%}) | "
+        f"| {row['case']} | {row['predicted_s']:.3f} s | {row['rows_at_once']} at once: {row['chosen_s']:.3f} s "
+        f"(IQR {row['iqr']:.0%}) | "
         f"{row['best_s']:.3f} s: {row['best']} | {row['slower']:+.1%} | {row['num_swept']}, worst {worst:.2f} x |"
     )
 
