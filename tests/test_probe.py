@@ -67,7 +67,8 @@ def test_a_forward_alone_has_at_most_the_factor_of_a_recorded_one_and_at_least_1
     points = [in_model.Point(n, a, s, 3e-5 * n + 1e-5 * a + 1.2 * s) for n, a, s in visits]
     for factor, held in ((2.0, 1.2), (0.7, 1.0)):
         alone = [
-            in_model.Point(60, 0, s, 2e-5 * 60 + factor * s, is_recorded=False) for s in (1e-3, 1e-2)
+            in_model.Point(60, 0, s, 2e-5 * 60 + factor * s, is_recorded=False)
+            for s in (1e-3, 1e-2)
         ]
         found = in_model.fit_in_model([*points, *alone], is_hidden=False)
         assert found.no_grad_factor == pytest.approx(held)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssdtune.probe import steady
-from ssdtune.probe.steady import look, steadily, watching
+from ssdtune.probe.steady import look, pace, steadily, usual_pace, watching
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_the_least_slow_counts_where_none_is_steady(
     slow_machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steady, "perf_counter", iter(range(1000)).__next__)
-    monkeypatch.setattr(steady, "AGAIN_S", 2)
+    monkeypatch.setattr(steady, "AGAIN_S", 6)  # looks pass the time, too
     paces = iter((1.5e-3, 1.3e-3, 1.4e-3, 1e-3))
     with watching(CPU):
         assert steadily(lambda: measured(slow_machine, paces)) == 1.3e-3
@@ -75,3 +75,28 @@ def test_a_real_product_takes_time() -> None:
     watch = steady.Watch(CPU)
     watch.look()
     assert 0 < watch._least < 1
+
+
+def test_times_of_compute_are_told_at_one_pace(slow_machine: Machine) -> None:
+    with watching(CPU):
+        told: list[float] = []
+        for slowness in (1.0, 2.0, 0.5, 2.0, 2.0):
+            slow_machine.seconds = 1e-3 * slowness
+            told.append(3e-3 * slowness / pace())
+        assert told == pytest.approx([3e-3] * 5)
+
+
+def test_the_usual_pace_is_that_of_the_middle_second(
+    slow_machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watching(CPU):
+        for second, slowness, num_looks in ((1, 1.0, 9), (2, 2.0, 1), (3, 2.5, 1)):
+            monkeypatch.setattr(steady, "perf_counter", lambda second=second: float(second))
+            slow_machine.seconds = 1e-3 * slowness
+            for _ in range(num_looks):
+                look()
+        watch = steady._watch.get()
+        assert watch is not None
+        watch._of_second = {k: v for k, v in watch._of_second.items() if k in (1, 2, 3)}
+        assert usual_pace() == pytest.approx(2.0), "however often it was looked at in the others"
+    assert usual_pace() == pace() == 1.0, "nothing is watched"

@@ -20,13 +20,13 @@ from ssdtune.probe.copies import measure_copies
 from ssdtune.probe.drive import measure_both, measure_reads, measure_sustained, measure_writes
 from ssdtune.probe.few_rows import measure_few_rows
 from ssdtune.probe.files import random_file
-from ssdtune.probe.in_model import measure_in_model
+from ssdtune.probe.in_model import Point, fit_in_model, measure_visits
 from ssdtune.probe.machine import cpu_seconds, free_device_bytes, machine_name
 from ssdtune.probe.operators import measure_fresh, measure_operators
 from ssdtune.probe.optimizer import measure_optimizer
 from ssdtune.probe.perturbing import measure_perturbing
 from ssdtune.probe.slowing import measure_slowing
-from ssdtune.probe.steady import watching
+from ssdtune.probe.steady import usual_pace, watching
 from ssdtune.probe.text import profile_lines
 from ssdtune.profiles import save_profile
 from ssdtune.report import say
@@ -60,9 +60,13 @@ def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
         name: measure_operators(device, dtype) | measure_perturbing(device, dtype) | fresh
         for name, dtype in dtypes.items()
     }
-    in_model = {
-        name: measure_in_model(device, dtypes[name], curves) for name, curves in operators.items()
-    }
+
+    def visits() -> dict[str, list[Point]]:
+        return {
+            name: measure_visits(device, dtypes[name], curves) for name, curves in operators.items()
+        }
+
+    early = visits()
     products = {name: measure_few_rows(device, dtype) for name, dtype in dtypes.items()}
     with random_file(folder) if file is None else contextlib.nullcontext(file) as read_from:
         transfers = {
@@ -72,11 +76,21 @@ def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
             **measure_copies(device),
         }
         slowing = measure_slowing(read_from, device)
+    late = (
+        visits()
+    )  # what threads and caches leave them changes from one part of a minute to another
+    slower, is_hidden = usual_pace(), device.type != "cpu"
     return Profile(
         name=machine_name(device),
-        operators=operators,
+        operators={
+            name: {kind: curve.times(slower) for kind, curve in curves.items()}
+            for name, curves in operators.items()
+        },
         transfers=transfers,
-        in_model=in_model,
+        in_model={
+            name: fit_in_model([*early[name], *late[name]], is_hidden=is_hidden).times(slower)
+            for name in dtypes
+        },
         reading_takes=slowing,
         products={name: grids for name, grids in products.items() if grids},
         optimizer=measure_optimizer(),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssdtune.probe import timing
-from ssdtune.probe.steady import look, steadily
+from ssdtune.probe.steady import pace
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.plan import Direction, Lane
 from ssdtune.schedule.profile import InModel, Profile
@@ -47,10 +46,11 @@ class Point(NamedTuple):
     is_recorded: bool = True
 
 
-def measure_in_model(
+def measure_visits(
     device: torch.device, dtype: torch.dtype, operators: dict[str, Curve]
-) -> InModel:
-    """Trains an adapter on a small random model, streamed with all weights in place, at several lengths."""
+) -> list[Point]:
+    """Trains an adapter on a small random model, streamed with all weights in place, at several lengths; what a layer's
+    visits took, for `fit_in_model`."""
     import warnings
 
     import torch
@@ -62,14 +62,14 @@ def measure_in_model(
         try:
             for tokens in REFERENCE_TOKENS:
                 ids = torch.randint(3, REFERENCE["vocab_size"], (1, tokens), device=device)
-                found = steadily(partial(_passes, model, ids, operators))
+                found = _passes(model, ids, operators)
                 points += found
                 layer_s = sum(point.seconds for point in found)
                 if REFERENCE["num_hidden_layers"] * layer_s > REFERENCE_STEP_S:
                     break
         finally:
             model.get_base_model().ssdtune.close()
-    return fit_in_model(points, is_hidden=device.type != "cpu")
+    return points
 
 
 def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -100,7 +100,7 @@ def _reference(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> list[Point]:
-    """A layer's two passes of training and its forward alone, at this length."""
+    """A layer's two passes of training and its forward alone, at this length and at the pace of the curves."""
     import torch
 
     from ssdtune.visit.rehearsal import rehearse
@@ -118,15 +118,15 @@ def _passes(model: Any, ids: torch.Tensor, operators: dict[str, Curve]) -> list[
     for num in range(WARM_UPS + timing.ROUNDS):
         if num >= WARM_UPS + timing.FEW_ROUNDS and perf_counter() - start > LONG_PASSES_S:
             break
-        look()
+        slower = pace()
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
         for op in _layers_of_last_step(engine):
-            times["train", op.direction].append(op.end_s - op.start_s - op.wait_s)
+            times["train", op.direction].append((op.end_s - op.start_s - op.wait_s) / slower)
         with torch.no_grad():
             model(input_ids=ids, labels=ids)
         for op in _layers_of_last_step(engine):
-            times["forward", op.direction].append(op.end_s - op.start_s - op.wait_s)
+            times["forward", op.direction].append((op.end_s - op.start_s - op.wait_s) / slower)
     layer = next(i for i, recipe in enumerate(engine.recipes) if ".layers." in recipe.name)
     curves = Profile(name="probe", operators={work.dtype: operators}, transfers={})
     points: list[Point] = []

@@ -45,8 +45,8 @@ def measure_operators(device: torch.device, dtype: torch.dtype) -> dict[str, Cur
             )  # memory that has its pages: fresh ones are measured apart
             passes[num_bytes] = partial(torch.mul, values, values.clone(), out=out)
             specials[num_bytes * 2 / 3] = partial(torch.ops.aten.silu.out, values, out=out)
-        curves["pointwise"] = time_all(passes, device)
-        curves["special"] = time_all(specials, device)
+        curves["pointwise"] = time_all(passes, device, is_compute=True)
+        curves["special"] = time_all(specials, device, is_compute=True)
     return curves | _attention(made, device)
 
 
@@ -61,7 +61,7 @@ def measure_fresh() -> Curve:
     for num_bytes in FRESH_SIZES:
         there[num_bytes] = partial(torch.zeros(num_bytes, dtype=torch.uint8).fill_, 1)
         made[num_bytes] = partial(_made_and_written, num_bytes)
-    new, old = time_all(made, cpu), time_all(there, cpu)
+    new, old = (time_all(pieces, cpu, is_compute=True) for pieces in (made, there))
     least = 1e-12  # a curve's times are above 0
     return curve_of((n, max(new.seconds(n) - old.seconds(n), least * n)) for n, _ in new.points)
 
@@ -87,8 +87,8 @@ def _products(made: Mapping[str, Any], device: torch.device) -> dict[str, Curve]
         )
         backward[flop] = partial(torch.matmul, torch.randn(tokens, out, **made), weight)
     return {
-        "matmul_transposed": time_all(forward, device),
-        "matmul": time_all(backward, device),
+        "matmul_transposed": time_all(forward, device, is_compute=True),
+        "matmul": time_all(backward, device, is_compute=True),
     }
 
 
@@ -105,7 +105,7 @@ def _attention(made: Mapping[str, Any], device: torch.device) -> dict[str, Curve
         flop = 2.0 * 8 * length * length * 64
         forward[flop] = ahead
         both[flop] = _attend_and_back(q, k, v)
-    one, two = time_all(forward, device), time_all(both, device)
+    one, two = (time_all(runs, device, is_compute=True) for runs in (forward, both))
     back = {
         flop * BACKWARD_FLOP: max(seconds - one.seconds(flop), seconds / 10)
         for flop, seconds in two.points

@@ -28,5 +28,5 @@ def measure_perturbing(device: torch.device, dtype: torch.dtype) -> dict[str, Cu
     for name, kind in ((PERTURB, GAUSSIAN), (PERTURB_SIGNS, RADEMACHER)):
         directions = [Direction(KEY, SCALE, kind)]
         pieces = {float(n): partial(add_directions, to[:n], base[:n], directions) for n in ELEMENTS}
-        found[name] = time_all(pieces, device)
+        found[name] = time_all(pieces, device, is_compute=True)
     return found

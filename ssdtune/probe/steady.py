@@ -1,4 +1,9 @@
-"""Whether the machine keeps its pace while it is measured: what was measured while it was slow is measured again."""
+"""Whether the machine keeps its pace while it is measured: what was measured while it was slow is measured again.
+
+Times of compute are told at one pace instead: each is divided by what the look right before it took, and in the end all
+are multiplied by what a look usually takes. So products, and the models that are made of them, agree with each other
+however the pace changed in between.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +37,30 @@ class Watch:
 
         self._matrix, self._wait = torch.ones(WIDTH, WIDTH, device=device), waiter(device)
         self._looks: list[float] = []
+        self._of_second: dict[int, list[float]] = {}
         self._least = math.inf
         self._left_s = AGAIN_S
         until = perf_counter() + FIRST_LOOKS_S
         while perf_counter() < until:
             self.look()
+        self._first = median(self._looks)
 
     def look(self) -> bool:
         """Takes the product's time now; whether it is a slow one."""
         self._looks.append(min(self._seconds() for _ in range(TIMES)))
+        self._of_second.setdefault(int(perf_counter()), []).append(self._looks[-1])
         self._least = min(self._least, self._looks[-1])
         return self._looks[-1] > SLOWER * self._least
+
+    def pace(self) -> float:
+        """How long the product takes now, over what it took at first."""
+        self.look()
+        return self._looks[-1] / self._first
+
+    @property
+    def usual_pace(self) -> float:
+        """The middle of all seconds so far, over what the product took at first."""
+        return median(map(median, self._of_second.values())) / self._first
 
     def steadiest(self, measure: Callable[[], Found]) -> Found:
         """Of several times that it was measured, the one in which the machine was least slow. measure: looks now and
@@ -90,6 +108,18 @@ def look() -> None:
     """To be called now and then by what `steadily` measures."""
     if (watch := _watch.get()) is not None:
         watch.look()
+
+
+def pace() -> float:
+    """What times of compute that are measured now are to be divided by, to be those of one pace."""
+    watch = _watch.get()
+    return 1.0 if watch is None else watch.pace()
+
+
+def usual_pace() -> float:
+    """What times of that one pace are to be multiplied by, to be those of this machine as it usually is."""
+    watch = _watch.get()
+    return 1.0 if watch is None else watch.usual_pace
 
 
 def steadily(measure: Callable[[], Found]) -> Found:

@@ -40,7 +40,9 @@ def _operators_line(curves: Mapping[str, Curve], inside: InModel) -> str:
         f"{inside.autograd_overhead_s * 1e6:.0f} by autograd"
     )
     if inside.no_grad_overhead_s is not None and inside.no_grad_factor is not None:
-        line += f", without it {inside.no_grad_factor:.2f} x + {inside.no_grad_overhead_s * 1e6:.0f} us"
+        line += (
+            f", without it {inside.no_grad_factor:.2f} x + {inside.no_grad_overhead_s * 1e6:.0f} us"
+        )
     parts.append(line)
     return " · ".join(parts)
 

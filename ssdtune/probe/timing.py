@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.probe.machine import waiter
-from ssdtune.probe.steady import look, steadily
+from ssdtune.probe.steady import look, pace, steadily
 from ssdtune.schedule.curve import Curve, curve_of
 
 if TYPE_CHECKING:
@@ -31,21 +31,34 @@ def time_all(
     *,
     rounds: int | None = None,
     longest_s: float | None = None,
+    is_compute: bool = False,
 ) -> Curve:
     """Size -> seconds of each piece, p50 and p90 of its rounds. Sizes take turns, so that a load that comes and goes
     hits all of them. What is larger than a piece that takes `longest_s` (MAX_PIECE_S) is left out, and what would take
-    far longer."""
-    kept = steadily(
-        partial(_times, pieces, waiter(device), rounds or ROUNDS, longest_s or MAX_PIECE_S)
-    )
+    far longer.
+
+    is_compute: as long as the processor's pace says, so that times are told at one pace. Others are measured again where
+    the machine was slow.
+    """
+    times_of = partial(_times, pieces, waiter(device), rounds or ROUNDS, longest_s or MAX_PIECE_S)
+    kept = times_of(pace) if is_compute else steadily(partial(times_of, _looked))
     return curve_of((size, median(times), quantile(times, SLOW)) for size, times in kept.items())
 
 
-def _times(
-    pieces: Mapping[float, Run], wait: Run, rounds: int, longest_s: float
-) -> dict[float, list[float]]:
-    """Size -> seconds of each round."""
+def _looked() -> float:
     look()
+    return 1.0
+
+
+def _times(
+    pieces: Mapping[float, Run],
+    wait: Run,
+    rounds: int,
+    longest_s: float,
+    divisor: Callable[[], float],
+) -> dict[float, list[float]]:
+    """Size -> seconds of each round, over the divisor that was asked for right before it."""
+    slower = divisor()
     kept: dict[float, list[float]] = {}
     for size, run in sorted(pieces.items()):
         before = max(kept, default=None)
@@ -55,12 +68,12 @@ def _times(
             break
         run()  # allocates, compiles, warms up
         wait()
-        kept[size] = [timed(run, wait)]
+        kept[size] = [timed(run, wait) / slower]
     for num in range(1, rounds):
-        look()
+        slower = divisor()
         for size, times in kept.items():
             if num < FEW_ROUNDS or times[0] <= LONG_S:
-                times.append(timed(pieces[size], wait))
+                times.append(timed(pieces[size], wait) / slower)
     return kept
 
 

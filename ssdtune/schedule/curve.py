@@ -63,6 +63,11 @@ class Curve:
         sizes = (size for size, _ in self.points)
         return Curve(tuple(zip(sizes, self.slow, strict=True)))
 
+    def times(self, factor: float) -> Curve:
+        """The curve of what takes so many times as long."""
+        points = tuple((size, factor * seconds) for size, seconds in self.points)
+        return Curve(points, tuple(factor * seconds for seconds in self.slow))
+
     @property
     def line(self) -> Line:
         """Latency and rate, as if the work had no others: the median of the slopes between all pairs of points, then

@@ -80,6 +80,16 @@ class InModel:
         work = factor * curves_s
         return max(calls, work) if self.is_hidden else calls + work
 
+    def times(self, factor: float) -> InModel:
+        """Where each call's overhead takes so many times as long."""
+        each = self.no_grad_overhead_s
+        return dataclasses.replace(
+            self,
+            overhead_s=factor * self.overhead_s,
+            autograd_overhead_s=factor * self.autograd_overhead_s,
+            no_grad_overhead_s=None if each is None else factor * each,
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
