@@ -5,10 +5,11 @@
 First this machine is measured (`ssdtune probe`), which sees none of the runs. Then every run is a process of its own:
 it says what it predicts from plan, counted operators and profile, and takes its steps. Predicted peak memory too.
 
-Shared machines drift by more than what is to be shown. So a run is made again, TRIES times at most (`tries` in the
-JSON), where its own steps do not lie within STEADY of each other, or where a matrix product right before and after them
-does not take what the profile says (its *pace*; WAIT_S it is waited for), whatever the run's error was; its last try
-counts. Spread and pace stand beside each error, and the bars are said twice: of all runs, and of the steady ones.
+Shared machines drift by more than what is to be shown. So a step counts where a matrix product right before and right
+after it takes what the profile says, within STEADY (its *pace*; not looked at where the reader is slowed, since a pause
+for it would help the reader). Steps are taken until enough of them count, MOST times as many at most; of a run in which
+too few do, all count, and it is not called steady. A second error is that of the prediction whose compute takes as much
+longer as those products did. The bars are said of all runs, of the steady ones, and of all at their pace.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter, sleep
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -46,9 +47,9 @@ KINDS = (
     ("forward", 1.5),
 )  # method, reading / compute
 TIME_BAR, MEDIAN_BAR, PEAK_BAR = 0.10, 0.05, 0.10
-STEADY = 0.10  # spread of a run's steps, and what its pace is off by
-TRIES, WAIT_S = 3, 30.0
-PACE_PRODUCT, PACE_ROUNDS = (512, 576, 1536), 15  # tokens, width, width of the result
+STEADY = 0.10  # what a step's pace is off by
+MOST = 6  # times as many steps as are to count
+PACE_PRODUCT, PACE_ROUNDS = (512, 576, 1536), 5  # tokens, width, width of the result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,19 @@ class Case:
             f"{self.shape}, {self.method}, {self.micro_batches} x {self.rows} x {self.length}, "
             f"resident {self.resident_share:.0%}{slowed}"
         )
+
+
+class Step(NamedTuple):
+    """One measured step. paces: right before and right after it."""
+
+    seconds: float
+    paces: tuple[float, float]
+    lanes: dict[str, float]
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether it counts."""
+        return all(abs(pace - 1) <= STEADY for pace in self.paces)
 
 
 def cases() -> Iterator[Case]:
@@ -100,8 +114,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.contestants import Ours
     from benchmarks.worker import forget_peak, memory_peak_bytes
     from ssdtune.profiles import load_profile
-    from ssdtune.schedule import trace
-    from ssdtune.schedule.cost import predict_step
+    from ssdtune.schedule.cost import Pricing
     from ssdtune.schedule.curve import Curve
     from ssdtune.schedule.memory import Passes
     from ssdtune.schedule.plan import Lane
@@ -142,8 +155,11 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     ours.settle()
     plan, work = ours.plan, rehearsed.work
 
-    def simulated() -> Any:
-        return predict_step(plan, kind, work, profile, num_micro_batches=case.micro_batches)
+    def simulated(pace: float = 1.0) -> Any:
+        factors = {Lane.COMPUTE: pace}
+        num = case.micro_batches
+        pricing = Pricing(work, profile, kind=kind, num_micro_batches=num, factors=factors)
+        return pricing.simulation(plan)
 
     found = simulated()
     if case.reading:
@@ -154,16 +170,10 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         profile = dataclasses.replace(profile, transfers={**profile.transfers, **slow})
         found = simulated()
         take()  # what was read ahead faster is gone
-    products = profile.operators["float32"]["matmul_transposed"]
-    paces = [awaited_pace(products)]
     take()  # steps follow one another as in training, and reading goes on between them: from the second they are steady
-    times, lanes = [], []
-    for _ in range(job["rounds"]):
-        start = perf_counter()
-        take()
-        times.append(perf_counter() - start)
-        lanes.append({str(k): v for k, v in trace.lane_seconds(ours.ops()).items()})
-    paces.append(pace(products))
+    look = (lambda: 1.0) if case.reading else partial(pace, profile.operators["float32"])
+    steps = measured_steps(ours, take, look, job["rounds"])
+    mean_pace = statistics.mean(pace for step in steps for pace in step.paces)
     peak = predict(
         ours.model,
         rehearsed.footprint,
@@ -172,11 +182,13 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     )
     result = {
         "predicted_s": found.step_s,
+        "predicted_at_pace_s": simulated(mean_pace).step_s,
         "predicted_lanes": {str(lane): s for lane, s in found.busy_s.items()},
         "two_pass_s": found.two_pass_s,
-        "times": times,
-        "paces": paces,
-        "lanes": lanes,
+        "times": [step.seconds for step in steps],
+        "pace": mean_pace,
+        "is_steady": all(step.is_steady for step in steps),
+        "lanes": [step.lanes for step in steps],
         "predicted_peak": peak.ram_bytes,
         "peak": memory_peak_bytes(),
     }
@@ -184,7 +196,23 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def pace(products: Curve) -> float:
+def measured_steps(ours: Any, take: Any, look: Any, rounds: int) -> list[Step]:
+    """As many steady steps; all that were taken, where too few are."""
+    from ssdtune.schedule import trace
+
+    steps: list[Step] = []
+    after = look()
+    while sum(step.is_steady for step in steps) < rounds and len(steps) < MOST * rounds:
+        before, start = after, perf_counter()
+        take()
+        seconds, after = perf_counter() - start, look()
+        lanes = {str(lane): s for lane, s in trace.lane_seconds(ours.ops()).items()}
+        steps.append(Step(seconds, (before, after), lanes))
+    steady = [step for step in steps if step.is_steady]
+    return steady if len(steady) >= rounds else steps
+
+
+def pace(operators: Mapping[str, Curve]) -> float:
     """How long a product takes now, over what its curve says."""
     import torch
 
@@ -194,39 +222,14 @@ def pace(products: Curve) -> float:
     run = partial(torch.nn.functional.linear, torch.randn(tokens, wide), torch.randn(out, wide))
     run()
     seconds = statistics.median(timed(run, lambda: None) for _ in range(PACE_ROUNDS))
-    return seconds / products.seconds(2.0 * tokens * wide * out)
-
-
-def awaited_pace(products: Curve) -> float:
-    """The pace, waited for WAIT_S at most where it is not the profile's."""
-    until = perf_counter() + WAIT_S
-    while True:
-        found = pace(products)
-        if abs(found - 1) <= STEADY or perf_counter() > until:
-            return found
-        sleep(1)
+    return seconds / operators["matmul_transposed"].seconds(2.0 * tokens * wide * out)
 
 
 # ------------------------------------------------------------------ the command
 
 
-def steady_run(case: Case, job: dict[str, Any]) -> dict[str, Any]:
-    """The row of its first steady try, or of its last."""
-    row: dict[str, Any] = {}
-    for tries in range(1, TRIES + 1):
-        row = run(case, job) | {"tries": tries}
-        if is_steady(row):
-            break
-    return row
-
-
-def is_steady(row: dict[str, Any]) -> bool:
-    """Whether the machine was during the run what it was when it was measured."""
-    return row["spread"] <= STEADY and all(abs(pace - 1) <= STEADY for pace in row["paces"])
-
-
 def run(case: Case, job: dict[str, Any]) -> dict[str, Any]:
-    """The row of one try."""
+    """Its row."""
     done = subprocess.run(
         [
             sys.executable,
@@ -245,6 +248,7 @@ def run(case: Case, job: dict[str, Any]) -> dict[str, Any]:
     row = json.loads(lines[-1].removeprefix("RESULT "))
     measured = statistics.median(row["times"])
     row |= {"case": case.name, "measured_s": measured, "error": row["predicted_s"] / measured - 1}
+    row["error_at_pace"] = row["predicted_at_pace_s"] / measured - 1
     row["spread"] = (max(row["times"]) - min(row["times"])) / measured
     row["peak_error"] = row["predicted_peak"] / row["peak"] - 1
     return row
@@ -253,35 +257,33 @@ def run(case: Case, job: dict[str, Any]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown."""
     yield (
-        "| run | predicted | measured (spread; pace) | off by "
+        "| run | predicted | measured (spread; pace) | off by | off by at its pace "
         "| compute: predicted, measured | peak off by |"
     )
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         compute = statistics.median([lanes.get("compute", 0.0) for lanes in row["lanes"]])
         yield (
             f"| {row['case']} | {row['predicted_s']:.3f} s | {row['measured_s']:.3f} s "
-            f"({row['spread']:.0%}; {statistics.mean(row['paces']):.2f}{_again(row['tries'])}) "
-            f"| {row['error']:+.1%} "
+            f"({row['spread']:.0%}; {row['pace']:.2f}{'' if row['is_steady'] else ', not steady'}) "
+            f"| {row['error']:+.1%} | {row['error_at_pace']:+.1%} "
             f"| {row['predicted_lanes']['compute']:.3f}, "
             f"{compute:.3f} s | {row['peak_error']:+.1%} |"
         )
 
 
-def _again(tries: int) -> str:
-    return f", try {tries}" if tries > 1 else ""
-
-
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was promised and what came out."""
     peaks = [abs(row["peak_error"]) for row in rows]
-    steady = [row for row in rows if is_steady(row)]
+    steady = [row for row in rows if row["is_steady"]]
     found: list[dict[str, Any]] = []
-    for which, chosen in (("all", rows), (f"{len(steady)} steady", steady)):
-        errors = [abs(row["error"]) for row in chosen]
+    for words, errors in (
+        ("of all runs' step times", [abs(row["error"]) for row in rows]),
+        (f"of {len(steady)} steady runs' step times", [abs(row["error"]) for row in steady]),
+        ("of all runs' step times at their pace", [abs(row["error_at_pace"]) for row in rows]),
+    ):
         if errors:
             tail, middle = measures.quantile(errors, 0.9), statistics.median(errors)
-            words = f"of {which} runs' step times"
             found.append(measures.bar(f"nine tenths {words} are off by", tail, TIME_BAR))
             found.append(measures.bar(f"the median {words} is off by", middle, MEDIAN_BAR))
     return [*found, measures.bar("every peak is off by", max(peaks), PEAK_BAR)]
@@ -319,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "profile": str(profile),
                     "rounds": options.rounds,
                 }
-                rows.append(steady_run(case, job))
+                rows.append(run(case, job))
                 print(list(table(rows[-1:]))[-1], flush=True)
     found = bars(rows)
     for bar in found:
