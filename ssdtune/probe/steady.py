@@ -41,6 +41,7 @@ class Watch:
         self._least = math.inf
         self._left_s = AGAIN_S
         until = perf_counter() + FIRST_LOOKS_S
+        self.look()
         while perf_counter() < until:
             self.look()
         self._first = median(self._looks)
