@@ -1,78 +1,82 @@
 """What is learned in so many forward passes: sentiment of film reviews (SST-2), as MeZO's authors set it up.
 
-    python benchmarks/sst2.py --data FOLDER [--method mezo|fzoo|lozo|lora] [--trains all|adapters]
-                              [--forwards 600] [--learning-rate X] [--seeds 0 1 2] [--json out.json]
+    python benchmarks/sst2.py --data FOLDER --json rows.jsonl [--contenders mezo fzoo-adapters lora] [--seeds 0 1 2]
+                              [--forwards 3000] [--grid 0.3 1 3] [--grid-forwards 600] [--draw curve.png]
+    python benchmarks/sst2_table.py rows.jsonl [--draw curve.png]
 
 FOLDER holds sst2_train.tsv and sst2_dev.tsv, a sentence and 0 or 1 a line. A row is "<sentence> It was terrible" or
 "great" (templates of arXiv 2305.17333); loss and accuracy are those of `template` and `label_words` in a configuration.
-512 rows of each class are drawn by the seed; a forward pass is one of 16 rows; accuracy is of all rows of sst2_dev.tsv.
-A step of gradients (lora) counts three: its forward, the recomputed one and a backward of about as much.
+512 rows of each class are drawn by the seed; a forward pass is one of 16 rows; losses and accuracies of the curves are of
+all rows of sst2_dev.tsv.
+
+All contenders are treated alike. Each has a base rate; the rates of the grid are its multiples. They run with the first
+seed, and the one with the lowest loss on 512 other rows of the training file is taken for all seeds. One whose loss is
+no number any more has diverged: it is the worst. Bytes are those that a step would read and write if no block stayed in
+memory between visits; here the model stays.
+
+Rows are written as they come, one JSON object a line. The same command goes on where it was cut: what is in the file is
+not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import inputs  # noqa: E402
+from benchmarks import inputs, machine, sst2_table  # noqa: E402
+from benchmarks.sst2_contenders import CONTENDERS, Contender, step_bytes, stepper  # noqa: E402
+from ssdtune.zeroth_order.log import ADAPTERS, ALL  # noqa: E402
 
-PER_CLASS, ROWS, EVALUATED_AT_ONCE = 512, 16, 32
+EVALUATED_AT_ONCE, MICRO_ROWS = 32, 4
 TEMPLATE, WORDS = "{text} It was {label}", {"0": "terrible", "1": "great"}
-RATES = {  # where nothing is said
-    ("mezo", "all"): 1e-6,
-    ("lozo", "all"): 1e-6,
-    ("fzoo", "all"): 1e-5,
-    ("mezo", "adapters"): 1e-4,
-    ("lozo", "adapters"): 1e-4,
-    ("fzoo", "adapters"): 1e-3,
-    ("lora", "adapters"): 3e-4,
-}
-PASSES_OF_GRADIENTS = 3
-Row = dict[str, Any]  # as `data.Tokenized` has it
+DIVERGED = {"eval_loss": None, "accuracy": None}
+Row = dict[str, Any]
+
+
+# ------------------------------------------------------------------ rows and batches
 
 
 class Task:
-    """Rows of both files, batches, loss, accuracy."""
+    """Rows of both files, in batches. Rows are as `data.Tokenized` has them."""
 
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
+    def __init__(self, folder: Path, tokenizer: Any, *, per_class: int) -> None:
         self.train, self.dev = (
             _tokenized(folder / name, tokenizer) for name in ("sst2_train.tsv", "sst2_dev.tsv")
         )
         self.collate = self.dev.collator(tokenizer.eos_token_id)
+        self.per_class = per_class
 
-    def drawn(self, seed: int) -> list[Row]:
-        """PER_CLASS rows of each class."""
+    def drawn(self, seed: int) -> tuple[list[Row], list[Row]]:
+        """(rows to learn from, rows to choose a rate by): of each class so many, and half as many others."""
         draw, labels = random.Random(seed), self.train.dataset["label"]
-        of_class = ([i for i, found in enumerate(labels) if found == k] for k in (0, 1))
-        return [self.train.dataset[i] for rows in of_class for i in draw.sample(rows, PER_CLASS)]
+        learned, others = list[Row](), list[Row]()
+        for label in (0, 1):
+            of_class = [i for i, found in enumerate(labels) if found == label]
+            places = draw.sample(of_class, self.per_class + self.per_class // 2)
+            rows = [self.train.dataset[i] for i in places]
+            learned += rows[: self.per_class]
+            others += rows[self.per_class :]
+        return learned, others
 
-    def accuracy(self, model: Any) -> float:
-        """Share of the dev rows whose word is the likelier one."""
-        import torch
-
-        from ssdtune.trainer.options import option_scores
-
-        model.eval()
-        ordered = sorted(self.dev.dataset, key=lambda row: len(row["input_ids"]))
-        right = 0
-        for at in range(0, len(ordered), EVALUATED_AT_ONCE):
-            batch = self.collate(ordered[at : at + EVALUATED_AT_ONCE])
-            with torch.no_grad():
-                scores = option_scores(model, batch)
-            right += int((scores.argmax(-1) == batch["labels"]).sum())
-        return right / len(self.dev)
+    def batches(self, rows: Sequence[Row], at_once: int) -> list[Any]:
+        """Of rows of like lengths, so that little is padded."""
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+        return [self.collate(ordered[k : k + at_once]) for k in range(0, len(ordered), at_once)]
 
 
 def _tokenized(path: Path, tokenizer: Any) -> Any:
@@ -87,114 +91,244 @@ def _tokenized(path: Path, tokenizer: Any) -> Any:
         return tokenize_rows(load_dataset_rows(spec), tokenizer)
 
 
-def mean_loss(model: Any, batch: Any) -> Any:
-    """Cross-entropy of the rows' options."""
+def look(model: Any, batches: Sequence[Any]) -> dict[str, float | None]:
+    """Mean loss, and the share of rows whose word is the likelier one; loss None: it is no number."""
     from torch.nn import functional as F
 
     from ssdtune.trainer.options import option_scores
 
-    return F.cross_entropy(option_scores(model, batch), batch["labels"])
+    model.eval()
+    loss, right, count = 0.0, 0, 0
+    for batch in batches:
+        with torch.no_grad():
+            scores = option_scores(model, batch)
+        loss += float(F.cross_entropy(scores, batch["labels"], reduction="sum"))
+        right += int((scores.argmax(-1) == batch["labels"]).sum())
+        count += len(batch["labels"])
+    return {"eval_loss": loss / count if math.isfinite(loss) else None, "accuracy": right / count}
 
 
-def opened(folder: Path, trains: str, seed: int) -> Any:
+# ------------------------------------------------------------------ one run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A contender's way of so many forward passes. is_grid: to choose the rate by."""
+
+    name: str
+    rate: float
+    seed: int
+    forwards: int
+    every: int
+    is_grid: bool = False
+
+    @property
+    def contender(self) -> Contender:
+        """Who runs."""
+        return CONTENDERS[self.name]
+
+    def told(self) -> Row:
+        """What its rows have in common."""
+        return {
+            "contender": self.name,
+            "how": self.contender.how(),
+            "rate": self.rate,
+            "seed": self.seed,
+            "is_grid": self.is_grid,
+            "planned": self.forwards,
+        }
+
+
+def opened(folder: Path, dtype: str, trains: str, seed: int) -> Any:
     """The model, all of it in its slots, with an adapter or not."""
-    import torch
     from peft import LoraConfig, get_peft_model
 
     import ssdtune
 
-    base: Any = ssdtune.stream(folder, offload={"ram": "4GB"}, dtype="float32")
-    if trains == "all":
+    base: Any = ssdtune.stream(folder, offload={"ram": "4GB"}, dtype=dtype)
+    if trains != ADAPTERS:
         return base
     torch.manual_seed(seed)
     return get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
-def stepper(model: Any, options: Any, rate: float, seed: int) -> tuple[Callable[[Any], float], int]:
-    """A function that takes a step on a batch and returns its loss, and the forward passes that it counts."""
-    import torch
+def close(model: Any) -> None:
+    """Ends the threads."""
+    from ssdtune.visit.base import base_of
 
-    from ssdtune.zeroth_order import FZOO, LOZO, MeZO, ZerothOrder
-
-    if options.method == "lora":
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-
-        def by_gradients(batch: Any) -> float:
-            model.train()
-            loss = mean_loss(model, batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return float(loss.detach())
-
-        return by_gradients, PASSES_OF_GRADIENTS
-    estimator: Any = {"mezo": MeZO, "fzoo": FZOO, "lozo": LOZO}[options.method](eps=options.eps)
-    method = ZerothOrder(model, estimator, seed=seed)
-
-    def by_losses(batch: Any) -> float:
-        return method.step([lambda: mean_loss(model, batch)], learning_rate=rate).loss
-
-    return by_losses, len(estimator.variants)
+    base_of(model).ssdtune.close()
 
 
-def learn(folder: Path, task: Task, options: Any, seed: int) -> Iterator[dict[str, Any]]:
-    """Yields accuracy and loss as forward passes go by."""
-    rate = options.learning_rate or RATES[options.method, options.trains]
-    model = opened(folder, options.trains, seed)
-    rows, draw = task.drawn(seed), random.Random(seed + 1)
-    step, passes = stepper(model, options, rate, seed)
-    done, losses, start = 0, list[float](), perf_counter()
-    yield {"seed": seed, "forwards": 0, "accuracy": task.accuracy(model)}
-    next_look = options.every
-    while done < options.forwards:
-        losses.append(step(task.collate(draw.sample(rows, ROWS))))
-        done += passes
-        if done >= next_look or done >= options.forwards:
-            next_look += options.every
-            seconds = perf_counter() - start
-            yield {
-                "seed": seed,
-                "forwards": done,
-                "seconds": seconds,
-                "loss": sum(losses) / len(losses),
-                "accuracy": task.accuracy(model),
-            }
-            losses.clear()
-            start += perf_counter() - start - seconds  # looking is not learning
-    (model.get_base_model() if hasattr(model, "get_base_model") else model).ssdtune.close()
+def learn(run: Run, model: Any, task: Task, num_rows: int) -> Iterator[Row]:
+    """What is seen as forward passes go by; of a run of the grid at its end, on the rows for that."""
+    rows, others = task.drawn(run.seed)
+    seen_on = task.batches(others if run.is_grid else task.dev.dataset, EVALUATED_AT_ONCE)
+    step, draw = stepper(model, run.contender, run.rate, run.seed), random.Random(run.seed + 1)
+    passes, next_look, losses, seconds = run.contender.forwards, run.every, list[float](), 0.0
+    num_steps = run.forwards // passes
+    for number in range(1, num_steps + 1):
+        start = perf_counter()
+        losses.append(step(task.batches(draw.sample(rows, num_rows), MICRO_ROWS)))
+        seconds += perf_counter() - start
+        has_loss = math.isfinite(losses[-1])
+        if has_loss and number < num_steps and number * passes < next_look:
+            continue
+        seen = look(model, seen_on) if has_loss else DIVERGED
+        is_last = number == num_steps or seen["eval_loss"] is None
+        yield {
+            "forwards": number * passes,
+            "steps": number,
+            "seconds": seconds,
+            "loss": sum(losses) / len(losses) if has_loss else None,
+            **seen,
+            "is_last": is_last,
+        }
+        if is_last:
+            return
+        next_look += run.every
+        losses.clear()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Learns, looks, prints, writes."""
+# ------------------------------------------------------------------ all of them
+
+
+class Bench:
+    """Runs what is missing in the file."""
+
+    def __init__(self, options: Any) -> None:
+        from transformers import AutoTokenizer
+
+        self.options = options
+        self.dtype, why = _dtype(options)
+        print(f"{self.dtype}: {why}")
+        self.folder = inputs.in_dtype(options.model, self.dtype, print)
+        self.task = Task(
+            options.data, AutoTokenizer.from_pretrained(options.model), per_class=options.per_class
+        )
+        self.record = sst2_table.Record(options.json, self._settings())
+        described = machine.describe(self.folder, num_threads=torch.get_num_threads())
+        self.place = {name: described[name] for name in ("processor", "threads", "torch", "commit")}
+
+    def _settings(self) -> Row:
+        """What all rows of a file have in common."""
+        names = ("per_class", "rows", "forwards", "every", "grid_forwards")
+        return {
+            "model": self.options.model.name,
+            "dtype": self.dtype,
+            "dev_rows": len(self.task.dev),
+            **{name: getattr(self.options, name) for name in names},
+        }
+
+    def all(self) -> None:
+        """The untuned model, every contender's rate, then seed after seed."""
+        if not any(row["contender"] == sst2_table.UNTUNED for row in self.record.rows):
+            self._untuned()
+        options = self.options
+        rates = {name: self._rate(name) for name in options.contenders}
+        for seed in options.seeds:
+            for name, rate in rates.items():
+                if rate is not None:
+                    self._run(
+                        Run(
+                            name=name,
+                            rate=rate,
+                            seed=seed,
+                            forwards=options.forwards,
+                            every=options.every,
+                        )
+                    )
+
+    def _untuned(self) -> None:
+        model = opened(self.folder, self.dtype, ALL, 0)
+        seen = look(model, self.task.batches(self.task.dev.dataset, EVALUATED_AT_ONCE))
+        close(model)
+        self.record.add({"contender": sst2_table.UNTUNED, **seen, **self.place})
+
+    def _rate(self, name: str) -> float | None:
+        """The best of the grid; None: all have diverged."""
+        options, contender = self.options, CONTENDERS[name]
+        rates = [contender.rate * factor for factor in options.grid]
+        if len(rates) == 1:
+            return rates[0]
+        losses: dict[float, float] = {}
+        for rate in rates:
+            run = Run(
+                name=name,
+                rate=rate,
+                seed=options.seeds[0],
+                forwards=options.grid_forwards,
+                every=options.grid_forwards,
+                is_grid=True,
+            )
+            found = self._run(run)["eval_loss"]
+            losses[rate] = math.inf if found is None else found
+        best = min(losses, key=lambda rate: losses[rate])
+        told = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
+        print(f"{name}: {told}", flush=True)
+        return best if math.isfinite(losses[best]) else None
+
+    def _run(self, run: Run) -> Row:
+        """Its last row."""
+        if (done := self.record.end_of(run.told())) is not None:
+            return done
+        moved = step_bytes(self.folder, self.dtype, run.contender)
+        model = opened(self.folder, self.dtype, run.contender.trains, run.seed)
+        row: Row = {}
+        try:
+            for seen in learn(run, model, self.task, self.options.rows):
+                row = {**run.told(), **seen, "bytes": seen["steps"] * moved, **self.place}
+                self.record.add(row)
+        finally:
+            close(model)
+        return row
+
+
+def _dtype(options: Any) -> tuple[str, str]:
+    """What is asked for, or the faster one on this machine, and why."""
+    if options.dtype != "auto":
+        return options.dtype, "asked for"
+    width = json.loads((options.model / "config.json").read_text())["hidden_size"]
+    rates = {
+        dtype: machine.matmul_flops_per_s(dtype, rows=options.rows * 32, width=width)
+        for dtype in machine.DTYPES
+    }
+    return machine.choose_dtype("auto", rates)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = inputs.cache_folder() / "smollm2-135m-instruct"
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="rows, one a line; goes on")
     parser.add_argument("--model", type=Path, default=default)
-    parser.add_argument("--method", choices=("mezo", "fzoo", "lozo", "lora"), default="mezo")
-    parser.add_argument("--trains", choices=("all", "adapters"), default="adapters")
-    parser.add_argument("--forwards", type=int, default=600)
-    parser.add_argument("--every", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--eps", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dtype", choices=("auto", *machine.DTYPES), default="auto")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--forwards", type=int, default=3000, help="of each run, at most")
+    parser.add_argument("--every", type=int, default=300, help="forwards between two looks")
+    parser.add_argument("--grid", type=float, nargs="+", default=[0.3, 1.0, 3.0])
+    parser.add_argument("--grid-forwards", type=int, default=600)
+    parser.add_argument("--per-class", type=int, default=512, help="rows to learn from")
+    parser.add_argument("--rows", type=int, default=16, help="of a forward pass")
+    parser.add_argument("--draw", type=Path, help="the curves, a PNG")
     options = parser.parse_args(argv)
-    from transformers import AutoTokenizer
+    largest = max(CONTENDERS[name].forwards for name in options.contenders)
+    if min(options.forwards, options.grid_forwards) < largest:
+        parser.error(f"a step takes up to {largest} forwards: give as many or more")
+    return options
 
-    folder = inputs.in_dtype(options.model, "float32", lambda line: None)
-    task = Task(options.data, AutoTokenizer.from_pretrained(options.model))
-    error = math.sqrt(0.25 / len(task.dev))
-    print(f"{options.method}, {options.trains}: standard error of an accuracy {error:.1%}")
-    found = []
-    for seed in options.seeds:
-        for row in learn(folder, task, options, seed):
-            found.append(row)
-            print(json.dumps(row), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Learns, looks, writes, prints the table."""
+    options = parsed(argv)
+    bench = Bench(options)
+    bench.all()
+    print(*sst2_table.lines(bench.record), sep="\n")
+    if options.draw:
+        sst2_table.draw(bench.record, options.draw)
     return 0
 
 

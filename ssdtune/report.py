@@ -240,7 +240,7 @@ def draw_loss(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
     held_out = [(row["step"], float(row["eval_loss"])) for row in log_history if "eval_loss" in row]
     if not train:
         raise ReportError("the log holds no loss: nothing to draw (logging_steps too large?)")
-    figure = _figure(8.0, 4.5)
+    figure = new_figure(8.0, 4.5)
     axes = figure.add_subplot()
     solid = {"color": FORWARD, "lw": 1.8, "marker": "o", "ms": 3}
     dashed = {"color": BACKWARD, "lw": 1.8, "ls": "--", "marker": "D", "ms": 6}
@@ -280,7 +280,7 @@ def timeline_figure(
     shown = [op for op in trace if op.end_s > window.start_s and op.start_s < window.end_s]
     lanes = [lane for lane in LANES if any(op.lane == lane for op in shown)]
     own = 0.72 * len(lanes)
-    figure = _figure(13.0, 1.75 + own + STRIP_INCHES * num_below)
+    figure = new_figure(13.0, 1.75 + own + STRIP_INCHES * num_below)
     ratios = [own, *[STRIP_INCHES] * num_below]
     axes, *_ = figure.subplots(1 + num_below, 1, squeeze=False, height_ratios=ratios)[:, 0]
     canvas = _drawn(axes, window, lanes, shown)
@@ -304,7 +304,7 @@ def draw_comparison(
         for ops, w in zip((predicted, measured), windows, strict=True)
     ]
     lanes = [lane for lane in LANES if any(op.lane == lane for ops in shown for op in ops)]
-    figure = _figure(13.0, 2 * (1.4 + 0.72 * len(lanes)))
+    figure = new_figure(13.0, 2 * (1.4 + 0.72 * len(lanes)))
     axes = figure.subplots(2, 1)
     for i, name in enumerate(("predicted", "measured")):
         canvas = _drawn(axes[i], windows[i], lanes, shown[i], name=name)
@@ -473,7 +473,7 @@ def _legend_handles(shown: Sequence[OpRecord], window: StepWindow) -> list[Any]:
     return handles
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure without pyplot: no global state, no display, any thread."""
     try:
         from matplotlib.figure import Figure

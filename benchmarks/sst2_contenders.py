@@ -1,0 +1,145 @@
+"""Who learns in `sst2.py`, by which steps, and what a step moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ssdtune.trainer.options import option_scores
+from ssdtune.zeroth_order import FZOO, LOZO, Estimator, MeZO, Rule, ZerothOrder
+from ssdtune.zeroth_order.log import ADAPTERS, ALL, LOW_RANK
+from ssdtune.zeroth_order.rules import ADAM, FOLLOW, LOZO_M, MOMENTUM
+
+PASSES_OF_GRADIENTS = 3  # its forward, the recomputed one, and a backward of about as much
+Batches = Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Who learns. trains: as logs name it. rate: the base of the grid. estimator: None: by gradients, with AdamW."""
+
+    trains: str
+    rate: float
+    estimator: Estimator | None = None
+    rule: Rule = FOLLOW
+
+    @property
+    def forwards(self) -> int:
+        """What a step counts."""
+        return PASSES_OF_GRADIENTS if self.estimator is None else len(self.estimator.variants)
+
+    def how(self) -> str:
+        """All but the rate."""
+        if self.estimator is None:
+            return f"{self.trains}, AdamW"
+        return f"{self.trains}, {self.estimator}, {self.rule}"
+
+
+# Base rates: MeZO's and LOZO's are those of their repositories (princeton-nlp/MeZO, optsuite/LOZO: large_models; 1e-6 and
+# 1e-7 for all weights with eps 1e-3, 1e-4 and 5e-5 for LoRA with eps 1e-2). FZOO's (DKmiyan/FZOO: 5e-5) leaves out the
+# division by eps that its paper has, and `estimators.FZOO` with it: times eps it moves weights as far.
+WEIGHTS, ADAPTER = 1e-3, 1e-2  # eps
+MANY = FZOO(eps=ADAPTER, num_directions=8)
+CONTENDERS: dict[str, Contender] = {
+    "mezo": Contender(trains=ALL, rate=1e-6, estimator=MeZO(eps=WEIGHTS)),
+    "mezo-adapters": Contender(trains=ADAPTERS, rate=1e-4, estimator=MeZO(eps=ADAPTER)),
+    "fzoo": Contender(trains=ALL, rate=5e-5 * WEIGHTS, estimator=FZOO(eps=WEIGHTS)),
+    "fzoo-adapters": Contender(trains=ADAPTERS, rate=1e-3 * ADAPTER, estimator=MANY),
+    "lozo": Contender(trains=LOW_RANK, rate=1e-6, estimator=LOZO(eps=WEIGHTS)),
+    "lozo-m": Contender(
+        trains=LOW_RANK,
+        rate=1e-6,
+        estimator=LOZO(eps=WEIGHTS),
+        rule=Rule(kind=LOZO_M, beta1=0.7),
+    ),
+    "fzoo-adapters-momentum": Contender(
+        trains=ADAPTERS,
+        rate=2e-4 * ADAPTER,
+        estimator=MANY,
+        rule=Rule(kind=MOMENTUM, beta1=0.9, horizon=10),
+    ),
+    "fzoo-adapters-adam": Contender(
+        trains=ADAPTERS,
+        rate=1e-3,
+        estimator=MANY,
+        rule=Rule(kind=ADAM, beta1=0.7, beta2=0.9, horizon=10),
+    ),
+    "lora": Contender(trains=ADAPTERS, rate=3e-4),
+}
+
+
+def share(model: Any, batch: Any, num_rows: int) -> torch.Tensor:
+    """Of a micro-batch in the mean cross-entropy of the options of so many rows."""
+    scores = option_scores(model, batch)
+    return F.cross_entropy(scores, batch["labels"], reduction="sum") / num_rows
+
+
+def stepper(model: Any, contender: Contender, rate: float, seed: int) -> Callable[[Batches], float]:
+    """Takes a step on micro-batches, returns its loss."""
+    if contender.estimator is None:
+        return _by_gradients(model, rate)
+    method = ZerothOrder(
+        model,
+        contender.estimator,
+        rule=contender.rule,
+        seed=seed,
+        low_rank=contender.trains == LOW_RANK,
+    )
+
+    def by_losses(batches: Batches) -> float:
+        num_rows = sum(len(batch["labels"]) for batch in batches)
+        calls = [lambda batch=batch: share(model, batch, num_rows) for batch in batches]
+        return method.step(calls, learning_rate=rate).loss
+
+    return by_losses
+
+
+def _by_gradients(model: Any, rate: float) -> Callable[[Batches], float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+
+    def by_gradients(batches: Batches) -> float:
+        num_rows, total = sum(len(batch["labels"]) for batch in batches), 0.0
+        model.train()
+        for batch in batches:
+            loss = share(model, batch, num_rows)
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return by_gradients
+
+
+def step_bytes(folder: Path, dtype: str, contender: Contender) -> int:
+    """Read and written by a steady step where no block stays in memory between visits, by its plan.
+
+    Of all weights, what is read is written back: after every step, as with `zo_fold_steps: 1` (a block takes each step
+    once, as it does in a run where the model stays), or once for all steps of a window of low rank.
+    """
+    from benchmarks.contestants import streaming_options
+    from ssdtune.schedule.plan import Lane
+    from ssdtune.swap.storage import choose_storage
+    from ssdtune.visit.build import build_meta
+    from ssdtune.visit.draft import draft
+
+    meta = build_meta(folder, dtype=getattr(torch, dtype))
+    spec = {"prefetch": 2, "micro_rows": None, "chunk_tokens": 4096}
+    plan = draft(
+        meta, streaming_options(meta, choose_storage(folder).storage, spec)
+    ).replanner.plan()
+    if contender.estimator is None:
+        return plan.sequences["train"].read_bytes
+    steps = plan.sequences["forward"]
+    if contender.trains == ADAPTERS:
+        return steps.read_bytes
+    back = {steps.visits[op.visit].block for op in steps.ops if op.lane is Lane.NVME_READ}
+    written = sum(plan.blocks[block].slot_bytes for block in back)
+    per_write = contender.estimator.family.window if contender.trains == LOW_RANK else 1
+    return steps.read_bytes + round(written / per_write)
