@@ -28,7 +28,7 @@ ssdtune fine-tunes models larger than the memory, streaming their weights from t
   ssdtune doctor [PATH]                       what this machine can do, and how PATH is read
   ssdtune trace RUN                           a run's step beside its prediction, op by op
   ssdtune generate RUN -p "…"                 let a trained model answer
-  ssdtune replay RUN --out FOLDER             weights of a run with method: zo, made again from its log
+  ssdtune replay RUN --out FOLDER             weights or adapter of a run with method: zo, made again from its log
   ssdtune pack MODEL --out FOLDER             the model in a few bits a weight, to stream it faster
 
   ssdtune train --help                        every key of CONFIG.yaml, each one also a flag
@@ -320,7 +320,7 @@ def _replay(words: list[str]) -> object:
 
     parser = argparse.ArgumentParser(
         prog="ssdtune replay",
-        description="Make the weights of a run with method: zo and zo_trains: all or low_rank again, from the base and its log.",
+        description="Make what a run with method: zo trained again from the base and its log: all weights, or the adapter.",
     )
     parser.add_argument("run", type=Path, help="the output_dir of a run, or one of its checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")

@@ -1,7 +1,8 @@
-"""`ssdtune replay`: weights of any step of a zeroth-order run, made again from the base and the run's log.
+"""`ssdtune replay`: what a zeroth-order run trained, as it was after any step, made again from the base and the run's log.
 
 The base is streamed, each block takes the steps of the log, and is written as it leaves: memory for one block at a
-time, whatever the model's size. The folder is one that `from_pretrained` reads.
+time, whatever the model's size. The folder is one that `from_pretrained` reads. An adapter begins with the values that
+its seed stands for, takes the steps in memory, and is written as peft does.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssdtune.durable import (
     commit_folder,
@@ -19,24 +20,30 @@ from ssdtune.durable import (
 )
 from ssdtune.errors import SSDTuneError
 from ssdtune.generate import config_of, find_result
+from ssdtune.peft import fingerprint_of, replace_lora_weights_loftq
+from ssdtune.peft.loftq import LOFTQ
 from ssdtune.report import say
 from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
 from ssdtune.swap.beside import CONFIG, copy_beside
 from ssdtune.trainer.checkpoint import base_of
-from ssdtune.trainer.opening import open_model
+from ssdtune.trainer.opening import attached, open_model
 from ssdtune.zeroth_order.log import ADAPTERS, Log, read_log
-from ssdtune.zeroth_order.method import replayed
+from ssdtune.zeroth_order.method import replayed, that_train
+
+if TYPE_CHECKING:
+    from ssdtune.config import TrainConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 
 
 class ReplayError(SSDTuneError):
-    """A run without a log of all weights, or of another base."""
+    """A run without a log, or of another base, or whose adapter begins elsewhere."""
 
 
 def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
-    """Writes the weights after `step` steps, all by default, to the new folder `out`. Raises SSDTuneError."""
+    """Writes the weights, or the adapter, after `step` steps, all by default, to the new folder `out`. Raises
+    SSDTuneError."""
     from transformers.utils import logging
 
     from ssdtune.config import load_config
@@ -46,19 +53,23 @@ def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
         raise ReplayError(f"{out} is there already.\nGive a folder that is not.")
     folder = find_log(run)
     path = folder / LOG_NAME
-    log = _log_of_all(path)
+    log = _read(path)
     num_steps = log.num_steps if step is None else step
     if not 0 <= num_steps <= log.num_steps:
         raise ReplayError(f"{path} has {log.num_steps} steps.\nGive --step 0 to {log.num_steps}.")
-    model: Any = open_model(load_config(config_of(run, folder), []).config)
+    config = load_config(config_of(run, folder), []).config
+    base: Any = open_model(config)
     try:
-        check_base(log, base_of(model), path)
+        check_base(log, base_of(base), path)
+        is_adapter = log.header.trains == ADAPTERS
+        model = first_adapter(config, base, log, path) if is_adapter else base
         replayed(model, log, num_steps=num_steps)
-        num_bytes = write_weights(model, out)
+        num_bytes = (write_adapter if is_adapter else write_weights)(model, out)
     finally:
-        model.ssdtune.close()
+        base.ssdtune.close()
+    what = "adapter" if is_adapter else "weights"
     say(
-        f"written   {out}: the weights after {num_steps} of {log.num_steps} steps, {format_size(num_bytes)}"
+        f"written   {out}: the {what} after {num_steps} of {log.num_steps} steps, {format_size(num_bytes)}"
     )
     return 0
 
@@ -82,14 +93,24 @@ def check_base(log: Log, base: str, path: Path) -> None:
         )
 
 
-def _log_of_all(path: Path) -> Log:
+def first_adapter(config: TrainConfig, base: Any, log: Log, path: Path) -> Any:
+    """The base with the adapter that the run began with. Raises ReplayError where it can't be made again."""
+    model = attached(config, base, seed=log.header.seed)
+    if config.init_lora_weights == LOFTQ:
+        replace_lora_weights_loftq(model, config.loftq_source)
+    if fingerprint_of(that_train(model)) != log.header.adapter:
+        raise ReplayError(
+            f"{path}: the adapter that the run began with can't be made again: another version of torch or peft, other "
+            "lora_* keys, or first values that a library of linear algebra computes.\n"
+            "Take the adapter of one of the run's checkpoints."
+        )
+    return model
+
+
+def _read(path: Path) -> Log:
     log = read_log(path.read_bytes(), str(path))
     if log.is_cut:
         say(f"note: {path}: its last line was cut off; that step did not happen")
-    if log.header.trains == ADAPTERS:
-        raise ReplayError(
-            f"{path} is the log of an adapter, which is saved beside it.\nLoad it with peft."
-        )
     return log
 
 
@@ -113,10 +134,7 @@ def write_weights(model: Any, out: Path) -> int:
             try:
                 save_file(tensors, folder / name, metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:
-                raise ReplayError(
-                    f"{out} could not be written: {error}.\n"
-                    "Nothing of it stays. Free some space, or give --out on another drive."
-                ) from error
+                raise _not_written(out, error) from error
             places |= dict.fromkeys(tensors, name)
             total += sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -126,6 +144,29 @@ def write_weights(model: Any, out: Path) -> int:
     finally:
         remove_folder_we_made(folder)
     return total
+
+
+def write_adapter(model: Any, out: Path) -> int:
+    """Writes a peft model's adapter to the new folder `out`; bytes of its values. Raises SSDTuneError where that fails,
+    and leaves nothing."""
+    from safetensors import SafetensorError
+
+    folder = new_temporary_folder(out)
+    try:
+        model.save_pretrained(str(folder))
+        commit_folder(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(out, error) from error
+    finally:
+        remove_folder_we_made(folder)
+    return sum(p.nbytes for p in that_train(model).values())
+
+
+def _not_written(out: Path, error: Exception) -> ReplayError:
+    return ReplayError(
+        f"{out} could not be written: {error}.\n"
+        "Nothing of it stays. Free some space, or give --out on another drive."
+    )
 
 
 def _parts(model: Any) -> Iterator[list[str]]:

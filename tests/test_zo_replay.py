@@ -16,6 +16,7 @@ import pytest
 import support
 import tiny_runs
 import torch
+from safetensors.torch import load_file
 from test_zeroth_order import DECAY, LEARNING_RATE, SEED, all_weights
 from test_zo_masters import MastersInMemory
 from test_zo_rules import Ruled
@@ -33,6 +34,7 @@ from ssdtune.visit.base import base_of
 
 Load = Callable[..., Any]
 NO_EVAL = ("--eval_strategy", "no")
+MOMENTS = ("--zo_update", "adam", "--zo_horizon", "3", "--zo_mask", "random")
 EXACT = (
     *NO_EVAL,
     *("--seed", str(SEED), "--lr_scheduler_type", "constant"),
@@ -152,6 +154,49 @@ def test_a_run_and_its_replay_have_the_weights_of_the_algorithm_in_memory(
             replayed = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
             support.assert_equal(plain.state_dict(), replayed, f"weights after {number} steps")
     support.assert_equal(all_weights(plain), seen.weights, "the run's weights")
+
+
+# ------------------------------------------------------------------ an adapter
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [
+        pytest.param(torch.float32, MOMENTS, id="adam"),
+        pytest.param(torch.bfloat16, (), id="bf16", marks=pytest.mark.slow),
+        pytest.param(torch.float32, ("--use_dora", "true"), id="dora", marks=pytest.mark.slow),
+    ],
+)
+def test_the_adapter_of_any_step_is_made_again_from_the_log(
+    dtype: torch.dtype, flags: tuple[str, ...], load: Load, tmp_path: Path
+) -> None:
+    """Those of all checkpoints, and the last one; from kilobytes."""
+    keep = ("--save_total_limit", "none")
+    train_from_config(load("run", "adapters", *NO_EVAL, *keep, *flags, dtype=dtype))
+    kept = {step: tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4)}
+    kept[6] = tmp_path / "run"
+    before = None
+    for step, saved in kept.items():
+        out = tmp_path / f"at {step}"
+        words = ["replay", str(tmp_path / "run"), "--out", str(out)]
+        assert main([*words, *(["--step", str(step)] if step < 6 else [])]) == 0
+        wanted, found = (load_file(f / "adapter_model.safetensors") for f in (saved, out))
+        support.assert_equal(wanted, found, f"the adapter after {step} steps")
+        assert (out / "adapter_config.json").is_file()
+        assert before is None or any(not torch.equal(before[n], found[n]) for n in found)
+        before = found
+    assert (tmp_path / "run" / LOG_NAME).stat().st_size < 4096
+
+
+def test_an_adapter_that_began_with_other_values_is_refused(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_from_config(load("run", "adapters", *NO_EVAL, "--max_steps", "1"))
+    path = tmp_path / "run" / "ssdtune.yaml"
+    path.write_text(path.read_text().replace("lora_r: 4", "lora_r: 8"))
+    assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 2
+    assert "began with can't be made again" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------ ended amid a step

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ssdtune.errors import SSDTuneError
@@ -152,6 +154,16 @@ def announce(model: PeftModel) -> list[str]:
     ]
     lines += [f"          not adapted: {what}" for what in _left_out(model)]
     return lines
+
+
+def fingerprint_of(trained: Mapping[str, torch.Tensor]) -> str:
+    """Of an adapter's parameters: names, dtypes, shapes and values, every bit of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in trained.items():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        values = parameter.detach().cpu().contiguous()
+        digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def resolve_all_linear(model: PreTrainedModel) -> Targets:

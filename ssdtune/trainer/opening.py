@@ -19,9 +19,7 @@ def streamed_model(
     config: TrainConfig, args: SSDConfig, say: Say, *, begins_anew: bool
 ) -> Iterator[Any]:
     """The streamed model with its adapter; its threads end with the `with` block."""
-    from transformers import set_seed
-
-    from ssdtune.peft import announce, attach, lora_config
+    from ssdtune.peft import announce
 
     base: Any = open_model(config)
     try:
@@ -31,8 +29,7 @@ def streamed_model(
             say("training  all weights, by forward passes alone; their files stay as they are")
             yield base
             return
-        set_seed(args.seed)  # of the adapter's first values
-        model = attach(base, lora_config(config, base))
+        model = attached(config, base, seed=args.seed)
         for line in announce(model):
             say(line)
         if config.init_lora_weights == "loftq" and begins_anew:
@@ -40,6 +37,16 @@ def streamed_model(
         yield model
     finally:
         base.ssdtune.close()
+
+
+def attached(config: TrainConfig, base: Any, *, seed: int) -> Any:
+    """The base with a new adapter in the first values that a seed stands for; those of LoftQ take their place later."""
+    from transformers import set_seed
+
+    from ssdtune.peft import attach, lora_config
+
+    set_seed(seed)
+    return attach(base, lora_config(config, base))
 
 
 def _begin_at_residual(config: TrainConfig, args: SSDConfig, model: Any, say: Say) -> None:

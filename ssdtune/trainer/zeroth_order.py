@@ -26,6 +26,7 @@ from transformers import TrainerState
 
 from ssdtune.data import choose_pad_token
 from ssdtune.durable import write_file_atomically
+from ssdtune.peft import fingerprint_of
 from ssdtune.run_files import LOG_NAME
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
@@ -47,6 +48,7 @@ from ssdtune.zeroth_order.log import (
     read_log,
 )
 from ssdtune.zeroth_order.masks import NONE
+from ssdtune.zeroth_order.method import that_train
 from ssdtune.zeroth_order.packed import DECODED, MOVED
 from ssdtune.zeroth_order.rules import ADAM, LOZO_M, MOMENTUM
 
@@ -151,6 +153,7 @@ class ZOTrainer(SSDTrainer):
             **{f.name: getattr(family, f.name) for f in dataclasses.fields(family)},
             rule=self.method.rule,
             trains=self._what_trains(packed),
+            adapter=None if self.method.trains_blocks else fingerprint_of(that_train(self.model)),
         )
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)
         self.last_step: Step | None = None

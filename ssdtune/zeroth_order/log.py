@@ -1,7 +1,7 @@
 """The log of a zeroth-order run: a line for each step, and from them and the base any step's weights again.
 
     {"format": ..., "generator": ..., "base": ..., "seed": ..., "kind": ..., "rank": ..., "window": ..., "mask": {...},
-     "rule": {...}, "trains": ..., "crc": ...}
+     "rule": {...}, "trains": ..., "adapter": ..., "crc": ...}
     {"step": 0, "loss": ..., "gradients": [...], "rate": ..., "decay": ..., "crc": ...}
     {"step": 1, "loss": ..., "skipped": true, "crc": ...}
 
@@ -42,7 +42,8 @@ class LogError(SSDTuneError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
     """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
-    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: one of TRAINS."""
+    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: one of TRAINS.
+    adapter: fingerprint of the values that an adapter begins with; None: all weights train, or it is unknown."""
 
     base: str | None
     seed: int
@@ -52,6 +53,7 @@ class Header:
     mask: Mask = ALL_MOVE
     rule: Rule = FOLLOW
     trains: str
+    adapter: str | None = None
 
     @property
     def family(self) -> Family:
@@ -59,12 +61,14 @@ class Header:
         return Family(self.kind, self.rank, self.window, self.mask)
 
     def differences(self, other: Header) -> list[str]:
-        """What is not as in another, in words."""
+        """What is not as in another, in words. What an adapter begins with is not compared: whoever goes on has its values
+        of a later step."""
         names = {"base": "the base model's files", "kind": "kind of directions"}
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return [
-            f"{names.get(name, name)}: {theirs!r} in the log, {mine!r} here"
-            for name, mine in dataclasses.asdict(self).items()
-            if mine != (theirs := dataclasses.asdict(other)[name])
+            f"{names.get(name, name)}: {theirs[name]!r} in the log, {mine[name]!r} here"
+            for name in mine
+            if name != "adapter" and mine[name] != theirs[name]
         ]
 
 

@@ -92,7 +92,7 @@ class ZerothOrder:
         self._recent: deque[Update] = deque(maxlen=self.rule.num_earlier)
         self.model, self.estimator, self.seed, self.clip = model, estimator, seed, clip
         self.streamer: Streamer = base_of(model).ssdtune
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = that_train(model)
         trains_blocks = not trained
         check_place(
             Place(
@@ -226,27 +226,33 @@ class ZerothOrder:
 
 
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
-    """From now on the streamed model has the weights after so many steps of a log of all weights; None: all. Raises
-    LogError for one of an adapter."""
+    """From now on the streamed model has the weights after so many steps of a log; None: all. Of an adapter's log the
+    model has that adapter, in the values that the run began with. Raises LogError where it has none."""
     linked, header = log.header.rule.linked(log.updates), log.header
-    if header.trains == ADAPTERS:
+    trains_blocks, streamer = header.trains != ADAPTERS, base_of(model).ssdtune
+    trained = outside_of_blocks(model, streamer) if trains_blocks else that_train(model)
+    if not (trains_blocks or trained):
         raise LogError(
             "the log is of an adapter: its steps are not those of the model's weights.\nLoad the adapter."
         )
     num_steps = log.num_steps if num_steps is None else num_steps
     updates = [u for u in linked if u.step < num_steps]
     kind = Windows if header.trains == LOW_RANK else Directions
-    streamer: Streamer = model.ssdtune
     weights = MovingWeights(
         streamer,
-        outside_of_blocks(model, streamer),
+        trained,
         kind(header.seed, header.family, header.rule),
-        trains_blocks=True,
+        trains_blocks=trains_blocks,
         packed=MOVED if header.trains == CODES else DECODED,
         master=header.trains == MASTERS,
     )
     weights.replay(updates, num_steps)
     streamer.method = weights
+
+
+def that_train(model: Any) -> dict[str, torch.Tensor]:
+    """A model's parameters that require a gradient, by name: those of an adapter, where it has one."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def outside_of_blocks(model: Any, streamer: Streamer) -> dict[str, torch.Tensor]:
