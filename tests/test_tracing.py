@@ -229,7 +229,7 @@ def test_a_move_that_misses_is_told_with_its_rates(stored: Prediction) -> None:
 def test_what_was_still_in_memory_and_what_nobody_predicted_stand_there_too(
     stored: Prediction,
 ) -> None:
-    """The last inputs that were written are not read back; the working copy's writes are in no prediction."""
+    """The last inputs that were written are not read back; a working copy that nobody predicted is written to."""
     moves = [(op, span) for op, span in stored.moves if op.kind is Kind.STORE]
     moved = [piece for op, span in moves for piece in in_pieces(op, span)]
     copied = dataclasses.replace(moved[0], kind=Kind.STORE_WEIGHTS)

@@ -20,6 +20,7 @@ from ssdtune.sizes import format_size
 DURING = 0.5  # an op runs beside reading where reading covers at least so much of it
 # What the drive takes and gives beside the plan's ops. Copies over a device's link leave no trace.
 MOVES = (*INPUTS_ON_NVME, *ACTIVATIONS_ON_NVME, Kind.STORE_WEIGHTS)
+BACK = "blocks"  # that go back to a working copy of the weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -229,13 +230,15 @@ def _moves(prediction: Prediction, ran: Sequence[TraceOp], first: float) -> Iter
     planned: dict[object, list[tuple[Op, Span]]] = {}
     pieces: dict[object, list[TraceOp]] = {}
     for op, span in prediction.moves:
-        planned.setdefault((op.kind, op.block, op.direction), []).append((op, span))
+        planned.setdefault((op.kind, _place(op), op.direction), []).append((op, span))
     for op in ran:
-        pieces.setdefault((op.kind, op.block, op.direction), []).append(op)
+        pieces.setdefault((op.kind, _place(op), op.direction), []).append(op)
     for name in dict.fromkeys([*planned, *pieces]):
         expected, found = planned.get(name, []), pieces.get(name, [])
         like = expected[0][0] if expected else _op_of(found[0])
-        op = like._replace(num_bytes=sum(each.num_bytes for each, _ in expected))
+        op = like._replace(
+            block=_place(like), num_bytes=sum(each.num_bytes for each, _ in expected)
+        )
         predicted_s = sum(span.seconds for _, span in expected)
         spans = tuple(_span_of(piece, first) for piece in found)
         moved = sum(piece.num_bytes for piece in found)
@@ -243,6 +246,11 @@ def _moves(prediction: Prediction, ran: Sequence[TraceOp], first: float) -> Iter
         if not found:
             why = "stayed in memory" if op.kind is not Kind.STORE_WEIGHTS else "was not due"
         yield Pair(op=op, predicted_s=predicted_s, pieces=spans, why=why)
+
+
+def _place(op: Op | TraceOp) -> str:
+    """The block; of those that go back to a working copy all together, since in each step others are due."""
+    return BACK if op.kind is Kind.STORE_WEIGHTS else op.block
 
 
 def _op_of(op: TraceOp) -> Op:

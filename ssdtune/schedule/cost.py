@@ -14,6 +14,7 @@ from ssdtune.schedule.stored import (
     with_stored_activations,
     with_stored_inputs,
 )
+from ssdtune.schedule.stores import with_stored_weights
 
 TRANSFER_OF = {
     Kind.LOAD: "nvme_read",
@@ -26,6 +27,7 @@ TRANSFER_OF = {
     Kind.UPLOAD: "h2d",
     Kind.DOWNLOAD_INPUT: "d2h",
     Kind.UPLOAD_INPUT: "h2d",
+    Kind.DOWNLOAD: "d2h",
 }
 
 
@@ -108,7 +110,8 @@ class Moves:
     shifts: block -> making all variants of its weights. updates: block -> one change of what is stored of them. window:
     steps that make one such change together. num_missed: changes, on average over the run, that a block from the drive
     has missed; one that has stayed in its slot missed those of one step. anew: blocks that take all changes so far in
-    each visit, wherever they lie; as many as `num_missed`, too.
+    each visit, wherever they lie; as many as `num_missed`, too. fold_steps: from one time that a block which is read goes
+    back to a working copy to the next; 0: none does.
     """
 
     shifts: Mapping[int, Work]
@@ -116,6 +119,7 @@ class Moves:
     num_missed: float = 1.0
     window: int = 1
     anew: frozenset[int] = frozenset()
+    fold_steps: int = 0
 
 
 def missed_steps(num_steps: int, fold_steps: int, window: int = 1) -> float:
@@ -203,7 +207,7 @@ class Pricing:
             for works in (moves.shifts, moves.updates)
         )
         self._num_missed, self._num_of_step = moves.num_missed, 1 / moves.window
-        self._anew = moves.anew
+        self._anew, self._fold_steps = moves.anew, moves.fold_steps
         self._transfers_s: dict[tuple[Kind, Lane, int, int], float] = {}
 
     def simulation(self, plan: Plan) -> Simulation:
@@ -219,7 +223,8 @@ class Pricing:
             tier=plan.block_inputs,
             on_device=plan.on_device,
         )
-        return with_stored_activations(steps, self.activation_bytes, on_device=plan.on_device)
+        steps = with_stored_activations(steps, self.activation_bytes, on_device=plan.on_device)
+        return with_stored_weights(steps, plan, self._fold_steps)
 
     def op_seconds(self, steps: StepPlan) -> list[float]:
         """Seconds of each op, by id."""
@@ -260,6 +265,8 @@ class Pricing:
         return self._transfers_s[key]
 
     def _computed_transfer_s(self, op: Op) -> float:
+        if op.kind is Kind.STORE_WEIGHTS and not self.profile.knows_writes:
+            return 0.0  # of an older profile, which is said: what else such a step takes is known
         name = self.profile.writes if op.lane is Lane.NVME_WRITE else _transfer_of(op)
         seconds = self.profile.transfer(name).seconds(op.num_bytes)
         if op.decoded_bytes:

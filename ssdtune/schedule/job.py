@@ -170,6 +170,11 @@ class Job:
         window = 1 if moves is None else moves.window
         return missed_steps(self.steps(micro_batches), self.fold_steps, window)
 
+    def folded_every(self, micro_batches: int) -> int:
+        """Steps from one time that a block goes back to the working copy to the next; 0: the run is too short for one, or
+        makes none."""
+        return self.fold_steps if self.fold_steps < self.steps(micro_batches) else 0
+
     def to_json(self) -> str:
         """All of it; `job_from` gives an equal one."""
         works = _Numbered()
@@ -223,6 +228,7 @@ class _Numbered:
             "num_missed": moves.num_missed,
             "window": moves.window,
             "anew": sorted(moves.anew),
+            "fold_steps": moves.fold_steps,
         }
 
 
@@ -293,6 +299,7 @@ def _moves_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Moves | N
         num_missed=float(raw["num_missed"]),
         window=int(raw["window"]),
         anew=frozenset(map(int, raw["anew"])),
+        fold_steps=int(raw["fold_steps"]),
     )
 
 

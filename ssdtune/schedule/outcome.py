@@ -26,6 +26,7 @@ from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
 from ssdtune.schedule.simulate import Simulation, step_seconds
+from ssdtune.schedule.stores import mean_bytes
 from ssdtune.sizes import format_size
 
 HIDDEN = 1.05  # reading is hidden where a step takes at most so many times its compute
@@ -212,7 +213,7 @@ def _files(job: Job, plan: Plan, micro_batches: int) -> dict[str, int]:
     """What a run makes on the drive beside what waits for backward: the packed model that it reads, and, once blocks
     that are read have missed so many steps, all of them as slots hold them."""
     files = {PACKED: job.packed_bytes} if job.packed_bytes else {}
-    if 0 < job.fold_steps < job.steps(micro_batches) and plan.sequences[job.kind].read_bytes:
+    if job.folded_every(micro_batches) and plan.sequences[job.kind].read_bytes:
         files[COPY] = sum(block.slot_bytes for block in job.blocks)
     return files
 
@@ -321,14 +322,13 @@ def _written(job: Job, plan: Plan, peak: Peak, num_steps: int) -> float:
 
 
 def _folded(job: Job, plan: Plan, num_steps: int) -> float:
-    """To the working copy: all blocks when it is made, after `fold_steps`, and from the next step on, once in so many,
-    those that come from the drive. What stays in a slot, or in RAM beside a device, is never written back."""
+    """To the working copy: all blocks when it is made, after `fold_steps`, and from the next step on what goes back. What
+    stays in a slot, or in RAM beside a device, is never written back."""
     steps = plan.sequences[job.kind]
     if not 0 < job.fold_steps < num_steps or not steps.read_bytes:
         return 0.0
-    back = {steps.visits[op.visit].block for op in steps.ops if op.lane is Lane.NVME_READ}
-    num_bytes = sum(plan.blocks[block].slot_bytes for block in back)
-    return plan.model_bytes + (num_steps - 1 - job.fold_steps) / job.fold_steps * num_bytes
+    back = mean_bytes(steps, plan, job.fold_steps)
+    return plan.model_bytes + (num_steps - 1 - job.fold_steps) * back
 
 
 # ------------------------------------------------------------------ time
@@ -349,7 +349,11 @@ def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
         return None
     work = job.work
     if work.moves is not None:
-        moves = dataclasses.replace(work.moves, num_missed=job.missed_steps(micro_batches))
+        moves = dataclasses.replace(
+            work.moves,
+            num_missed=job.missed_steps(micro_batches),
+            fold_steps=job.folded_every(micro_batches),
+        )
         work = dataclasses.replace(work, moves=moves)
     return Pricing(
         work,

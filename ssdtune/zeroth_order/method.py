@@ -136,16 +136,16 @@ class ZerothOrder:
 
     def moves(self, num_steps: int) -> Moves:
         """What a visit does to weights, for predictions. num_steps: of the run."""
+        every = 0 if self.fold is None else self.fold.num_steps
         moves = moves_of(
             self.weights.shapes(),
             self.estimator,
             trains_blocks=self.trains_blocks,
-            num_missed=missed_steps(
-                num_steps, self.fold.num_steps if self.fold else 0, self._window
-            ),
+            num_missed=missed_steps(num_steps, every, self._window),
             low_rank=self.low_rank,
             rule=self.rule,
         )
+        moves = dataclasses.replace(moves, fold_steps=every if every < num_steps else 0)
         engine = self.streamer.engine
         return with_decoding(
             moves,
