@@ -73,6 +73,7 @@ def stream(
     from ssdtune.visit.check import ensure_checked
 
     chosen = Offload.of(offload)
+    _check_is_no_runs(chosen)
     micro_batch_size = _rows_at_once(chosen, micro_batch_size)
     meta = build_packed(
         model_name_or_path,
@@ -132,9 +133,19 @@ def plan(
         model_name_or_path, quantization=str(quantization), dtype=dtype, **from_pretrained_kwargs
     )
     chosen = Offload.of(offload)
+    _check_is_no_runs(chosen)
     options = _options(meta, chosen, _rows_at_once(chosen, micro_batch_size))
     drafted = draft(meta, options)
     return Planned(meta, options, drafted, drafted.replanner.plan())
+
+
+def _check_is_no_runs(offload: Offload) -> None:
+    """Raises OffloadError for what only a run with so many steps can keep."""
+    if offload.max_writes is not None:
+        raise OffloadError(
+            "offload.max_writes is of a whole run, whose steps only `ssdtune train` knows.\n"
+            "Leave it out, and offload.block_inputs and offload.nvme_activations off the drive: then nothing is written."
+        )
 
 
 def _rows_at_once(offload: Offload, micro_batch_size: int | None) -> int | None:
@@ -151,7 +162,8 @@ def _rows_at_once(offload: Offload, micro_batch_size: int | None) -> int | None:
 def stream_arguments(config: TrainConfig) -> dict[str, Any]:
     """The keywords of `stream` and `plan` that a configuration stands for."""
     return {
-        "offload": config.offload,
+        # What a run may write is kept by the run.
+        "offload": dataclasses.replace(config.offload, max_writes=None),
         "micro_batch_size": config.per_device_train_batch_size,
         **build_arguments(config),
     }

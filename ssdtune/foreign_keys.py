@@ -24,8 +24,6 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "bnb_*": _QUANTIZATION,
     "packing": "Each row is its own sequence. Delete this key.",
     "sample_packing": "Each row is its own sequence. Delete this key.",
-    "max_writes": "`ssdtune plan` says what a run writes: checkpoints, and in every step what waits on NVMe "
-    "(offload.block_inputs, offload.nvme_activations) and the weights that method: zo folds. Delete this key.",
     "push_to_hub": _NO_HUB,
     "hub_*": _NO_HUB,
     "deepspeed*": _DEVICES,

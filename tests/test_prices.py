@@ -47,7 +47,7 @@ def test_a_run_costs_its_hours_and_its_energy() -> None:
 
 def test_what_a_run_writes_and_takes_is_told_as_far_as_it_is_known() -> None:
     """Bytes, their share of what the drive is rated for, energy at full load."""
-    found = dataclasses.replace(found_on(PRICED), written_bytes=2.5e9)
+    found = dataclasses.replace(found_on(PRICED), written={"checkpoints": 2.5e9})
     assert found.total_s is not None
     rated = dataclasses.replace(PRICED, drive=Drive(name="/nvme", endurance_bytes=1e12))
     energy = f"{500.0 * found.total_s / 3.6e6:.3g} kWh at full load"

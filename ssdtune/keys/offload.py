@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from ssdtune.foreign_keys import NOT_SUPPORTED
 from ssdtune.settings import (
     OneOf,
     Or,
@@ -72,6 +71,14 @@ class Offload:
         default=0,
         example="50GB",
     )
+    max_writes: int | None = key(
+        Size(),
+        "most that a run may write to the drive: block inputs, activations, the working copy of zo_trains: all, checkpoints, a "
+        "model that is packed first. What would write more is not chosen, and refused where nothing else fits; auto: any "
+        "amount",
+        default=None,
+        example="200GB",
+    )
     storage: str = key(
         OneOf(("auto", "direct", "buffered", "gds")),
         "how files are read: O_DIRECT, through the page cache, or GPUDirect Storage; "
@@ -92,10 +99,6 @@ class Offload:
         "stream an architecture whose self-check could not be run, at your own risk",
         default=False,
     )
-
-    not_supported: ClassVar[Mapping[str, str]] = {
-        "max_writes": NOT_SUPPORTED["max_writes"],
-    }
 
     def __post_init__(self) -> None:
         read_again(self)

@@ -79,7 +79,7 @@ def _answer(machine: Machine, config: TrainConfig, wanted: Wanted) -> Answer:
         decisions=(*told, *decided.lines),
         chosen=chosen,
         ways=list(alternatives(decided.job, machine, decided.points)),
-        others=foreseen(decided.job, machine) if wanted.compares else [],
+        others=foreseen(decided.job, machine, config.offload.max_writes) if wanted.compares else [],
         prices=wanted.prices,
     )
 

@@ -88,6 +88,7 @@ def _way(answer: Answer, way: Way) -> dict[str, Any]:
         "ram_bytes": found.peak.ram_bytes,
         "device_bytes": found.peak.device_bytes,
         "written_bytes": found.written_bytes,
+        "written": dict(found.written),
         "hidden_at_micro_batches": found.hidden_at,
         "read_bytes_per_step": found.read_bytes,
     }

@@ -21,10 +21,14 @@ from ssdtune.planning.bits import bits_lines, chosen_for, error_words, read_as
 from ssdtune.planning.ways import decide
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME
+from ssdtune.schedule.changes import smallest_change
+from ssdtune.schedule.outcome import Outcome, Refusal
 
 if TYPE_CHECKING:
     from ssdtune.config import Loaded, TrainConfig
+    from ssdtune.planning.ways import Decided
     from ssdtune.schedule.job import Job
+    from ssdtune.schedule.machine import Machine
 
 BITS, ROWS = "quantization", "offload.micro_batch_size"
 
@@ -32,13 +36,14 @@ BITS, ROWS = "quantization", "offload.micro_batch_size"
 def settled(loaded: Loaded) -> Loaded:
     """The configuration with nothing left open; prints what was decided.
 
-    Raises ConfigError where several processes train: each would decide by what is free when it looks.
+    Raises ConfigError where several processes train: each would decide by what is free when it looks; and where what
+    fits would write more to the drive than the run may.
     """
     config = loaded.config
     if _is_open(config):
         _check_alone(config)
         config = _kept(config)
-    if _is_open(config):
+    if _is_open(config) or (config.offload.max_writes is not None and _is_alone()):
         config = _decided(config)
     return dataclasses.replace(loaded, config=_listed(config))
 
@@ -47,8 +52,12 @@ def _is_open(config: TrainConfig) -> bool:
     return AUTO in (config.quantization, config.offload.micro_batch_size)
 
 
+def _is_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
 def _check_alone(config: TrainConfig) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _is_alone():
         return
     if config.quantization == AUTO:
         raise ConfigError(
@@ -115,11 +124,25 @@ def _decided(config: TrainConfig) -> TrainConfig:
             say(f"decided   {line}")
         config = dataclasses.replace(config, quantization=chosen.reading.quantization)
         read = read_as(chosen.reading, jobs)
-    if config.offload.micro_batch_size == AUTO:
+    has_rows = config.offload.micro_batch_size == AUTO
+    if has_rows or config.offload.max_writes is not None:
         decided = decide(read, machine, config)
-        say(f"decided   {decided.lines[0]}")
-        config = _with_rows(config, decided.job.rows_at_once)
+        _check_writes(decided, machine)
+        if has_rows:
+            say(f"decided   {decided.lines[0]}")
+            config = _with_rows(config, decided.job.rows_at_once)
     return config
+
+
+def _check_writes(decided: Decided, machine: Machine) -> None:
+    """Raises ConfigError where nothing fits that writes as little as it may."""
+    found = [point.found for point in decided.points]
+    refused = [each for each in found if isinstance(each, Refusal) and each.needed_writes]
+    if not refused or any(isinstance(each, Outcome) for each in found):
+        return
+    change = smallest_change(decided.job, machine, refused[0].choices)
+    way_out = "" if change is None else f"\nThe nearest change that fits: {change[0]}."
+    raise ConfigError(f"{refused[0].why}.{way_out}", keys=("offload.max_writes",))
 
 
 def _with_rows(config: TrainConfig, rows_at_once: int) -> TrainConfig:

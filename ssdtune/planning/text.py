@@ -11,9 +11,10 @@ from ssdtune.planning.prices import Prices, cost_line, cost_of
 from ssdtune.planning.ways import Way, knows_steps
 from ssdtune.report import LANE_LABELS, duration, format_table
 from ssdtune.schedule.methods import Foreseen
-from ssdtune.schedule.outcome import HIDDEN, SAVED_COPIES, Outcome, Refusal
+from ssdtune.schedule.outcome import HIDDEN, Outcome, Refusal
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.profile import BUSY_CORES
+from ssdtune.schedule.writes import SAVED_COPIES
 from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:
     for where, parts in (("RAM", found.peak.ram), ("VRAM", found.peak.device)):
         if parts:
             yield f"{letter} {where}: {parts_line(found, parts)}"
-    if found.total_s is not None and knows_steps(job):
+    if (found.total_s is not None or found.choices.most_written) and knows_steps(job):
         yield f"{letter} the run: {wear_line(machine, found)}"
     cost = cost_line(cost_of(job, machine, found, answer.prices), _price_source(answer))
     if cost:
@@ -313,12 +314,17 @@ def limit_line(found: Outcome) -> str:
 
 def wear_line(machine: Machine, found: Outcome) -> str:
     """What it writes, of what the drive is rated for, and the energy at full load."""
-    parts = [f"writes {format_size(round(found.written_bytes))}"]
+    parts, most = [f"writes {format_size(round(found.written_bytes))}"], found.choices.most_written
+    if most is not None:
+        parts[0] += f" of the {format_size(most)} that offload.max_writes allows"
     if machine.drive.endurance_bytes:
         share = found.written_bytes / machine.drive.endurance_bytes
         parts[0] += (
             f" ({share:.2g} of the drive's rated {format_size(round(machine.drive.endurance_bytes))})"
         )
+    if most is not None:
+        largest = sorted(found.written.items(), key=lambda part: -part[1])
+        parts += [f"{name} {format_size(round(num_bytes))}" for name, num_bytes in largest]
     if machine.watts is not None and found.total_s is not None:
         parts.append(f"{machine.watts * found.total_s / 3.6e6:.3g} kWh at full load")
     return " · ".join(parts)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ssdtune.schedule.changes import smallest_change
 from ssdtune.schedule.grid import (
     UNMEASURED,
     Point,
@@ -15,8 +16,9 @@ from ssdtune.schedule.grid import (
     tiers_for,
     words_of,
 )
-from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome, smallest_change
+from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome
 from ssdtune.schedule.plan import Tier
+from ssdtune.sizes import format_size
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
@@ -75,11 +77,14 @@ def _rows_line(best: Point, points: Sequence[Point]) -> str:
 
 
 def _told(points: Sequence[Point]) -> float | str | None:
-    """Seconds of a step of the fastest of these, or that they are not known; None where none fits."""
+    """Seconds of a step of the fastest of these, or why there are none; None where none fits."""
     times = [point.step_s for point in points if point.step_s is not None]
     if times:
         return min(times)
-    return UNMEASURED if any(isinstance(p.found, Outcome) for p in points) else None
+    if any(isinstance(p.found, Outcome) for p in points):
+        return UNMEASURED
+    writes = [p.found.needed_writes for p in points if isinstance(p.found, Refusal)]
+    return f"would write {format_size(round(min(writes)))}" if all(writes) else None
 
 
 def _tier_line(best: Point, points: Sequence[Point]) -> str:
@@ -141,6 +146,7 @@ def configured(job: Job, machine: Machine, config: TrainConfig) -> Choices:
         activation_bytes=offload.activations,
         nvme_activation_bytes=offload.nvme_activations,
         prefetch=offload.prefetch,
+        most_written=offload.max_writes,
     )
 
 

@@ -21,6 +21,7 @@ from ssdtune.schedule.outlook import (
 )
 from ssdtune.schedule.plan import Direction, Tier
 from ssdtune.schedule.profile import DEVICE_DECODE, PERTURB, Profile
+from ssdtune.sizes import format_size
 
 NF4_BITS = 4.5  # 4 bits a weight, a 16-bit scale for every 32
 
@@ -38,8 +39,9 @@ class Foreseen:
     runs_as: str | None = None
 
 
-def foreseen(job: Job, machine: Machine) -> list[Foreseen]:
-    """Full fine-tuning with its states on NVMe or in RAM, and forwards only, 16 bits wide and 4."""
+def foreseen(job: Job, machine: Machine, most_written: int | None = None) -> list[Foreseen]:
+    """Full fine-tuning with its states on NVMe or in RAM, and forwards only, 16 bits wide and 4. most_written: bytes that
+    the run may write to the drive; None: any number."""
     rates = rates_of(job, machine)
     if rates is None:
         return []
@@ -57,7 +59,9 @@ def foreseen(job: Job, machine: Machine) -> list[Foreseen]:
     ]
     found = [_foreseen(job, machine, words, outlook) for words, outlook in [*full, *forward]]
     found[len(full)] = dataclasses.replace(found[len(full)], runs_as="method: zo")
-    return found
+    if most_written is None:
+        return found
+    return [_within(each, most_written) for each in found]
 
 
 def _foreseen(job: Job, machine: Machine, words: str, outlook: Outlook) -> Foreseen:
@@ -82,6 +86,14 @@ def _foreseen(job: Job, machine: Machine, words: str, outlook: Outlook) -> Fores
         written_bytes=outlook.written_bytes * job.steps(job.micro_batches),
         why_not="; ".join(short) or None,
     )
+
+
+def _within(each: Foreseen, most_written: int) -> Foreseen:
+    """The same, refused where it would write more than a run may."""
+    if each.written_bytes <= most_written:
+        return each
+    written = f"{format_size(round(each.written_bytes))} of writes > offload.max_writes"
+    return dataclasses.replace(each, why_not="; ".join(filter(None, (each.why_not, written))))
 
 
 def shape_of(job: Job) -> Shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections.abc import Mapping
 
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.holding import Level, levels_of
@@ -15,7 +16,6 @@ from ssdtune.schedule.memory import (
     KEEP_FREE,
     PACKED,
     STAGING_BYTES,
-    STORED,
     Passes,
     Peak,
     predict_peak_of,
@@ -23,17 +23,16 @@ from ssdtune.schedule.memory import (
 )
 from ssdtune.schedule.plan import Budgets, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
-from ssdtune.schedule.search import Effort
+from ssdtune.schedule.search import Effort, WritesError
 from ssdtune.schedule.shares import search_within
 from ssdtune.schedule.simulate import Simulation, step_seconds
 from ssdtune.schedule.stores import mean_bytes
+from ssdtune.schedule.writes import Writes
 from ssdtune.sizes import format_size
 
 HIDDEN = 1.05  # reading is hidden where a step takes at most so many times its compute
 MOST_MICRO_BATCHES = 1024
 AUTO_DRIVE_SHARE = 0.5  # of what is free of a drive: checkpoints, other runs
-SAVES = 20  # checkpoints of a run, where nobody says how many
-SAVED_COPIES = 3  # adapters, and the optimizer's two states
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +47,7 @@ class Choices:
             their budget is None too.
         nvme_activation_bytes: of the drive, for activations that wait there; None: what is free of it.
         prefetch: how many fills may run ahead; None: as many as are best.
+        most_written: bytes that the run may write to the drive; None: any number.
     """
 
     micro_batches: int
@@ -57,6 +57,7 @@ class Choices:
     activation_bytes: int | None = 0
     nvme_activation_bytes: int | None = 0
     prefetch: int | None = None
+    most_written: int | None = None
 
     def shares(self, *, on_device: bool) -> bool:
         """Whether weights and activations share what is free."""
@@ -73,7 +74,7 @@ class Outcome:
         simulation: None where the machine's rates or the model's work are not known.
         slow_step_s: of a step all of whose ops take as long as one in ten does; None: not known.
         tokens: of one step. num_steps: of the run.
-        written_bytes: to the drive in the whole run, checkpoints included.
+        written: bytes that go to the drive in the whole run, by what they are for.
         read_bytes: of one step.
         hidden_at: micro-batches of a step from which on reading is hidden with this plan; None: it never is, or is not
             known.
@@ -86,9 +87,14 @@ class Outcome:
     slow_step_s: float | None
     tokens: float
     num_steps: int
-    written_bytes: float
+    written: Mapping[str, float]
     hidden_at: int | None
     read_bytes: int
+
+    @property
+    def written_bytes(self) -> float:
+        """All of it."""
+        return sum(self.written.values())
 
     @property
     def total_s(self) -> float | None:
@@ -104,18 +110,71 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A way that does not fit: why, in one line with the numbers, and which tier is short by how many bytes."""
+    """A way that does not fit: why, in one line with the numbers. needed_writes: with how many bytes of writes it would,
+    where nothing else is too much; else 0."""
 
     choices: Choices
     why: str
+    needed_writes: float = 0.0
 
 
 def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
     """What comes of the job on the machine with these choices."""
     machine = _as_known(job, machine, choices)
+    request = _request(job, machine, choices)
+    if isinstance(request, Refusal):
+        return request
+    writes = writes_of(job, choices)
+    least = writes.parts(_inputs_on_nvme(job, choices))
+    if why := writes.excess(least):
+        return Refusal(choices=choices, why=why, needed_writes=sum(least.values()))
+    try:
+        plan, simulation = _planned(job, machine, choices, request)
+    except WritesError as error:
+        parts = writes.parts({}, error.num_bytes)
+        return Refusal(choices=choices, why=writes.excess(parts), needed_writes=sum(parts.values()))
+    except PlanError as error:
+        return Refusal(choices=choices, why=" ".join(str(error).split()))
+    peak = _peak(job, plan, choices.micro_batches)
+    if why := _over(peak, machine):
+        return Refusal(choices=choices, why=why)
+    steps = plan.sequences[job.kind]
+    written = writes.parts(peak.nvme, mean_bytes(steps, plan, writes.every))
+    if why := writes.excess(written):
+        return Refusal(choices=choices, why=why, needed_writes=sum(written.values()))
+    return Outcome(
+        choices=choices,
+        plan=plan,
+        peak=peak,
+        simulation=simulation,
+        slow_step_s=_slow_step_s(job, machine, choices, plan),
+        tokens=job.tokens(choices.micro_batches),
+        num_steps=writes.num_steps,
+        written=written,
+        hidden_at=_hidden_at(job, machine, choices, plan, simulation),
+        read_bytes=steps.read_bytes,
+    )
+
+
+def _planned(
+    job: Job, machine: Machine, choices: Choices, request: Request
+) -> tuple[Plan, Simulation | None]:
+    """The fastest plan and its step; without times the static one. Raises PlanError."""
+    pricing = _pricing(job, machine, choices.micro_batches)
+    if pricing is None:
+        return make_plan(request), None
+    shares = choices.shares(on_device=request.on_device)
+    found = search_within(request, pricing, Effort.of(choices.prefetch), shares=shares)
+    return found.plan, found.simulation
+
+
+def _request(job: Job, machine: Machine, choices: Choices) -> Request | Refusal:
+    """With budgets that are what the machine has."""
     on_device = machine.device is not None
     least = smallest_budgets(job.blocks, on_device=on_device)
     room = _room(job, machine, choices)
+    if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
+        return Refusal(choices=choices, why=_shortage(machine, room, least))
     ram = room.ram_bytes if choices.ram_bytes is None else choices.ram_bytes
     device = room.device_bytes if choices.device_bytes is None else choices.device_bytes
     budgets = Budgets(
@@ -124,42 +183,10 @@ def outcome(job: Job, machine: Machine, choices: Choices) -> Outcome | Refusal:
         activation_bytes=choices.activation_bytes or 0,
         nvme_activation_bytes=_drive_room(job, machine, choices),
     )
-    if room.ram_bytes < least.ram_bytes or room.device_bytes < least.device_bytes:
-        return Refusal(choices=choices, why=_shortage(machine, room, least))
-    request = _request(job, choices, budgets, on_device=on_device)
-    pricing = _pricing(job, machine, choices.micro_batches)
-    try:
-        if pricing is None:
-            plan, simulation = make_plan(request), None
-        else:
-            found = search_within(
-                request,
-                pricing,
-                Effort.of(choices.prefetch),
-                shares=choices.shares(on_device=on_device),
-            )
-            plan, simulation = found.plan, found.simulation
-    except PlanError as error:
-        return Refusal(choices=choices, why=" ".join(str(error).split()))
-    peak = _peak(job, plan, choices.micro_batches)
-    if over := _over(peak, machine):
-        return Refusal(choices=choices, why=over)
-    num_steps = job.steps(choices.micro_batches)
-    return Outcome(
-        choices=choices,
-        plan=plan,
-        peak=peak,
-        simulation=simulation,
-        slow_step_s=_slow_step_s(job, machine, choices, plan),
-        tokens=job.tokens(choices.micro_batches),
-        num_steps=num_steps,
-        written_bytes=_written(job, plan, peak, num_steps),
-        hidden_at=_hidden_at(job, machine, choices, plan, simulation),
-        read_bytes=plan.sequences[job.kind].read_bytes,
-    )
+    return _asked(job, choices, budgets, on_device=on_device)
 
 
-def _request(job: Job, choices: Choices, budgets: Budgets, *, on_device: bool) -> Request:
+def _asked(job: Job, choices: Choices, budgets: Budgets, *, on_device: bool) -> Request:
     return Request(
         blocks=job.blocks,
         orders=job.orders,
@@ -169,33 +196,27 @@ def _request(job: Job, choices: Choices, budgets: Budgets, *, on_device: bool) -
         chunk_tokens=job.chunk_tokens,
         visits_vary=job.visits_vary,
         activation_bytes=job.footprint.activations_of(job.passes(choices.micro_batches)),
+        written_bytes=writes_of(job, choices).step_bytes,
     )
 
 
-def smallest_change(job: Job, machine: Machine, choices: Choices) -> tuple[str, Outcome] | None:
-    """The first of a few changes, the least costly first, with which the job fits; and what comes of it."""
-    changes: list[tuple[str, Choices]] = []
-    if choices.ram_bytes is not None or choices.device_bytes is not None:
-        auto = dataclasses.replace(choices, ram_bytes=None, device_bytes=None)
-        changes.append(("offload.ram: auto, offload.vram: auto", auto))
-    base = changes[-1][1] if changes else choices
-    if machine.device is not None and base.block_inputs is Tier.DEVICE:
-        changes.append(
-            ("offload.block_inputs: ram", dataclasses.replace(base, block_inputs=Tier.RAM))
-        )
-    on_nvme = dataclasses.replace(base, block_inputs=Tier.NVME)
-    if base.block_inputs is not Tier.NVME:
-        changes.append(("offload.block_inputs: nvme", on_nvme))
-    fewer = base.micro_batches
-    while fewer > 1:
-        fewer //= 2
-        less = dataclasses.replace(on_nvme, micro_batches=fewer)
-        changes.append((f"offload.block_inputs: nvme, gradient_accumulation_steps: {fewer}", less))
-    for words, changed in changes:
-        found = outcome(job, machine, changed)
-        if isinstance(found, Outcome):
-            return words, found
-    return None
+def writes_of(job: Job, choices: Choices) -> Writes:
+    """What the run puts on the drive, and may."""
+    return Writes(
+        num_steps=job.steps(choices.micro_batches),
+        trained_bytes=job.fixed.trained_bytes,
+        every=job.folded_every(choices.micro_batches),
+        copy_bytes=sum(block.slot_bytes for block in job.blocks),
+        packed_bytes=job.packed_bytes,
+        most=choices.most_written,
+    )
+
+
+def _inputs_on_nvme(job: Job, choices: Choices) -> dict[str, int]:
+    """Bytes of block inputs that each step puts there."""
+    if choices.block_inputs is not Tier.NVME:
+        return {}
+    return {INPUTS: job.passes(choices.micro_batches) * job.kept_bytes}
 
 
 # ------------------------------------------------------------------ memory
@@ -243,7 +264,7 @@ def _room(job: Job, machine: Machine, choices: Choices) -> Budgets:
         activation_bytes=choices.activation_bytes or 0,
         nvme_activation_bytes=_drive_room(job, machine, choices),
     )
-    plan = make_plan(_request(job, choices, least, on_device=on_device))
+    plan = make_plan(_asked(job, choices, least, on_device=on_device))
     peak = _peak(job, plan, choices.micro_batches)
     ram = room_for_weights(
         machine.ram_bytes,
@@ -272,6 +293,14 @@ def _as_known(job: Job, machine: Machine, choices: Choices) -> Machine:
 
 
 def _drive_room(job: Job, machine: Machine, choices: Choices) -> int:
+    """Bytes of the drive for activations: what may be written in each step besides block inputs, at most."""
+    room, most = _free_for_activations(job, machine, choices), writes_of(job, choices).step_bytes
+    if most is None:
+        return room
+    return min(room, max(most - sum(_inputs_on_nvme(job, choices).values()), 0))
+
+
+def _free_for_activations(job: Job, machine: Machine, choices: Choices) -> int:
     """Bytes of the drive for activations. None of a drive whose room is not known, or where no times tell what they are
     worth."""
     if choices.nvme_activation_bytes is not None:
@@ -311,24 +340,6 @@ def _over(peak: Peak, machine: Machine) -> str:
                 f"{format_size(round(needed))} of {name} needed{what}, {format_size(round(has))} free"
             )
     return "; ".join(told)
-
-
-def _written(job: Job, plan: Plan, peak: Peak, num_steps: int) -> float:
-    """Block inputs and activations of every step where NVMe holds them, checkpoints, working copies of the weights, and
-    the packed model, once."""
-    waiting = peak.nvme.get(INPUTS, 0) + peak.nvme.get(STORED, 0)
-    saved = min(SAVES, num_steps) * SAVED_COPIES * job.fixed.trained_bytes
-    return num_steps * waiting + saved + _folded(job, plan, num_steps) + peak.nvme.get(PACKED, 0)
-
-
-def _folded(job: Job, plan: Plan, num_steps: int) -> float:
-    """To the working copy: all blocks when it is made, after `fold_steps`, and from the next step on what goes back. What
-    stays in a slot, or in RAM beside a device, is never written back."""
-    steps = plan.sequences[job.kind]
-    if not 0 < job.fold_steps < num_steps or not steps.read_bytes:
-        return 0.0
-    back = mean_bytes(steps, plan, job.fold_steps)
-    return plan.model_bytes + (num_steps - 1 - job.fold_steps) * back
 
 
 # ------------------------------------------------------------------ time

@@ -88,6 +88,7 @@ class Request:
             backward instead of computing it again; empty: not known. Where it is not, every block
             may keep, and the budgets decide when the bytes are there.
         visits_vary: whether a block's visits take longer one time than another: a token chooses among experts.
+        written_bytes: that one step may write to the drive, by what its simulation writes; None: any number.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -100,6 +101,7 @@ class Request:
     buffers_on_device: bool = False
     activation_bytes: tuple[int, ...] = ()
     visits_vary: bool = False
+    written_bytes: int | None = None
 
 
 def plain_orders(num_blocks: int, first_trained: int = 0) -> dict[str, list[tuple[int, Direction]]]:

@@ -47,6 +47,7 @@ from ssdtune.schedule.planner import (
 )
 from ssdtune.schedule.simulate import Simulation, simulate, step_seconds
 from ssdtune.schedule.stored import written_bytes
+from ssdtune.sizes import format_size
 
 NUM_POLISHED = 3  # of the best candidates
 NUM_WAYS = 2  # to share slots in which all arrangements are tried
@@ -61,6 +62,17 @@ DIGITS = (
 
 
 Skeleton = tuple[tuple[tuple[int, ...], ...], int]  # classes that share slots, prefetch depth
+
+
+class WritesError(PlanError):
+    """All plans write more in a step than they may. num_bytes: the least that one of those tried does."""
+
+    def __init__(self, num_bytes: int, most: int) -> None:
+        super().__init__(
+            f"a step writes {format_size(num_bytes)} to the drive at least, and may write {format_size(most)}: raise "
+            "offload.max_writes"
+        )
+        self.num_bytes = num_bytes
 
 
 class Priced(Protocol):
@@ -141,10 +153,7 @@ def explored(
     are tried, where they fit; a first round that is much slower than its best is the last.
     """
     hunt = Hunt(request, pricing, effort or Effort())
-    ways, near = _skeletons_that_fit(hunt), beside.skeletons() if beside else []
-    for way in [each for each in ways if each in near] or ways:
-        for choice in _candidates(hunt, way):
-            hunt.evaluate(choice)
+    _first_round(hunt, beside)
     if beside and hunt.step_s > HOPELESS * beside.step_s:
         return hunt
     for way in hunt.skeletons():
@@ -156,6 +165,23 @@ def explored(
     if request.budgets.nvme_activation_bytes and request.activation_bytes:
         _try_the_drive(hunt)
     return hunt
+
+
+def _first_round(hunt: Hunt, beside: Hunt | None) -> None:
+    """All ways to share slots, with one arrangement. Raises PlanError where none fits."""
+    ways, near = _skeletons_that_fit(hunt), beside.skeletons() if beside else []
+    _try(hunt, [each for each in ways if each in near] or ways)
+    if not hunt.seen:  # with one slot most room is left for blocks that stay, and are not written
+        _try(hunt, _fitting(hunt, [0]))
+    if not hunt.seen:
+        assert hunt.least_written is not None
+        raise WritesError(hunt.least_written, hunt.request.written_bytes or 0)
+
+
+def _try(hunt: Hunt, ways: Sequence[Skeleton]) -> None:
+    for way in ways:
+        for choice in _candidates(hunt, way):
+            hunt.evaluate(choice)
 
 
 def polished(hunt: Hunt) -> Found:
@@ -176,6 +202,7 @@ class Hunt:
         self.request = dataclasses.replace(request, orders=orders)
         self.seen: dict[tuple[object, ...], tuple[float, ...]] = {}  # choice -> key
         self.choices: dict[tuple[object, ...], Choice] = {}
+        self.least_written: int | None = None  # by a step of those that write more than they may
         self._kinds: dict[tuple[int, ...], BlockKind] = {}
         self._counts: dict[tuple[object, ...], list[Counts]] = {}  # choice -> as `counts` has them
 
@@ -185,14 +212,18 @@ class Hunt:
         return len(self.seen) >= self.effort.num_tries
 
     def evaluate(self, choice: Choice) -> tuple[float, ...] | None:
-        """What to compare by, less is better; None where it does not fit or no try is left."""
+        """What to compare by, less is better; None where it does not fit, writes too much, or no try is left."""
         name = _name(choice)
         if name in self.seen:
             return self.seen[name]
         if self.is_over or room_for(self.request, choice) is None:
             return None
         plan = plan_of(self.request, layout_of(self.request, choice))
-        steps = self.pricing.steps(plan)
+        steps, most = self.pricing.steps(plan), self.request.written_bytes
+        written = written_bytes(steps)
+        if most is not None and written > most:
+            self.least_written = min(written, self.least_written or written)
+            return None
         seconds, between_s = self.pricing.op_seconds(steps), self.pricing.between_s
         step_s = float(f"{step_seconds(steps, seconds, between_s=between_s):.{DIGITS}g}")
         read = plan.sequences[self.pricing.kind].read_bytes
@@ -200,7 +231,7 @@ class Hunt:
         compute_s = between_s + sum(
             s for op, s in zip(steps.ops, seconds, strict=True) if op.lane is Lane.COMPUTE
         )
-        self.seen[name] = (step_s, written_bytes(steps), read, memory, compute_s)
+        self.seen[name] = (step_s, written, read, memory, compute_s)
         self.choices[name] = choice
         return self.seen[name]
 

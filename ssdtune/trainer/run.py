@@ -15,7 +15,6 @@ Every process of a distributed run comes through here; the first one writes and 
 from __future__ import annotations
 
 import contextlib
-import math
 import shlex
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,13 +163,16 @@ def _settled(
     say: Say,
 ) -> tuple[Peak, Watch | None]:
     """The plan, the peak and the time of the steps to come, settled and said. No watch without predictions."""
-    from ssdtune.trainer.forecast import Rehearsals, forecast, schedule_of
+    from ssdtune.trainer.forecast import Rehearsals, forecast, predicted, schedule_of
     from ssdtune.trainer.scheduling import Watch
     from ssdtune.trainer.settling import Auto, settle, settle_inputs
+    from ssdtune.trainer.writes import check_inputs, check_writes, checked, writes_of
 
     rehearsals, offload = Rehearsals(trainer), config.offload
     longest = rows.train.stats.longest_row
     assert trainer.streamer is not None
+    writes = writes_of(trainer, len(rows.train), offload.max_writes)
+    trainer.streamer.replanner.limit_writes(writes.step_bytes)
     schedule = schedule_of(rehearsals, rows.train.lengths(), depth=offload.prefetch)
     auto = Auto(
         ram=offload.ram is None,
@@ -195,10 +197,16 @@ def _settled(
             "`ssdtune probe`"
         )
         schedule = None
-    if settle(rehearsals, schedule, longest_row=longest, base_bytes=base_bytes, auto=auto):
+    check_inputs(writes, predicted(rehearsals, longest, base_bytes))
+    with checked(writes):
+        changed = settle(
+            rehearsals, schedule, longest_row=longest, base_bytes=base_bytes, auto=auto
+        )
+    if changed:
         for line in trainer.streamer.engine.plan.lines():
             say(line)
     peak = forecast(rehearsals, longest_row=longest, base_bytes=base_bytes, say=say)
+    check_writes(trainer, writes, peak)
     if schedule is None:
         return peak, None
     for line in schedule.lines():
@@ -291,11 +299,12 @@ def _shared(value: str | None, args: SSDConfig) -> str | None:
 
 
 def _job_line(trainer: SSDTrainer, rows: Rows) -> str:
+    from ssdtune.trainer.writes import num_steps_of, steps_per_epoch
+
     args = trainer.args
     processes = f" × {args.world_size} processes" if args.world_size > 1 else ""
-    num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_epoch = math.ceil(len(rows.train) / num_rows)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    per_epoch = steps_per_epoch(trainer, len(rows.train))
+    steps = num_steps_of(trainer, len(rows.train))
     return (
         f"job       {args.gradient_accumulation_steps} micro-batches × "
         f"{args.per_device_train_batch_size} rows{processes} a step · {steps:,} steps · "

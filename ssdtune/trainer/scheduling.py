@@ -18,6 +18,7 @@ from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
+from ssdtune.schedule.stored import written_bytes
 from ssdtune.sizes import format_size
 from ssdtune.trainer.summary import steady
 
@@ -104,15 +105,23 @@ class Schedule:
         """Carries out the best plan for the request from now on, where it gains enough; None where it does not.
 
         shares: whether weights and activations share the request's memory, however that is best. must: whatever it
-        gains, since the plan that is carried out is not for this request.
+        gains, since the plan that is carried out is not for this request; so it is where its steps write more than they
+        may.
         """
         now_s = self.predicted().step_s
+        must = must or self._writes_too_much(request)
         found = self.best(request, shares=shares)
         if not must and found.simulation.step_s > (1 - MIN_GAIN) * now_s:
             return None
         request = dataclasses.replace(request, budgets=found.plan.budgets)
         self.streamer.replanner.adopt(self.streamer, request, found.layout)
         return found
+
+    def _writes_too_much(self, request: Request) -> bool:
+        most = request.written_bytes
+        if most is None:
+            return False
+        return written_bytes(self.pricing.steps(self.streamer.engine.plan)) > most
 
     def best(self, request: Request, *, shares: bool = False) -> Found:
         """The best plan for the request; nothing is carried out. Raises PlanError."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ssdtune.memory import nearest_folder
 from ssdtune.schedule.grid import UNMEASURED, best_of, words_of
-from ssdtune.schedule.memory import room_for_weights
+from ssdtune.schedule.memory import INPUTS, room_for_weights
 from ssdtune.schedule.outcome import AUTO_DRIVE_SHARE
 from ssdtune.schedule.plan import Budgets, Lane, Plan, Tier
 from ssdtune.schedule.planner import least_of
@@ -65,8 +65,10 @@ def settle(
         if found is not None:
             _open_store(streamer, auto.drive)
             return True
-    if plan.ram_bytes <= budgets.ram_bytes and (
-        not plan.on_device or plan.device_bytes <= budgets.device_bytes
+    if (
+        plan.ram_bytes <= budgets.ram_bytes
+        and (not plan.on_device or plan.device_bytes <= budgets.device_bytes)
+        and plan.budgets.nvme_activation_bytes <= budgets.nvme_activation_bytes
     ):
         return False
     streamer.replanner.adopt(streamer, request, None)
@@ -176,6 +178,7 @@ class _Settling:
             request = dataclasses.replace(request, activation_bytes=self.schedule.activation_bytes)
             if self.auto.drive is not None and self.schedule.profile.knows_writes:
                 request = _with_drive(request, self.auto.drive)
+        request = self._with_fewer_writes(request, plan)
         if not (self.auto.ram or self.auto.vram):
             return request
         budgets, least = request.budgets, least_of(request)
@@ -189,6 +192,20 @@ class _Settling:
         )
         return dataclasses.replace(request, budgets=budgets)
 
+    def _with_fewer_writes(self, request: Request, plan: Plan) -> Request:
+        """Activations on the drive only as far as a step may write them besides its block inputs. plan: where these are."""
+        if request.written_bytes is None:
+            return request
+        left = max(request.written_bytes - self._inputs_bytes(plan), 0)
+        budgets = request.budgets
+        fewer = min(budgets.nvme_activation_bytes, left)
+        budgets = dataclasses.replace(budgets, nvme_activation_bytes=fewer)
+        return dataclasses.replace(request, budgets=budgets)
+
+    def _inputs_bytes(self, plan: Plan) -> int:
+        """Of the drive, of block inputs."""
+        return self._peak(plan=plan).nvme.get(INPUTS, 0)
+
     def tried(self, tier: Tier) -> tuple[bool, float | None, bool]:
         """With block inputs there: whether it fits, a step's seconds where they are known, whether it is all compute."""
         request, plan = self.request(tier), self._plan(tier)
@@ -199,6 +216,8 @@ class _Settling:
         )
         ram, device = self._room(plan, needs)
         fits = ram >= needs.ram_bytes and (not plan.on_device or device >= needs.device_bytes)
+        most = request.written_bytes
+        fits = fits and (most is None or self._inputs_bytes(plan) <= most)
         if not fits or self.schedule is None:
             return fits, None, False
         try:

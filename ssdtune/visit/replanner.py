@@ -27,6 +27,10 @@ class Replanner:
         """The plan for what is known now, validated."""
         return _plan(self.request, self.layout)
 
+    def limit_writes(self, num_bytes: int | None) -> None:
+        """Of what a step of plans to come may write to the drive; None: any number of bytes."""
+        self.request = dataclasses.replace(self.request, written_bytes=num_bytes)
+
     def adopt(self, streamer: Streamer, request: Request, layout: Layout | None) -> None:
         """From now on other budgets and another layout: the engine is opened anew. Between steps only.
 
