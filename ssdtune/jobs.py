@@ -35,6 +35,13 @@ MODEL_KEYS = (
 ).split()
 
 
+def opens_directions(config: TrainConfig) -> bool:
+    """Whether the number of random directions is left open, and more of them are the same method: MeZO's and LOZO's is
+    1."""
+    is_fzoo = config.method == "zo" and config.zo_estimator == "fzoo"
+    return is_fzoo and config.zo_num_directions is None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """Where a job comes from. model: a folder, a hub id or a config.json, instead of the configuration's.

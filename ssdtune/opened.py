@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.jobs import AUTO
-from ssdtune.schedule.job import Job, Reading, Rows, in_proportion, mean_padded
+from ssdtune.jobs import AUTO, opens_directions
+from ssdtune.schedule.cost import Work
+from ssdtune.schedule.job import Directions, Job, Reading, Rows, in_proportion, mean_padded
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
@@ -182,10 +183,11 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
     longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
     trained = [p for p in adapted.parameters() if p.requires_grad] if not is_of_all else []
     trained_bytes = sum(p.nbytes for p in trained)
-    steps = _steps(config, drafted, trained, opened.resident_bytes if is_of_all else 0)
+    outside_bytes = opened.resident_bytes if is_of_all else 0
+    steps = _steps(source, drafted, trained, outside_bytes)
     work = usual.work
-    if work is not None and steps.moves is not None:
-        work = dataclasses.replace(work, moves=_with_decoding(source, drafted, steps.moves))
+    if work is not None:
+        work = dataclasses.replace(work, moves=steps.moves)
     request = drafted.replanner.request
     return Job(
         model=Path(source.name).name if source.model is None else source.name,
@@ -219,6 +221,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         readings=opened.readings,
         file_dtype=opened.file_dtype,
         lossless_ratio=opened.lossless_ratio,
+        directions=_directions(source, steps, drafted, trained, outside_bytes),
         **_packing(opened.twin),
     )
 
@@ -305,8 +308,9 @@ def _with_decoding(source: Source, drafted: Draft, moves: Moves) -> Moves:
     )
 
 
-def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_bytes: int) -> _Steps:
+def _steps(source: Source, drafted: Draft, adapter: list[Any], outside_bytes: int) -> _Steps:
     """adapter: its parameters, all inside blocks. outside_bytes: of what else is moved and lies in memory."""
+    config = source.config
     words = f"{'DoRA' if config.use_dora else 'LoRA'} r{config.lora_r}"
     if config.method != "zo":
         return _Steps(words)
@@ -338,14 +342,46 @@ def _steps(config: TrainConfig, drafted: Draft, adapter: list[Any], outside_byte
             outside=outside_bytes,
             held=_held_bytes(config, drafted, outside_bytes),
         ),
-        moves=moves_of(
-            {block: [tuple(p.shape) for p in group] for block, group in enumerate(moved)},
-            estimator,
-            trains_blocks=is_of_all,
-            low_rank=is_low_rank,
-            rule=rule_of(config),
+        moves=_with_decoding(
+            source,
+            drafted,
+            moves_of(
+                {block: [tuple(p.shape) for p in group] for block, group in enumerate(moved)},
+                estimator,
+                trains_blocks=is_of_all,
+                low_rank=is_low_rank,
+                rule=rule_of(config),
+            ),
         ),
     )
+
+
+def _directions(
+    source: Source, steps: _Steps, drafted: Draft, adapter: list[Any], outside_bytes: int
+) -> Directions | None:
+    """Those of steps whose number of directions is open, and what one more takes: the rest as `_steps` has it."""
+    if not opens_directions(source.config):
+        return None
+    num = steps.variants - 1  # FZOO's, beside the weights as they are
+    config = dataclasses.replace(source.config, zo_num_directions=num + 1)
+    more = _steps(dataclasses.replace(source, config=config), drafted, adapter, outside_bytes)
+    assert steps.moves is not None
+    assert more.moves is not None
+    return Directions(
+        num=num,
+        variants=more.variants - steps.variants,
+        memory={name: n - steps.more[name] for name, n in more.more.items()},
+        shifts=_beyond(more.moves.shifts, steps.moves.shifts),
+        updates=_beyond(more.moves.updates, steps.moves.updates),
+    )
+
+
+def _beyond(more: Mapping[int, Work], less: Mapping[int, Work]) -> dict[int, Work]:
+    """Of each block, the work by which one is more than the other."""
+    return {
+        block: Work(dict(Counter(work.operators) - Counter(less[block].operators)))
+        for block, work in more.items()
+    }
 
 
 def _fold_steps(config: TrainConfig) -> int:

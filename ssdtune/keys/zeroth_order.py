@@ -28,7 +28,9 @@ class ZerothOrderKeys:
     )
     zo_num_directions: int | None = key(
         Or("auto", Whole(1, 1024)),
-        "random directions of a step, all in one fetch of a block; auto: 1 for mezo and lozo, 8 for fzoo",
+        "random directions of a step, all in one fetch of a block; auto: 1 for mezo and lozo; for fzoo 8, or where reading is "
+        "what a step waits for as many, 64 at most, as take 1.15 times its reading: with a profile (`ssdtune probe`), in one "
+        "process, and kept when the run is resumed",
         default=None,
         example="8",
     )

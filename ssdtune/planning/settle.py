@@ -1,8 +1,8 @@
 """Before a run: what a configuration leaves to prediction is decided as `ssdtune plan` decides it, and said. From then
-on bits are bits, each block's where they differ, and `offload.micro_batch_size` is a number.
+on bits are bits, each block's where they differ, and `offload.micro_batch_size` and `zo_num_directions` are numbers.
 
-A run that goes on keeps what its checkpoint was made with: other bits are other weights, and another cut of a step's
-rows has other bits in its sums.
+A run that goes on keeps what its checkpoint was made with: other bits are other weights, another cut of a step's rows has
+other bits in its sums, and other directions are other steps.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssdtune.config import ConfigError, load_config
-from ssdtune.jobs import AUTO, Jobs, Source
+from ssdtune.jobs import AUTO, Jobs, Source, opens_directions
 from ssdtune.machines import own_machine
 from ssdtune.packing.widths import mean_of
 from ssdtune.planning.bits import bits_lines, chosen_for, error_words, read_as
-from ssdtune.planning.ways import decide
+from ssdtune.planning.ways import DIRECTIONS, ROWS, decide
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME
 from ssdtune.schedule.changes import smallest_change
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ssdtune.schedule.job import Job
     from ssdtune.schedule.machine import Machine
 
-BITS, ROWS = "quantization", "offload.micro_batch_size"
+BITS = "quantization"
 
 
 def settled(loaded: Loaded) -> Loaded:
@@ -40,16 +40,23 @@ def settled(loaded: Loaded) -> Loaded:
     fits would write more to the drive than the run may.
     """
     config = loaded.config
-    if _is_open(config):
+    if _open_keys(config):
         _check_alone(config)
         config = _kept(config)
-    if _is_open(config) or (config.offload.max_writes is not None and _is_alone()):
-        config = _decided(config)
+    left = _open_keys(config)
+    if _is_alone() and (left or config.offload.max_writes is not None):
+        config = _decided(config, left)
     return dataclasses.replace(loaded, config=_listed(config))
 
 
-def _is_open(config: TrainConfig) -> bool:
-    return AUTO in (config.quantization, config.offload.micro_batch_size)
+def _open_keys(config: TrainConfig) -> frozenset[str]:
+    """What is left to prediction."""
+    is_open = {
+        BITS: config.quantization == AUTO,
+        ROWS: config.offload.micro_batch_size == AUTO,
+        DIRECTIONS: opens_directions(config),
+    }
+    return frozenset(key for key, holds in is_open.items() if holds)
 
 
 def _is_alone() -> bool:
@@ -57,6 +64,7 @@ def _is_alone() -> bool:
 
 
 def _check_alone(config: TrainConfig) -> None:
+    """Random directions that are left open are no fault: several processes take the usual number."""
     if _is_alone():
         return
     if config.quantization == AUTO:
@@ -64,10 +72,11 @@ def _check_alone(config: TrainConfig) -> None:
             f"{BITS}: auto is chosen by one process, and there are several.\n"
             f"Give the bits that `ssdtune plan` prints, for instance {BITS}: 4."
         )
-    raise ConfigError(
-        f"{ROWS}: auto is for one process; several must cut their rows alike.\n"
-        "Write a number; `ssdtune plan` on one of the machines says which is the fastest."
-    )
+    if config.offload.micro_batch_size == AUTO:
+        raise ConfigError(
+            f"{ROWS}: auto is for one process; several must cut their rows alike.\n"
+            "Write a number; `ssdtune plan` on one of the machines says which is the fastest."
+        )
 
 
 # ------------------------------------------------------------------ a run that goes on
@@ -86,7 +95,18 @@ def _kept(config: TrainConfig) -> TrainConfig:
         rows = before.per_device_train_batch_size
         say(f"decided   {ROWS}: auto is {rows}, as when the run began")
         config = _with_rows(config, rows)
+    if opens_directions(config) and before.zo_estimator == config.zo_estimator:
+        num = _num_directions(before)
+        say(f"decided   {DIRECTIONS}: auto is {num}, as when the run began")
+        config = dataclasses.replace(config, zo_num_directions=num)
     return config
+
+
+def _num_directions(config: TrainConfig) -> int:
+    """The usual number, where a run had nothing to decide it by."""
+    from ssdtune.trainer.zeroth_order import estimator_of
+
+    return config.zo_num_directions or len(estimator_of(config).variants) - 1
 
 
 def _earlier(config: TrainConfig) -> TrainConfig | None:
@@ -113,9 +133,12 @@ def _earlier(config: TrainConfig) -> TrainConfig | None:
 # ------------------------------------------------------------------ what is decided
 
 
-def _decided(config: TrainConfig) -> TrainConfig:
-    """With what is predicted to be best on this machine; prints it. The model is opened once for both."""
+def _decided(config: TrainConfig, left: frozenset[str]) -> TrainConfig:
+    """With what is predicted to be best on this machine; prints it. The model is opened once for all. left: keys that are
+    open."""
     machine = own_machine(config.offload.path or config.output_dir)
+    if left == {DIRECTIONS} and machine.profile is None and config.offload.max_writes is None:
+        return config  # without times there is nothing to decide them by
     jobs = Jobs(Source.of(config, None, on_device=machine.device is not None))
     read: Callable[..., Job] = jobs
     if config.quantization == AUTO:
@@ -124,13 +147,17 @@ def _decided(config: TrainConfig) -> TrainConfig:
             say(f"decided   {line}")
         config = dataclasses.replace(config, quantization=chosen.reading.quantization)
         read = read_as(chosen.reading, jobs)
-    has_rows = config.offload.micro_batch_size == AUTO
-    if has_rows or config.offload.max_writes is not None:
-        decided = decide(read, machine, config)
-        _check_writes(decided, machine)
-        if has_rows:
-            say(f"decided   {decided.lines[0]}")
-            config = _with_rows(config, decided.job.rows_at_once)
+    if left == {BITS} and config.offload.max_writes is None:
+        return config
+    decided = decide(read, machine, config)
+    _check_writes(decided, machine)
+    for key in (ROWS, DIRECTIONS):
+        if key in left and key in decided.said:
+            say(f"decided   {decided.said[key]}")
+    if ROWS in left:
+        config = _with_rows(config, decided.job.rows_at_once)
+    if DIRECTIONS in left and decided.job.directions is not None:
+        config = dataclasses.replace(config, zo_num_directions=decided.job.directions.num)
     return config
 
 

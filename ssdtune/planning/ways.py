@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ssdtune.schedule.changes import smallest_change
+from ssdtune.schedule.directions import Filled, fill_reading, reading_s
 from ssdtune.schedule.grid import (
     UNMEASURED,
     Point,
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ssdtune.schedule.job import Job
     from ssdtune.schedule.machine import Machine
 
+ROWS, INPUTS = "offload.micro_batch_size", "offload.block_inputs"
+DIRECTIONS = "zo_num_directions"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Way:
@@ -37,17 +41,22 @@ class Way:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """What was `auto`, settled. job: with its rows at once. points: what was compared for it, the chosen one first.
-    lines: each decision in words."""
+    """What was `auto`, settled. job: with its rows at once, and its random directions. points: what was compared for it,
+    the chosen one first. said: key -> the decision in words."""
 
     job: Job
     points: Sequence[Point]
-    lines: tuple[str, ...]
+    said: Mapping[str, str]
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Each decision."""
+        return tuple(self.said.values())
 
 
 def decide(jobs: Callable[..., Job], machine: Machine, config: TrainConfig) -> Decided:
-    """Rows at once and the tier of block inputs, where the configuration leaves them open; else as it says. jobs: as
-    `Jobs`."""
+    """Rows at once, the tier of block inputs and random directions, where the configuration leaves them open; else as it
+    says. jobs: as `Jobs`."""
     offload = config.offload
     is_open = offload.micro_batch_size == "auto"
     as_configured = jobs()
@@ -59,16 +68,35 @@ def decide(jobs: Callable[..., Job], machine: Machine, config: TrainConfig) -> D
     points = list(grid(cuts, machine, configured(as_configured, machine, config), tiers))
     best = best_point(points) or points[0]
     own_points = [best, *(p for p in points if p.job is best.job and p is not best)]
-    lines: list[str] = []
+    said: dict[str, str] = {}
     if is_open:
-        lines.append(_rows_line(best, points))
+        said[ROWS] = _rows_line(best, points)
     if len(tiers) > 1 and best.job.kind == "train" and isinstance(best.found, Outcome):
-        lines.append(_tier_line(best, sorted(own_points, key=points.index)))
-    return Decided(job=best.job, points=own_points, lines=tuple(lines))
+        said[INPUTS] = _tier_line(best, sorted(own_points, key=points.index))
+    job = best.job
+    if job.directions is not None and isinstance(best.found, Outcome):
+        filled = fill_reading(job, machine, best.found)
+        job, own_points[0] = filled.job, Point(filled.job, filled.found)
+        said[DIRECTIONS] = _directions_line(filled)
+    return Decided(job=job, points=own_points, said=said)
+
+
+def _directions_line(filled: Filled) -> str:
+    line = f"{DIRECTIONS}: auto is {filled.num}"
+    first, found = filled.first.simulation, filled.found.simulation
+    if first is None or found is None:
+        return f"{line}, as always: times are not known"
+    reading = f"{reading_s(filled.first):.3g} s of reading"
+    if filled.found is filled.first:
+        return f"{line}, as always: a step of {first.step_s:.3g} s for {reading} has no time or memory left for more"
+    return (
+        f"{line}, which reading hides: a step of {found.step_s:.3g} s for {reading}, with the usual {filled.usual} "
+        f"{first.step_s:.3g} s"
+    )
 
 
 def _rows_line(best: Point, points: Sequence[Point]) -> str:
-    line = f"offload.micro_batch_size: auto is {best.job.rows_at_once}"
+    line = f"{ROWS}: auto is {best.job.rows_at_once}"
     if best.step_s is None:
         return f"{line}, as configured: times are not known, or nothing fits"
     cuts = sorted({point.job.rows_at_once for point in points})
@@ -88,7 +116,7 @@ def _told(points: Sequence[Point]) -> float | str | None:
 
 
 def _tier_line(best: Point, points: Sequence[Point]) -> str:
-    line = f"offload.block_inputs: auto is {best.tier}"
+    line = f"{INPUTS}: auto is {best.tier}"
     if best.step_s is None:
         return f"{line}, the nearest that holds them"
     return f"{line} ({words_of({str(p.tier): _told([p]) for p in points})})"

@@ -91,6 +91,21 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Directions:
+    """Random directions of a zeroth-order step, where their number may be chosen.
+
+    num: how many there are. For each one more: `variants` of the weights, `memory` where computing is, by what it is for,
+    and block -> work of its variants (`shifts`) and of each update (`updates`).
+    """
+
+    num: int
+    variants: int
+    memory: Mapping[str, int]
+    shifts: Mapping[int, Work]
+    updates: Mapping[int, Work]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What is trained on what.
 
@@ -113,6 +128,7 @@ class Job:
         visits_vary: as `planner.Request` has it.
         file_dtype: of most bytes of the weights in the files, as safetensors names it; compute may go by another, `dtype`.
         lossless_ratio: bytes of the weights over those of a lossless packing, measured; None: it was not.
+        directions: of a zeroth-order step; None: their number is no choice.
     """
 
     model: str
@@ -142,6 +158,7 @@ class Job:
     visits_vary: bool = False
     file_dtype: str = ""
     lossless_ratio: float | None = None
+    directions: Directions | None = None
 
     def passes(self, micro_batches: int) -> int:
         """Micro-batches that pass a block in one visit."""
@@ -198,8 +215,9 @@ class Job:
             }
         else:
             work = None
-        plain = dataclasses.asdict(dataclasses.replace(self, work=None))
-        return json.dumps({**plain, "work": work, "works": works.listed})
+        plain = dataclasses.asdict(dataclasses.replace(self, work=None, directions=None))
+        directions = works.directions(self.directions)
+        return json.dumps({**plain, "work": work, "directions": directions, "works": works.listed})
 
 
 class _Numbered:
@@ -223,13 +241,28 @@ class _Numbered:
         if moves is None:
             return None
         return {
-            "shifts": [[block, self.place(work)] for block, work in moves.shifts.items()],
-            "updates": [[block, self.place(work)] for block, work in moves.updates.items()],
+            "shifts": self._by_block(moves.shifts),
+            "updates": self._by_block(moves.updates),
             "num_missed": moves.num_missed,
             "window": moves.window,
             "anew": sorted(moves.anew),
             "fold_steps": moves.fold_steps,
         }
+
+    def directions(self, directions: Directions | None) -> dict[str, Any] | None:
+        """By places."""
+        if directions is None:
+            return None
+        return {
+            "num": directions.num,
+            "variants": directions.variants,
+            "memory": dict(directions.memory),
+            "shifts": self._by_block(directions.shifts),
+            "updates": self._by_block(directions.updates),
+        }
+
+    def _by_block(self, works: Mapping[int, Work]) -> list[list[int]]:
+        return [[block, self.place(work)] for block, work in works.items()]
 
 
 def job_from(text: str) -> Job:
@@ -277,6 +310,7 @@ def job_from(text: str) -> Job:
         "fixed": Fixed(**raw["fixed"]),
         "data": Rows(**raw["data"]),
         "work": work,
+        "directions": _directions_from(raw["directions"], listed),
     }
     return Job(**made)
 
@@ -294,13 +328,29 @@ def _moves_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Moves | N
     if raw is None:
         return None
     return Moves(
-        shifts={int(block): listed[int(i)] for block, i in raw["shifts"]},
-        updates={int(block): listed[int(i)] for block, i in raw["updates"]},
+        shifts=_by_block_from(raw["shifts"], listed),
+        updates=_by_block_from(raw["updates"], listed),
         num_missed=float(raw["num_missed"]),
         window=int(raw["window"]),
         anew=frozenset(map(int, raw["anew"])),
         fold_steps=int(raw["fold_steps"]),
     )
+
+
+def _directions_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Directions | None:
+    if raw is None:
+        return None
+    return Directions(
+        num=int(raw["num"]),
+        variants=int(raw["variants"]),
+        memory={str(name): int(n) for name, n in raw["memory"].items()},
+        shifts=_by_block_from(raw["shifts"], listed),
+        updates=_by_block_from(raw["updates"], listed),
+    )
+
+
+def _by_block_from(raw: Sequence[Any], listed: Sequence[Work]) -> dict[int, Work]:
+    return {int(block): listed[int(i)] for block, i in raw}
 
 
 def _footprint_from(raw: dict[str, Any]) -> Footprint:

@@ -350,9 +350,14 @@ def _slow_step_s(job: Job, machine: Machine, choices: Choices, plan: Plan) -> fl
     profile = machine.profile
     if profile is None or not profile.has_p90:
         return None
-    slow = dataclasses.replace(machine, profile=profile.at_p90)
-    pricing = _pricing(job, slow, choices.micro_batches)
-    return None if pricing is None else pricing.simulation(plan).step_s
+    slow = step_of(job, dataclasses.replace(machine, profile=profile.at_p90), choices, plan)
+    return None if slow is None else slow.step_s
+
+
+def step_of(job: Job, machine: Machine, choices: Choices, plan: Plan) -> Simulation | None:
+    """A step of this plan, whether there is room for it or not; None where times are not known."""
+    pricing = _pricing(job, machine, choices.micro_batches)
+    return None if pricing is None else pricing.simulation(plan)
 
 
 def _pricing(job: Job, machine: Machine, micro_batches: int) -> Pricing | None:
