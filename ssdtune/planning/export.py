@@ -117,6 +117,7 @@ def _other(each: Foreseen) -> dict[str, Any]:
         "device_bytes": each.memory.device,
         "nvme_bytes": each.memory.nvme,
         "written_bytes": each.written_bytes,
+        "delayed_share": each.delayed_share,
     }
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from ssdtune.schedule.decisions import ForwardOnly, Full, Shape
+from ssdtune.schedule.delayed import best_delayed
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import UNPACK_SHARE, Machine
 from ssdtune.schedule.outlook import (
@@ -17,7 +18,6 @@ from ssdtune.schedule.outlook import (
     Outlook,
     Rates,
     foresee_forward,
-    foresee_full,
 )
 from ssdtune.schedule.plan import Direction, Tier
 from ssdtune.schedule.profile import DEVICE_DECODE, PERTURB, Profile
@@ -29,7 +29,8 @@ NF4_BITS = 4.5  # 4 bits a weight, a 16-bit scale for every 32
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Foreseen:
     """One method. memory: with the job's own fixed bytes. why_not: what is short; None where it would fit. runs_as: the
-    key with which it runs and is planned op by op; None: the engine does not run it yet."""
+    key with which it runs and is planned op by op; None: the engine does not run it yet. delayed_share: of the blocks,
+    those that are updated in the next forward."""
 
     words: str
     outlook: Outlook
@@ -37,6 +38,7 @@ class Foreseen:
     written_bytes: float
     why_not: str | None
     runs_as: str | None = None
+    delayed_share: float = 0.0
 
 
 def foreseen(job: Job, machine: Machine, most_written: int | None = None) -> list[Foreseen]:
@@ -46,10 +48,7 @@ def foreseen(job: Job, machine: Machine, most_written: int | None = None) -> lis
     if rates is None:
         return []
     shape = shape_of(job)
-    full = [
-        (f"full AdamW, states on {tier}", foresee_full(shape, Full(states=tier), rates))
-        for tier in (Tier.NVME, Tier.RAM)
-    ]
+    full = [_full(job, machine, shape, rates, tier) for tier in (Tier.NVME, Tier.RAM)]
     forward = [
         (
             f"zeroth-order, {words} weights",
@@ -57,11 +56,25 @@ def foreseen(job: Job, machine: Machine, most_written: int | None = None) -> lis
         )
         for words, bits in (("16-bit", 16.0), ("nf4", NF4_BITS))
     ]
-    found = [_foreseen(job, machine, words, outlook) for words, outlook in [*full, *forward]]
+    found = [*full, *(_foreseen(job, machine, words, outlook) for words, outlook in forward)]
     found[len(full)] = dataclasses.replace(found[len(full)], runs_as="method: zo")
     if most_written is None:
         return found
     return [_within(each, most_written) for each in found]
+
+
+def _full(job: Job, machine: Machine, shape: Shape, rates: Rates, tier: Tier) -> Foreseen:
+    """Full fine-tuning with its states there, as many of its updates in the next forward as are best."""
+    words = f"full AdamW, states on {tier}"
+
+    def fits(outlook: Outlook) -> bool:
+        return _foreseen(job, machine, words, outlook).why_not is None
+
+    decision, outlook = best_delayed(shape, Full(states=tier), rates, fits)
+    if decision.delayed_share:
+        words = f"{words}, {decision.delayed_share:.0%} of updates in the next forward"
+    found = _foreseen(job, machine, words, outlook)
+    return dataclasses.replace(found, delayed_share=decision.delayed_share)
 
 
 def _foreseen(job: Job, machine: Machine, words: str, outlook: Outlook) -> Foreseen:
