@@ -275,6 +275,19 @@ def test_memory_that_adam_and_the_copies_share_is_a_limit() -> None:
     assert found.step_s == pytest.approx(parameters * (28 + 6) / 28e9, rel=0.02)
 
 
+def test_a_processor_that_computes_has_that_much_less_time_for_the_optimizer() -> None:
+    shape, decision = shape_of(num_tokens=1024), Full(weights=Tier.RAM, states=Tier.RAM)
+    rates: dict[str, Any] = {"flops": 1 * TFLOP, "update": 0.5 * GB, "is_drive_shared": False}
+    turns, some, free = (
+        foresee_full(shape, decision, Rates(**rates, copy_overlap=c)) for c in (1.0, 1.25, 2.0)
+    )
+    busy = turns.simulation.busy_s
+    assert turns.step_s == pytest.approx(busy[Lane.COMPUTE] + busy[Lane.CPU], rel=0.02)
+    assert free.step_s < some.step_s < turns.step_s
+    on_device = foresee_full(shape, decision, Rates(**rates))
+    assert on_device.step_s == pytest.approx(free.step_s)
+
+
 # ------------------------------------------------------------------ forwards only
 
 

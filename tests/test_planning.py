@@ -656,17 +656,21 @@ def test_measured_optimizer_and_sustained_writes_go_before_guesses(config_path: 
     assert guessed is not None
     assert guessed.drive_overlap == 1.0
     assert guessed.perturb == math.inf
+    assert guessed.dram == pytest.approx(3e9), "a copy reads and writes, and reads what it will write"
+    assert guessed.copy_overlap is None
     profile = with_transfers(nvme_write_sustained=4.0)
     kinds = {**profile.operators["float32"], PERTURB: Curve(((1e6, 1e-2),))}
     profile = dataclasses.replace(
         profile,
         operators={"float32": kinds},
+        copy_overlap=1.25,
         optimizer={"foreach": Curve(((1e6, 1e-2),)), "fused": Curve(((1e6, 4e-3),))},
     )
     rates = rates_of(job, a_machine(profile=profile))
     assert rates is not None
     assert rates.write == pytest.approx(0.25e9)
     assert rates.update == pytest.approx(2.5e8), "the faster way"
+    assert rates.copy_overlap == 1.25
     assert rates.perturb == pytest.approx(1e8)
     full = foreseen(job, a_machine(10**12, profile=profile))[0].outlook.step_s
     assert full > foreseen(job, a_machine(10**12))[0].outlook.step_s

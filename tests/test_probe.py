@@ -1,9 +1,12 @@
 """The probe's arithmetic, and one whole small measurement."""
 
+import contextlib
 import os
 import re
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from ssdtune.probe import (
     operators,
     optimizer,
     perturbing,
+    slowing,
     text,
     timing,
 )
@@ -115,6 +119,8 @@ def test_a_machine_is_measured_and_its_profile_written(
     monkeypatch.setattr(few_rows, "WIDTHS", (64, 128))
     monkeypatch.setattr(optimizer, "BLOCKS", ())
     monkeypatch.setattr(perturbing, "ELEMENTS", perturbing.ELEMENTS[:2])
+    monkeypatch.setattr(slowing, "SLOWING_ROUNDS", 1)
+    monkeypatch.setattr(slowing, "COPY_ROUNDS", 1)
     out = tmp_path / "deep" / "profile.yaml"
     assert main(["probe", str(tmp_path), "--out", str(out)]) == 0
     profile = load_profile(out)
@@ -129,10 +135,25 @@ def test_a_machine_is_measured_and_its_profile_written(
     }
     assert set(profile.optimizer) == {"foreach", "fused"}
     assert not profile.lacks
+    assert profile.copy_overlap is not None
+    assert 1 <= profile.copy_overlap <= 2
     assert isinstance(profile.in_model["float32"], InModel)
     assert profile.transfers["nvme_read"].rate > 1e6
     assert "written" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["deep"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("takes_turns", [True, False])
+def test_of_two_things_at_once_as_much_is_done_as_they_leave_each_other(takes_turns: bool) -> None:
+    shared = threading.Lock() if takes_turns else contextlib.nullcontext()
+
+    def work() -> None:
+        with shared:
+            time.sleep(5e-3)
+        time.sleep(1e-4)  # lets the other have the lock
+
+    found = statistics.median(slowing._overlap(work, work, lambda: None) for _ in range(3))
+    assert (found < 1.5) == takes_turns, "1 where they take turns, 2 where they don't"
 
 
 def test_a_machine_whose_cache_is_not_there_yet_is_measured(

@@ -27,6 +27,7 @@ NEWER: dict[str, Any] = {
     "products": {"float32": {"matmul": {1: [[2e6, 0.4, 0.5]], 16: [[3.2e7, 0.9, 1.2]]}}},
     "optimizer": {"fused": [[1e6, 1e-2, 2e-2]]},
     "busy_cores": 0.5,
+    "copy_overlap": 1.25,
     "device_bytes": 22 * 10**9,
 }
 
@@ -45,6 +46,7 @@ def test_an_older_profile_is_read_and_says_what_it_lacks() -> None:
         "perturbing weights",
         "reading and writing at once",
         "the optimizer on the CPU",
+        "copying in RAM beside compute",
     ]
     assert newer.lacks == ["perturbing weights", "reading and writing at once"]
     assert Operator(PERTURB, 1e6).seconds(older, "float32") == 0.0
@@ -81,6 +83,8 @@ def test_a_machine_at_its_slow_end_has_the_same_curves_slower() -> None:
         (("transfers", "nvme_read"), [[True, 1]], "transfers.nvme_read"),
         (("reading_takes",), -1, "reading_takes"),
         (("busy_cores",), "many", "busy_cores"),
+        (("copy_overlap",), 2.5, "copy_overlap is 2.5; it is from 1"),
+        (("copy_overlap",), "some", "copy_overlap"),
         (("device_bytes",), 22, "device_bytes: 22 has no unit"),
         (("products",), [1], "products"),
         (("products",), {"float32": {"matmul": {"few": [[1, 1]]}}}, "'few' is no number of rows"),
@@ -217,6 +221,36 @@ def test_a_copy_within_a_device_has_a_curve_of_its_own() -> None:
     del curves["d2d"]
     with pytest.raises(ProfileError, match=r"transfers\.d2d is missing"):
         Pricing(work, profile, num_micro_batches=1).op_seconds(steps)
+
+
+@pytest.mark.parametrize("overlap", [1.0, 1.25, 2.0, None])
+@pytest.mark.parametrize("visit_s", [1e-5, 3e-4])
+def test_copies_and_compute_on_one_processor_take_what_both_together_need(
+    overlap: float | None, visit_s: float
+) -> None:
+    """Copies of 0.1 ms beside compute that is shorter, or longer."""
+    shapes = tuple(
+        BlockShape(name=name, slot_bytes=10**6, file_bytes=10**6, is_staged=True) for name in "abcd"
+    )
+    plan = make_plan(
+        Request(blocks=shapes, orders=plain_orders(4), budgets=Budgets(ram_bytes=3 * 10**6))
+    )
+    one = Work({Operator("matmul", 1000.0): round(visit_s / 1e-5)})
+    passes = {(i, d): [one] for i in range(4) for d in Direction}
+    work = StepWork(passes={"train": passes}, between=Work({}), dtype="float32")
+    profile = dataclasses.replace(profile_from(GOOD, "p"), reading_takes=0.0, copy_overlap=overlap)
+    steps = plan.sequences["train"]
+    seconds = Pricing(work, profile, num_micro_batches=1).op_seconds(steps)
+    for direction in Direction:
+        copies, visits = (
+            [op.id for op in steps.ops if op.lane is lane and op.direction is direction]
+            for lane in (Lane.CPU, Lane.COMPUTE)
+        )
+        assert copies
+        less, more = sorted((1e-4 * len(copies), visit_s * len(visits)))
+        both = more if overlap is None else 2 * less / overlap + more - less
+        taken = [sum(seconds[i] for i in lane) for lane in (copies, visits)]
+        assert max(taken) == pytest.approx(both)
 
 
 def test_what_a_device_decodes_has_a_curve_of_its_own() -> None:

@@ -25,7 +25,7 @@ from ssdtune.probe.machine import cpu_seconds, free_device_bytes, machine_name
 from ssdtune.probe.operators import measure_fresh, measure_operators
 from ssdtune.probe.optimizer import measure_optimizer
 from ssdtune.probe.perturbing import measure_perturbing
-from ssdtune.probe.slowing import measure_slowing
+from ssdtune.probe.slowing import measure_copy_overlap, measure_slowing
 from ssdtune.probe.steady import usual_pace, watching
 from ssdtune.probe.text import profile_lines
 from ssdtune.profiles import save_profile
@@ -92,6 +92,7 @@ def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
             for name in dtypes
         },
         reading_takes=slowing,
+        copy_overlap=measure_copy_overlap(device),
         products={name: grids for name, grids in products.items() if grids},
         optimizer=measure_optimizer(),
         busy_cores=round(max(0.0, cpu_seconds() - before) / (perf_counter() - start), 2),

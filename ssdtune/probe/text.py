@@ -21,7 +21,7 @@ def profile_lines(profile: Profile) -> Iterator[str]:
     told = [_transfer(name, curve) for name, curve in profile.transfers.items()]
     for i in range(0, len(told), 4):
         yield f"{'bytes' if not i else '':9} {' · '.join(told[i : i + 4])}"
-    yield f"{'':9} compute loses {profile.reading_takes * 1e12:.0f} ms for each GB read"
+    yield f"{'':9} {_beside_line(profile)}"
     if profile.optimizer:
         rates = (f"{way} {curve.rate / 1e6:.3g}" for way, curve in profile.optimizer.items())
         yield f"AdamW     {' · '.join(rates)} million parameters/s on the CPU"
@@ -45,6 +45,13 @@ def _operators_line(curves: Mapping[str, Curve], inside: InModel) -> str:
         )
     parts.append(line)
     return " · ".join(parts)
+
+
+def _beside_line(profile: Profile) -> str:
+    told = f"compute loses {profile.reading_takes * 1e12:.0f} ms for each GB read"
+    if profile.copy_overlap is not None:
+        told += f" · beside copies in RAM both go at {profile.copy_overlap / 2:.0%} of their pace"
+    return told
 
 
 def _few_rows_line(grids: Mapping[str, Grid]) -> str:

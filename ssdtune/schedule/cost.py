@@ -31,6 +31,8 @@ TRANSFER_OF = {
 }
 
 
+# Pairs of lanes that slow each other.
+DRIVE, PROCESSOR = (Lane.NVME_READ, Lane.NVME_WRITE), (Lane.COMPUTE, Lane.CPU)
 DECODES = (DECODE, DEVICE_DECODE)  # of packed weights, by bytes that they decode to
 
 
@@ -246,9 +248,13 @@ class Pricing:
             else:
                 one = self._transfer_s(op)
             seconds.append(one * self.factors.get(op.lane, 1.0))
-        if any(op.lane is Lane.NVME_WRITE for op in steps.ops):
-            seconds = _sharing_the_drive(steps.ops, seconds, self.profile.drive_overlap)
-        return _slowed(steps.ops, seconds, self.profile)
+        profile, lanes = self.profile, {op.lane for op in steps.ops}
+        if Lane.NVME_WRITE in lanes:
+            seconds = _sharing(steps.ops, seconds, DRIVE, profile.drive_overlap)
+        seconds = _slowed(steps.ops, seconds, profile)
+        if Lane.CPU in lanes:  # then compute is there too: beside a device all copies are its own
+            seconds = _sharing(steps.ops, seconds, PROCESSOR, profile.copy_overlap)
+        return seconds
 
     def _moving_weights_s(self, visit: Visit, *, is_first: bool) -> float:
         """Seconds of making variants of a block, and of the steps that it has missed. is_first: of its visits in the
@@ -297,23 +303,20 @@ def _copied_bytes(steps: StepPlan) -> dict[int, int]:
     return {op.visit: op.num_bytes for op in steps.ops if op.kind in ACTIVATIONS_ON_NVME}
 
 
-def _sharing_the_drive(
-    ops: Sequence[Op], seconds: Sequence[float], overlap: float | None
+def _sharing(
+    ops: Sequence[Op], seconds: Sequence[float], pair: tuple[Lane, Lane], overlap: float | None
 ) -> list[float]:
-    """Reads and writes of each pass, as long as they take beside each other; as they are where that was not measured.
+    """The work of two lanes in each pass, as long as it takes beside each other; as it is where that was not measured.
 
-    overlap: of the drive, c (`Profile.drive_overlap`). While both are under way each runs at c/2. The shorter lane is
-    so all the time, as if the other never paused: 2/c times as long; the longer one is for as long as that, and alone
-    for the rest. So the longer lane is what the drive needs for both, and a pass that is bound by the drive takes that.
+    overlap: of what they share, c (`Profile.drive_overlap`). While both are under way each runs at c/2. The shorter lane
+    is so all the time, as if the other never paused: 2/c times as long; the longer one is for as long as that, and
+    alone for the rest. So the longer lane is what both together need, and a pass that is bound by it takes that.
     """
     found = list(seconds)
     if overlap is None:
         return found
     for direction in Direction:
-        lanes = [
-            [op.id for op in ops if op.lane is lane and op.direction is direction]
-            for lane in (Lane.NVME_READ, Lane.NVME_WRITE)
-        ]
+        lanes = [[op.id for op in ops if op.lane is lane and op.direction is direction] for lane in pair]
         alone = [sum(seconds[i] for i in lane) for lane in lanes]
         more = (2 / overlap - 1) * min(alone)
         for lane, lane_s in zip(lanes, alone, strict=True):

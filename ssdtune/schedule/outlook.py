@@ -29,6 +29,7 @@ from ssdtune.schedule.steps import NUM_STAGING_BUFFERS
 # Of DRAM, per parameter: Adam reads three 32-bit states and a 16-bit gradient, writes the states and 16-bit weights.
 ADAM_DRAM_BYTES = 3 * 4 + 2 + 3 * 4 + 2
 FULL_BITS = 16  # of weights that are not packed
+PROCESSOR = "processor"  # its time, where it computes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,8 @@ class Rates:
         update: parameters/s of the optimizer on the CPU.
         perturb: elements/s that move along a random direction. decode: bytes/s that packed weights decode to.
         dram: bytes/s.
+        copy_overlap: of a processor that computes and updates: seconds of each alone that it does in a second of both; None:
+            a device computes.
         latency_s: of each transfer, before its first byte.
     """
 
@@ -61,6 +64,7 @@ class Rates:
     perturb: float = math.inf
     decode: float = math.inf
     dram: float = math.inf
+    copy_overlap: float | None = None
     latency_s: float = 0.0
 
     @property
@@ -80,10 +84,14 @@ class Rates:
 
     @property
     def capacities(self) -> Mapping[str, float]:
-        """What lanes share: the drives' time, bytes/s of the host's I/O and of its memory."""
+        """What lanes share: the drives' time and the processor's, bytes/s of the host's I/O and of its memory."""
         shared = {"io": self.io_cap, "dram": self.dram}
-        drive = {"drive": self.drive_overlap} if self.is_drive_shared else {}
-        return {**drive, **{name: rate for name, rate in shared.items() if rate < math.inf}}
+        overlaps = {
+            "drive": self.drive_overlap if self.is_drive_shared else None,
+            PROCESSOR: self.copy_overlap,
+        }
+        times = {name: overlap for name, overlap in overlaps.items() if overlap is not None}
+        return {**times, **{name: rate for name, rate in shared.items() if rate < math.inf}}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,9 +186,9 @@ def _simulated(
 def _demands(op: Op, rates: Rates) -> dict[str, float]:
     """What an op takes in a second at full speed of what lanes share."""
     if op.lane is Lane.COMPUTE:
-        return {}
+        return {PROCESSOR: 1.0}
     if op.kind is Kind.UPDATE:
-        return _finite(dram=ADAM_DRAM_BYTES * rates.update_rate)
+        return {PROCESSOR: 1.0, **_finite(dram=ADAM_DRAM_BYTES * rates.update_rate)}
     rate = rates.rates[op.lane]
     if op.lane in (Lane.NVME_READ, Lane.NVME_WRITE):
         alone = rates.read if op.lane is Lane.NVME_READ else rates.write

@@ -104,6 +104,8 @@ class Profile:
         transfers: lane's work -> curve over bytes. Those of a device are missing where there is none.
         in_model: dtype -> what is to be added inside a model; nothing where it was not measured.
         reading_takes: seconds that compute loses for each byte that is read meanwhile: cores and memory are shared.
+        copy_overlap: seconds of compute alone and of a copy in RAM alone that the processor does in a second of both: 1,
+            they take turns; 2, neither slows the other. None: a device computes, or an older probe did not say.
         price_per_hour: dollars that the machine costs; nothing measures it, its owner may write it into the file.
         products: dtype -> "matmul" or "matmul_transposed" -> what few rows by a large matrix take.
         optimizer: torch's way to step AdamW on the CPU ("foreach", "fused") -> parameters to seconds.
@@ -116,6 +118,7 @@ class Profile:
     transfers: Mapping[str, Curve]
     in_model: Mapping[str, InModel] = dataclasses.field(default_factory=dict[str, InModel])
     reading_takes: float = 0.0
+    copy_overlap: float | None = None
     price_per_hour: float | None = None
     products: Mapping[str, Mapping[str, Grid]] = dataclasses.field(
         default_factory=dict[str, Mapping[str, Grid]]
@@ -217,6 +220,7 @@ class Profile:
             "writing to the drive": self.knows_writes,
             "reading and writing at once": MIXED in self.transfers,
             "the optimizer on the CPU": bool(self.optimizer),
+            "copying in RAM beside compute": self.copy_overlap is not None or "h2d" in self.transfers,
         }
         return [words for words, is_there in entries.items() if not is_there]
 
@@ -245,7 +249,11 @@ class Profile:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for YAML, times to four digits; `profile_from` reads them."""
-        told = {"price_per_hour": self.price_per_hour, "device_bytes": self.device_bytes}
+        told = {
+            "copy_overlap": self.copy_overlap,
+            "price_per_hour": self.price_per_hour,
+            "device_bytes": self.device_bytes,
+        }
         return {
             "name": self.name,
             "operators": {
@@ -294,6 +302,7 @@ def profile_from(content: Any, where: str) -> Profile:
         transfers=curves_from(entries.get("transfers"), f"{where}: transfers"),
         in_model=_in_model(entries.get("in_model", {}), f"{where}: in_model"),
         reading_takes=_not_negative(entries, "reading_takes", "seconds a byte", where),
+        copy_overlap=_overlap_of(entries, "copy_overlap", where),
         products=_products(entries.get("products") or {}, f"{where}: products"),
         optimizer=curves_from(optimizer, f"{where}: optimizer") if optimizer else {},
         busy_cores=_not_negative(entries, "busy_cores", "cores", where),
@@ -305,6 +314,17 @@ def _not_negative(entries: Mapping[Any, Any], name: str, unit: str, where: str) 
     found: Any = entries.get(name, 0.0)
     if not isinstance(found, int | float) or not 0 <= found < math.inf:
         raise ProfileError(f"{where}: {name} is {found!r}; it is in {unit}, 0 or more.")
+    return float(found)
+
+
+def _overlap_of(entries: Mapping[Any, Any], name: str, where: str) -> float | None:
+    found: Any = entries.get(name)
+    if found is None:
+        return None
+    if not is_positive(found) or not 1 <= found <= 2:
+        raise ProfileError(
+            f"{where}: {name} is {found!r}; it is from 1, two things take turns, to 2, neither slows the other."
+        )
     return float(found)
 
 
