@@ -275,6 +275,18 @@ def test_memory_that_adam_and_the_copies_share_is_a_limit() -> None:
     assert found.step_s == pytest.approx(parameters * (28 + 6) / 28e9, rel=0.02)
 
 
+def test_a_link_that_overlaps_lies_between_turns_and_both_at_once() -> None:
+    """Weights and inputs go up, inputs and gradients down."""
+    shape, decision = shape_of(), Full(weights=Tier.RAM, states=Tier.RAM)
+    rates: dict[str, Any] = {"flops": 1e16, "h2d": 25 * GB, "d2h": 20 * GB}
+    turns, some, free = (
+        foresee_full(shape, decision, Rates(**rates, link_overlap=c)) for c in (1.0, 1.4, 2.0)
+    )
+    busy = turns.simulation.busy_s
+    assert turns.step_s >= busy[Lane.H2D] + busy[Lane.D2H]
+    assert free.step_s < some.step_s < turns.step_s
+
+
 def test_a_processor_that_computes_has_that_much_less_time_for_the_optimizer() -> None:
     shape, decision = shape_of(num_tokens=1024), Full(weights=Tier.RAM, states=Tier.RAM)
     rates: dict[str, Any] = {"flops": 1 * TFLOP, "update": 0.5 * GB, "is_drive_shared": False}

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +167,59 @@ def test_a_machine_whose_cache_is_not_there_yet_is_measured(
     assert main(["probe"]) == 0
     assert calls == [(cache, cache / "profile.yaml", None, None)]
     assert cache.is_dir()
+
+
+class Noting:
+    """A stream, or memory, that notes what is done with it, as if there were a device."""
+
+    def __init__(self, name: str, notes: list[tuple[object, ...]], on: list[str]) -> None:
+        self.name, self.notes, self.on = name, notes, on
+
+    def wait_stream(self, other: "Noting") -> None:
+        self.notes.append((self.name, "waits for", other.name))
+
+    def synchronize(self) -> None:
+        self.notes.append(("the host", "waits for", self.name))
+
+    def __getitem__(self, part: slice) -> "Noting":
+        return Noting(f"{self.name}[:{part.stop}]", self.notes, self.on)
+
+    def copy_(self, of: "Noting", non_blocking: bool) -> None:
+        assert non_blocking
+        self.notes.append((self.on[-1], "copies", of.name, "to", self.name))
+
+
+def test_both_ways_of_a_link_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither stream waits for the other's copy, and who waits for the device waits for both."""
+    notes: list[tuple[object, ...]] = []
+    on = ["main"]
+    main_stream, names = Noting("main", notes, on), iter(("up", "down"))
+
+    @contextlib.contextmanager
+    def entered(stream: Noting) -> Iterator[None]:
+        on.append(stream.name)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Noting(next(names), notes, on))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main_stream)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(copies, "COPY_BYTES", (10, 20))
+    there, source, back, beside = (
+        Noting(name, notes, on) for name in ("there", "source", "back", "beside")
+    )
+    pairs: Any = {"up": (there, source), "down": (back, beside)}
+    curve = copies.measure_both_ways(torch.device("cuda", 0), **pairs)
+    assert [size for size, _ in curve.points] == [20.0, 40.0], "of both ways together"
+    assert notes[:7] == [
+        ("up", "waits for", "main"),
+        ("down", "waits for", "main"),
+        ("up", "copies", "source[:10]", "to", "there[:10]"),
+        ("down", "copies", "beside[:10]", "to", "back[:10]"),
+        ("main", "waits for", "up"),
+        ("main", "waits for", "down"),
+        ("the host", "waits for", "main"),
+    ]
 
 
 def test_what_other_processes_use_is_counted_and_what_this_one_uses_is_not() -> None:

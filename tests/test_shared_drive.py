@@ -1,4 +1,5 @@
-"""Reads and writes at one drive: how long they take beside each other, in a step's prediction and in the search."""
+"""Reads and writes at one drive, and both ways of a link: how long they take beside each other, in a step's prediction
+and in the search."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.fluid import simulate_fluid
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan, StepPlan, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
-from ssdtune.schedule.profile import MIXED, OPERATORS, SUSTAINED, Profile, profile_from
+from ssdtune.schedule.profile import (
+    LINK_MIXED,
+    MIXED,
+    OPERATORS,
+    SUSTAINED,
+    Profile,
+    profile_from,
+)
 from ssdtune.schedule.search import search
 from ssdtune.schedule.simulate import simulate
 
@@ -146,6 +154,38 @@ def test_steps_take_as_long_as_where_reads_and_writes_are_followed_moment_by_mom
     )
     alone = simulate(steps, pricing.op_seconds(steps))
     assert found.step_s == pytest.approx(followed.step_s, rel=0.1), alone.step_s
+
+
+@pytest.mark.parametrize("overlap", [1.0, 4 / 3, 2.0, None])
+def test_both_ways_of_a_devices_link_take_what_the_link_needs_for_both(
+    overlap: float | None,
+) -> None:
+    """Weights go up while block inputs come down."""
+    request = dataclasses.replace(
+        a_request(), on_device=True, budgets=Budgets(ram_bytes=3 * BLOCK, device_bytes=3 * BLOCK)
+    )
+    plan = dataclasses.replace(make_plan(request), block_inputs=Tier.RAM)
+    alone = {"h2d": 1e9, "d2h": 0.5e9}
+    profile = a_profile(**alone)
+    if overlap is not None:  # of 0.5 s alone, and of 1 s
+        mixed = Curve(((1e9, 2 * 0.5 / overlap + 1.0 - 0.5),))
+        profile = dataclasses.replace(profile, transfers={**profile.transfers, LINK_MIXED: mixed})
+        assert profile.link_overlap == pytest.approx(overlap)
+    pricing = a_pricing(profile, 1e-6, stored_bytes=600 * MB)
+    steps = pricing.steps(plan)
+    seconds = pricing.op_seconds(steps)
+    for direction in Direction:
+        up, down = (
+            [op for op in steps.ops if op.lane is lane and op.direction is direction]
+            for lane in (Lane.H2D, Lane.D2H)
+        )
+        less, more = sorted(
+            (sum(op.num_bytes for op in up) / 1e9, sum(op.num_bytes for op in down) / 0.5e9)
+        )
+        needed = more if overlap is None else 2 * less / overlap + more - less
+        taken = [sum(seconds[op.id] for op in ops) for ops in (up, down)]
+        assert max(taken) == pytest.approx(needed)
+        assert bool(down) is (direction is Direction.FORWARD)
 
 
 def test_a_step_without_writes_is_as_it_was() -> None:

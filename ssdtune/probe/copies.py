@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 from ssdtune.probe.timing import Run, time_all
 from ssdtune.schedule.curve import Curve
-from ssdtune.schedule.profile import DEVICE_DECODE
+from ssdtune.schedule.profile import DEVICE_DECODE, LINK_MIXED
 
 if TYPE_CHECKING:
     import torch
 
 COPY_BYTES = (2**16, 2**20, 2**23, 2**25, 2**27)
 
+Pair = tuple["torch.Tensor", "torch.Tensor"]  # where to, where from
+
 
 def measure_copies(device: torch.device) -> dict[str, Curve]:
-    """Bytes from buffer to slot: a copy in RAM, and to, from and within a device where there is one."""
+    """Bytes from buffer to slot: a copy in RAM, and to, from and within a device where there is one, and to and from it at
+    once."""
     import torch
 
     from ssdtune.swap.storage import aligned_bytes
@@ -35,7 +38,29 @@ def measure_copies(device: torch.device) -> dict[str, Curve]:
             pieces = {float(n): partial(to[:n].copy_, of[:n], True) for n in COPY_BYTES}
             found[name] = time_all(pieces, device)
         found[DEVICE_DECODE] = measure_decoding(there)
+        back = aligned_bytes(max(COPY_BYTES), pin=True)
+        found[LINK_MIXED] = measure_both_ways(device, up=(there, source), down=(back, beside))
     return found
+
+
+def measure_both_ways(device: torch.device, *, up: Pair, down: Pair) -> Curve:
+    """Bytes of which half go to the device while the others come from it, either way on a stream of its own as in a step.
+    up, down: pinned memory and the device's, no two the same, enough for the largest."""
+    import torch
+
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+
+    def both(num_bytes: int) -> None:
+        current = torch.cuda.current_stream(device)
+        for stream in streams:  # first: a stream must not wait for the other's copy
+            stream.wait_stream(current)  # the copies before, of the same memory -> these
+        for stream, (to, of) in zip(streams, (up, down), strict=True):
+            with torch.cuda.stream(stream):
+                to[:num_bytes].copy_(of[:num_bytes], True)
+        for stream in streams:
+            current.wait_stream(stream)  # both copies -> whoever waits for the device
+
+    return time_all({2.0 * n: partial(both, n) for n in COPY_BYTES}, device)
 
 
 def measure_decoding(target: torch.Tensor) -> Curve:

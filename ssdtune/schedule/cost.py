@@ -32,7 +32,8 @@ TRANSFER_OF = {
 
 
 # Pairs of lanes that slow each other.
-DRIVE, PROCESSOR = (Lane.NVME_READ, Lane.NVME_WRITE), (Lane.COMPUTE, Lane.CPU)
+DRIVE, LINK = (Lane.NVME_READ, Lane.NVME_WRITE), (Lane.H2D, Lane.D2H)
+PROCESSOR = (Lane.COMPUTE, Lane.CPU)
 DECODES = (DECODE, DEVICE_DECODE)  # of packed weights, by bytes that they decode to
 
 
@@ -251,6 +252,8 @@ class Pricing:
         profile, lanes = self.profile, {op.lane for op in steps.ops}
         if Lane.NVME_WRITE in lanes:
             seconds = _sharing(steps.ops, seconds, DRIVE, profile.drive_overlap)
+        if Lane.D2H in lanes:
+            seconds = _sharing(steps.ops, seconds, LINK, profile.link_overlap)
         seconds = _slowed(steps.ops, seconds, profile)
         if Lane.CPU in lanes:  # then compute is there too: beside a device all copies are its own
             seconds = _sharing(steps.ops, seconds, PROCESSOR, profile.copy_overlap)

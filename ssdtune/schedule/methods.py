@@ -146,8 +146,8 @@ def _flop_of(job: Job, slot_bytes: int, num_tokens: int) -> float:
 
 def rates_of(job: Job, machine: Machine) -> Rates | None:
     """The profile as plain rates; None without one. RAM gives and takes what a copy in it moves. Where the optimizer on the
-    CPU was not measured it runs as fast as that; where reading and writing at once was not, they take turns; writes are
-    those beyond the drive's cache, where these were measured."""
+    CPU was not measured it runs as fast as that. Where two ways at once were not, a drive's take turns and a link's don't
+    slow each other. Writes are those beyond the drive's cache, where these were measured."""
     profile = machine.profile
     if profile is None or not profile.curves(job.dtype):
         return None
@@ -162,6 +162,7 @@ def rates_of(job: Job, machine: Machine) -> Rates | None:
         read=_rate(profile, "nvme_read"),
         write=_rate(profile, profile.writes),
         drive_overlap=profile.drive_overlap or 1.0,
+        link_overlap=profile.link_overlap or 2.0,
         copy_overlap=None if on_device else profile.copy_overlap,
         update=max(
             (curve.rate for curve in profile.optimizer.values()), default=dram / ADAM_DRAM_BYTES

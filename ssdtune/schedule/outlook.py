@@ -39,6 +39,7 @@ class Rates:
     Attributes:
         flops: FLOP/s that blocks reach, not the peak.
         h2d, d2h: bytes/s between RAM and the device, each way by itself.
+        link_overlap: seconds of either way alone that are done in a second of both; 2: neither slows the other.
         read, write: bytes/s of the drives together, alone.
         is_drive_shared: reads and writes take turns at the drives, as flash does; else both go at full rate.
         drive_overlap: of a shared drive: seconds of reads alone and of writes alone that it does in a second of both; 1:
@@ -55,6 +56,7 @@ class Rates:
     flops: float
     h2d: float = math.inf
     d2h: float = math.inf
+    link_overlap: float = 2.0
     read: float = math.inf
     write: float = math.inf
     is_drive_shared: bool = True
@@ -84,10 +86,11 @@ class Rates:
 
     @property
     def capacities(self) -> Mapping[str, float]:
-        """What lanes share: the drives' time and the processor's, bytes/s of the host's I/O and of its memory."""
+        """What lanes share: the time of drives, link and processor, bytes/s of the host's I/O and of its memory."""
         shared = {"io": self.io_cap, "dram": self.dram}
         overlaps = {
             "drive": self.drive_overlap if self.is_drive_shared else None,
+            "link": self.link_overlap if self.link_overlap < 2 else None,
             PROCESSOR: self.copy_overlap,
         }
         times = {name: overlap for name, overlap in overlaps.items() if overlap is not None}
@@ -190,10 +193,16 @@ def _demands(op: Op, rates: Rates) -> dict[str, float]:
     if op.kind is Kind.UPDATE:
         return {PROCESSOR: 1.0, **_finite(dram=ADAM_DRAM_BYTES * rates.update_rate)}
     rate = rates.rates[op.lane]
+    alone = {
+        Lane.NVME_READ: rates.read,
+        Lane.NVME_WRITE: rates.write,
+        Lane.H2D: rates.h2d,
+        Lane.D2H: rates.d2h,
+    }[op.lane]
+    share = rate / alone if alone < math.inf else 0.0
     if op.lane in (Lane.NVME_READ, Lane.NVME_WRITE):
-        alone = rates.read if op.lane is Lane.NVME_READ else rates.write
-        return _finite(drive=rate / alone if alone < math.inf else 0.0, io=rate, dram=rate)
-    return _finite(dram=rate)
+        return _finite(drive=share, io=rate, dram=rate)
+    return _finite(link=share, dram=rate)
 
 
 def _finite(**demands: float) -> dict[str, float]:

@@ -30,6 +30,7 @@ PERTURB, PERTURB_SIGNS = "perturb", "perturb_signs"
 MAY_LACK = (FRESH, PERTURB, PERTURB_SIGNS)  # in older profiles, and FRESH on devices: take no time
 TRANSFERS = ("nvme_read", "nvme_write", "unpack", "decode", "h2d", "d2h", "d2d")
 MIXED = "nvme_mixed"  # bytes of the drive, half of them read while the others are written
+LINK_MIXED = "link_mixed"  # bytes of the link to a device, half of them each way at once
 # Bytes written beyond a drive's cache; only where it was asked for.
 SUSTAINED = "nvme_write_sustained"
 DECODE = "decode"  # bytes that packed weights are decoded to on the CPU
@@ -193,16 +194,21 @@ class Profile:
     @property
     def drive_overlap(self) -> float | None:
         """Seconds of reads alone and of writes alone that the drive does in a second of both: 1, they take turns; 2,
-        neither slows the other. None where that was not measured.
+        neither slows the other. None where that was not measured."""
+        return self._overlap(MIXED, "nvme_read", "nvme_write")
 
-        From the largest mixed point, n bytes read and n written in t seconds. Alone they take a <= b seconds; beside
-        each other both run at c/2 until a is done, the rest of b alone: t = 2 a / c + b - a.
-        """
-        if not {MIXED, "nvme_write"} <= self.transfers.keys():
+    @property
+    def link_overlap(self) -> float | None:
+        """The same of copies to a device and copies from it."""
+        return self._overlap(LINK_MIXED, "h2d", "d2h")
+
+    def _overlap(self, mixed: str, *names: str) -> float | None:
+        """From the largest mixed point, n bytes one way and n the other in t seconds. Alone they take a <= b seconds;
+        beside each other both run at c/2 until a is done, the rest of b alone: t = 2 a / c + b - a."""
+        if not {mixed, *names} <= self.transfers.keys():
             return None
-        num_bytes, t = self.transfers[MIXED].points[-1]
-        alone = (self.transfer(name).seconds(num_bytes / 2) for name in ("nvme_read", "nvme_write"))
-        a, b = sorted(alone)
+        num_bytes, t = self.transfers[mixed].points[-1]
+        a, b = sorted(self.transfer(name).seconds(num_bytes / 2) for name in names)
         return min(2.0, max(1.0, 2 * a / (t - b + a))) if t > b - a else 2.0
 
     @property
@@ -214,13 +220,15 @@ class Profile:
     def lacks(self) -> list[str]:
         """What a probe of today would have measured besides, in words: an older one did not."""
         kinds = {kind for curves in self.operators.values() for kind in curves}
+        on_device = "h2d" in self.transfers
         entries = {
             "products of few tokens with large matrices": bool(self.products),
             "perturbing weights": PERTURB in kinds,
             "writing to the drive": self.knows_writes,
             "reading and writing at once": MIXED in self.transfers,
             "the optimizer on the CPU": bool(self.optimizer),
-            "copying in RAM beside compute": self.copy_overlap is not None or "h2d" in self.transfers,
+            "copying in RAM beside compute": on_device or self.copy_overlap is not None,
+            "copies to and from the device at once": not on_device or LINK_MIXED in self.transfers,
         }
         return [words for words, is_there in entries.items() if not is_there]
 
