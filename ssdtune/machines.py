@@ -1,7 +1,8 @@
 """The machine that a job is planned for: this one as it is now, or one that one does not have.
 
 `rtx4090+2x990pro+128GB`: a device, drives, RAM, in any order. The parts are in `ssdtune/hardware/*.yaml`, each figure
-with its source. A file that `ssdtune probe` wrote may stand for the device: its machine, as it was measured.
+with its source. A whole machine, as it was measured, is a file that `ssdtune probe` wrote, or the name of one without a
+GPU (`boxes.yaml`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.memory import free_ram, nearest_folder
 from ssdtune.profiles import load_profile, own_profile
 from ssdtune.schedule.machine import Device, Drive, Host, Machine, put_together
+from ssdtune.schedule.profile import Profile
 from ssdtune.sizes import SizeError, parse_size
 
 NVIDIA = Path("/proc/driver/nvidia/version")  # importing torch to find no device takes a second
@@ -67,17 +69,14 @@ def _own_device() -> Device | None:
 def machine_from(spec: str) -> Machine:
     """The machine of a spec such as "rtx4090+2x990pro+128GB"; drives and RAM may be left out.
 
-    Raises MachineError for a part that is not known, with the nearest names, and for two devices.
+    Raises MachineError for a part that is not known, with the nearest names, for two devices, and for parts beside a whole
+    machine.
     """
     found: dict[str, Any] = {"drive": None, "ram": None}
     devices: list[Device] = []
     for part in filter(None, (word.strip() for word in spec.split("+"))):
-        if Path(part).suffix in (".yaml", ".yml"):
-            if "+" in spec:
-                raise MachineError(
-                    f"--hardware {spec}: a measured machine, {part}, takes no other parts."
-                )
-            return _measured(Path(part))
+        if (whole := _whole(part, spec)) is not None:
+            return whole
         size = _ram(part)
         if size is not None:
             found["ram"] = size
@@ -93,6 +92,36 @@ def machine_from(spec: str) -> Machine:
     if found["ram"] is not None:
         host = dataclasses.replace(host, ram_bytes=max(found["ram"], 2 * host.reserved_bytes))
     return put_together(devices[0], found["drive"] or drives_known()[DEFAULT_DRIVE], host)
+
+
+def _whole(part: str, spec: str) -> Machine | None:
+    """The measured machine that a part stands for; None for a part of one that is put together."""
+    is_file = Path(part).suffix in (".yaml", ".yml")
+    key = None if is_file else _look_up(part, {key: key for key in entries("boxes")})
+    if not is_file and key is None:
+        return None
+    if "+" in spec:
+        raise MachineError(f"--hardware {spec}: a measured machine, {part}, takes no other parts.")
+    return _measured(Path(part)) if key is None else _box(key)
+
+
+def _box(key: str) -> Machine:
+    """A machine of `boxes.yaml`."""
+    entry = entries("boxes")[key]
+    return Machine(
+        name=f"{entry['name']}, {entry['source']}",
+        ram_bytes=_size(entry["ram"]) - _size(entry["reserved"]),
+        drive=Drive(name="its drive"),
+        profile=box_profile(key),
+    )
+
+
+@functools.cache
+def box_profile(key: str) -> Profile:
+    """What was measured on a machine of `boxes.yaml`."""
+    file = importlib.resources.files("ssdtune.hardware") / entries("boxes")[key]["profile"]
+    with importlib.resources.as_file(file) as path:
+        return load_profile(path)
 
 
 def _measured(path: Path) -> Machine:
@@ -130,7 +159,7 @@ def _drives(part: str, spec: str) -> Drive:
     num, name = (int(match[1]), match[2]) if match else (1, part)
     drive = _look_up(name, drives_known())
     if drive is None or num < 1:
-        known = [*devices_known(), *drives_known()]
+        known = [*devices_known(), *drives_known(), *entries("boxes")]
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise MachineError(
@@ -203,7 +232,7 @@ def hosts_known() -> Mapping[str, Host]:
 
 @functools.cache
 def entries(kind: str) -> Mapping[str, Mapping[str, Any]]:
-    """What a file of `ssdtune/hardware` holds. kind: "devices", "drives" or "hosts"."""
+    """What a file of `ssdtune/hardware` holds. kind: "devices", "drives", "hosts" or "boxes"."""
     import yaml
 
     text = (importlib.resources.files("ssdtune.hardware") / f"{kind}.yaml").read_text("utf-8")
@@ -214,7 +243,7 @@ def entries(kind: str) -> Mapping[str, Mapping[str, Any]]:
 def _aliases() -> Mapping[str, tuple[str, ...]]:
     return {
         key: tuple(map(str, entry["aliases"]))
-        for kind in ("devices", "drives", "hosts")
+        for kind in ("devices", "drives", "hosts", "boxes")
         for key, entry in entries(kind).items()
     }
 
@@ -268,7 +297,20 @@ def hardware_lines() -> Iterator[str]:
         rows, header=("drive", "", "", "read", "write", "sustained", "endurance", "source")
     )
     yield ""
-    yield "* assumed, not published. Write `--hardware rtx4090+2x990pro+128GB`."
+    rows = [
+        [
+            key,
+            entry["name"],
+            entry["ram"],
+            f"{box_profile(key).operator('bfloat16', 'matmul').rate / 1e12:.2g} TFLOP/s",
+            f"{box_profile(key).transfer('nvme_read').rate / 1e9:.2g} GB/s",
+            entry["source"],
+        ]
+        for key, entry in entries("boxes").items()
+    ]
+    yield format_table(rows, header=("whole machine", "", "RAM", "bf16", "read", "source"))
+    yield ""
+    yield "* assumed, not published. Write `--hardware rtx4090+2x990pro+128GB`, or a whole machine alone."
 
 
 def _price_sources() -> Iterator[str]:

@@ -29,18 +29,20 @@ from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, PASS_SHARE, curve
 from ssdtune.schedule.outcome import Outcome
 from ssdtune.schedule.plan import Direction
 from ssdtune.schedule.profile import (
+    BUSY_CORES,
     OPERATORS,
     PERTURB,
     PERTURB_SIGNS,
     TRANSFERS,
     ProfileError,
 )
+from ssdtune.sizes import parse_size
 
 ROOT = Path(__file__).parent.parent
 GB = 10**9
 
 
-@pytest.mark.parametrize("kind", ["devices", "drives", "hosts"])
+@pytest.mark.parametrize("kind", ["devices", "drives", "hosts", "boxes"])
 def test_every_part_has_a_source_and_positive_figures(kind: str) -> None:
     for key, entry in entries(kind).items():
         assert entry["source"], key
@@ -53,7 +55,8 @@ def test_every_part_has_a_source_and_positive_figures(kind: str) -> None:
 
 def test_the_parts_go_into_a_wheel() -> None:
     found = {p.name for p in importlib.resources.files("ssdtune.hardware").iterdir()}
-    assert {"devices.yaml", "drives.yaml", "hosts.yaml"} <= found
+    assert {"devices.yaml", "drives.yaml", "hosts.yaml", "boxes.yaml"} <= found
+    assert {entry["profile"] for entry in entries("boxes").values()} <= found
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
     ]
@@ -127,6 +130,7 @@ def test_what_is_left_out_is_a_desktop_with_one_drive() -> None:
         ("rtx4090+2xrtx3090", "no part that is known"),
         ("rtx4090+64", "no part that is known"),
         ("own.yaml+990pro", "takes no other parts"),
+        ("epyc-2core+64GB", "takes no other parts"),
     ],
 )
 def test_a_part_that_is_not_known_is_named_with_the_nearest(spec: str, words: str) -> None:
@@ -158,10 +162,23 @@ def test_a_file_that_was_measured_on_a_device_is_a_machine_with_one(tmp_path: Pa
     assert machine_from(str(path)).device is None
 
 
+@pytest.mark.parametrize("box", entries("boxes"))
+def test_a_whole_machine_has_no_device_and_is_measured(box: str) -> None:
+    machine = machine_from(box)
+    assert machine.device is None
+    assert machine.is_measured
+    assert machine.profile is not None
+    assert not machine.profile.lacks, "of what a probe measures now"
+    assert machine.profile.busy_cores <= BUSY_CORES
+    assert {"float32", "bfloat16"} <= machine.profile.operators.keys()
+    assert machine.ram_bytes < parse_size(entries("boxes")[box]["ram"])
+    assert all(machine_from(alias) == machine for alias in entries("boxes")[box]["aliases"])
+
+
 def test_the_list_shows_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["hardware"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in [*devices_known(), *drives_known()])
+    assert all(name in text for name in [*devices_known(), *drives_known(), *entries("boxes")])
 
 
 # ------------------------------------------------------------------ the shipped configurations

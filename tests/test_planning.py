@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -570,6 +571,16 @@ def test_a_model_that_is_packed_first_must_have_room(config_path: Path) -> None:
     assert a_job(config_path).packed_bytes == 0, "it is there"
 
 
+def test_a_machine_without_a_gpu_that_is_not_here_is_planned_for(run) -> None:
+    code, text = run("--offload.ram", "2MB", "--hardware", "epyc-2core")
+    assert code == 0
+    assert "measured by ssdtune probe" in text.splitlines()[0]
+    assert "RAM 23.0 GB free" in text
+    assert re.search(r"^A a step: compute \S+ s", text, re.MULTILINE), "times are known"
+    assert "profile:" not in text
+    assert "not measured" not in text
+
+
 # ------------------------------------------------------------------ methods that can't be run yet
 
 
@@ -656,7 +667,9 @@ def test_measured_optimizer_and_sustained_writes_go_before_guesses(config_path: 
     assert guessed is not None
     assert guessed.drive_overlap == 1.0
     assert guessed.perturb == math.inf
-    assert guessed.dram == pytest.approx(3e9), "a copy reads and writes, and reads what it will write"
+    assert guessed.dram == pytest.approx(3e9), (
+        "a copy reads and writes, and reads what it will write"
+    )
     assert guessed.copy_overlap is None
     profile = with_transfers(nvme_write_sustained=4.0)
     kinds = {**profile.operators["float32"], PERTURB: Curve(((1e6, 1e-2),))}
