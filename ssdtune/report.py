@@ -131,6 +131,11 @@ def _busy_seconds(trace: Iterable[OpRecord], lane: str, window: StepWindow) -> f
 # --- text --------------------------------------------------------------------------------------
 
 
+def factor_words(factors: Mapping[str, float]) -> str:
+    """Lanes and what they take beyond the profile: `compute x 1.08, NVMe read x 0.97`."""
+    return ", ".join(f"{LANE_LABELS[lane]} x {factor:.3g}" for lane, factor in factors.items())
+
+
 def format_table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ()) -> str:
     """Columns aligned with two spaces between; numbers to the right, text to the left."""
     cells = [[str(cell) for cell in row] for row in ([header] if header else []) + [*rows]]

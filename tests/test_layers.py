@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     )
 )
 LEAVES = frozenset(
-    {"cache", "errors", "sizes", "durable", "memory", "run_files", "hardware", ""}
+    {"cache", "cores", "errors", "sizes", "durable", "memory", "run_files", "hardware", ""}
 )  # "": the package itself
 CONFIG = frozenset({"config", "keys", "settings", "strict_yaml", "foreign_keys"})
 ASIDE = {  # besides itself and the leaves, what each of these may import

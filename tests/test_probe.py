@@ -18,12 +18,12 @@ import torch
 
 from ssdtune import probe
 from ssdtune.cli import main
+from ssdtune.cores import cpu_seconds
 from ssdtune.probe import (
     copies,
     drive,
     few_rows,
     in_model,
-    machine,
     operators,
     optimizer,
     perturbing,
@@ -223,17 +223,17 @@ def test_both_ways_of_a_link_are_under_way_at_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_other_processes_use_is_counted_and_what_this_one_uses_is_not() -> None:
-    before, own = machine.cpu_seconds(), time.process_time()
+    before, own = cpu_seconds(), time.process_time()
     while time.process_time() < own + 0.3:
         pass
-    mine = machine.cpu_seconds() - before
+    mine = cpu_seconds() - before
     code = "import time\nwhile time.process_time() < 0.6: pass"
     busy = subprocess.Popen([sys.executable, "-c", code])
     os.waitid(os.P_PID, busy.pid, os.WEXITED | os.WNOWAIT)  # a child that was waited for is ours
-    theirs = machine.cpu_seconds() - before - mine
+    theirs = cpu_seconds() - before - mine
     busy.wait()
     assert theirs > 0.5
-    assert machine.cpu_seconds() - before < theirs + mine, "then it is"
+    assert cpu_seconds() - before < theirs + mine, "then it is"
 
 
 def test_a_busy_machine_is_said_to_be(

@@ -4,6 +4,8 @@ where steps come out otherwise than predicted."""
 from __future__ import annotations
 
 import dataclasses
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,16 @@ import torch
 from ssdtune.config import load_config
 from ssdtune.data import CausalCollator
 from ssdtune.jobs import Source, job_of
-from ssdtune.profiles import own_profile_path, save_profile
+from ssdtune.profiles import own_profile_path, refit_path, save_profile
 from ssdtune.schedule.machine import Drive, Machine
 from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.plan import Budgets, Lane, Tier
 from ssdtune.schedule.planner import Choice, layout_of, size_classes
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
-from ssdtune.trainer import SSDConfig, SSDTrainer
+from ssdtune.trainer import SSDConfig, SSDTrainer, scheduling
 from ssdtune.trainer import forecast as forecast_module
 from ssdtune.trainer.forecast import Rehearsals, schedule_of
-from ssdtune.trainer.scheduling import WATCHED_STEPS, Schedule, Watch
+from ssdtune.trainer.scheduling import WATCHED_STEPS, WITNESSES, Schedule, Watch
 from ssdtune.trainer.settling import Auto, settle, settle_inputs
 from ssdtune.trainer.telemetry import StepRecord, Telemetry
 from ssdtune.visit.memory import resident_set_bytes
@@ -436,3 +438,104 @@ def test_it_is_seen_in_a_real_run(
     compared = watch.compared()
     assert set(compared) >= {"step", "compute", "nvme_read"}
     assert all(min(pair) > 0 for pair in compared.values())
+
+
+def witness(schedule: Schedule, off: float, num: int, **busy: float) -> tuple[Watch, list[str]]:
+    """A watch of a run that is over, whose steady steps took so many times what was predicted, and lanes that of `busy`
+    besides."""
+    lines: list[str] = []
+    watch = Watch(schedule, Telemetry(schedule.streamer), lines.append)
+    watch.on_train_begin(None, None, None)
+    taken = {str(lane): busy.get(lane, 1.0) * off * s for lane, s in watch.first.busy_s.items()}
+    watch.telemetry.records += records(1, 99.0, {})
+    for _ in range(num):
+        watch.telemetry.records += records(1, off * watch.first.step_s, taken)
+        watch.on_step_end(None, None, None)
+    watch.keep()
+    return watch, lines
+
+
+@pytest.fixture
+def measured(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a schedule by this machine's profile; nobody else uses the cores."""
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scheduling, "cpu_seconds", lambda: 0.0)
+    save_profile(a_profile(read_rate=1e8), own_profile_path())
+
+    def schedule() -> Schedule:
+        found = schedule_of(Rehearsals(make()), [LENGTH] * ROWS)
+        assert found is not None
+        return found
+
+    return schedule
+
+
+def test_what_a_steady_run_was_off_by_is_in_the_next_prediction(measured) -> None:
+    first = measured()
+    _, lines = witness(first, 1.04, WITNESSES)
+    assert len(lines) == 1
+    assert re.match(r"refitted  for the next plan: NVMe read x 1\.02, compute x 1\.02", lines[0])
+    again = measured()
+    assert again.predicted().step_s == pytest.approx(1.04**0.5 * first.predicted().step_s, rel=0.01)
+    assert re.search(r"refitted  by earlier runs: .*compute x 1\.02", "\n".join(again.lines()))
+    _, lines = witness(again, 1.0, WITNESSES)
+    assert lines == [], "as predicted: nothing is moved"
+
+
+@pytest.mark.parametrize(
+    ("off", "num", "busy", "others"),
+    [
+        (1.04, WITNESSES - 1, {}, 0.0),
+        (1.4, WITNESSES, {}, 0.0),
+        (1.04, WITNESSES, {"nvme_read": 3.0}, 0.0),
+        (1.04, WITNESSES, {}, 0.5),
+    ],
+    ids=["few steps", "slowed", "a slowed drive", "others used the cores"],
+)
+def test_a_run_that_is_no_witness_refits_nothing(
+    measured, monkeypatch: pytest.MonkeyPatch, off: float, num: int, busy: Any, others: float
+) -> None:
+    monkeypatch.setattr(scheduling, "cpu_seconds", lambda: others * time.perf_counter())
+    schedule = measured()
+    monkeypatch.setattr(schedule, "improve", lambda request: None)
+    _, lines = witness(schedule, off, num, **busy)
+    assert (lines, refit_path().exists()) == ([], False)
+
+
+def test_steps_that_differ_or_miss_refit_nothing(measured) -> None:
+    schedule = measured()
+    watch, _ = witness(schedule, 1.04, 0)
+    plain = records(
+        1, 1.04 * watch.first.step_s, {"compute": 1.04 * watch.first.busy_s[Lane.COMPUTE]}
+    )
+    longer = [dataclasses.replace(plain[0], seconds=1.3 * plain[0].seconds)]
+    watch.telemetry.records += WITNESSES * (plain + longer)
+    watch.keep()
+    watch.telemetry.records[1:] = WITNESSES * plain + [dataclasses.replace(plain[0], num_misses=1)]
+    watch.keep()
+    assert not refit_path().exists()
+    watch.telemetry.records.pop()
+    watch.keep()
+    assert refit_path().exists(), "but for these"
+
+
+def test_a_profile_that_was_measured_anew_meanwhile_is_not_refitted(measured) -> None:
+    schedule = measured()
+    save_profile(a_profile(read_rate=2e9), own_profile_path())
+    assert witness(schedule, 1.04, WITNESSES)[1] == []
+    assert not refit_path().exists()
+
+
+def test_what_experts_took_says_nothing_of_the_machine(measured) -> None:
+    schedule = measured()
+    replanner = schedule.streamer.replanner
+    replanner.request = dataclasses.replace(replanner.request, visits_vary=True)
+    assert witness(schedule, 1.04, WITNESSES)[1] == []
+    assert not refit_path().exists()
+
+
+def test_a_refit_that_cannot_be_kept_fails_no_run(measured) -> None:
+    schedule = measured()
+    refit_path().mkdir()
+    (line,) = witness(schedule, 1.04, WITNESSES)[1]
+    assert line.startswith("note: what the run says of the profile was not kept")

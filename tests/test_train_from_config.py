@@ -38,6 +38,7 @@ from ssdtune.trainer import opening, train_from_config
 from ssdtune.trainer import run as run_module
 from ssdtune.trainer.checkpoint import CheckpointError, fault_of, steps_of
 from ssdtune.trainer.errors import RunError
+from ssdtune.trainer.scheduling import Watch
 from ssdtune.trainer.telemetry import TRACED_STEPS
 
 STEPS = 5
@@ -258,7 +259,11 @@ def test_a_run_tells_its_plan_first_and_what_it_predicted_of_each_lane_last(
 ):
     monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
     save_profile(a_profile(write_rate=1e9), own_profile_path())
+    kept: list[bool] = []
+    whole = tmp_path / "measured" / "adapter_model.safetensors"
+    monkeypatch.setattr(Watch, "keep", lambda watch: kept.append(whole.exists()))
     result = train_from_config(load("measured", "--max_steps", "4", "--eval_strategy", "no"))
+    assert kept == [True], "what the run says of the profile, once its result is saved"
     told = capsys.readouterr().out
     places = []
     for said in (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ssdtune.planning.lossless import saving
 from ssdtune.planning.prices import Prices, cost_line, cost_of
 from ssdtune.planning.ways import Way, knows_steps
-from ssdtune.report import LANE_LABELS, duration, format_table
+from ssdtune.report import LANE_LABELS, duration, factor_words, format_table
 from ssdtune.schedule.methods import Foreseen
 from ssdtune.schedule.outcome import HIDDEN, Outcome, Refusal
 from ssdtune.schedule.plan import Lane, Tier
@@ -130,11 +130,15 @@ def profile_notes(machine: Machine) -> Iterator[str]:
 
 
 def assumed_lines(job: Job, machine: Machine) -> Iterator[str]:
-    """Yields what the times and sizes assume."""
+    """Yields what the times and sizes assume, and what runs have corrected."""
     if machine.assumed:
         yield f"assumed: {', '.join(machine.assumed)}; rates are published ones, not measured"
     if machine.profile is not None and job.work is not None:
-        for words in machine.profile.assumed_of(job.work.dtype, job.work.autocast):
+        work, profile = job.work, machine.profile
+        refit = profile.refit_for(job.kind, work.dtype, work.autocast)
+        if refit:
+            yield f"profile: refitted by earlier runs: {factor_words(refit)} (`ssdtune probe` measures anew)"
+        for words in profile.assumed_of(work.dtype, work.autocast):
             yield f"assumed: {words}"
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from ssdtune.cores import cpu_seconds
 from ssdtune.durable import make_folder
 from ssdtune.probe.copies import measure_copies
 from ssdtune.probe.drive import measure_both, measure_reads, measure_sustained, measure_writes
 from ssdtune.probe.few_rows import measure_few_rows
 from ssdtune.probe.files import random_file
 from ssdtune.probe.in_model import Point, fit_in_model, measure_visits
-from ssdtune.probe.machine import cpu_seconds, free_device_bytes, machine_name
+from ssdtune.probe.machine import free_device_bytes, machine_name
 from ssdtune.probe.operators import measure_fresh, measure_operators
 from ssdtune.probe.optimizer import measure_optimizer
 from ssdtune.probe.perturbing import measure_perturbing

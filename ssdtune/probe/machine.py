@@ -1,8 +1,7 @@
-"""The machine itself: its name, how much of it is free or taken by others, and how its device is waited for."""
+"""The machine itself: its name, how much of its device is free, and how that is waited for."""
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -27,15 +26,6 @@ def processor_name() -> str:
         if line.lower().startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
-
-
-def cpu_seconds() -> float:
-    """CPU time of all processes but this one, and what other machines took of these cores (proc(5), /proc/stat)."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    user, nice, system, _, _, irq, softirq, steal = map(int, fields)
-    own = os.times()
-    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy - own.user - own.system - own.children_user - own.children_system
 
 
 def free_device_bytes(device: torch.device) -> int | None:

@@ -170,7 +170,7 @@ class Pricing:
         stored_bytes: block inputs of one step, which are moved where they do not stay (`stored.py`).
         activation_bytes: of each block, what the visits of one step would keep, which is moved where the plan has it on
             NVMe; empty: not known.
-        factors: lane -> what its ops take beyond the profile's curves, as measured since; 1 where it is missing.
+        factors: lane -> what its ops take beyond the profile's curves and its refit, as measured since; 1 where it is missing.
 
     Raises ProfileError for a curve that is missing.
     """
@@ -188,7 +188,10 @@ class Pricing:
     ) -> None:
         if work.autocast is not None:
             profile = profile.under_autocast(work.dtype, work.autocast)
-        self.kind, self.profile, self.factors = kind, profile, dict(factors or {})
+        self.kind, self.profile = kind, profile
+        refit = profile.refit_for(kind, work.dtype, work.autocast)
+        since = factors or {}
+        self.factors = {lane: refit.get(lane, 1.0) * since.get(lane, 1.0) for lane in Lane}
         self.stored_bytes, self.activation_bytes = stored_bytes, activation_bytes
         self.between_s = work.between_s(profile) if kind == "train" else 0.0
         known: dict[object, float] = {}  # most blocks are alike
@@ -248,7 +251,7 @@ class Pricing:
                     one += self.profile.transfer("unpack").seconds(copied[op.visit])
             else:
                 one = self._transfer_s(op)
-            seconds.append(one * self.factors.get(op.lane, 1.0))
+            seconds.append(one * self.factors[op.lane])
         profile, lanes = self.profile, {op.lane for op in steps.ops}
         if Lane.NVME_WRITE in lanes:
             seconds = _sharing(steps.ops, seconds, DRIVE, profile.drive_overlap)

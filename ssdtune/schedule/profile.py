@@ -19,6 +19,7 @@ from ssdtune.schedule.curve import (
     mapping,
 )
 from ssdtune.schedule.products import Grid, seconds_in
+from ssdtune.schedule.refit import work_name
 from ssdtune.sizes import SizeError, parse_size
 
 # Kinds of operators, each measured per number format, and of transfers. Autocast changes the format of PRODUCTS.
@@ -112,6 +113,7 @@ class Profile:
         optimizer: torch's way to step AdamW on the CPU ("foreach", "fused") -> parameters to seconds.
         busy_cores: that other processes used while this was measured: rates are too low by as much.
         device_bytes: free of the device that was measured; None: there was none, or an older probe did not say.
+        refit: factors that runs have found since (`refit.py`): their work -> lane -> factor; no part of what was measured.
     """
 
     name: str
@@ -127,6 +129,13 @@ class Profile:
     optimizer: Mapping[str, Curve] = dataclasses.field(default_factory=dict[str, Curve])
     busy_cores: float = 0.0
     device_bytes: int | None = None
+    refit: Mapping[str, Mapping[str, float]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, float]]
+    )
+
+    def refit_for(self, kind: str, dtype: str, autocast: str | None) -> Mapping[str, float]:
+        """Lane -> factor for such steps; none where no run has found any."""
+        return self.refit.get(work_name(kind, dtype, autocast), {})
 
     def format_for(self, dtype: str) -> str:
         """The number format whose rates are taken for this one: its own, or a near one's where it was not measured."""
@@ -287,7 +296,7 @@ class Profile:
 def profile_from(content: Any, where: str) -> Profile:
     """The profile that a mapping holds. `where`: its file. Raises ProfileError naming the entry."""
     entries = mapping(content, where)
-    known = {field.name for field in dataclasses.fields(Profile)}
+    known = {field.name for field in dataclasses.fields(Profile)} - {"refit"}
     for key in entries:
         if key not in known:
             names = ", ".join(sorted(known))

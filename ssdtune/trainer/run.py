@@ -140,6 +140,8 @@ def _train(
         say(f"saved     {folder} in {seconds:.1f} s. Resume: {_resume_command(config)}")
         return result
     save_result(config, trainer, rows, result)
+    if watch is not None and args.process_index == 0:
+        watch.keep()
     say(f"done      {config.output_dir}   {report.duration(perf_counter() - started)}")
     return result
 

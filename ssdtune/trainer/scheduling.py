@@ -9,13 +9,19 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from ssdtune.report import LANE_LABELS
+from ssdtune.cores import cpu_seconds
+from ssdtune.errors import SSDTuneError
+from ssdtune.profiles import keep_refit, own_profile
+from ssdtune.report import LANE_LABELS, factor_words
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.plan import Lane, Tier
+from ssdtune.schedule.profile import BUSY_CORES
+from ssdtune.schedule.refit import refitted, work_name
 from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
 from ssdtune.schedule.stored import written_bytes
@@ -38,6 +44,8 @@ OFF_BY = 0.05  # a prediction that misses by more is made anew
 # why steps take longer, the next search finds nothing either.
 WATCHED_STEPS = 4
 MAX_CHANGES = 2  # of the plan during a run
+WITNESSES = 8  # steady steps at least of a run that refits the profile
+STEADY = 0.1  # of their median, between their quartiles: steps that vary more say little
 
 
 class Schedule:
@@ -77,7 +85,7 @@ class Schedule:
         return self.priced(self.factors)
 
     def priced(self, factors: Mapping[Lane, float]) -> Pricing:
-        """With these corrections of the profile; none: the profile alone."""
+        """With these corrections of the profile; none: the profile alone, as earlier runs have refitted it."""
         return Pricing(
             self.work,
             self.profile,
@@ -87,6 +95,16 @@ class Schedule:
             activation_bytes=self.activation_bytes,
             factors=factors,
         )
+
+    @property
+    def work_name(self) -> str:
+        """What the profile is refitted for."""
+        return work_name(self.passes.kind, self.work.dtype, self.work.autocast)
+
+    @property
+    def refit(self) -> Mapping[str, float]:
+        """Lane -> factor that earlier runs have found."""
+        return self.profile.refit_for(self.passes.kind, self.work.dtype, self.work.autocast)
 
     @property
     def is_known(self) -> bool:
@@ -130,6 +148,8 @@ class Schedule:
     def lines(self) -> Iterator[str]:
         """Yields what a step will take, and what that assumes."""
         yield from self.predicted().lines(self.num_tokens, LANE_LABELS)
+        if self.refit:
+            yield f"refitted  by earlier runs: {factor_words(self.refit)} (`ssdtune probe` measures anew)"
         for words in self.profile.assumed_of(self.work.dtype, self.work.autocast):
             yield f"assumed   {words}"
 
@@ -147,13 +167,16 @@ class Watch(TrainerCallback):
         self.first = schedule.predicted()
         self.num_changes, self._num_watched = 0, WATCHED_STEPS
         self._first_change: int | None = None  # records when the first plan was given up
+        self._plan_since = 0  # records before the steady steps of the plan carried out now
+        self._began = perf_counter(), cpu_seconds()  # the run: a clock, and what others had used
         self._since = (
             0  # records before this one were made under another plan, or are no steady steps
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The first step reads what stays and learns the order of visits: not steady."""
-        self._since = len(self.telemetry.records) + 1
+        self._since = self._plan_since = len(self.telemetry.records) + 1
+        self._began = perf_counter(), cpu_seconds()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at the last steps when there are enough of them."""
@@ -176,7 +199,7 @@ class Watch(TrainerCallback):
         self.num_changes, self._num_watched = self.num_changes + 1, WATCHED_STEPS
         if self._first_change is None:
             self._first_change = self._since
-        self._since += 1
+        self._since = self._plan_since = self._since + 1
         read = found.plan.sequences[schedule.passes.kind].read_bytes
         self.say(
             f"replanned: steps take {measured_s:.3g} s, not {before.step_s:.3g}; another plan is predicted to take "
@@ -187,13 +210,50 @@ class Watch(TrainerCallback):
         """Predicted and measured seconds of the first plan's step ("step") and of each lane; nothing where there was
         no step."""
         records = steady(self.telemetry.records[: self._first_change])
-        if not records:
-            return {}
-        measured_s = statistics.median(record.seconds for record in records)
-        pairs = {"step": (self.first.step_s, measured_s)}
-        for lane, predicted_s in self.first.busy_s.items():
-            pairs[str(lane)] = (predicted_s, _busy_s(records, lane))
-        return {name: pair for name, pair in pairs.items() if min(pair) > 0}
+        return _compared(self.first, records) if records else {}
+
+    def keep(self) -> None:
+        """Keeps what this run found the profile to be off by, for plans to come, and says so; nothing where it is no
+        witness, or the profile is not this machine's any more. Never fails: the run itself is over and well."""
+        schedule = self.schedule
+        try:
+            factors = self._refitted()
+            if not factors or factors == schedule.refit or own_profile() != schedule.profile:
+                return
+            keep_refit(schedule.work_name, factors)
+        except SSDTuneError as error:
+            self.say(f"note: what the run says of the profile was not kept: {error}")
+            return
+        self.say(
+            f"refitted  for the next plan: {factor_words(factors)} (a new `ssdtune probe` discards it)"
+        )
+
+    def _refitted(self) -> dict[str, float] | None:
+        """Lane -> factor after this run, by the steps of its last plan; None where they were few or uneven, others used
+        the cores, or tokens chose experts: those times are the data's."""
+        records = self.telemetry.records[self._plan_since :]
+        if self.schedule.streamer.replanner.request.visits_vary or len(records) < WITNESSES:
+            return None
+        if any(r.num_misses or r.num_over for r in records):
+            return None
+        low, middle, high = statistics.quantiles((r.seconds for r in records), n=4)
+        began_s, others_s = self._began
+        others_s, seconds = cpu_seconds() - others_s, perf_counter() - began_s
+        if high - low > STEADY * middle or others_s > BUSY_CORES * seconds:
+            return None
+        schedule = self.schedule
+        predicted = schedule.priced({}).simulation(schedule.streamer.engine.plan)
+        return refitted(schedule.refit, _compared(predicted, records))
+
+
+def _compared(
+    predicted: Simulation, records: Sequence[StepRecord]
+) -> dict[str, tuple[float, float]]:
+    """ "step" and lanes -> predicted and measured seconds, of what took any. records: one or more."""
+    pairs = {"step": (predicted.step_s, statistics.median(r.seconds for r in records))}
+    for lane, predicted_s in predicted.busy_s.items():
+        pairs[str(lane)] = (predicted_s, _busy_s(records, lane))
+    return {name: pair for name, pair in pairs.items() if min(pair) > 0}
 
 
 def _busy_s(records: Sequence[StepRecord], lane: Lane) -> float:
