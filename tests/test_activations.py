@@ -24,6 +24,7 @@ from ssdtune.schedule.plan import BlockShape, Budgets, Direction, PlanError, Tie
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
 from ssdtune.schedule.search import search
 from ssdtune.schedule.shares import search_shares
+from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.swap.recipe import view_of
 from ssdtune.visit.activations import Activations, saving
 from ssdtune.visit.rehearsal import rehearse
@@ -242,6 +243,9 @@ class Seconds:
             return 1.0 if visit.direction is Direction.FORWARD else 2.0 if visit.keeps else 3.0
 
         return [one(op) for op in steps.ops]
+
+    def simulated(self, steps: Any) -> Simulation:
+        return simulate(steps, self.op_seconds(steps))
 
 
 def test_a_plan_keeps_what_the_budget_holds() -> None:

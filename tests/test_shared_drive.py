@@ -25,7 +25,7 @@ from ssdtune.schedule.profile import (
     profile_from,
 )
 from ssdtune.schedule.search import search
-from ssdtune.schedule.simulate import simulate
+from ssdtune.schedule.simulate import simulate, step_seconds
 
 MB = 10**6
 NUM, BLOCK = 6, 100 * MB
@@ -128,18 +128,16 @@ def test_in_turns_both_take_what_they_take_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_steps_take_as_long_as_where_reads_and_writes_are_followed_moment_by_moment(
-    seed: int,
-) -> None:
-    """`fluid.py` knows at every moment what is under way; the plan's predictions, which a search makes by the hundred,
-    only what a pass has of each."""
+def test_sums_over_a_pass_are_near_what_is_followed_moment_by_moment(seed: int) -> None:
+    """Predictions know at every moment what is under way; the search, which tries hundreds of plans, only what a pass has
+    of each."""
     chance = random.Random(seed)
     overlap = chance.choice((1.0, 1.2, 1.5))
     profile = with_overlap(a_profile(write=chance.uniform(0.5, 1.5) * 1e9), overlap)
     stored_bytes = int(chance.uniform(0.2, 1.5) * NUM * BLOCK)
     plan = a_plan(slots=chance.choice((3, 4)))
     forward_s = chance.uniform(0.3, 2.0) * BLOCK / 1e9
-    found = a_pricing(profile, forward_s, stored_bytes=stored_bytes).simulation(plan)
+    shared = a_pricing(profile, forward_s, stored_bytes=stored_bytes)
     plain = dataclasses.replace(
         profile, transfers={k: v for k, v in profile.transfers.items() if k != MIXED}
     )
@@ -153,7 +151,14 @@ def test_steps_take_as_long_as_where_reads_and_writes_are_followed_moment_by_mom
         {"drive": overlap},
     )
     alone = simulate(steps, pricing.op_seconds(steps))
-    assert found.step_s == pytest.approx(followed.step_s, rel=0.1), alone.step_s
+    found = shared.simulation(plan)
+    assert found.step_s == pytest.approx(followed.step_s), "the prediction"
+    assert found.stall_s == pytest.approx(followed.stall_s)
+    spans = [e.end_s - e.start_s for e in found.ops if e.op.lane is Lane.NVME_WRITE]
+    assert found.busy_s[Lane.NVME_WRITE] == pytest.approx(sum(spans))
+    assert found.busy_s[Lane.NVME_WRITE] >= (1 - 1e-9) * alone.busy_s[Lane.NVME_WRITE]
+    summed_s = step_seconds(steps, shared.op_seconds(steps))
+    assert summed_s == pytest.approx(found.step_s, rel=0.1), alone.step_s
 
 
 @pytest.mark.parametrize("overlap", [1.0, 4 / 3, 2.0, None])

@@ -36,7 +36,7 @@ from ssdtune.schedule.planner import (
 )
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
 from ssdtune.schedule.search import WORTH_WRITING, search
-from ssdtune.schedule.simulate import simulate
+from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_activations, with_stored_inputs, written_bytes
 
 MB = 10**6
@@ -88,9 +88,11 @@ class Machine:
                 seconds.append(op.num_bytes / rate)
         return seconds
 
+    def simulated(self, steps: StepPlan) -> Simulation:
+        return simulate(steps, self.op_seconds(steps))
+
     def step_s(self, plan: Plan) -> float:
-        steps = self.steps(plan)
-        return simulate(steps, self.op_seconds(steps)).step_s
+        return self.simulated(self.steps(plan)).step_s
 
 
 def a_machine(asked: Request, *, read: float = 1e9, write: float = 1e9) -> Machine:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ssdtune.schedule.fluid import simulate_fluid
 from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
 from ssdtune.schedule.profile import DECODE, DEVICE_DECODE, FRESH, MAY_LACK, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
@@ -34,6 +35,7 @@ TRANSFER_OF = {
 # Pairs of lanes that slow each other.
 DRIVE, LINK = (Lane.NVME_READ, Lane.NVME_WRITE), (Lane.H2D, Lane.D2H)
 PROCESSOR = (Lane.COMPUTE, Lane.CPU)
+NO_LESS = 2.0  # seconds of either alone in a second of both: neither slows the other
 DECODES = (DECODE, DEVICE_DECODE)  # of packed weights, by bytes that they decode to
 
 
@@ -218,8 +220,26 @@ class Pricing:
 
     def simulation(self, plan: Plan) -> Simulation:
         """A steady step of the plan."""
-        steps = self.steps(plan)
-        return simulate(steps, self.op_seconds(steps), between_s=self.between_s)
+        return self.simulated(self.steps(plan))
+
+    def simulated(self, steps: StepPlan) -> Simulation:
+        """A steady step, followed moment by moment (`fluid.py`) where lanes slow each other. `busy_s` is then what they
+        took so."""
+        shared = self._shared(steps)
+        if not shared:
+            return simulate(steps, self.op_seconds(steps), between_s=self.between_s)
+        demands = {lane: {str(pair): 1.0 for pair in shared if lane in pair} for lane in Lane}
+        found = simulate_fluid(
+            steps,
+            self._alone_s(steps),
+            [demands[op.lane] for op in steps.ops],
+            {str(pair): overlap for pair, overlap in shared.items()},
+            between_s=self.between_s,
+        )
+        busy: dict[Lane, float] = {}
+        for each in found.ops:
+            busy[each.op.lane] = busy.get(each.op.lane, 0.0) + each.end_s - each.start_s
+        return dataclasses.replace(found, busy_s=busy)
 
     def steps(self, plan: Plan) -> StepPlan:
         """The step of the plan with all that goes over its lanes."""
@@ -233,7 +253,29 @@ class Pricing:
         return with_stored_weights(steps, plan, self._fold_steps)
 
     def op_seconds(self, steps: StepPlan) -> list[float]:
-        """Seconds of each op, by id."""
+        """Seconds of each op, by id, as long as they take beside the others of its pass."""
+        seconds = self._alone_s(steps)
+        for pair, overlap in self._shared(steps).items():
+            seconds = _sharing(steps.ops, seconds, pair, overlap)
+        return seconds
+
+    def _shared(self, steps: StepPlan) -> dict[tuple[Lane, Lane], float]:
+        """Pairs of lanes of the step that slow each other, and how much they do in a second of both."""
+        lanes = {op.lane for op in steps.ops}
+        overlaps = {
+            DRIVE: self.profile.drive_overlap,
+            LINK: self.profile.link_overlap,
+            # Where there are copies by the CPU, compute is there too: beside a device all copies are its own.
+            PROCESSOR: self.profile.copy_overlap,
+        }
+        return {
+            pair: overlap
+            for pair, overlap in overlaps.items()
+            if overlap is not None and overlap < NO_LESS and lanes.issuperset(pair)
+        }
+
+    def _alone_s(self, steps: StepPlan) -> list[float]:
+        """Seconds of each op, by id, that no other lane slows but by reading."""
         turns: dict[tuple[int, Direction], int] = {}
         seconds: list[float] = []
         copied = _copied_bytes(steps)
@@ -252,15 +294,7 @@ class Pricing:
             else:
                 one = self._transfer_s(op)
             seconds.append(one * self.factors[op.lane])
-        profile, lanes = self.profile, {op.lane for op in steps.ops}
-        if Lane.NVME_WRITE in lanes:
-            seconds = _sharing(steps.ops, seconds, DRIVE, profile.drive_overlap)
-        if Lane.D2H in lanes:
-            seconds = _sharing(steps.ops, seconds, LINK, profile.link_overlap)
-        seconds = _slowed(steps.ops, seconds, profile)
-        if Lane.CPU in lanes:  # then compute is there too: beside a device all copies are its own
-            seconds = _sharing(steps.ops, seconds, PROCESSOR, profile.copy_overlap)
-        return seconds
+        return _slowed(steps.ops, seconds, self.profile)
 
     def _moving_weights_s(self, visit: Visit, *, is_first: bool) -> float:
         """Seconds of making variants of a block, and of the steps that it has missed. is_first: of its visits in the
@@ -310,19 +344,19 @@ def _copied_bytes(steps: StepPlan) -> dict[int, int]:
 
 
 def _sharing(
-    ops: Sequence[Op], seconds: Sequence[float], pair: tuple[Lane, Lane], overlap: float | None
+    ops: Sequence[Op], seconds: Sequence[float], pair: tuple[Lane, Lane], overlap: float
 ) -> list[float]:
-    """The work of two lanes in each pass, as long as it takes beside each other; as it is where that was not measured.
+    """The work of two lanes in each pass, as long as it takes beside each other.
 
     overlap: of what they share, c (`Profile.drive_overlap`). While both are under way each runs at c/2. The shorter lane
     is so all the time, as if the other never paused: 2/c times as long; the longer one is for as long as that, and
     alone for the rest. So the longer lane is what both together need, and a pass that is bound by it takes that.
     """
     found = list(seconds)
-    if overlap is None:
-        return found
     for direction in Direction:
-        lanes = [[op.id for op in ops if op.lane is lane and op.direction is direction] for lane in pair]
+        lanes = [
+            [op.id for op in ops if op.lane is lane and op.direction is direction] for lane in pair
+        ]
         alone = [sum(seconds[i] for i in lane) for lane in lanes]
         more = (2 / overlap - 1) * min(alone)
         for lane, lane_s in zip(lanes, alone, strict=True):

@@ -5,7 +5,8 @@ Which ones stay is an arrangement: spread evenly is good where the drive is the 
 for a while, then overrun it), the ends of the step where slots already hold its turns. All ways to share slots are tried
 with one arrangement, the best ways with the others. Candidates keep the activations of as many blocks as they may; the
 best are then tried with fewer, which is as fast where the drive is the limit, and with those of other blocks on NVMe.
-Every candidate is simulated; the best is polished by moves of one or two blocks. The seed is fixed: equal requests have
+Every candidate is simulated, with what lanes lose to each other added up over a pass; the best is polished by moves of one
+or two blocks, and of the last few the fastest moment by moment is taken. The seed is fixed: equal requests have
 equal plans.
 """
 
@@ -45,11 +46,13 @@ from ssdtune.schedule.planner import (
     skeletons,
     static_choice,
 )
-from ssdtune.schedule.simulate import Simulation, simulate, step_seconds
+from ssdtune.schedule.simulate import Simulation, step_seconds
 from ssdtune.schedule.stored import written_bytes
 from ssdtune.sizes import format_size
 
 NUM_POLISHED = 3  # of the best candidates
+NUM_FOLLOWED = 3  # of the best in the end, moment by moment
+NEAR = 1.1  # times the best sum: sums over a pass are off by about a tenth at most
 NUM_WAYS = 2  # to share slots in which all arrangements are tried
 HOPELESS = 1.1  # times as slow as the best of another budget: no arrangement makes up for it
 AT_LIMIT = 0.005  # of its compute, beyond it: a step that has next to no time left to gain
@@ -94,6 +97,10 @@ class Priced(Protocol):
 
     def op_seconds(self, steps: StepPlan) -> Sequence[float]:
         """Of each op, by id."""
+        ...
+
+    def simulated(self, steps: StepPlan) -> Simulation:
+        """A steady step, lanes that slow each other followed moment by moment."""
         ...
 
 
@@ -225,7 +232,7 @@ class Hunt:
             self.least_written = min(written, self.least_written or written)
             return None
         seconds, between_s = self.pricing.op_seconds(steps), self.pricing.between_s
-        step_s = float(f"{step_seconds(steps, seconds, between_s=between_s):.{DIGITS}g}")
+        step_s = _rounded(step_seconds(steps, seconds, between_s=between_s))
         read = plan.sequences[self.pricing.kind].read_bytes
         memory = plan.slot_bytes + plan.ram_bytes + plan.activation_bytes
         compute_s = between_s + sum(
@@ -263,35 +270,55 @@ class Hunt:
     @property
     def step_s(self) -> float:
         """Of the best."""
-        return self.seen[_name(self._worth_writing())][0]
+        return self.seen[self._worth_writing(self.seen)][0]
 
     def best(self) -> Found:
         """The best of all, with the plan of every kind of step, validated. Activations go to NVMe where that is worth
         it. Raises PlanError."""
-        layout = layout_of(self.request, self._worth_writing())
-        steps = self.pricing.steps(plan_of(self.request, layout))
-        seconds = self.pricing.op_seconds(steps)
+        followed = {_name(choice): self._followed(choice) for choice in self._finalists()}
+        keys = {
+            name: (_rounded(simulation.step_s), *self.seen[name][1:])
+            for name, (_, simulation) in followed.items()
+        }
+        layout, simulation = followed[self._worth_writing(keys)]
         plan = plan_of(self.whole, layout)
         validate(plan)
-        return Found(
-            plan=plan,
-            layout=layout,
-            simulation=simulate(steps, seconds, between_s=self.pricing.between_s),
-            num_tries=len(self.seen),
-        )
+        return Found(plan=plan, layout=layout, simulation=simulation, num_tries=len(self.seen))
 
-    def _worth_writing(self) -> Choice:
+    def _finalists(self) -> list[Choice]:
+        """The best few by their sums, and the best with each number of blocks whose activations go to NVMe, which is
+        where sums are the farthest off."""
         ranked = self.ranked()
+        most_s = NEAR * self.seen[_name(ranked[0])][0]
+        by_num = {len(choice.stored): choice for choice in reversed(ranked)}
+        wanted = [_name(choice) for choice in (*ranked[:NUM_FOLLOWED], *by_num.values())]
+        return [c for c in ranked if _name(c) in wanted and self.seen[_name(c)][0] <= most_s]
+
+    def _followed(self, choice: Choice) -> tuple[Layout, Simulation]:
+        layout = layout_of(self.request, choice)
+        steps = self.pricing.steps(plan_of(self.request, layout))
+        return layout, self.pricing.simulated(steps)
+
+    def _worth_writing(
+        self, keys: Mapping[tuple[object, ...], tuple[float, ...]]
+    ) -> tuple[object, ...]:
+        """The name of the best by these keys; of one without activations on NVMe where they gain little."""
+        ranked = sorted(keys, key=lambda name: keys[name])
         best = ranked[0]
-        without = next((c for c in ranked if not c.stored), best)
-        limit = (1 - WORTH_WRITING) * self.seen[_name(without)][0]
-        return best if self.seen[_name(best)][0] < limit else without
+        without = next((name for name in ranked if not self.choices[name].stored), best)
+        limit = (1 - WORTH_WRITING) * keys[without][0]
+        return best if keys[best][0] < limit else without
 
     @property
     def is_at_the_limit(self) -> bool:
         """Whether the best step is all compute: no plan is faster."""
         best = min(self.seen.values(), default=None)
         return best is not None and best[0] <= (1 + AT_LIMIT) * best[-1]
+
+
+def _rounded(step_s: float) -> float:
+    """To DIGITS."""
+    return float(f"{step_s:.{DIGITS}g}")
 
 
 def _name(choice: Choice) -> tuple[object, ...]:
