@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.memory import free_ram, ram_limits, total_ram
@@ -24,12 +24,16 @@ from ssdtune.probe.timing import best_of
 from ssdtune.report import say
 from ssdtune.sizes import format_size
 
+if TYPE_CHECKING:
+    import torch
+
 NEEDED = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 18), "accelerate": (1, 10)}
 NEEDED |= {"safetensors": (0, 5), "greenlet": (3, 1), "datasets": (4, 0)}
 OPTIONAL = {"kvikio": ("kvikio-cu13", "kvikio-cu12"), "deepspeed": ("deepspeed",)}
 LARGE_ENOUGH = 64 * 2**20  # a smaller file tells little of a drive
 MATMUL_S = 0.2  # for each dtype
 DECODED, DECODE_S = 1 << 22, 0.2  # weights at a time, for how long
+STORED_ROWS = 2048  # of a square matrix that each kernel decodes: 8 MB
 READ_S = 0.5  # for each way of reading
 CPU_WIDTH, DEVICE_WIDTH = 384, 4096
 MUCH_SLOWER = 2.0
@@ -152,6 +156,8 @@ def _kernels() -> Iterator[str]:
     )
     if native.library is None:
         yield _row("", f"C is several times as fast. {native.way_out}")
+    else:
+        yield from _store_modes(native.library.suffixes[0])
     if torch.cuda.is_available():
         has_triton = version_of("triton") is not None
         yield _row(
@@ -160,6 +166,43 @@ def _kernels() -> Iterator[str]:
             if has_triton
             else "on the device by torch: pip install triton",
         )
+
+
+def _store_modes(suffix: str) -> Iterator[str]:
+    """How the kernels of this instruction set store large outputs of bfloat16."""
+    import torch
+
+    from ssdtune.kernels import store_mode
+    from ssdtune.kernels.decoding import DTYPES
+
+    if asked := os.environ.get(store_mode.VARIABLE):
+        yield _row("", f"large outputs are stored {asked}, as {store_mode.VARIABLE} says")
+        return
+    _decode_by_each_kernel(torch.zeros(STORED_ROWS, STORED_ROWS, dtype=torch.bfloat16))
+    measured = store_mode.found(suffix, DTYPES[torch.bfloat16])
+    for is_past, way in ((True, "past"), (False, "through")):
+        kernels = [kernel for kernel, found in measured.items() if found == is_past]
+        if kernels:
+            yield _row("", f"large outputs {way} the caches, faster here: {', '.join(kernels)}")
+
+
+def _decode_by_each_kernel(out: torch.Tensor) -> None:
+    """So that each has found out how it stores. out: a matrix, large enough for that."""
+    import torch
+
+    from ssdtune.kernels.affine import ORDERS, Affine
+    from ssdtune.kernels.float8 import ScaledBytes
+    from ssdtune.kernels.ggml import Ggml
+    from ssdtune.kernels.lossless import Lossless
+    from ssdtune.kernels.nibbles import NF4, Nibbles
+    from ssdtune.kernels.unpack import unpack
+    from ssdtune.visit.placement import FILE_DTYPES
+
+    affine = (Affine(bits, ORDERS[bits]) for bits in (4, 5, 6, 8))
+    others = (Nibbles(NF4, 64, is_high_first=True), ScaledBytes((128, 128)), Ggml("Q4_K"))
+    for format in (*affine, *others, Lossless(bits=4, num_escapes=0)):
+        parts = format.parts(tuple(out.shape))
+        unpack(format, [torch.zeros(p.shape, dtype=FILE_DTYPES[p.dtype]) for p in parts], out)
 
 
 def matmul_rate(dtype: Any, *, width: int, device: str, seconds: float) -> float:

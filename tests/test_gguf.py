@@ -17,7 +17,7 @@ import tiny_models
 import torch
 import transformers as tf
 
-from ssdtune.kernels import decoding, ggml, ggml_moved, ggml_native
+from ssdtune.kernels import decoding, ggml, ggml_moved, ggml_native, store_mode
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.ggml import KINDS, Ggml
 from ssdtune.kernels.ggml_moved import PairedRows
@@ -208,6 +208,7 @@ def test_native_code_has_the_bits_of_its_definition(
 ) -> None:
     """Whole tiles and less, several parts of a tensor, outputs that are stored past the caches, any bytes at all."""
     monkeypatch.setattr(ggml_native, "PART", 1024)
+    monkeypatch.setenv(store_mode.VARIABLE, "streamed")
     block = KINDS[kind].block
     for count, make in itertools.product((1, 2, 7, 8, 41, 300), (blocks_of, any_bytes)):
         blocks = make(kind, count, seed=count)

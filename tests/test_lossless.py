@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssdtune.kernels import decoding, lossless, lossless_native
+from ssdtune.kernels import decoding, lossless, lossless_native, store_mode
 from ssdtune.kernels.affine import TILE
 from ssdtune.kernels.lossless import CHUNK, DamagedError, Lossless, encode, pack
 from ssdtune.kernels.lossless_native import decode_lossless
@@ -158,9 +158,13 @@ def test_an_element_lies_where_the_format_says() -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_outputs_are_streamed_or_not_with_the_same_bits(decoder: str) -> None:
-    """Large enough for stores past the caches; and from an address that those cannot have."""
-    values = trained((1 << 20) + 333)
+def test_outputs_are_streamed_or_not_with_the_same_bits(
+    decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores past the caches; and from an address that those cannot have."""
+    monkeypatch.setattr(decoding, "STREAM_BYTES", 0)
+    monkeypatch.setenv(store_mode.VARIABLE, "streamed")
+    values = trained(9 * CHUNK + 333)
     for bits in BITS:
         format, parts = pack(values, bits)
         room = torch.zeros(values.numel() + 1, dtype=torch.bfloat16)

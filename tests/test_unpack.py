@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from ssdtune.kernels import decoding, unpack_native
+from ssdtune.kernels import decoding, store_mode, unpack_native
 from ssdtune.kernels.affine import GROUPS, ORDERS, SLICE_WIDTHS, TILE, Affine, widths
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import library
@@ -338,6 +338,7 @@ def test_stores_past_the_caches(
     shift: int, suffix: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Aligned ones; an output that is not aligned is stored as others are."""
+    monkeypatch.setenv(store_mode.VARIABLE, "streamed")
     monkeypatch.setattr(decoding, "STREAM_BYTES", 0)
     for format in MIXED:
         for size in (TILE, 3 * STRETCH + 77):
@@ -403,7 +404,7 @@ def test_native_code_is_what_is_used() -> None:
     format = Affine(4, (4,))
     parts = packed(format, TILE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unpack_native, "run", lambda name, suffix, job, num_parts: None)
+        patch.setattr(unpack_native, "run", lambda name, suffix, job, kernel: None)
         untouched, half = torch.full((TILE,), 7.0), torch.full((TILE,), 7.0, dtype=torch.float16)
         unpack(format, parts, untouched)
         unpack(format, parts, half)

@@ -11,12 +11,13 @@ from functools import cache, lru_cache
 
 import torch
 
+from ssdtune.kernels import store_mode
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of outputs
 ALIGNMENT = 64  # bytes, of streamed outputs
-# Outputs of so many bytes are stored past the caches, as memcpy does it. Measured with 8 MB of last-level cache: larger
+# Outputs of so many bytes may be stored past the caches (store_mode.py). Measured with 8 MB of last-level cache: larger
 # ones cost half as much again if they go through it, smaller ones a fifth more, to whoever reads them next, if they
 # don't; at 4 MB it makes no difference.
 STREAM_BYTES = 4 << 20
@@ -50,11 +51,16 @@ def set_threads(num_threads: int) -> None:
     _threads = Threads(num_threads)
 
 
-def run(name: str, suffix: str, job: ctypes.Structure, num_parts: int) -> None:
-    """The native function of that name and instruction set on as many threads as there are parts of the job."""
+def run(name: str, suffix: str, job: ctypes.Structure, kernel: str) -> None:
+    """The native function of that name and instruction set on as many threads as there are parts of the job.
+
+    job: with n, part, next and is_streamed. kernel: as `store_mode.are_past_caches` has it."""
     native = library()
     assert native is not None
-    _threads.run(native.function(name, suffix), job, num_parts)
+    function = native.function(name, suffix)
+    if job.is_streamed:
+        job.is_streamed = store_mode.are_past_caches(kernel, suffix, function, job)
+    _threads.run(function, job, -(-job.n // job.part))
 
 
 def check(format: Format, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
@@ -71,8 +77,8 @@ def _part_sizes(format: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(part.shape) for part in format.parts(shape))
 
 
-def is_streamed(out: torch.Tensor) -> bool:
-    """Whether the output is stored past the caches."""
+def can_stream(out: torch.Tensor) -> bool:
+    """Whether the output may be stored past the caches."""
     return out.nbytes >= STREAM_BYTES and out.data_ptr() % ALIGNMENT == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ssdtune.kernels.decoding import DTYPES, check, is_streamed, nan_bits, run
+from ssdtune.kernels.decoding import DTYPES, can_stream, check, nan_bits, run
 from ssdtune.kernels.ggml import KINDS, Ggml
 from ssdtune.kernels.structs import struct
 
@@ -32,11 +32,11 @@ def decode_ggml(
         num_bytes=kind.num_bytes,
         dtype=DTYPES[out.dtype],
         nan=nan_bits(),
-        is_streamed=is_streamed(out),
+        is_streamed=can_stream(out),
         part=PART,
         next=0,
     )
-    run("ssdtune_unpack_ggml", suffix, job, -(-out.numel() // PART))
+    run("ssdtune_unpack_ggml", suffix, job, "GGUF")
 
 
 DECODERS: dict[type, Callable[[Any, Sequence[torch.Tensor], torch.Tensor, str], None]] = {

@@ -28,7 +28,7 @@ struct integers {
     const void *codes;
     const float *zeros, *scales;
     const int32_t *order;
-    int64_t rows, width, stride, groups, group, bits, layout;
+    int64_t n, width, stride, groups, group, bits, layout; /* n: rows */
     int64_t dtype, nan, is_streamed;
     int64_t part, next; /* part: rows, a multiple of BLOCK; next: that nobody has taken yet */
 };
@@ -301,7 +301,7 @@ static void put_block(struct space *s, const struct integers *job, int64_t first
 void NAME(ssdtune_unpack_integers, SUFFIX)(struct integers *job)
 {
     struct space s;
-    for (int64_t begin, end; take_part(&job->next, job->part, job->rows, &begin, &end);) {
+    for (int64_t begin, end; take_part(&job->next, job->part, job->n, &begin, &end);) {
         for (int64_t first = begin; first < end; first += BLOCK)
             put_block(&s, job, first, end - first < BLOCK ? end - first : BLOCK);
     }

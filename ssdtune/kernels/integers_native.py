@@ -7,14 +7,26 @@ from typing import Any
 
 import torch
 
-from ssdtune.kernels.decoding import DTYPES, check, is_streamed, nan_bits, run
+from ssdtune.kernels.decoding import DTYPES, can_stream, check, nan_bits, run
 from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.integers import RUN, num_groups
-from ssdtune.kernels.scaled_rows import FORMATS, Rows, Words, rows_of
+from ssdtune.kernels.scaled_rows import (
+    ACROSS,
+    ALONG,
+    AWQ,
+    FORMATS,
+    FP8,
+    INT8,
+    Rows,
+    Words,
+    rows_of,
+)
 from ssdtune.kernels.structs import struct
 
 KINDS = {**DTYPES, torch.float16: 2}  # of outputs
 PART = 1 << 18  # elements, about, that a thread takes at a time
+# What they are called where stores are timed.
+KERNELS = {ALONG: "packed integers", ACROSS: "GPTQ", AWQ: "AWQ", INT8: "INT8", FP8: "FP8"}
 
 
 def decode_rows(
@@ -47,7 +59,7 @@ def _run(rows: Rows, suffix: str) -> None:
         zeros=rows.zeros.data_ptr(),
         scales=rows.scales.data_ptr(),
         order=None if rows.order is None else rows.order.data_ptr(),
-        rows=num_rows,
+        n=num_rows,
         width=width,
         stride=rows.stride,
         groups=rows.scales.shape[1],
@@ -56,8 +68,8 @@ def _run(rows: Rows, suffix: str) -> None:
         layout=rows.layout,
         dtype=KINDS[rows.out.dtype],
         nan=nan_bits(),
-        is_streamed=is_streamed(rows.out),
+        is_streamed=can_stream(rows.out),
         part=part,
         next=0,
     )
-    run("ssdtune_unpack_integers", suffix, job, -(-num_rows // part))
+    run("ssdtune_unpack_integers", suffix, job, KERNELS[rows.layout])

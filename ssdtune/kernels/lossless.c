@@ -20,7 +20,7 @@ struct job {
     const uint8_t *lower, *codes[2], *dictionary, *escapes;
     const int32_t *offsets;
     int64_t num_escapes;
-    int64_t part, next;  /* part: chunks; next: the first chunk that nobody has taken yet */
+    int64_t part, next;  /* part: elements, a multiple of CHUNK; next: that nobody has taken yet */
     int64_t is_streamed; /* whether stores go past the caches; `to` is aligned for it then */
     int64_t is_damaged;  /* set where the parts contradict each other */
 };
@@ -329,10 +329,9 @@ void NAME(ssdtune_decode_lossless, SUFFIX)(struct job *job)
 {
     struct state s = {.readable = job->escapes + job->num_escapes};
     memcpy(s.table, job->dictionary, (size_t)(1 << job->bits) - 1);
-    const int64_t num_chunks = (job->n + CHUNK - 1) / CHUNK;
-    for (int64_t first, stop; take_part(&job->next, job->part, num_chunks, &first, &stop);) {
-        for (int64_t chunk = first; chunk < stop; chunk++)
-            if (!decode_chunk(&s, job, chunk))
+    for (int64_t first, stop; take_part(&job->next, job->part, job->n, &first, &stop);) {
+        for (int64_t at = first; at < stop; at += CHUNK)
+            if (!decode_chunk(&s, job, at / CHUNK))
                 __atomic_store_n(&job->is_damaged, 1, __ATOMIC_RELAXED);
     }
 #if defined(__AVX2__)

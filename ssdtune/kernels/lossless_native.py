@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ssdtune.kernels.decoding import DTYPES, check, is_streamed, run
+from ssdtune.kernels.decoding import DTYPES, can_stream, check, run
 from ssdtune.kernels.lossless import CHUNK, Lossless, damaged
 from ssdtune.kernels.structs import struct
 
@@ -30,12 +30,11 @@ def decode_lossless(
         escapes=escapes.data_ptr(),
         offsets=offsets.data_ptr(),
         num_escapes=format.num_escapes,
-        part=NATIVE_PART,
+        part=NATIVE_PART * CHUNK,
         next=0,
-        is_streamed=is_streamed(out),
+        is_streamed=can_stream(out),
         is_damaged=0,
     )
-    num_parts = -(-out.numel() // (CHUNK * NATIVE_PART))
-    run("ssdtune_decode_lossless", suffix, job, num_parts)
+    run("ssdtune_decode_lossless", suffix, job, f"lossless, {format.bits} bits")
     if job.is_damaged:
         raise damaged(format)

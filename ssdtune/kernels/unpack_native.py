@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from ssdtune.kernels.affine import TILE, Affine
-from ssdtune.kernels.decoding import ALIGNMENT, DTYPES, check, is_streamed, nan_bits, run
+from ssdtune.kernels.decoding import ALIGNMENT, DTYPES, can_stream, check, nan_bits, run
 from ssdtune.kernels.nibbles import NVFP4_BLOCKS, SCALE_DTYPES, Nibbles, Nvfp4, scale_of
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.structs import struct
 
 SCALE_KINDS = {"F32": 0, "BF16": 1, "F16": 2, "F8_E4M3": 3, "E8M0": 3, "UE5M3": 3}
 PART = 512 * TILE  # elements, about, that a thread takes at a time
+FOUR_BIT_TABLES = "four-bit tables"  # what their kernel is called where stores are timed
 
 
 def affine_job(
@@ -43,14 +44,14 @@ def affine_job(
         is_rotated=is_rotated,
         dtype=DTYPES[out.dtype],
         nan=nan_bits(),
-        is_streamed=is_streamed(out),
+        is_streamed=can_stream(out) and not is_rotated,
         part=PART,
         next=0,
     )
 
 
 def _affine(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str) -> None:
-    run("ssdtune_unpack_affine", suffix, affine_job(format, parts, out), -(-out.numel() // PART))
+    run("ssdtune_unpack_affine", suffix, affine_job(format, parts, out), f"{format.bits} bits")
 
 
 def has_fast_paths(format: Nibbles) -> bool:
@@ -62,7 +63,7 @@ def _rotated(
     format: Rotated, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str
 ) -> None:
     job = affine_job(format.stored, parts, out, is_rotated=True)
-    run("ssdtune_unpack_affine", suffix, job, -(-out.numel() // PART))
+    run("ssdtune_unpack_affine", suffix, job, "rotated")
 
 
 def _nibbles(
@@ -72,7 +73,7 @@ def _nibbles(
         format.by_torch(parts, out)
         return
     job = nibbles_job(format, parts, out)
-    run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // job.part))
+    run("ssdtune_unpack_nibbles", suffix, job, FOUR_BIT_TABLES)
 
 
 def _nvfp4(format: Nvfp4, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str) -> None:
@@ -80,7 +81,7 @@ def _nvfp4(format: Nvfp4, parts: Sequence[torch.Tensor], out: torch.Tensor, suff
     codes, scales, stored = parts
     by_scale = _by_scale(NVFP4_BLOCKS, format.scaled(_every(NVFP4_BLOCKS), stored), out.dtype)
     job = nibbles_job(NVFP4_BLOCKS, (codes, scales), out, by_scale)
-    run("ssdtune_unpack_nibbles", suffix, job, -(-out.numel() // job.part))
+    run("ssdtune_unpack_nibbles", suffix, job, FOUR_BIT_TABLES)
 
 
 def nibbles_job(
@@ -109,7 +110,7 @@ def nibbles_job(
         scale_kind=SCALE_KINDS[format.scale],
         dtype=DTYPES[out.dtype],
         nan=nan_bits(),
-        is_streamed=is_streamed(out),
+        is_streamed=can_stream(out),
         part=part,
         next=0,
     )
