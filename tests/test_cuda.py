@@ -506,6 +506,9 @@ PACKED = {
 packed = pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
 ROTATED = Rotated(Affine(4, (4, 1, 1, 2), 128))
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 
 
 def stored(format: Format, num_elements: int, offset: int = 0) -> list[torch.Tensor]:
@@ -539,7 +542,7 @@ def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("format", [*PACKED.values(), ROTATED], ids=[*PACKED, "rotated"])
-@floats
+@every_dtype
 def test_packed_tensors_have_the_bits_of_their_definition(
     dtype: torch.dtype, format: Format
 ) -> None:

@@ -114,6 +114,12 @@ def test_blocks_of_ggml(kind: str, dtype: torch.dtype) -> None:
         assert_decoded(Ggml(kind), [blocks], shape, dtype, [odd])
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "MXFP4"])
+def test_blocks_of_ggml_to_float16(kind: str) -> None:
+    blocks = any_bytes(kind, 9).reshape(-1)
+    assert_decoded(Ggml(kind), [blocks], (9 * KINDS[kind].block,), torch.float16)
+
+
 def test_other_types_of_ggml_are_decoded_too() -> None:
     assert_decoded(Ggml("Q2_K"), [blocks_of("Q2_K", 3).reshape(-1)], (768,), torch.bfloat16)
 

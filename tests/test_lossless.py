@@ -416,6 +416,9 @@ def check_kernel() -> None:
                 out = torch.zeros(size, dtype=expected.dtype)
                 by_triton(format, parts, out)
                 assert torch.equal(bits_of(out), bits_of(expected)), (make, bits, size, out.dtype)
+            half = torch.zeros(size, dtype=torch.float16)
+            by_triton(format, parts, half)
+            assert torch.equal(half.nan_to_num(5), values.half().nan_to_num(5)), (make, bits, size)
     values = many_exponents(2 * CHUNK)
     format, parts = pack(values, 3)
     *others, escapes, offsets = parts

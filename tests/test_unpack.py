@@ -405,8 +405,8 @@ def test_native_code_is_what_is_used() -> None:
     parts = packed(format, TILE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unpack_native, "run", lambda name, suffix, job, kernel: None)
-        untouched, half = torch.full((TILE,), 7.0), torch.full((TILE,), 7.0, dtype=torch.float16)
+        untouched, double = torch.full((TILE,), 7.0), torch.full((TILE,), 7.0, dtype=torch.float64)
         unpack(format, parts, untouched)
-        unpack(format, parts, half)
+        unpack(format, parts, double)
     assert untouched.eq(7).all()
-    assert not half.eq(7).all()
+    assert not double.eq(7).all()

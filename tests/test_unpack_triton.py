@@ -37,7 +37,8 @@ MODULES = (
     "ggml_triton",
     "requantize_triton",
 )
-DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # and of their bits
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+DTYPES = (torch.float32, torch.bfloat16)
 IDS = ("fp32", "bf16")
 SIZES = (1, TILE - 1, 17 * TILE + 77)
 READ_ORDERS = (*ORDERS.values(), (2, 1, 1, 2, 2), (8,), (1,) * 5)
@@ -67,7 +68,7 @@ def forget() -> None:
 @pytest.fixture
 def small(interpreted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of one tile, so that a small tensor needs several."""
-    monkeypatch.setattr(interpreted["unpack_triton"], "TILES", dict.fromkeys(DTYPES, 1))
+    monkeypatch.setattr(interpreted["unpack_triton"], "TILES", dict.fromkeys(BITS, 1))
 
 
 def stored(format: Format, num_elements: int) -> list[torch.Tensor]:
@@ -86,7 +87,7 @@ def stored(format: Format, num_elements: int) -> list[torch.Tensor]:
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Bit for bit; of what is no number that it is none, and in bfloat16 which one."""
-    bits = DTYPES[found.dtype]
+    bits = BITS[found.dtype]
     is_number = ~expected.isnan()
     assert torch.equal(found.isnan(), ~is_number)
     assert torch.equal(found.view(bits)[is_number], expected.view(bits)[is_number])
@@ -159,6 +160,23 @@ def test_nibbles_in_blocks_of_any_size(block: int) -> None:
 def test_tensors_of_every_length(format: Format, dtype: torch.dtype) -> None:
     for size in SIZES:
         check(format, stored(format, size), size, dtype)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "format",
+    [Affine(5, (4, 1)), Rotated(Affine(3, (2, 1))), Nibbles(E2M1, 32, False, "E8M0")],
+    ids=lambda format: format.label,
+)
+def test_float16_is_rounded_as_torch_rounds_it(format: Format) -> None:
+    """With scales from below its normal numbers to beyond its largest."""
+    size = 2 * TILE + 77
+    parts = stored(format, size)
+    if not isinstance(format, Nibbles):
+        parts[-2] = 2.0 ** torch.linspace(-30, 20, len(parts[-2])).bfloat16()
+    found = check(format, parts, size, torch.float16)
+    assert found.isinf().any()
+    assert (found.abs() < 2**-14).logical_and(found != 0).any()
 
 
 @pytest.mark.parametrize(

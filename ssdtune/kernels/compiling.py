@@ -30,7 +30,7 @@ SOURCES = (
     "unpack.c",
     "unpack_add.c",
 )
-HEADERS = ("native.h", "pieces.h", "rotate.h")
+HEADERS = ("native.h", "pieces.h", "rotate.h", "streams.h")
 # How Python calls the library. One more where a ctypes structure or a call changes and no source does: then a library
 # that was built before is not taken any more.
 ABI = 1

@@ -15,7 +15,7 @@ from ssdtune.kernels import store_mode
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import library
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of outputs
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of outputs
 ALIGNMENT = 64  # bytes, of streamed outputs
 # Outputs of so many bytes may be stored past the caches (store_mode.py). Measured with 8 MB of last-level cache: larger
 # ones cost half as much again if they go through it, smaller ones a fifth more, to whoever reads them next, if they

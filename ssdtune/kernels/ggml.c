@@ -1,4 +1,4 @@
-/* ggml's quantized blocks to float32 or bfloat16: the fast twin of ggml.py, which defines every bit of it.
+/* ggml's quantized blocks to float32, bfloat16 or float16: the fast twin of ggml.py, which defines every bit of it.
  *
  * Compiled once for each instruction set, with the names' ending in SUFFIX; nothing fused, nothing reordered, as
  * noise.c. Whatever the kind, TILE elements are brought to one form, small signed integers and a scale (and a minimum)
@@ -6,17 +6,12 @@
  * codes of the same scale can stand for are computed once.
  */
 #include <stddef.h>
-#include "native.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "streams.h"
 
 enum { TILE = 256, RUN = 16, RUNS = TILE / RUN, SMALL = 32 }; /* elements; SMALL: of a block of the older kinds */
 /* What comes out. FINITE: bfloat16 where nothing can be no number. NUMBERED: the same, of codes that are numbers of
  * meanings. */
-enum { FLOAT32 = 0, BFLOAT16 = 1, FINITE = 2, NUMBERED = 3 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FINITE = 3, NUMBERED = 4 };
 /* As ggml numbers its types. */
 enum {
     Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
@@ -461,6 +456,12 @@ static void put_tile(struct tile *t, const struct ggml *job, int64_t first, int6
         return;
     }
     settle(t);
+    if (job->dtype == FLOAT16) {
+        _Alignas(64) float made[TILE];
+        put_values(made, t, count, has_minima, FLOAT32, 0);
+        put_float16(to, made, count, job->is_streamed);
+        return;
+    }
     if (job->dtype == FLOAT32)
         put_values(to, t, count, has_minima, FLOAT32, job->is_streamed);
     else if (!t->is_wild)
@@ -478,7 +479,5 @@ void NAME(ssdtune_unpack_ggml, SUFFIX)(struct ggml *job)
         for (int64_t first = begin; first < end; first += TILE)
             put_tile(&t, job, first, end - first < TILE ? end - first : TILE);
     }
-#if defined(__AVX2__)
-    _mm_sfence(); /* streamed stores, before whoever waits for this thread reads them */
-#endif
+    finish(job->is_streamed);
 }

@@ -130,7 +130,7 @@ def _ggml(
 
 
 def decode_ggml(format: Ggml, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """As `Ggml.by_torch`. out: on the GPU, float32 or bfloat16."""
+    """As `Ggml.by_torch`. out: on the GPU."""
     if format.kind not in RUNS:
         format.by_torch(parts, out)
         return

@@ -5,12 +5,7 @@
  * Loops are such that compilers vectorize them; intrinsics are for what they don't find. Rows are taken BLOCK at a time and
  * TILE columns of them, so that words which lie across rows are brought together in the nearest cache.
  */
-#include "native.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "streams.h"
 
 enum { BLOCK = 32, TILE = 1024 }; /* rows; columns: whole words of a stream, whatever its codes' width */
 enum { ALONG = 0, ACROSS = 1, AWQ = 2, INT8 = 3, FP8 = 4 };
@@ -52,19 +47,6 @@ static inline uint16_t nearest_finite(float value)
 static inline uint16_t nearest(float value, uint16_t nan)
 {
     return (bits_of(value) & 0x7FFFFFFFu) > 0x7F800000u ? nan : nearest_finite(value);
-}
-
-/* To float16, ties to even. Without branches, so that compilers vectorize it. */
-static inline uint16_t half_of(float value)
-{
-    const uint32_t bits = bits_of(value), size = bits & 0x7FFFFFFFu, sign = bits >> 16 & 0x8000u;
-    const uint32_t normal = (size - (112u << 23) + 0xFFFu + (size >> 13 & 1u)) >> 13;
-    /* Below 2^-14 float16 has steps of 2^-24, as float32 has from 1/2 on. */
-    const uint32_t small = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
-    const uint32_t is_small = 0u - (size < 113u << 23), is_large = 0u - (size >= 0x477FF000u);
-    const uint32_t is_none = 0u - (size > 0x7F800000u);
-    const uint32_t finite = (small & is_small) | (normal & ~is_small);
-    return (uint16_t)(sign | (0x7C00u & is_large) | (finite & ~is_large) | (0x200u & is_none));
 }
 
 /* ----------------------------------------------------------------------------------------------- words to a byte a code */
@@ -252,19 +234,6 @@ INLINE void scale_row(void *to, const struct integers *job, const uint8_t *codes
     }
 }
 
-/* num_bytes from a cached place past the caches to `to`, which is aligned to 16 as they are. */
-static void put(void *to, const void *made, int64_t num_bytes, int64_t is_streamed)
-{
-#if defined(__SSE2__)
-    if (is_streamed && ((uintptr_t)to | (uintptr_t)num_bytes) % 16 == 0) {
-        for (int64_t i = 0; i < num_bytes / 16; i++)
-            _mm_stream_si128((__m128i *)to + i, _mm_load_si128((const __m128i *)made + i));
-        return;
-    }
-#endif
-    memcpy(to, made, (size_t)num_bytes);
-}
-
 /* One row's columns. codes: a byte each. */
 INLINE void put_row(float *made, const struct integers *job, const uint8_t *codes, int64_t row, int64_t from,
                     int64_t count, int layout)
@@ -276,7 +245,7 @@ INLINE void put_row(float *made, const struct integers *job, const uint8_t *code
         scale_row(made, job, codes, row, from, count, layout, FLOAT16);
     else
         scale_row(made, job, codes, row, from, count, layout, BFLOAT16);
-    put((uint8_t *)job->to + (row * job->width + from) * size, made, count * size, job->is_streamed);
+    put_made((uint8_t *)job->to + (row * job->width + from) * size, made, count * size, job->is_streamed);
 }
 
 /* So many rows, at most BLOCK. */
@@ -305,7 +274,5 @@ void NAME(ssdtune_unpack_integers, SUFFIX)(struct integers *job)
         for (int64_t first = begin; first < end; first += BLOCK)
             put_block(&s, job, first, end - first < BLOCK ? end - first : BLOCK);
     }
-#if defined(__SSE2__)
-    _mm_sfence(); /* streamed stores, before whoever waits for this thread reads them */
-#endif
+    finish(job->is_streamed);
 }

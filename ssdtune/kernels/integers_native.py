@@ -23,7 +23,6 @@ from ssdtune.kernels.scaled_rows import (
 )
 from ssdtune.kernels.structs import struct
 
-KINDS = {**DTYPES, torch.float16: 2}  # of outputs
 PART = 1 << 18  # elements, about, that a thread takes at a time
 # What they are called where stores are timed.
 KERNELS = {ALONG: "packed integers", ACROSS: "GPTQ", AWQ: "AWQ", INT8: "INT8", FP8: "FP8"}
@@ -66,7 +65,7 @@ def _run(rows: Rows, suffix: str) -> None:
         group=rows.group,
         bits=rows.bits,
         layout=rows.layout,
-        dtype=KINDS[rows.out.dtype],
+        dtype=DTYPES[rows.out.dtype],
         nan=nan_bits(),
         is_streamed=can_stream(rows.out),
         part=part,

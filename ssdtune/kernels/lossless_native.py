@@ -16,7 +16,7 @@ NATIVE_PART = 64  # chunks that a thread takes at a time
 def decode_lossless(
     format: Lossless, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str
 ) -> None:
-    """As `Lossless.by_torch`. out: on the CPU, float32 or bfloat16. suffix: of the native function."""
+    """As `Lossless.by_torch`. out: on the CPU. suffix: of the native function."""
     check(format, parts, out)
     lower, *slices, dictionary, escapes, offsets = parts
     job = struct("job", "lossless.c")(

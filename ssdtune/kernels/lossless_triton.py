@@ -21,7 +21,7 @@ from ssdtune.kernels.affine import ORDERS
 from ssdtune.kernels.lossless import CHUNK, Lossless
 
 WARPS = 8  # 16 elements a thread
-BITS_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+BITS_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # outputs whose bits are stored
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def _codes(slices, tile, within, is_there, WIDTHS: tl.constexpr):
 @triton.jit
 def _decode(
     to, lower, slices, dictionary, escapes, offsets, num_elements, num_escapes,
-    CHUNK: tl.constexpr, WIDTHS: tl.constexpr, ESCAPE: tl.constexpr, TO_BF16: tl.constexpr,
+    CHUNK: tl.constexpr, WIDTHS: tl.constexpr, ESCAPE: tl.constexpr,
 ):  # fmt: skip
-    """to: bits, int16 or int32."""
+    """to: bits, int16 or int32; or float16."""
     chunk = tl.program_id(0).to(tl.int64)
     number = chunk * CHUNK + tl.arange(0, CHUNK)
     is_there = number < num_elements
@@ -55,18 +55,21 @@ def _decode(
     is_held = is_escape & (at >= 0) & (at < num_escapes)
     upper = tl.where(is_escape, tl.load(escapes + at, mask=is_held, other=0), known)
     value = (upper.to(tl.uint32) << 8) | tl.load(lower + number, mask=is_there, other=0)
-    if TO_BF16:
+    if to.dtype.element_ty == tl.int16:
         tl.store(to + number, value.to(tl.uint16).to(tl.int16, bitcast=True), mask=is_there)
-    else:
+    elif to.dtype.element_ty == tl.int32:
         tl.store(to + number, (value << 16).to(tl.int32, bitcast=True), mask=is_there)
+    else:
+        whole = (value << 16).to(tl.float32, bitcast=True)
+        tl.store(to + number, whole.to(tl.float16), mask=is_there)
 
 
 def decode_lossless(format: Lossless, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """As `Lossless.by_torch`, where the parts agree. out: on the GPU, float32 or bfloat16."""
+    """As `Lossless.by_torch`, where the parts agree. out: on the GPU."""
     lower, *slices, dictionary, escapes, offsets = parts
     flat = out.view(-1)
     _decode[(-(-flat.numel() // CHUNK),)](
-        flat.view(BITS_OF[out.dtype]),
+        flat.view(BITS_OF.get(out.dtype, out.dtype)),
         lower,
         tuple(slices),
         dictionary,
@@ -77,6 +80,5 @@ def decode_lossless(format: Lossless, parts: Sequence[torch.Tensor], out: torch.
         CHUNK=CHUNK,
         WIDTHS=ORDERS[format.bits],
         ESCAPE=format.escape,
-        TO_BF16=out.dtype == torch.bfloat16,
         num_warps=WARPS,
     )

@@ -61,7 +61,7 @@ def _rotated(
 
 
 def decode_rotated(format: Rotated, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """As `Rotated.by_torch`. out: on the GPU, float32 or bfloat16."""
+    """As `Rotated.by_torch`. out: on the GPU."""
     *slices, scales, zeros = parts
     flat, stored = out.view(-1), format.stored
     _rotated[(-(-flat.numel() // ELEMENTS),)](

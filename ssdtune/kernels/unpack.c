@@ -1,23 +1,21 @@
-/* Packed tensors to float32 or bfloat16: the fast twin of affine.py, rotated.py and nibbles.py, which define every bit
- * of it.
+/* Packed tensors to float32, bfloat16 or float16: the fast twin of affine.py, rotated.py and nibbles.py, which define
+ * every bit of it.
  *
  * Compiled once for each instruction set, with the names' ending in SUFFIX; nothing is fused or reordered (noise.c).
  *
  * bfloat16 by looking up: the 16 values that a group's codes can stand for are made once, two groups at a time, then
  * found by code, many at an instruction (`vpermw`, or `pshufb` for the values' low and for their high bytes). Where a
- * code has more than four bits, and for float32, every element is computed.
+ * code has more than four bits, and for float32, every element is computed. float16 is made of float32.
  */
 #include "pieces.h"
 #include "rotate.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "streams.h"
 
 enum { TILE = 512, LANES = 64 };    /* elements of a slice's tile; bytes of its vectors */
 enum { STRETCH = 8 * TILE };        /* elements that are prepared at a time */
 enum { STEP = 32, HALF_STEP = 16 }; /* elements, a multiple of which the functions below take */
 enum { PAGE = 4096 };               /* bytes */
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 INLINE int is_finite(float value) { return (bits_of(value) & 0x7F800000u) != 0x7F800000u; }
 
@@ -462,15 +460,6 @@ INLINE void look_up_floats(float *to, const uint8_t *codes, floats16 in, int is_
 }
 #endif
 
-/* Streamed stores are seen by other threads only behind a fence. */
-INLINE void finish(int is_streamed)
-{
-#if defined(__AVX2__)
-    if (is_streamed)
-        _mm_sfence();
-#endif
-}
-
 /* Asks for one line of each page that is written after the next `num_bytes`: by then its address is known. Stores wait
  * for that, and everything behind them: an eighth of the time where two lines are stored in turn. (Where stores go from
  * one line to the next it costs more than it saves, and so does asking for what is read: measured.) */
@@ -731,20 +720,29 @@ const uint8_t *NAME(ssdtune_affine_codes, SUFFIX)(
     return bytes_of(job, tile, num_tiles, space);
 }
 
-/* The same of groups that are rotated. */
-static void rotated_stretch(const struct affine *job, int64_t first, int64_t n)
+/* n numbers, at most a stretch, as `dtype`. */
+static void put_floats(void *to, const float *made, int64_t n, int64_t dtype, uint16_t nan, int64_t is_streamed)
+{
+    if (dtype == FLOAT32) {
+        put_made(to, made, 4 * n, is_streamed);
+    } else if (dtype == FLOAT16) {
+        put_float16(to, made, n, is_streamed);
+    } else {
+        _Alignas(64) uint16_t words[STRETCH];
+        for (int64_t i = 0; i < n; i++)
+            words[i] = nearest(made[i], nan);
+        put_made(to, words, 2 * n, is_streamed);
+    }
+}
+
+/* The same by way of float32: of groups that are rotated, and to float16. */
+static void affine_by_floats(const struct affine *job, void *to, int64_t first, int64_t n)
 {
     _Alignas(64) float made[STRETCH];
     affine_tiles(job, made, first, (n + TILE - 1) / TILE * TILE, FLOAT32, 0);
-    rotate_all(made, n, job->group);
-    if (job->dtype == FLOAT32) {
-        memcpy((float *)job->to + first, made, (size_t)(n * 4));
-        return;
-    }
-    uint16_t *to = (uint16_t *)job->to + first;
-    const uint16_t nan = (uint16_t)job->nan;
-    for (int64_t i = 0; i < n; i++)
-        to[i] = nearest(made[i], nan);
+    if (job->is_rotated)
+        rotate_all(made, n, job->group);
+    put_floats(to, made, n, job->dtype, (uint16_t)job->nan, job->is_streamed);
 }
 
 void NAME(ssdtune_unpack_affine, SUFFIX)(struct affine *job)
@@ -753,13 +751,13 @@ void NAME(ssdtune_unpack_affine, SUFFIX)(struct affine *job)
     for (int64_t first, stop; take_part(&job->next, job->part, job->n, &first, &stop);) {
         for (int64_t at = first; at < stop; at += STRETCH) {
             const int64_t n = stop - at < STRETCH ? stop - at : STRETCH;
-            if (job->is_rotated)
-                rotated_stretch(job, at, n);
+            if (job->is_rotated || job->dtype == FLOAT16)
+                affine_by_floats(job, (char *)job->to + at * size, at, n);
             else
                 affine_stretch(job, (char *)job->to + at * size, at, n, job->is_streamed != 0);
         }
     }
-    finish(job->is_streamed != 0);
+    finish(job->is_streamed);
 }
 
 /* ------------------------------------------------------------------------------------------------------ nibbles.py */
@@ -771,7 +769,7 @@ struct nibbles {
     const uint8_t *codes;
     const uint8_t *scales; /* at any address */
     const float *table;    /* 16, finite */
-    const void *by_scale;  /* for scales of a byte: 16 outputs for each of 256 scales */
+    const void *by_scale;  /* for scales of a byte: 16 outputs for each of 256 scales; float32 for FLOAT16 */
     int64_t n, block, is_high_first, scale_kind, dtype, nan, is_streamed;
     int64_t part, next; /* part: elements, a multiple of the block and of 64; next: that nobody has taken yet */
 };
@@ -878,10 +876,10 @@ INLINE int64_t nibbles_floats(const struct nibbles *job, int64_t first, int64_t 
     const int is_high_first = job->is_high_first != 0;
     const floats16 values = get_floats(job->table);
     while (first + HALF_STEP <= stop) {
-        const int64_t b = first / block, here = stop - first < block ? stop - first : block;
+        const int64_t b = first / block, end = (b + 1) * block < stop ? (b + 1) * block : stop;
         const floats16 in = kind == SCALE_BYTE ? get_floats((const float *)job->by_scale + 16 * job->scales[b])
                                                : times(values, scale_at(job->scales, kind, b));
-        for (int64_t i = 0; i + HALF_STEP <= here; i += HALF_STEP, first += HALF_STEP)
+        for (; first + HALF_STEP <= end; first += HALF_STEP)
             look_up_floats((float *)job->to + first, job->codes + first / 2, in, is_high_first, is_streamed);
     }
     return first;
@@ -922,14 +920,33 @@ void NAME(ssdtune_nibbles_piece, SUFFIX)(const void *packed, void *to, int64_t f
     nibbles_slowly(&job, nibbles_fast(&job, first, first + n, tables, 0), first + n);
 }
 
+/* To float16, by way of float32. */
+static void nibbles_float16(const struct nibbles *job, int64_t first, int64_t stop)
+{
+    _Alignas(64) float made[STRETCH];
+    struct nibbles floats = *job;
+    floats.dtype = FLOAT32;
+    for (int64_t at = first; at < stop; at += STRETCH) {
+        const int64_t end = stop - at < STRETCH ? stop : at + STRETCH;
+        floats.to = (void *)((uintptr_t)made - (uintptr_t)(4 * at)); /* of element 0 */
+        const int64_t done = job->block % HALF_STEP ? at : nibbles_floats(&floats, at, end, 0);
+        nibbles_slowly(&floats, done, end);
+        put_float16((uint16_t *)job->to + at, made, end - at, job->is_streamed);
+    }
+}
+
 void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
 {
     _Alignas(64) lookup tables[256];
     get_tables(tables, job);
     for (int64_t first, stop; take_part(&job->next, job->part, job->n, &first, &stop);) {
+        if (job->dtype == FLOAT16) {
+            nibbles_float16(job, first, stop);
+            continue;
+        }
         const int64_t done = CAN_STREAM && job->is_streamed ? nibbles_fast(job, first, stop, tables, 1)
                                                             : nibbles_fast(job, first, stop, tables, 0);
         nibbles_slowly(job, done, stop);
     }
-    finish(job->is_streamed != 0);
+    finish(job->is_streamed);
 }

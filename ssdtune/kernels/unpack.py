@@ -51,20 +51,13 @@ def _decoder(format: Format, out: torch.Tensor, suffix: str | None) -> Decoder:
 
 def _best(format: Format, out: torch.Tensor) -> str:
     """What is fastest for this format and output."""
-    if out.dtype not in DTYPES and not (out.dtype == torch.float16 and _has_float16(format)):
+    if out.dtype not in DTYPES:
         return ""
     if out.device.type == "cpu":
         native = library()
         return native.suffixes[0] if native is not None and type(format) in _natives() else ""
     is_known = out.device.type == "cuda" and has_triton() and type(format) in _kernels()
     return TRITON if is_known else ""
-
-
-def _has_float16(format: Format) -> bool:
-    """Whether fast code decodes it to float16 too: other libraries' models are often computed in it."""
-    from ssdtune.kernels.scaled_rows import FORMATS
-
-    return isinstance(format, FORMATS)
 
 
 @cache

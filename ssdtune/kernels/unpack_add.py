@@ -17,11 +17,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ssdtune.kernels.affine import Affine
-from ssdtune.kernels.decoding import DTYPES
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import has_triton, library
 from ssdtune.kernels.nibbles import NestedNibbles, Nibbles, Nvfp4, Slab
-from ssdtune.kernels.noise import NATIVE_PART, TILE, Direction, NativeNoise, add_directions
+from ssdtune.kernels.noise import DTYPES, NATIVE_PART, TILE, Direction, NativeNoise, add_directions
 from ssdtune.kernels.structs import struct
 from ssdtune.kernels.team import run_by_all
 from ssdtune.kernels.unpack import TRITON, unpack

@@ -44,7 +44,7 @@ def affine_job(
         is_rotated=is_rotated,
         dtype=DTYPES[out.dtype],
         nan=nan_bits(),
-        is_streamed=can_stream(out) and not is_rotated,
+        is_streamed=can_stream(out),
         part=PART,
         next=0,
     )
@@ -90,8 +90,8 @@ def nibbles_job(
     out: torch.Tensor,
     by_scale: torch.Tensor | None = None,
 ) -> ctypes.Structure:
-    """As `affine_job`; of a format that has fast paths. by_scale: what comes out for each scale of a byte, dtype [256,
-    16], where that is not as the format has it."""
+    """As `affine_job`; of a format that has fast paths. by_scale: what comes out for each scale of a byte, as `_by_scale`
+    has it, where that is not what the format says."""
     check(format, parts, out)
     codes, scales = parts
     unit = math.lcm(format.block, ALIGNMENT)
@@ -128,7 +128,7 @@ DECODERS: dict[type, Callable[[Any, Sequence[torch.Tensor], torch.Tensor, str], 
 
 @lru_cache(maxsize=16)  # 8 or 16 KB each
 def _tables(format: Nibbles, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 16 values, float32; what comes out for each scale of a byte, dtype [256, 16]."""
+    """The 16 values, float32; what comes out for each scale of a byte, as `_by_scale` has it."""
     table = torch.tensor(format.table, dtype=torch.float32)
     if SCALE_KINDS[format.scale] != SCALE_KINDS["E8M0"]:
         return table, torch.empty(0)
@@ -141,5 +141,6 @@ def _every(format: Nibbles) -> torch.Tensor:
 
 
 def _by_scale(format: Nibbles, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The 16 values times each of the scales, float32 [256]."""
-    return (torch.tensor(format.table) * scales.unsqueeze(1)).to(dtype)
+    """The 16 values times each of the scales, float32 [256], for outputs of that dtype: float16 is made of float32."""
+    products = torch.tensor(format.table) * scales.unsqueeze(1)
+    return products if dtype == torch.float16 else products.to(dtype)

@@ -12,8 +12,8 @@ thread's neighbours into one access; elsewhere they are taken one by one.
 Compiled for sm_90 that is 15 instructions for an affine weight of 4 bits, 24 for one of 8, 16 for a nibble, rounded to
 bfloat16; no shared memory, no barrier. (Triton 3.9. Nothing has run on a GPU yet.)
 
-No sum, product or rounding is left to a compiler (launched with enable_fp_fusion=False), and no conversion in which
-bits are lost. What is no number is 0x7FC0 in bfloat16, and some NaN in float32.
+No sum, product or rounding to bfloat16 is left to a compiler (launched with enable_fp_fusion=False). Conversion to float16
+is, which devices do to nearest. What is no number is 0x7FC0 in bfloat16, and some NaN in other dtypes.
 """
 
 # Kernels are in Triton's language, which looks like Python and has other types.
@@ -39,7 +39,7 @@ from ssdtune.kernels.noise import FIELD_BITS, Direction, add_directions, table_o
 from ssdtune.kernels.noise_triton import _float_of, _nearest, _words
 
 WARPS = 4
-TILES = {torch.float32: 8, torch.bfloat16: 16}  # of one program: 16 bytes a thread and vector
+TILES = {torch.float32: 8, torch.bfloat16: 16, torch.float16: 16}  # of a program: 16 bytes a thread and vector
 # Halves of keys, which are new in every step: no kernel is compiled anew for their values.
 KEYS = ("low0", "high0", "low1", "high1")
 MOST = 4  # tiles of 512 elements that a program takes one after the other
@@ -179,7 +179,7 @@ def _lanes(TILES: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def _store(to, value, is_there):
-    """float32 values, rounded as the output wants them: bfloat16 where it is int16."""
+    """float32 values, rounded to nearest as the output wants them: bfloat16 where it is int16."""
     if to.dtype.element_ty == tl.int16:
         tl.store(to, _nearest(value), mask=is_there)
     else:
@@ -283,7 +283,6 @@ def _launch(
 ) -> None:
     """directions: of one kind. parts: the kernel's arguments from its second one to `tables`."""
     is_bf16 = out.dtype == torch.bfloat16
-    assert is_bf16 or out.dtype == torch.float32, out.dtype
     flat = out.view(-1)
     # Without directions: fields so wide that philox.py's tile is one of ours.
     widest = philox.LANES * philox.COUNTER_BITS // TILE
@@ -358,7 +357,7 @@ def _table_on(device: torch.device, table: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.float32, device=device)
 
 
-# format, parts, output: as `unpack.unpack` has them; the output float32 or bfloat16.
+# format, parts, output: as `unpack.unpack` has them.
 DECODERS: dict[type, Callable[..., None]] = {Affine: _launch_affine, Nibbles: _launch_nibbles}
 
 
