@@ -30,6 +30,7 @@ from ssdtune.kernels.noise import GAUSSIAN, KINDS, Direction, add_directions
 from ssdtune.kernels.quantize import quantize_affine
 from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.rotated import Rotated
+from ssdtune.kernels.transfer import format_of, pack
 from ssdtune.kernels.unpack import unpack
 from ssdtune.kernels.unpack_add import Move
 from ssdtune.schedule import trace as traces
@@ -619,6 +620,24 @@ def test_products_with_packed_weights(format: Affine, dtype: torch.dtype) -> Non
         allowed = columns * 2**-23 * (x.cpu().double().abs() @ weights.abs().t())
         assert ((found.cpu() - exact).abs() <= allowed).all()
         assert equal_bits(found, matmul_triton(format, parts, x, rows))
+
+
+@pytest.mark.parametrize("key", [None, 2**63 + 2**31 + 5])
+@every_dtype
+def test_activations_in_a_byte_each_have_the_bits_that_the_cpu_makes(
+    dtype: torch.dtype, key: int | None
+) -> None:
+    pytest.importorskip("triton")
+    values = torch.randn(77, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[3, 5] = torch.nan
+    found, expected = pack(values.to(DEVICE), key=key), pack(values, key=key)
+    assert torch.equal(found[0].cpu(), expected[0])
+    assert equal_bits(found[1], expected[1])
+    out = torch.empty(values.shape, dtype=dtype, device=DEVICE)
+    unpack(format_of(128), found, out)
+    wanted = torch.empty(values.shape, dtype=dtype)
+    unpack(format_of(128), expected, wanted)
+    assert torch.equal(out.cpu().nan_to_num(5), wanted.nan_to_num(5))
 
 
 def test_a_block_comes_back_from_the_device_as_it_was_changed(tmp_path: Path) -> None:

@@ -411,6 +411,7 @@ from ssdtune.kernels.matmul_triton import matmul_triton
 from ssdtune.kernels.nibbles import NF4, Nibbles
 from ssdtune.kernels.noise import Direction
 from ssdtune.kernels.requantize import requantize
+from ssdtune.kernels.transfer import pack
 from ssdtune.kernels.unpack import TRITON, unpack
 from ssdtune.kernels.unpack_add import Move
 from ssdtune.kernels.unpack_triton import unpack_add_triton
@@ -430,6 +431,7 @@ for name, launch in {
     "nibbles": lambda: unpack(Nibbles(NF4, 64, True), parts(Nibbles(NF4, 64, True)), out, suffix=TRITON),
     "moved": lambda: unpack_add_triton(Affine(4, (4,)), parts(Affine(4, (4,))), out, [Direction(1, 0.1)]),
     "codes": lambda: requantize(Affine(5, (4, 1)), parts(Affine(5, (4, 1))), out.shape, MOVE, suffix=TRITON),
+    "packed": lambda: pack(out.view(128, -1), key=3, suffix=TRITON),
     "product": lambda: matmul_triton(Affine(4, (4,)), parts(Affine(4, (4,))), out[:2048].view(1, -1), 8),
 }.items():
     seen.clear()
@@ -468,9 +470,10 @@ def test_kernels_compile_and_nothing_is_fused(compiled: dict[str, Any]) -> None:
         ["_nibbles"],
         ["_affine"],
         ["_affine", "_add", "_requantize"],
+        ["_pack"],
         ["_multiply", "_add_parts"],
     ]
-    for name in ("affine", "nibbles", "moved", "codes"):
+    for name in ("affine", "nibbles", "moved", "codes", "packed"):
         for seen in compiled[name].values():
             assert not [op for op in seen if op.startswith("fma")], name
 
