@@ -687,6 +687,26 @@ def test_float16_outputs_are_rounded_as_torch_rounds_them(bits: int) -> None:
     assert expected.abs().lt(2**-14).logical_and(expected != 0).any()
 
 
+@pytest.mark.skipif(library() is None, reason="there is no compiler here")
+@pytest.mark.parametrize("dtype", OUTPUTS)
+def test_every_code_of_fp8_times_scales_of_every_kind(dtype: torch.dtype) -> None:
+    """That rows share, and that each has alone; in rows long enough for a table and too short for one."""
+    kinds = [1.0, -0.7, 0.0, -0.0, 1e-41, 2**-120, -3e38, 3e4, math.inf, math.nan]
+    for rows, repeats in ((4, 1), (1, 1), (1, 3)):
+        format = ScaledBytes((rows, 256 * repeats))
+        scales = torch.tensor(kinds).unsqueeze(1)
+        codes = torch.arange(256).to(torch.uint8).repeat(rows * len(kinds), repeats)
+        parts = [codes.view(torch.float8_e4m3fn), scales]
+        expected, out = (torch.empty(codes.shape, dtype=dtype) for _ in range(2))
+        format.by_torch(parts, expected)
+        for suffix in library().suffixes:  # type: ignore[union-attr]
+            unpack(format, parts, out, suffix=suffix)
+            assert torch.equal(expected.isnan(), out.isnan())
+            assert same_bits(expected.nan_to_num(5), out.nan_to_num(5)), (rows, repeats, suffix)
+            if dtype == torch.bfloat16:
+                assert same_bits(expected, out)
+
+
 def test_native_code_does_not_look_beyond_its_scales() -> None:
     format = Gptq(4, 32, is_ordered=True)
     parts = [torch.zeros(p.shape, dtype=READ_AS[p.dtype]) for p in format.parts((8, 64))]

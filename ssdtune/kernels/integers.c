@@ -28,10 +28,22 @@ struct integers {
     int64_t part, next; /* part: rows, a multiple of BLOCK; next: that nobody has taken yet */
 };
 
+enum { NUM_PRODUCTS = 128 }; /* tables at a time */
+/* Elements of a row that are worth a table: one that other rows share, and one of its own. */
+enum { LEAST_SHARED = 64, LEAST_ALONE = 512 };
+
+/* What codes of FP8 stand for, times a scale, in 16 bits. scale: its bits. */
+struct products {
+    _Alignas(64) uint16_t of[256];
+    uint32_t scale;
+};
+
 struct space {
     _Alignas(64) uint8_t codes[BLOCK][TILE];
     _Alignas(64) uint32_t words[BLOCK][TILE / 4 + 2]; /* 8 bits a code; and what is read too much */
     _Alignas(64) float made[TILE];
+    float values[256]; /* what codes of FP8 stand for */
+    struct products products[NUM_PRODUCTS]; /* of the groups that were last used, by their number modulo NUM_PRODUCTS */
 };
 
 static inline int is_finite(float value) { return (bits_of(value) & 0x7F800000u) != 0x7F800000u; }
@@ -198,6 +210,60 @@ INLINE int64_t look_up_run(uint16_t *to, const uint8_t *codes, int64_t count, fl
 }
 #endif
 
+/* FP8 to 16 bits: what each code stands for, times a scale, is found in a table that is made once for as many rows as
+ * have the scale. AVX-512 holds the half of it without sign in registers. nan: of codes that are no number; a sign goes
+ * with it where has_sign. */
+#if defined(__AVX512BW__)
+INLINE void look_up_fp8(uint16_t *to, const uint8_t *codes, int64_t count, const uint16_t *products, uint16_t nan,
+                        int has_sign)
+{
+    const __m512i a = _mm512_load_si512(products), b = _mm512_load_si512(products + 32);
+    const __m512i c = _mm512_load_si512(products + 64), d = _mm512_load_si512(products + 96);
+    const __m512i largest = _mm512_set1_epi16(127), sign = _mm512_set1_epi16((short)0x8000);
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + i)));
+        const __mmask32 is_upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+        const __m512i lower = _mm512_permutex2var_epi16(a, code, b), upper = _mm512_permutex2var_epi16(c, code, d);
+        const __m512i found = _mm512_mask_blend_epi16(is_upper, lower, upper);
+        __m512i value = _mm512_ternarylogic_epi32(found, _mm512_slli_epi16(code, 8), sign, 0x78); /* a ^ (b & c) */
+        if (!has_sign) {
+            const __mmask32 is_none = _mm512_cmpeq_epi16_mask(_mm512_and_si512(code, largest), largest);
+            value = _mm512_mask_mov_epi16(value, is_none, _mm512_set1_epi16((short)nan));
+        }
+        _mm512_storeu_si512(to + i, value);
+    }
+    for (; i < count; i++)
+        to[i] = products[codes[i]];
+}
+#else
+/* Four are stored at a time: compilers make less of one by one, and of eight. */
+INLINE void look_up_fp8(uint16_t *to, const uint8_t *codes, int64_t count, const uint16_t *products, uint16_t nan,
+                        int has_sign)
+{
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        const uint64_t four = products[codes[i]] | (uint64_t)products[codes[i + 1]] << 16 |
+                              (uint64_t)products[codes[i + 2]] << 32 | (uint64_t)products[codes[i + 3]] << 48;
+        memcpy(to + i, &four, 8);
+    }
+    for (; i < count; i++)
+        to[i] = products[codes[i]];
+}
+#endif
+
+/* Of a scale that is finite. dtype: BFLOAT16 or FLOAT16. */
+INLINE const uint16_t *products_of(struct space *s, int64_t group, float scale, int dtype, uint16_t nan)
+{
+    struct products *found = &s->products[group % NUM_PRODUCTS];
+    if (found->scale != bits_of(scale)) {
+        found->scale = bits_of(scale);
+        for (int q = 0; q < 256; q++)
+            keep(found->of, q, s->values[q] * scale, dtype, nan);
+    }
+    return found->of;
+}
+
 /* The same, each column with its group's zero and scale. */
 INLINE void scale_ordered(void *restrict to, const uint8_t *restrict codes, int64_t count, const int32_t *order,
                           const float *zeros, const float *scales, int kind, uint16_t nan)
@@ -206,73 +272,111 @@ INLINE void scale_ordered(void *restrict to, const uint8_t *restrict codes, int6
         keep(to, i, ((float)codes[i] - zeros[order[i]]) * scales[order[i]], kind, nan);
 }
 
+/* How many of a group's columns in a row are looked up, the first ones. least: columns that are worth a table of FP8.
+ * dtype: BFLOAT16 or FLOAT16. */
+INLINE int64_t look_up(struct space *s, uint16_t *to, const struct integers *job, const uint8_t *codes, int64_t count,
+                       int64_t group, float zero, float scale, int64_t least, int layout, int dtype)
+{
+    const int is_number = is_finite(scale), is_half = dtype == FLOAT16;
+    const uint16_t nan = (uint16_t)job->nan;
+    if (layout < INT8 && job->bits <= 4 && (is_number || is_half))
+        return look_up_run(to, codes, count, zero, scale, is_half ? FLOAT16 : FINITE);
+    if (layout == FP8 && count >= least && is_number && bits_of(zero) == 0) {
+        look_up_fp8(to, codes, count, products_of(s, group, scale, dtype, nan), nan, is_half);
+        return count;
+    }
+    return 0;
+}
+
 /* One row's columns from ... from + count - 1. */
-INLINE void scale_row(void *to, const struct integers *job, const uint8_t *codes, int64_t row, int64_t from,
+INLINE void scale_row(struct space *s, const struct integers *job, const uint8_t *codes, int64_t row, int64_t from,
                       int64_t count, int layout, int dtype)
 {
     const float *zeros = job->zeros + row * job->groups, *scales = job->scales + row * job->groups;
+    const float *beside = row + 1 < job->n ? scales + job->groups : scales - (row > 0) * job->groups;
     const uint16_t nan = (uint16_t)job->nan;
     if (job->order) {
-        scale_ordered(to, codes, count, job->order + from, zeros, scales, dtype, nan);
+        scale_ordered(s->made, codes, count, job->order + from, zeros, scales, dtype, nan);
         return;
     }
     const int64_t size = dtype == FLOAT32 ? 4 : 2;
     for (int64_t i = 0; i < count;) {
         const int64_t g = (from + i) / job->group, end = (g + 1) * job->group - from;
         const int64_t num = (end < count ? end : count) - i;
+        uint8_t *to = (uint8_t *)s->made + i * size;
+        const int64_t done = dtype == FLOAT32
+            ? 0
+            : look_up(s, (uint16_t *)to, job, codes + i, num, g, zeros[g], scales[g],
+                      bits_of(scales[g]) == bits_of(beside[g]) ? LEAST_SHARED : LEAST_ALONE, layout, dtype);
         const int is_number = dtype == BFLOAT16 && layout != FP8 && is_finite(scales[g]);
-        const int can_look_up = layout < INT8 && job->bits <= 4 && (is_number || dtype == FLOAT16);
-        const int64_t done = can_look_up
-            ? look_up_run((uint16_t *)to + i, codes + i, num, zeros[g], scales[g], dtype == FLOAT16 ? FLOAT16 : FINITE)
-            : 0;
-        void *at = (uint8_t *)to + (i + done) * size;
         if (is_number)
-            scale_run(at, codes + i + done, num - done, zeros[g], scales[g], layout, FINITE, nan);
+            scale_run(to + done * size, codes + i + done, num - done, zeros[g], scales[g], layout, FINITE, nan);
         else
-            scale_run(at, codes + i + done, num - done, zeros[g], scales[g], layout, dtype, nan);
+            scale_run(to + done * size, codes + i + done, num - done, zeros[g], scales[g], layout, dtype, nan);
         i += num;
     }
 }
 
-/* One row's columns. codes: a byte each. */
-INLINE void put_row(float *made, const struct integers *job, const uint8_t *codes, int64_t row, int64_t from,
+/* The same, to where they go. codes: a byte each. */
+INLINE void put_row(struct space *s, const struct integers *job, const uint8_t *codes, int64_t row, int64_t from,
                     int64_t count, int layout)
 {
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
     if (job->dtype == FLOAT32)
-        scale_row(made, job, codes, row, from, count, layout, FLOAT32);
+        scale_row(s, job, codes, row, from, count, layout, FLOAT32);
     else if (job->dtype == FLOAT16)
-        scale_row(made, job, codes, row, from, count, layout, FLOAT16);
+        scale_row(s, job, codes, row, from, count, layout, FLOAT16);
     else
-        scale_row(made, job, codes, row, from, count, layout, BFLOAT16);
-    put_made((uint8_t *)job->to + (row * job->width + from) * size, made, count * size, job->is_streamed);
+        scale_row(s, job, codes, row, from, count, layout, BFLOAT16);
+    put_made((uint8_t *)job->to + (row * job->width + from) * size, s->made, count * size, job->is_streamed);
 }
 
-/* So many rows, at most BLOCK. */
-static void put_block(struct space *s, const struct integers *job, int64_t first, int64_t rows)
+/* So many rows, at most BLOCK, whose codes are in words. */
+static void put_words(struct space *s, const struct integers *job, int64_t first, int64_t rows)
 {
     for (int64_t from = 0; from < job->width; from += TILE) {
         const int64_t count = job->width - from < TILE ? job->width - from : TILE;
-        if (job->layout < INT8)
-            take_codes(s, job, first, rows, from, count);
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t row = first + r;
-            const uint8_t *bytes = (const uint8_t *)job->codes + row * job->stride + from;
-            switch (job->layout) {
-            case INT8: put_row(s->made, job, bytes, row, from, count, INT8); break;
-            case FP8: put_row(s->made, job, bytes, row, from, count, FP8); break;
-            default: put_row(s->made, job, s->codes[r], row, from, count, ALONG);
-            }
-        }
+        take_codes(s, job, first, rows, from, count);
+        for (int64_t r = 0; r < rows; r++)
+            put_row(s, job, s->codes[r], first + r, from, count, ALONG);
     }
+}
+
+/* The same of codes that are bytes: row after row, as they are stored. */
+static void put_bytes(struct space *s, const struct integers *job, int64_t first, int64_t rows)
+{
+    for (int64_t row = first; row < first + rows; row++)
+        for (int64_t from = 0; from < job->width; from += TILE) {
+            const int64_t count = job->width - from < TILE ? job->width - from : TILE;
+            const uint8_t *codes = (const uint8_t *)job->codes + row * job->stride + from;
+            if (job->layout == FP8)
+                put_row(s, job, codes, row, from, count, FP8);
+            else
+                put_row(s, job, codes, row, from, count, INT8);
+        }
+}
+
+static void start(struct space *s)
+{
+    for (int q = 0; q < 256; q++)
+        s->values[q] = value_of((uint8_t)q, FP8);
+    for (int i = 0; i < NUM_PRODUCTS; i++)
+        s->products[i].scale = 0x7F800000; /* infinity, which no products have */
 }
 
 void NAME(ssdtune_unpack_integers, SUFFIX)(struct integers *job)
 {
     struct space s;
+    if (job->layout == FP8)
+        start(&s);
     for (int64_t begin, end; take_part(&job->next, job->part, job->n, &begin, &end);) {
-        for (int64_t first = begin; first < end; first += BLOCK)
-            put_block(&s, job, first, end - first < BLOCK ? end - first : BLOCK);
+        for (int64_t first = begin; first < end; first += BLOCK) {
+            const int64_t rows = end - first < BLOCK ? end - first : BLOCK;
+            if (job->layout < INT8)
+                put_words(&s, job, first, rows);
+            else
+                put_bytes(&s, job, first, rows);
+        }
     }
     finish(job->is_streamed);
 }
