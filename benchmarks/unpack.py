@@ -12,7 +12,7 @@ where they can be, from `--peers` too:
     python -m pip install --no-deps --target FOLDER bitsandbytes torchao hqq termcolor
 
 --moved: instead of these, what a variant of packed weights costs, moved along one random direction: decoding and adding
-noise in two passes, and both in one.
+noise in two passes, and both in one; and what signs cost beside decoding alone.
 
 Native code is checked against the format's definition before it is timed.
 """
@@ -48,7 +48,14 @@ MOVED = ("4 bits (4,)", "8 bits (4, 1, 1, 2)", "NF4")  # formats of the variants
 THREADED = MOVED[:2]  # formats that two threads decode
 # Of a memcpy's rate, by the ending of the native functions' names and the kind of format ("4 bits": at most so many).
 BARS = {
-    "_avx512": {"4 bits": 1.4, "5 bits": 1.35, "6 bits": 1.15, "8 bits": 1.1, "FP8": 0.55},
+    "_avx512": {
+        "4 bits": 1.4,
+        "5 bits": 1.35,
+        "6 bits": 1.15,
+        "8 bits": 1.1,
+        "FP8": 0.55,
+        "4 bits (4,), signs": 0.85,  # of the rate without
+    },
     "_avx2": {"4 bits": 1.25, "5 bits": 0.5, "6 bits": 0.5, "8 bits": 0.5, "FP8": 0.45},
 }
 KINDS = {  # of bits
@@ -262,32 +269,67 @@ def times(turns: Sequence[Turn], out: Any, num_rounds: int) -> list[dict[str, An
     return rows
 
 
+def beside(
+    usual: Callable[[], object],
+    other: Callable[[], object],
+    out: Any,
+    num_rounds: int,
+    *,
+    clock: Callable[[], float],
+    bar: float | None,
+) -> dict[str, Any]:
+    """A row's fields: how many times as fast as the usual way the other one makes `out`, in turns."""
+    took: dict[Callable[[], object], list[float]] = {usual: [], other: []}
+    for _ in range(num_rounds):
+        for run, seconds_of in took.items():
+            run()  # starts threads, warms up
+            start = clock()
+            run()
+            seconds_of.append(clock() - start)
+    ratio = measures.paired_ratio(took[usual], took[other])
+    return {
+        "bytes_per_s": out.nbytes / statistics.median(took[other]),
+        "of_usual": ratio,
+        "bar": bar,
+        "passed": bar is None or ratio["p50"] >= bar,
+    }
+
+
 def by_two_threads(out: Any, num_rounds: int) -> Iterator[dict[str, Any]]:
     """Yields a row for each of THREADED: two threads beside one, by the wall clock, in turns."""
     from ssdtune.kernels import decoding
     from ssdtune.kernels.unpack import unpack
 
+    def by(num_threads: int, run: Callable[[], object]) -> None:
+        decoding.set_threads(num_threads)
+        run()
+
     for name, format, _ in formats():
         if name not in THREADED:
             continue
+        run = partial(unpack, format, random_parts(format, tuple(out.shape)), out)
+        one, two = partial(by, 1, run), partial(by, 2, run)
+        row = beside(one, two, out, num_rounds, clock=perf_counter, bar=THREADS_BAR)
+        yield {"contestant": f"{name}, two threads beside one, wall clock", **row}
+    decoding.set_threads(1)
+
+
+def with_signs(out: Any, num_rounds: int, suffix: str) -> Iterator[dict[str, Any]]:
+    """Yields a row for each of MOVED: decoded and moved by signs in one pass, beside decoded alone."""
+    from ssdtune.kernels.noise import RADEMACHER, Direction
+    from ssdtune.kernels.unpack import unpack
+    from ssdtune.kernels.unpack_add import Move, unpack_add
+
+    moves = [Move((Direction(5, 1e-3, RADEMACHER),))]
+    for name, format, _ in formats():
+        if name not in MOVED:
+            continue
         parts = random_parts(format, tuple(out.shape))
-        took: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(num_rounds):
-            for num_threads, seconds_of in took.items():
-                decoding.set_threads(num_threads)
-                unpack(format, parts, out)  # starts the thread, warms up
-                start = perf_counter()
-                unpack(format, parts, out)
-                seconds_of.append(perf_counter() - start)
-        decoding.set_threads(1)
-        of_one = measures.paired_ratio(took[1], took[2])
-        yield {
-            "contestant": f"{name}, two threads beside one, wall clock",
-            "bytes_per_s": out.nbytes / statistics.median(took[2]),
-            "of_one_thread": of_one,
-            "bar": THREADS_BAR,
-            "passed": of_one["p50"] >= THREADS_BAR,
-        }
+        plain = partial(unpack, format, parts, out)
+        moved = partial(unpack_add, format, parts, out, moves)
+        bar = bar_of(suffix, f"{name}, signs")
+        row = beside(plain, moved, out, num_rounds, clock=thread_time, bar=bar)
+        yield {"contestant": f"{name}, with signs beside without", **row}
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -306,7 +348,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     for row in result["times"]:
         rate = f"| {row['contestant']} | {row['bytes_per_s'] / 1e9:.2f} |"
-        ratio = row.get("of_memcpy", row.get("of_one_thread"))
+        ratio = row.get("of_memcpy", row.get("of_usual"))
         if ratio is None:
             yield f"{rate} 1 | |"
             continue
@@ -347,7 +389,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     native = library()
     turns = variants(out) if options.moved else (*ours(out), *peers(out.numel() // SHARE))
     rows = times([*turns], out, options.rounds)
-    if native is not None and not options.moved and len(os.sched_getaffinity(0)) > 1:
+    if native is not None and options.moved and options.dtype == "bfloat16":
+        rows += with_signs(out, options.rounds, native.suffixes[0])
+    elif native is not None and not options.moved and len(os.sched_getaffinity(0)) > 1:
         rows += by_two_threads(out, options.rounds)
     result = {
         "times": rows,

@@ -1,11 +1,14 @@
 """Decoding and moving in one pass: the bits of the two passes that define it, whoever does it."""
 
+import math
+
 import pytest
 import torch
 from test_unpack import SUFFIXES, native, packed
 
+from ssdtune.kernels import decoding, store_mode
 from ssdtune.kernels import unpack_add as module
-from ssdtune.kernels.affine import ORDERS, Affine
+from ssdtune.kernels.affine import GROUPS, ORDERS, Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import BNB_FP4, E2M1, NF4, NestedNibbles, Nibbles, Nvfp4, TurnedMxfp4
 from ssdtune.kernels.noise import KINDS, RADEMACHER, TILE, Direction, add_directions
@@ -107,6 +110,31 @@ def test_scales_that_are_computed_first(
     monkeypatch.setattr("ssdtune.kernels.nibbles.SLAB", TILE)
     for dtype in (torch.float32, torch.bfloat16):
         assert_same(format, shape, dtype, [UPDATE, shift("gaussian")], suffix)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_signs_are_added_while_codes_are_decoded(
+    bits: int, group: int, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all scales of a piece are finite, and where not; stored past the caches or through them."""
+    monkeypatch.setattr(decoding, "STREAM_BYTES", 0)
+    format, size = Affine(bits, ORDERS[bits], group), 2 * TILE + 777
+    move = Move((Direction(2**63 + 5, -0.03, RADEMACHER),))
+    parts = parts_of(format, (size,))
+    parts[-2][1] = 3e38  # its products are infinite
+    for scale in (1.0, math.inf):
+        parts[-2][TILE // group + 3] = scale
+        expected = by_hand(format, parts, torch.empty(size, dtype=torch.bfloat16), [move])
+        for asked in store_mode.WAYS:
+            monkeypatch.setenv(store_mode.VARIABLE, asked)
+            around = torch.full((size + 128,), 7.0).bfloat16()
+            found = around[64:-64]
+            unpack_add(format, parts, found, [move], suffix=suffix)
+            assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), asked
+            assert around[:64].eq(7).all()
+            assert around[-64:].eq(7).all()
 
 
 def test_dtypes_that_native_code_does_not_know() -> None:

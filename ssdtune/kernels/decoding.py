@@ -48,19 +48,25 @@ _threads = Threads(max(1, len(os.sched_getaffinity(0)) // 4))
 def set_threads(num_threads: int) -> None:
     """How many threads decode a tensor from now on, the caller's among them. By default a quarter of the cores."""
     global _threads
-    _threads = Threads(num_threads)
+    if num_threads != _threads.num_threads:
+        _threads = Threads(num_threads)
 
 
 def run(name: str, suffix: str, job: ctypes.Structure, kernel: str) -> None:
     """The native function of that name and instruction set on as many threads as there are parts of the job.
 
     job: with n, part, next and is_streamed. kernel: as `store_mode.are_past_caches` has it."""
+    _threads.run(settled(name, suffix, job, kernel), job, -(-job.n // job.part))
+
+
+def settled(name: str, suffix: str, job: ctypes.Structure, kernel: str) -> Callable[..., None]:
+    """The function, as for `run`; the job then says how its output is stored."""
     native = library()
     assert native is not None
     function = native.function(name, suffix)
     if job.is_streamed:
         job.is_streamed = store_mode.are_past_caches(kernel, suffix, function, job)
-    _threads.run(function, job, -(-job.n // job.part))
+    return function
 
 
 def check(format: Format, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:

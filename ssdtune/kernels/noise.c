@@ -10,8 +10,6 @@
 
 enum { LANES = 64 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
-enum { GAUSSIAN = 0, RADEMACHER = 1 };
-enum { DOMAIN_DIRECTION = 0, DOMAIN_ROUNDING = 1 };
 
 /* 32-bit words side by side, and their products with a constant, low and high halves. */
 #if defined(__AVX512F__)

@@ -5,6 +5,8 @@
 
 enum { PIECE = 8192 }; /* elements; pieces of a tensor begin at its multiples. Of one-bit fields, philox.py's tile */
 enum { MAX_SLICES = 8 };
+enum { GAUSSIAN = 0, RADEMACHER = 1 };
+enum { DOMAIN_DIRECTION = 0, DOMAIN_ROUNDING = 1, DOMAIN_CODES = 2 }; /* of philox.py */
 
 /* A packed tensor of affine.py, taken part by part by whoever calls: all threads get the same job. */
 struct affine {
@@ -51,6 +53,12 @@ void NAME(ssdtune_noise_piece, SUFFIX)(const struct noise *job, void *to, const 
 void NAME(ssdtune_random_words, SUFFIX)(uint32_t words[4][64], uint64_t key, uint64_t start, uint32_t domain);
 
 decoder NAME(ssdtune_affine_piece, SUFFIX), NAME(ssdtune_nibbles_piece, SUFFIX);
+
+/* Both at once, by one table of all that can come out of a group: a packed tensor's elements first ... first + n - 1,
+ * n <= PIECE, moved by a sign each, where `to` points. Back: whether it was done; codes of at most four bits to bfloat16
+ * can be, with finite scales, by a move that is one direction of signs and nothing else. */
+int NAME(ssdtune_affine_signs, SUFFIX)(const struct affine *job, const struct noise *move, void *to, int64_t first,
+                                       int64_t n);
 
 /* Codes of tiles, a byte each, in `space` or where they lie. */
 const uint8_t *NAME(ssdtune_affine_codes, SUFFIX)(

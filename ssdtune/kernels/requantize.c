@@ -5,7 +5,6 @@
 #include "pieces.h"
 
 enum { TILE = 512, LANES = 64, RANDOM_TILE = 256 }; /* RANDOM_TILE: elements that 64 counters serve, 32 bits each */
-enum { DOMAIN_CODES = 2 };
 #define MOST 1024.0f /* steps that a code can be moved by; there are fewer codes */
 
 /* A whole tensor, taken part by part by whoever calls: all threads get the same job. */

@@ -38,6 +38,7 @@ INLINE uint16_t nearest(float value, uint16_t nan)
  *     look_up_nibbles  STEP or HALF_STEP codes of one group, one after the other
  *     compute_words    (code - zero) * scale for STEP codes, a byte each; the scale is finite
  *     compute_floats   the same, to float32
+ *     make_moved       two lookups for each of two groups: of its values, rounded, and by[0] more or by[1], both finite
  *     look_up_floats   HALF_STEP codes, one after the other, in a table of 16
  *     LOOKUP_BITS      codes with more bits are not looked up
  *     CAN_STREAM       whether stores can go past the caches to memory; such ones are aligned */
@@ -55,7 +56,7 @@ INLINE bytes right(bytes a, int n) { return _mm512_srli_epi16(a, (unsigned)n); }
 INLINE bytes left(bytes a, int n) { return _mm512_slli_epi16(a, (unsigned)n); }
 INLINE bytes with(bytes a, bytes b, int mask)
 {
-    return _mm512_or_si512(a, _mm512_and_si512(b, _mm512_set1_epi8((char)mask)));
+    return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi8((char)mask), 0xF8);
 }
 
 INLINE bytes mapped(bytes a, const uint8_t table[16])
@@ -100,6 +101,25 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
 {
     to[0] = scaled(of.even, of.odd, zero, scale);
     to[1] = scaled(of.even, of.odd, next_zero, next_scale);
+}
+
+INLINE lookup moved(__m512i words, __m512 by)
+{
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xFFFF0000u)));
+    return rounded(_mm512_add_ps(even, by), _mm512_add_ps(odd, by));
+}
+
+INLINE void make_moved(lookup to[4], entries of, float zero, float scale, float next_zero, float next_scale,
+                       const float by[2])
+{
+    const __m512 z = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(zero), _mm512_set1_ps(next_zero));
+    const __m512 s = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(scale), _mm512_set1_ps(next_scale));
+    const __m512 step = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(by[0]), _mm512_set1_ps(by[1]));
+    const __m512i words = rounded(
+        _mm512_mul_ps(_mm512_sub_ps(of.even, z), s), _mm512_mul_ps(_mm512_sub_ps(of.odd, z), s));
+    to[0] = to[1] = moved(_mm512_shuffle_i64x2(words, words, 0x44), step); /* of either half twice */
+    to[2] = to[3] = moved(_mm512_shuffle_i64x2(words, words, 0xEE), step);
 }
 
 INLINE lookup of_words(const uint16_t *words)
@@ -482,6 +502,21 @@ INLINE float bfloat16_at(const uint8_t *from, int64_t i)
 enum { MAX_GROUPS = STRETCH / 32 };
 static const float COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+#if !defined(__AVX512F__)
+INLINE void make_moved(lookup to[4], entries of, float zero, float scale, float next_zero, float next_scale,
+                       const float by[2])
+{
+    for (int t = 0; t < 4; t++) {
+        uint16_t words[16];
+        for (int i = 0; i < 16; i++) {
+            const float value = (COUNT[i] - (t < 2 ? zero : next_zero)) * (t < 2 ? scale : next_scale);
+            words[i] = nearest(float_of((uint32_t)nearest(value, 0) << 16) + by[t & 1], 0);
+        }
+        to[t] = of_words(words);
+    }
+}
+#endif
+
 /* Scales and zeros of a stretch as numbers; 0 where the tensor has no more. */
 struct groups {
     float zero[MAX_GROUPS], scale[MAX_GROUPS];
@@ -712,6 +747,95 @@ void NAME(ssdtune_affine_piece, SUFFIX)(const void *packed, void *to, int64_t fi
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
     for (int64_t at = 0; at < n; at += STRETCH)
         affine_stretch(job, (char *)to + at * size, first + at, n - at < STRETCH ? n - at : STRETCH, 0);
+}
+
+/* A tile's codes, a byte each, their signs above them. halves: as a slice of width 4 has them. signs: run r's are bits r of
+ * 64 bytes. */
+INLINE void join_signs(uint8_t codes[TILE], const uint8_t *halves, const uint8_t signs[LANES])
+{
+#pragma GCC unroll 8
+    for (int run = 0; run < TILE / LANES; run++)
+        for (int at = 0; at < LANES; at += BYTES) {
+            const bytes two = get(halves + run / 2 * LANES + at), all = get(signs + at);
+            const bytes code = with(none(), run % 2 ? right(two, 4) : two, 15);
+            keep(codes + run * LANES + at, with(code, run > 4 ? right(all, run - 4) : left(all, 4 - run), 16));
+        }
+}
+
+/* codes: of five bits, a byte each: the uppermost says which way the value moves. first: the first group. */
+INLINE void affine_moved(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
+                         const float by[2], int is_streamed)
+{
+    const entries values = spread(COUNT);
+    const float steps[2] = {by[0], by[1]}; /* not to be read again for each group */
+    for (int64_t at = 0, g = first; at < TILE; at += 2 * group, g += 2) {
+        lookup in[4];
+        make_moved(in, values, of->zero[g], of->scale[g], of->zero[g + 1], of->scale[g + 1], steps);
+        for (int64_t i = at; i < at + group; i += STEP)
+            look_up_32(to + i, codes + i, in, is_streamed);
+        for (int64_t i = at + group; i < at + 2 * group; i += STEP)
+            look_up_32(to + i, codes + i, in + 2, is_streamed);
+    }
+}
+
+/* The same of any group. */
+static void put_moved(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
+                      const float by[2], int is_streamed)
+{
+    switch (group + (CAN_STREAM && is_streamed)) {
+    case 32: affine_moved(to, codes, of, first, 32, by, 0); break;
+    case 33: affine_moved(to, codes, of, first, 32, by, 1); break;
+    case 64: affine_moved(to, codes, of, first, 64, by, 0); break;
+    case 65: affine_moved(to, codes, of, first, 64, by, 1); break;
+    case 128: affine_moved(to, codes, of, first, 128, by, 0); break;
+    default: affine_moved(to, codes, of, first, 128, by, 1);
+    }
+}
+
+/* A stretch of them; back: whether its scales are finite. signs: of each of its tiles. */
+static int signs_stretch(const struct affine *job, const uint8_t signs[][LANES], const float by[2], uint16_t *to,
+                         int64_t first, int64_t n)
+{
+    _Alignas(64) uint8_t space[STRETCH], codes[TILE];
+    struct groups of;
+    const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->group;
+    get_groups(&of, job, first / job->group, num_tiles * per_tile);
+    if (!of.is_finite)
+        return 0;
+    const uint8_t *halves = halves_of(job, first / TILE, num_tiles, space);
+    for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
+        join_signs(codes, halves, signs[tile]);
+        if (n < TILE) {
+            _Alignas(64) uint16_t made[TILE];
+            put_moved(made, codes, &of, tile * per_tile, job->group, by, 0);
+            memcpy(to, made, (size_t)(2 * n));
+        } else {
+            put_moved(to, codes, &of, tile * per_tile, job->group, by, job->is_streamed != 0);
+        }
+    }
+    return 1;
+}
+
+int NAME(ssdtune_affine_signs, SUFFIX)(const struct affine *job, const struct noise *move, void *to, int64_t first,
+                                       int64_t n)
+{
+    const struct direction *along = move->directions;
+    const int is_one = move->num_directions == 1 && !move->rank && !move->values && !move->is_stochastic;
+    if (job->bits > 4 || job->dtype != BFLOAT16 || !is_one || move->decay != 1.0f || along->kind != RADEMACHER ||
+        !is_finite(along->table[1]))
+        return 0;
+    uint32_t words[4][LANES];
+    _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
+    NAME(ssdtune_random_words, SUFFIX)(words, along->key, (uint64_t)first / 128, DOMAIN_DIRECTION);
+    for (int tile = 0; tile < PIECE / TILE; tile++)
+        for (int i = 0; i < LANES; i++)
+            signs[tile][i] = (uint8_t)(words[tile / 4][i] >> tile % 4 * 8);
+    for (int64_t at = 0; at < n; at += STRETCH) {
+        const int64_t here = n - at < STRETCH ? n - at : STRETCH;
+        if (!signs_stretch(job, signs + at / TILE, along->table, (uint16_t *)to + at, first + at, here))
+            return 0;
+    }
+    return 1;
 }
 
 const uint8_t *NAME(ssdtune_affine_codes, SUFFIX)(

@@ -2,9 +2,11 @@
  *
  * A piece is decoded to where it shall be and moved there before the next one is begun: it is in the nearest caches
  * meanwhile, so that only the last step's bytes go to memory. The decoders and the noise are those of unpack.c and
- * noise.c, with their roundings in between: the bits are theirs.
+ * noise.c, with their roundings in between: the bits are theirs. Signs alone are added while decoding, and may be stored
+ * past the caches, as packed->is_streamed says.
  */
 #include "pieces.h"
+#include "streams.h"
 
 /* A whole tensor, taken part by part by whoever calls: all threads get the same job. */
 struct unpack_add {
@@ -20,6 +22,9 @@ struct unpack_add {
 static void make_piece(const struct unpack_add *job, int64_t first, int64_t n)
 {
     void *to = (char *)job->to + first * job->size;
+    if (job->num_moves == 1 && !job->start && job->decode == NAME(ssdtune_affine_piece, SUFFIX) &&
+        NAME(ssdtune_affine_signs, SUFFIX)(job->packed, job->moves[0], to, first, n))
+        return;
     job->decode(job->packed, to, first, n);
     for (int64_t m = 0; m < job->num_moves; m++)
         NAME(ssdtune_noise_piece, SUFFIX)(job->moves[m], to, to, job->start + first, n);
@@ -31,4 +36,5 @@ void NAME(ssdtune_unpack_add, SUFFIX)(struct unpack_add *job)
         for (int64_t at = first; at < stop; at += PIECE)
             make_piece(job, at, stop - at < PIECE ? stop - at : PIECE);
     }
+    finish(1);
 }

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ssdtune.kernels.affine import Affine
+from ssdtune.kernels.decoding import settled
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import has_triton, library
 from ssdtune.kernels.nibbles import NestedNibbles, Nibbles, Nvfp4, Slab
@@ -24,7 +25,7 @@ from ssdtune.kernels.noise import DTYPES, NATIVE_PART, TILE, Direction, NativeNo
 from ssdtune.kernels.structs import struct
 from ssdtune.kernels.team import run_by_all
 from ssdtune.kernels.unpack import TRITON, unpack
-from ssdtune.kernels.unpack_native import affine_job, has_fast_paths, nibbles_job
+from ssdtune.kernels.unpack_native import affine_job, has_fast_paths, kernel_of, nibbles_job
 
 MOST_DIRECTIONS = 2  # that Triton's kernels add on the way
 
@@ -137,6 +138,7 @@ def _natively(slab: Slab | _Whole, moves: Sequence[Move], suffix: str) -> None:
     out = slab.out
     if isinstance(slab.format, Affine):
         packed, name = affine_job(slab.format, slab.parts, out), "ssdtune_affine_piece"
+        settled("ssdtune_unpack_affine", suffix, packed, kernel_of(slab.format))
     else:
         packed, name = nibbles_job(slab.format, slab.parts, out), "ssdtune_nibbles_piece"
     noises = [

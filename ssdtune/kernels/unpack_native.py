@@ -51,7 +51,12 @@ def affine_job(
 
 
 def _affine(format: Affine, parts: Sequence[torch.Tensor], out: torch.Tensor, suffix: str) -> None:
-    run("ssdtune_unpack_affine", suffix, affine_job(format, parts, out), f"{format.bits} bits")
+    run("ssdtune_unpack_affine", suffix, affine_job(format, parts, out), kernel_of(format))
+
+
+def kernel_of(format: Affine) -> str:
+    """What decodes it is called so where stores are timed."""
+    return f"{format.bits} bits"
 
 
 def has_fast_paths(format: Nibbles) -> bool:
