@@ -50,12 +50,16 @@ def _pack(
     size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(size, axis=1)[:, None]
     most = largest.to(tl.float32, bitcast=True)
-    scale = tl.where(largest < 0x7F800000, tl.div_rn(most, tl.full(most.shape, 127.0, tl.float32)), float("nan"))
+    scale = tl.where(
+        largest < 0x7F800000, tl.div_rn(most, tl.full(most.shape, 127.0, tl.float32)), float("nan")
+    )
     steps = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
     if IS_RANDOM:
         whole = _rounded_at_random(steps, element, k0, k1)
     else:
-        whole = (steps + 12582912.0) - 12582912.0  # 3 x 2^22, from where on float32 has steps of 1: ties to even
+        whole = (
+            steps + 12582912.0
+        ) - 12582912.0  # 3 x 2^22, from where on float32 has steps of 1: ties to even
     whole = tl.where(whole != whole, 0.0, whole)
     whole = tl.where(whole > 127.0, 127.0, tl.where(whole < -127.0, -127.0, whole))
     tl.store(codes + element, whole.to(tl.int8), mask=is_there)
