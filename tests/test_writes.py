@@ -76,7 +76,7 @@ def test_what_a_run_writes_is_told_by_what_it_is_for() -> None:
 def test_the_fewest_steps_between_are_allowed_and_one_less_is_not(most: int) -> None:
     """All blocks go back: that is the most there is."""
     writes = Writes(num_steps=100, trained_bytes=0, every=1, copy_bytes=1000, most=most)
-    fewest = writes.fewest_between
+    fewest = writes.fewest_between(1000)
     assert fewest is not None
 
     def total(every: int) -> float:
@@ -85,7 +85,9 @@ def test_the_fewest_steps_between_are_allowed_and_one_less_is_not(most: int) -> 
 
     assert total(fewest) <= most
     assert fewest == 1 or total(fewest - 1) > most
-    assert dataclasses.replace(writes, most=999).fewest_between is None
+    assert dataclasses.replace(writes, most=999).fewest_between(1000) is None
+    half = dataclasses.replace(writes, every=10)
+    assert half.going_back(sum(half.parts({}, back_bytes=50.0).values())) == pytest.approx(500)
 
 
 # ------------------------------------------------------------------ the search

@@ -7,6 +7,7 @@ every step; a working copy of the weights that blocks go back to; checkpoints; a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from ssdtune.schedule.memory import COPY, INPUTS, PACKED, STORED
@@ -70,18 +71,22 @@ class Writes:
             f"offload.max_writes is {format_size(self.most)}"
         )
 
-    @property
-    def fewest_between(self) -> int | None:
-        """The least `every` that is allowed wherever blocks lie; None: no working copy is.
+    def fewest_between(self, num_bytes: float) -> int | None:
+        """The least `every` that is allowed where so many bytes of blocks go back; None: not even the copy is.
 
-        Made after n of S steps, and from then on a share 1/n of it in each: (S - 1) / n times the whole copy.
+        Made after n of S steps, and from then on a share 1/n of them in each: copy + (S - 1 - n) / n * bytes.
         """
         assert self.most is not None
-        left, num_steps = self.most - sum(self._once.values()), self.num_steps - 1
-        if left < self.copy_bytes:
+        left, num_steps = self.most - sum(self._once.values()) - self.copy_bytes, self.num_steps - 1
+        if left < 0:
             return None
-        fewest = -(-num_steps * self.copy_bytes // int(left))
+        fewest = math.ceil(num_steps * num_bytes / (left + num_bytes))
         return fewest if fewest < num_steps else None
+
+    def going_back(self, total: float) -> float:
+        """Bytes of the blocks that go back in a run that writes so many bytes in all, nothing of them in each step besides."""
+        back = total - sum(self._once.values()) - self.copy_bytes
+        return back / self._num_back * self.every
 
     @property
     def _num_back(self) -> int:
