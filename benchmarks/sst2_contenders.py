@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ssdtune.trainer.options import option_scores
+from ssdtune.visit.base import base_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, MeZO, Rule, ZerothOrder
 from ssdtune.zeroth_order.log import ADAPTERS, ALL, LOW_RANK
 from ssdtune.zeroth_order.rules import ADAM, FOLLOW, LOZO_M, MOMENTUM
@@ -73,10 +75,15 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def share(model: Any, batch: Any, num_rows: int) -> torch.Tensor:
-    """Of a micro-batch in the mean cross-entropy of the options of so many rows."""
-    scores = option_scores(model, batch)
-    return F.cross_entropy(scores, batch["labels"], reduction="sum") / num_rows
+def shares(model: Any, batches: Batches) -> list[Callable[[], torch.Tensor]]:
+    """Calls that make each micro-batch's share of the mean cross-entropy of all rows' options."""
+    num_rows = sum(len(batch["labels"]) for batch in batches)
+
+    def share(batch: Any) -> torch.Tensor:
+        scores = option_scores(model, batch)
+        return F.cross_entropy(scores, batch["labels"], reduction="sum") / num_rows
+
+    return [partial(share, batch) for batch in batches]
 
 
 def stepper(model: Any, contender: Contender, rate: float, seed: int) -> Callable[[Batches], float]:
@@ -92,9 +99,7 @@ def stepper(model: Any, contender: Contender, rate: float, seed: int) -> Callabl
     )
 
     def by_losses(batches: Batches) -> float:
-        num_rows = sum(len(batch["labels"]) for batch in batches)
-        calls = [lambda batch=batch: share(model, batch, num_rows) for batch in batches]
-        return method.step(calls, learning_rate=rate).loss
+        return method.step(shares(model, batches), learning_rate=rate).loss
 
     return by_losses
 
@@ -102,17 +107,15 @@ def stepper(model: Any, contender: Contender, rate: float, seed: int) -> Callabl
 def _by_gradients(model: Any, rate: float) -> Callable[[Batches], float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    streamer = base_of(model).ssdtune
 
     def by_gradients(batches: Batches) -> float:
-        num_rows, total = sum(len(batch["labels"]) for batch in batches), 0.0
         model.train()
-        for batch in batches:
-            loss = share(model, batch, num_rows)
-            loss.backward()
-            total += float(loss.detach())
+        loss = sum(streamer.run(shares(model, batches)))  # in one fetch of each block, too
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return total
+        return float(loss.detach())
 
     return by_gradients
 
