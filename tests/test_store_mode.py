@@ -96,10 +96,8 @@ def test_both_ways_have_the_same_bits(
 @pytest.mark.skipif(native is None, reason="there is no compiler here")
 def test_each_kernels_first_large_output_finds_its_way() -> None:
     size = decoding.STREAM_BYTES // 2
-    for format, kernel in (
-        (Affine(4, (4,)), "4 bits"),
-        (Nibbles(NF4, 64, True), "four-bit tables"),
-    ):
+    named = ((Affine(4, (4,)), "4 bits"), (Nibbles(NF4, 64, True), "four-bit tables"))
+    for format, kernel in named:
         parts = packed(format, size)
         expected, out = torch.empty(size).bfloat16(), torch.empty(size).bfloat16()
         for _ in range(2):  # the second one finds it found
@@ -167,9 +165,7 @@ def test_what_is_asked_for_is_done_and_not_timed(monkeypatch: pytest.MonkeyPatch
         assert are_past_caches("any", "_x", pretended(True, calls), job) == is_past
     assert not calls
     monkeypatch.setenv(store_mode.VARIABLE, "fast")
-    with pytest.raises(
-        StoreModeError, match=r"SSDTUNE_STORE_MODE is 'fast'\. Give streamed or plain"
-    ):
+    with pytest.raises(StoreModeError, match="give streamed or plain"):
         are_past_caches("any", "_x", pretended(True, calls), job)
 
 

@@ -51,7 +51,7 @@ def are_past_caches(
     if asked:
         if asked not in WAYS:
             raise StoreModeError(
-                f"{VARIABLE} is {asked!r}. Give {' or '.join(WAYS)}, or unset it: then it is measured."
+                f"{VARIABLE} is {asked!r}: give {' or '.join(WAYS)}, or nothing to have it measured."
             )
         return WAYS[asked]
     num_parts = min(job.n // job.part, MOST_PARTS)

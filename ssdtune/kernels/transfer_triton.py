@@ -57,9 +57,8 @@ def _pack(
     if IS_RANDOM:
         whole = _rounded_at_random(steps, element, k0, k1)
     else:
-        whole = (
-            steps + 12582912.0
-        ) - 12582912.0  # 3 x 2^22, from where on float32 has steps of 1: ties to even
+        # From 3 x 2^22 on float32 has steps of 1: rounded to nearest, ties to even.
+        whole = (steps + 12582912.0) - 12582912.0
     whole = tl.where(whole != whole, 0.0, whole)
     whole = tl.where(whole > 127.0, 127.0, tl.where(whole < -127.0, -127.0, whole))
     tl.store(codes + element, whole.to(tl.int8), mask=is_there)

@@ -39,11 +39,8 @@ from ssdtune.kernels.noise import FIELD_BITS, Direction, add_directions, table_o
 from ssdtune.kernels.noise_triton import _float_of, _nearest, _words
 
 WARPS = 4
-TILES = {
-    torch.float32: 8,
-    torch.bfloat16: 16,
-    torch.float16: 16,
-}  # of a program: 16 bytes a thread and vector
+# Of one program: 16 bytes a thread and vector.
+TILES = {torch.float32: 8, torch.bfloat16: 16, torch.float16: 16}
 # Halves of keys, which are new in every step: no kernel is compiled anew for their values.
 KEYS = ("low0", "high0", "low1", "high1")
 MOST = 4  # tiles of 512 elements that a program takes one after the other
