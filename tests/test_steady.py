@@ -80,10 +80,18 @@ def test_a_real_product_takes_time() -> None:
 def test_times_of_compute_are_told_at_one_pace(slow_machine: Machine) -> None:
     with watching(CPU):
         told: list[float] = []
-        for slowness in (1.0, 2.0, 0.5, 2.0, 2.0):
+        for slowness in (1.0, 1.5, 0.8, 1.2, 1.0):
             slow_machine.seconds = 1e-3 * slowness
             told.append(3e-3 * slowness / pace())
         assert told == pytest.approx([3e-3] * 5)
+
+
+def test_another_process_is_no_pace(slow_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watching(CPU):
+        looks = iter([50e-3] * steady.TIMES + [1.2e-3] * steady.TIMES + [50e-3] * 99)
+        monkeypatch.setattr(steady.Watch, "_seconds", lambda watch: next(looks))
+        assert pace() == pytest.approx(1.2), "looked at again"
+        assert pace() == pytest.approx(steady.DISTURBED), "at most"
 
 
 def test_the_usual_pace_is_that_of_the_middle_second(
