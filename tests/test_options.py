@@ -31,7 +31,7 @@ lora_r: 4
 per_device_train_batch_size: 4
 gradient_accumulation_steps: 2
 max_steps: {steps}
-learning_rate: 1.0e-2
+learning_rate: 3.0e-3
 lr_scheduler_type: constant
 eval_strategy: steps
 eval_steps: {steps}
@@ -278,7 +278,7 @@ def test_accuracy_is_told(
     method: str, model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run.yaml"
-    steps = 25 if method == "lora" else 2
+    steps = 40 if method == "lora" else 2
     content = YAML.format(
         model=model, data=data, output=tmp_path / "run", method=method, steps=steps
     )
