@@ -19,12 +19,15 @@ class ZerothOrderKeys:
     )
     zo_estimator: str = key(
         OneOf(("mezo", "fzoo", "lozo")),
-        "two-sided differences (arXiv 2305.17333); many one-sided ones scaled by their spread (arXiv 2506.09034); "
-        "two-sided ones along matrices of low rank (arXiv 2410.07698)",
+        "two-sided differences (arXiv 2305.17333); many one-sided ones scaled by their spread (arXiv 2506.09034), whose "
+        "learning_rate is that of its authors' code times zo_eps: the paper divides by it; two-sided ones along matrices of "
+        "low rank (arXiv 2410.07698)",
         default="mezo",
     )
     zo_eps: float = key(
-        Number(is_open=True), "how far the weights are moved along a direction", default=1e-3
+        Number(is_open=True),
+        "how far the weights are moved along a direction; MeZO's authors take 1e-3 for all weights and 1e-2 for LoRA",
+        default=1e-3,
     )
     zo_num_directions: int | None = key(
         Or("auto", Whole(1, 1024)),
