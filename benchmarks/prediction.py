@@ -206,7 +206,9 @@ def measured_steps(ours: Any, take: Any, look: Any, rounds: int) -> list[Step]:
         before, start = after, perf_counter()
         take()
         seconds, after = perf_counter() - start, look()
-        lanes = {str(lane): s for lane, s in trace.lane_seconds(ours.ops()).items()}
+        engine = ours.streamer.engine
+        ops = [op for op in list(engine.trace) if op.step == engine.step]
+        lanes = {str(lane): s for lane, s in trace.lane_seconds(ops).items()}
         steps.append(Step(seconds, (before, after), lanes))
     steady = [step for step in steps if step.is_steady]
     return steady if len(steady) >= rounds else steps
