@@ -124,20 +124,7 @@ class _Inserted:
                 after = (*after, self._brought(op.visit))
             number = len(self._ops)
             new.append(number)
-            self._ops.append(
-                Op(  # not op._replace, which takes three times as long: a search does this for every plan
-                    number,
-                    op.kind,
-                    op.lane,
-                    op.visit,
-                    op.block,
-                    op.direction,
-                    op.num_bytes,
-                    op.decoded_bytes,
-                    after,
-                    op.after_previous,
-                )
-            )
+            self._ops.append(op.renumbered(number, after))
             if op.kind is Kind.COMPUTE:
                 self._computed[op.visit] = number
                 if op.visit in stored:

@@ -87,20 +87,7 @@ class _Inserted:
                 self._fills.setdefault(slot, len(self._ops))
             number = len(self._ops)
             self._new.append(number)
-            self._ops.append(
-                Op(  # not op._replace, which takes three times as long: a search does this for every plan
-                    number,
-                    op.kind,
-                    op.lane,
-                    op.visit,
-                    op.block,
-                    op.direction,
-                    op.num_bytes,
-                    op.decoded_bytes,
-                    tuple(after),
-                    op.after_previous,
-                )
-            )
+            self._ops.append(op.renumbered(number, tuple(after)))
             if op.kind is Kind.COMPUTE:
                 computed = number
         return StepPlan(visits=self._steps.visits, ops=self._linked())
