@@ -1,9 +1,7 @@
 """Stores past the caches or through them: whichever a short test finds faster, or what is asked for; the same bits."""
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
-from time import thread_time
 
 import pytest
 import torch
@@ -49,6 +47,7 @@ class Job(ctypes.Structure):
 @pytest.fixture(autouse=True)
 def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_mode, "_found", {})
+    monkeypatch.delenv(store_mode.VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -110,63 +109,69 @@ def test_each_kernels_first_large_output_finds_its_way() -> None:
 # ------------------------------------------------------------------ which way, by a kernel that pretends
 
 
-def pretended(slow: bool, calls: list[tuple[int, int, bool]]) -> Callable[..., None]:
-    """A native function that is slow where stores go that way."""
+class Pretended:
+    """A native function that takes so many seconds a part, past the caches and through them. calls: where each began,
+    where it ended, and which way it went."""
 
-    def function(address: ctypes.c_void_p) -> None:
+    def __init__(self, past_s: float, through_s: float, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[int, int, bool]] = []
+        self._costs, self._clock = {True: past_s, False: through_s}, 0.0
+        patch.setattr(store_mode, "thread_time", lambda: self._clock)
+
+    def __call__(self, address: ctypes.c_void_p) -> None:
         job = Job.from_address(address.value or 0)
-        calls.append((job.next, job.n, bool(job.is_streamed)))
-        start = thread_time()
-        while bool(job.is_streamed) == slow and thread_time() < start + 1e-3:
-            pass
+        self.calls.append((job.next, job.n, bool(job.is_streamed)))
+        self._clock += self._costs[bool(job.is_streamed)]
         job.next = job.n
 
-    return function
+
+def job_of(n: int, dtype: int = 1) -> Job:
+    return Job(n=n, dtype=dtype, is_streamed=1, part=10, next=0)
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_the_faster_way_is_taken(slow: bool) -> None:
-    calls: list[tuple[int, int, bool]] = []
-    job = Job(n=107, dtype=1, is_streamed=1, part=10, next=0)
-    function = pretended(slow, calls)
-    assert are_past_caches("any", "_x", function, job) is not slow
+@pytest.mark.parametrize(
+    ("past_s", "through_s", "is_past"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.1, 1.0, True)]
+)
+def test_the_faster_way_is_taken_and_past_the_caches_where_it_hardly_matters(
+    past_s: float, through_s: float, is_past: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, job = Pretended(past_s, through_s, monkeypatch), job_of(107)
+    assert are_past_caches("any", "_x", kernel, job) == is_past
     assert (job.n, job.next, job.is_streamed) == (107, 0, 1), "the job is as it was"
-    warm, *timed = calls
+    warm, *timed = kernel.calls
     assert warm == (0, 100, True)
     assert timed == [(10 * i, 10 * i + 10, i % 2 == 0) for i in range(10)], "no part is cut"
-    assert store_mode.found("_x", 1) == {"any": not slow}
+    assert store_mode.found("_x", 1) == {"any": is_past}
     assert store_mode.found("_x", 0) == {}
 
 
-def test_it_is_found_out_once_for_each_kernel_instruction_set_and_dtype() -> None:
-    calls: list[tuple[int, int, bool]] = []
-    function = pretended(True, calls)
+def test_it_is_found_out_once_for_each_kernel_instruction_set_and_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function = Pretended(2.0, 1.0, monkeypatch)
     for kernel, suffix, dtype in (("a", "_x", 0), ("b", "_x", 0), ("a", "_y", 0), ("a", "_x", 1)):
-        before = len(calls)
+        before = len(function.calls)
         for _ in range(2):
-            job = Job(n=1000, dtype=dtype, is_streamed=1, part=10, next=0)
-            assert not are_past_caches(kernel, suffix, function, job)
-        assert len(calls) - before == 1 + store_mode.MOST_PARTS
+            assert not are_past_caches(kernel, suffix, function, job_of(1000, dtype))
+        assert len(function.calls) - before == 1 + store_mode.MOST_PARTS
 
 
-def test_of_few_parts_nothing_is_found() -> None:
-    calls: list[tuple[int, int, bool]] = []
-    job = Job(n=39, dtype=1, is_streamed=1, part=10, next=0)
-    assert are_past_caches("any", "_x", pretended(True, calls), job)
-    assert not calls
+def test_of_few_parts_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Pretended(2.0, 1.0, monkeypatch)
+    assert are_past_caches("any", "_x", kernel, job_of(39))
+    assert not kernel.calls
     assert not store_mode.found("_x", 1)
 
 
 def test_what_is_asked_for_is_done_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int, bool]] = []
-    job = Job(n=100, dtype=1, is_streamed=1, part=10, next=0)
+    kernel = Pretended(2.0, 1.0, monkeypatch)
     for asked, is_past in store_mode.WAYS.items():
         monkeypatch.setenv(store_mode.VARIABLE, asked)
-        assert are_past_caches("any", "_x", pretended(True, calls), job) == is_past
-    assert not calls
+        assert are_past_caches("any", "_x", kernel, job_of(100)) == is_past
+    assert not kernel.calls
     monkeypatch.setenv(store_mode.VARIABLE, "fast")
     with pytest.raises(StoreModeError, match="give streamed or plain"):
-        are_past_caches("any", "_x", pretended(True, calls), job)
+        are_past_caches("any", "_x", kernel, job_of(100))
 
 
 # ------------------------------------------------------------------ the doctor
