@@ -281,15 +281,20 @@ def draw(record: Record, path: Path) -> None:
     for row, name in zip(grid, ("eval_loss", "accuracy"), strict=True):
         for axes, axis in zip(row, AXES, strict=True):
             _draw_one(axes, found, axis, name)
-            axes.axvline(totals[axis], color="#b0b0a8", lw=0.8, ls=":")
+            axes.axvline(totals[axis] / _unit(axis), color="#b0b0a8", lw=0.8, ls=":")
     figure.legend(
         *grid[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=5
     )
     save_figure(figure, path)
 
 
+def _unit(axis: str) -> float:
+    """Of the drawing's places."""
+    return 1e9 if axis == "bytes" else 1.0
+
+
 def _draw_one(axes: Any, found: Curves, axis: str, name: str) -> None:
-    unit = 1e9 if axis == "bytes" else 1
+    unit = _unit(axis)
     for contender, by_seed in found.items():
         whole = [curve for curve in by_seed.values() if not curve.has_diverged]
         if not whole:
