@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import inputs, measures  # noqa: E402
-from benchmarks.prediction import model_folder  # noqa: E402
+from benchmarks.prediction import model_folder, slowed  # noqa: E402
 
 SHAPES = ("wide", "deep")
 READING = (0.0, 0.7, 1.5)  # times the predicted compute; 0: the drive as it is
@@ -139,14 +139,6 @@ def chosen_of(cuts_: Sequence[Cut]) -> tuple[Cut, Any]:
     best = best_of(found, lambda one: one[1].simulation.step_s, lambda one: (one[0].rows,))
     assert best is not None, "no cut fits"
     return best
-
-
-def slowed(profile: Any, bytes_per_s: float) -> Any:
-    """The profile of a machine whose drive gives no more."""
-    from ssdtune.schedule.curve import Curve
-
-    slow = {"nvme_read": Curve(((1e6, 1e6 / bytes_per_s),))}
-    return dataclasses.replace(profile, transfers={**profile.transfers, **slow})
 
 
 def child(job: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the same for all that train the same thing.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -197,7 +198,7 @@ class Ours(Base):
         self.batch = make_batch(spec["batch"])
         self.num_items = num_predicted(self.batch)
         self.optimizer = make_optimizer(self.model, spec)
-        self._seen = 0  # trace records of earlier steps
+        self._marked_s = 0.0  # on the trace's clock: what ended before is of earlier steps
 
     @property
     def trace(self) -> list[Any]:
@@ -223,30 +224,28 @@ class Ours(Base):
 
     def mark(self) -> None:
         """What the trace holds now is of earlier steps."""
-        self._seen = len(self.trace)
+        self._marked_s = time.perf_counter()
 
     def ops(self) -> list[Any]:
         """What the trace holds of the last step."""
-        return self.trace[self._seen :]
+        return [op for op in list(self.trace) if op.end_s >= self._marked_s]
 
     def settle(self) -> float | None:
         """Blocks that are read ahead for the next step belong to a steady step's cost: the step is
         over when they are there, as they were when it began."""
-        import time
-
-        longest = max((r.end_s - r.start_s for r in self._reads(self._seen)), default=0.0)
+        longest = max((r.end_s - r.start_s for r in self._reads()), default=0.0)
         quiet = max(QUIET_S, 3 * longest)
         began = time.perf_counter()
         while True:
-            ends = [r.end_s for r in self._reads(self._seen)]
+            ends = [r.end_s for r in self._reads()]
             if time.perf_counter() - max([began, *ends]) > quiet:
                 return max(ends, default=None)
             time.sleep(quiet / 10)
 
-    def _reads(self, first: int) -> list[Any]:
+    def _reads(self) -> list[Any]:
         from ssdtune.schedule.plan import Lane
 
-        return [op for op in self.trace[first:] if op.lane is Lane.NVME_READ]
+        return [op for op in self.ops() if op.lane is Lane.NVME_READ]
 
     def about_step(self) -> dict[str, Any]:
         from ssdtune.schedule import trace

@@ -115,7 +115,6 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.worker import forget_peak, memory_peak_bytes
     from ssdtune.profiles import load_profile
     from ssdtune.schedule.cost import Pricing
-    from ssdtune.schedule.curve import Curve
     from ssdtune.schedule.memory import Passes
     from ssdtune.schedule.plan import Lane
     from ssdtune.visit.memory import predict, resident_set_bytes
@@ -166,8 +165,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         read = plan.sequences[kind].read_bytes
         rate = read / (case.reading * found.busy_s[Lane.COMPUTE]) if read else 1e15
         ours.set({"bytes_per_s": rate})
-        slow = {"nvme_read": Curve(((1e6, 1e6 / rate),))}
-        profile = dataclasses.replace(profile, transfers={**profile.transfers, **slow})
+        profile = slowed(profile, rate)
         found = simulated()
         take()  # what was read ahead faster is gone
     take()  # steps follow one another as in training, and reading goes on between them: from the second they are steady
@@ -196,6 +194,14 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def slowed(profile: Any, bytes_per_s: float) -> Any:
+    """The profile of a machine whose drive gives no more."""
+    from ssdtune.schedule.curve import Curve
+
+    slow = {"nvme_read": Curve(((1e6, 1e6 / bytes_per_s),))}
+    return dataclasses.replace(profile, transfers={**profile.transfers, **slow})
+
+
 def measured_steps(ours: Any, take: Any, look: Any, rounds: int) -> list[Step]:
     """As many steady steps; all that were taken, where too few are."""
     from ssdtune.schedule import trace
@@ -206,9 +212,7 @@ def measured_steps(ours: Any, take: Any, look: Any, rounds: int) -> list[Step]:
         before, start = after, perf_counter()
         take()
         seconds, after = perf_counter() - start, look()
-        engine = ours.streamer.engine
-        ops = [op for op in list(engine.trace) if op.step == engine.step]
-        lanes = {str(lane): s for lane, s in trace.lane_seconds(ops).items()}
+        lanes = {str(lane): s for lane, s in trace.lane_seconds(ours.ops()).items()}
         steps.append(Step(seconds, (before, after), lanes))
     steady = [step for step in steps if step.is_steady]
     return steady if len(steady) >= rounds else steps

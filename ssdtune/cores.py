@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_seconds() -> float:
-    """CPU time of all processes but this one, and what other machines took of these cores (proc(5), /proc/stat)."""
+    """CPU time of all processes but this one, and what other machines took of these cores."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     user, nice, system, _, _, irq, softirq, steal = map(int, fields)
     own = os.times()

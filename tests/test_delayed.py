@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from test_outlook import DUPLEX, GB, TFLOP
 
 from ssdtune.schedule import delayed as delayed_module
 from ssdtune.schedule.decisions import Full, Shape, gpt_shape
@@ -14,17 +15,6 @@ from ssdtune.schedule.delayed import best_delayed
 from ssdtune.schedule.grid import WORTH
 from ssdtune.schedule.outlook import Outlook, Rates, foresee_full
 from ssdtune.schedule.plan import Tier
-
-GB, TFLOP = 1e9, 1e12
-DUPLEX = Rates(
-    flops=150 * TFLOP,
-    h2d=25 * GB,
-    d2h=25 * GB,
-    read=13 * GB,
-    write=6 * GB,
-    update=2.4 * GB,
-    is_drive_shared=False,
-)
 
 
 def anything(outlook: Outlook) -> bool:

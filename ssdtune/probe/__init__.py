@@ -77,9 +77,8 @@ def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
             **measure_copies(device),
         }
         slowing = measure_slowing(read_from, device)
-    late = (
-        visits()
-    )  # what threads and caches leave them changes from one part of a minute to another
+    # Again: what threads and caches leave them changes from one part of a minute to another.
+    late = visits()
     slower, is_hidden = usual_pace(), device.type != "cpu"
     return Profile(
         name=machine_name(device),

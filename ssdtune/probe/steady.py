@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 WIDTH, CALLS, TIMES = 256, 4, 3  # of the square matrices that are multiplied, in one look
 SLOWER = 1.15  # than the least time that was seen: a slow machine
-DISTURBED, LOOKS = (
-    1.6,
-    5,
-)  # times the least: no pace of a processor, but another process; looked at again so often
+DISTURBED = 1.6  # times the least: no pace of a processor, but another process
+LOOKS = 5  # at most, until one is not disturbed
 FIRST_LOOKS_S, WAIT_S = 0.5, 0.2
 AGAIN_S = 15.0  # all that may go to waiting and to measuring again
 
