@@ -71,7 +71,9 @@ def stream(
     from ssdtune.packing.once import build_packed
     from ssdtune.visit.assemble import assemble
     from ssdtune.visit.check import ensure_checked
+    from ssdtune.visit.libraries import bound_caches
 
+    bound_caches()
     chosen = Offload.of(offload)
     _check_is_no_runs(chosen)
     micro_batch_size = _rows_at_once(chosen, micro_batch_size)

@@ -163,6 +163,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
     from ssdtune.trainer.opening import trains_all
+    from ssdtune.visit.libraries import library_bytes
     from ssdtune.visit.rehearsal import autocast_of, rehearse_draft
 
     config, drafted, adapted = source.config, opened.drafted, opened.adapted
@@ -181,6 +182,10 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     usual = rehearsed(round(rows.padded_tokens))
     longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
+    with autocast_of(config, on_cpu.device):
+        dtype = getattr(torch, opened.dtype)
+        varies = len(set(opened.lengths)) > 1
+        held_by_libraries = library_bytes([dtype], lengths_vary=varies)
     trained = [p for p in adapted.parameters() if p.requires_grad] if not is_of_all else []
     trained_bytes = sum(p.nbytes for p in trained)
     outside_bytes = opened.resident_bytes if is_of_all else 0
@@ -205,6 +210,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
             trained_bytes=trained_bytes,
             gradient_bytes=trained_bytes,
             optimizer_bytes=NUM_STATES.get(str(config.optim), MOST_STATES) * trained_bytes,
+            library_bytes=held_by_libraries,
             more=steps.more,
         ),
         rows_at_once=at_once,

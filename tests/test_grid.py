@@ -120,7 +120,7 @@ def points(machine: Machine, jobs: list[Job]) -> list[Point]:
     [
         (400, 0, 1e9, 1e9),
         (110, 0, 2e8, 1e9),
-        (98, 0, 1e9, 1e9),
+        (101, 0, 1e9, 1e9),
         (300, 100, 1e8, 1e8),
         (100, 45, 1e9, 3e7),
     ],
@@ -154,7 +154,7 @@ def test_more_rows_at_once_are_taken_where_they_are_faster_and_fit() -> None:
     """The same rows in fewer calls, as many at once as memory holds."""
     jobs = [a_job(n) for n in divisors(ROWS)]
     rows: list[int] = []
-    for ram in (400, 110, 98):
+    for ram in (400, 110, 101):
         best = best_point(points(a_machine(ram * MB, profile=a_profile()), jobs))
         assert best is not None
         rows.append(best.job.rows_at_once)
@@ -213,7 +213,7 @@ def without_writes(profile: Profile) -> Profile:
 def test_a_drive_whose_writing_was_never_measured_is_the_last_resort() -> None:
     """Its steps have no time to compare, so that it is taken where no other tier fits."""
     profile = without_writes(a_profile())
-    roomy, tight = (points(a_machine(ram * MB, profile=profile), [a_job(1)]) for ram in (400, 98))
+    roomy, tight = (points(a_machine(ram * MB, profile=profile), [a_job(1)]) for ram in (400, 101))
     best = best_point(roomy)
     assert best is not None
     assert (best.tier, best.step_s is None) == (Tier.DEVICE, False)

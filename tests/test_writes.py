@@ -197,7 +197,7 @@ def test_inputs_on_the_drive_that_write_too_much_are_answered_with_a_nearer_plac
     change = smallest_change(job, roomy, choices)
     assert change is not None
     assert change[0] == "offload.block_inputs: ram"
-    tight = a_machine(98 * MB, profile=a_profile())
+    tight = a_machine(101 * MB, profile=a_profile())
     change = smallest_change(job, tight, choices)
     assert change is not None
     assert change[0] == "offload.max_writes: 480MB", "nothing else fits"

@@ -17,8 +17,9 @@ from ssdtune.sizes import format_size
 # 15-25 MB), and code that comes with opening the model and with the first steps (10-20 MB). Measured after malloc_trim.
 LIBRARY_BYTES = 34 * 2**20
 # Without a device activations come from the C library's heap, which keeps holes between them: 8-15 % of all else after
-# four steps of three models. `HeapKeeper` (visit/memory.py) gives them back when they pass half of this share.
-HOLES_SHARE = 0.07
+# four steps of three models. `HeapKeeper` (visit/memory.py) gives them back when they pass half of this share. Forwards
+# alone keep nothing that lies between what they free: 0-3 %.
+HOLES_SHARE, FORWARD_HOLES_SHARE = 0.10, 0.03
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
 NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 MOST_STATES = 2  # of all others
@@ -66,13 +67,15 @@ class Passes:
 
     kind: of step, "train" or "forward". num: micro-batches, one for each variant of the weights where there are
     variants. more: bytes where blocks are computed that a method takes besides, by what they are for.
-    writes_back: whether blocks go back to a working copy of the weights.
+    writes_back: whether blocks go back to a working copy of the weights. lengths_vary: whether micro-batches come in many
+    lengths.
     """
 
     kind: str = "train"
     num: int
     more: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     writes_back: bool = False
+    lengths_vary: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,7 @@ class Fixed:
     gradient_bytes: their gradients.
     optimizer_bytes: the optimizer's states.
     staging_bytes: what the store of block inputs takes beside them.
+    library_bytes: what the math libraries come to hold where products are computed on the CPU.
     more: what a method takes besides where blocks are computed, by what it is for.
     """
 
@@ -94,6 +98,7 @@ class Fixed:
     gradient_bytes: int
     optimizer_bytes: int
     staging_bytes: int = 0
+    library_bytes: int = LIBRARY_BYTES
     more: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
 
 
@@ -151,7 +156,8 @@ NATURAL = frozenset({ADAPTERS, GRADIENTS, STATES, INPUTS, HELD, ACTIVATIONS})
 def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Passes) -> Peak:
     """The peak of a step of either kind. Of forwards alone nothing is kept for a backward, nothing is updated."""
     fixed = dataclasses.replace(fixed, more=passes.more)
-    if passes.kind == "forward":
+    is_forward = passes.kind == "forward"
+    if is_forward:
         held = footprint.forward_held_bytes
         footprint = dataclasses.replace(
             footprint,
@@ -162,7 +168,10 @@ def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Pass
             activation_bytes=(),
         )
         fixed = dataclasses.replace(fixed, gradient_bytes=0, optimizer_bytes=0, staging_bytes=0)
-    peak = predict_peak(plan, footprint, fixed, num_micro_batches=passes.num)
+    holes_share = FORWARD_HOLES_SHARE if is_forward else HOLES_SHARE
+    peak = predict_peak(
+        plan, footprint, fixed, num_micro_batches=passes.num, holes_share=holes_share
+    )
     if not (passes.writes_back and plan.on_device and Tier.NVME in plan.tiers):
         return peak
     # From a device one block at a time passes pinned memory on its way to the drive (swap/stores.py).
@@ -170,7 +179,14 @@ def predict_peak_of(plan: Plan, footprint: Footprint, fixed: Fixed, passes: Pass
     return dataclasses.replace(peak, ram={**peak.ram, "staging of blocks written back": largest})
 
 
-def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_batches: int) -> Peak:
+def predict_peak(
+    plan: Plan,
+    footprint: Footprint,
+    fixed: Fixed,
+    *,
+    num_micro_batches: int,
+    holes_share: float = HOLES_SHARE,
+) -> Peak:
     """The peak of a training step with so many micro-batches of the size that `footprint` describes.
 
     Exact for what torch allocates, up to the temporaries inside single operators. The holes of the C library's heap
@@ -191,7 +207,8 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
         stays = sum(known[i] for i in plan.kept_blocks if i < len(known))
         compute[ACTIVATIONS] = min(stays, plan.budgets.activation_bytes)
     kept = num_micro_batches * footprint.kept_bytes
-    ram = {"process before the model": fixed.base_bytes, "math libraries": LIBRARY_BYTES}
+    library_bytes = LIBRARY_BYTES if plan.on_device else fixed.library_bytes
+    ram = {"process before the model": fixed.base_bytes, "math libraries": library_bytes}
     buffers = {"buffers": plan.buffer_bytes}
     if plan.on_device:
         ram |= {"weights that stay in RAM": plan.kept_in_ram_bytes}
@@ -208,7 +225,7 @@ def predict_peak(plan: Plan, footprint: Footprint, fixed: Fixed, *, num_micro_ba
     {Tier.DEVICE: device, Tier.RAM: ram, Tier.NVME: nvme}[plan.block_inputs][INPUTS] = kept
     ram["staging of block inputs"] = fixed.staging_bytes
     if not plan.on_device:
-        ram[HOLES] = int(HOLES_SHARE * sum(ram.values()))
+        ram[HOLES] = int(holes_share * sum(ram.values()))
         device = {}
     return Peak(ram=ram, device=device, nvme=nvme, how=footprint.how)
 

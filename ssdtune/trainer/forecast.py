@@ -29,10 +29,11 @@ SHORT_OF_KEPT = 2.5
 
 
 class Rehearsals:
-    """Micro-batches of a trainer, rehearsed once for each length."""
+    """Micro-batches of a trainer, rehearsed once for each length. lengths: tokens of the rows that will come."""
 
-    def __init__(self, trainer: SSDTrainer) -> None:
+    def __init__(self, trainer: SSDTrainer, lengths: Sequence[int] = ()) -> None:
         self.trainer = trainer
+        self.lengths_vary = len(set(lengths)) > 1
         self._known: dict[int, Rehearsed] = {}
 
     def __call__(self, length: int) -> Rehearsed:
@@ -113,14 +114,17 @@ def predicted(
     """The peak with a plan; None: with the one that is carried out now."""
     trainer = rehearsals.trainer
     args: Any = trainer.args
-    return predict(
-        trainer.model,
-        rehearsals(longest_row).footprint,
-        trainer.passes(),
-        base_bytes=base_bytes,
-        num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), MOST_STATES),
-        plan=plan,
-    )
+    assert trainer.streamer is not None
+    footprint = rehearsals(longest_row).footprint
+    with autocast_of(args, trainer.streamer.engine.slots.device):
+        return predict(
+            trainer.model,
+            footprint,
+            dataclasses.replace(trainer.passes(), lengths_vary=rehearsals.lengths_vary),
+            base_bytes=base_bytes,
+            num_states=NUM_STATES.get(getattr(args.optim, "value", args.optim), MOST_STATES),
+            plan=plan,
+        )
 
 
 def _save_ram(trainer: SSDTrainer, peak: Peak, say: Callable[[str], None]) -> None:

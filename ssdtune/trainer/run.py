@@ -170,12 +170,13 @@ def _settled(
     from ssdtune.trainer.settling import Auto, settle, settle_inputs
     from ssdtune.trainer.writes import check_inputs, check_writes, checked, writes_of
 
-    rehearsals, offload = Rehearsals(trainer), config.offload
+    lengths, offload = rows.train.lengths(), config.offload
+    rehearsals = Rehearsals(trainer, lengths)
     longest = rows.train.stats.longest_row
     assert trainer.streamer is not None
     writes = writes_of(trainer, len(rows.train), offload.max_writes)
     trainer.streamer.replanner.limit_writes(writes.step_bytes)
-    schedule = schedule_of(rehearsals, rows.train.lengths(), depth=offload.prefetch)
+    schedule = schedule_of(rehearsals, lengths, depth=offload.prefetch)
     auto = Auto(
         ram=offload.ram is None,
         vram=offload.vram is None,

@@ -29,6 +29,7 @@ from ssdtune.schedule.memory import (
 from ssdtune.schedule.plan import Plan
 from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit.base import base_of
+from ssdtune.visit.libraries import library_bytes
 from ssdtune.visit.streamer import Streamer
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -43,7 +44,7 @@ def predict(
     num_states: int = 2,
     plan: Plan | None = None,
 ) -> Peak:
-    """The peak of a run's steps.
+    """The peak of a run's steps, under the autocast of the moment.
 
     Args:
         model: a streamed model, adapters and all.
@@ -63,6 +64,10 @@ def predict(
         gradient_bytes=trained,
         optimizer_bytes=num_states * trained,
         staging_bytes=staging_bytes(plan.block_inputs),
+        library_bytes=library_bytes(
+            {weight.placeholder.dtype for weight in streamer.weights},
+            lengths_vary=passes.lengths_vary,
+        ),
     )
     return predict_peak_of(plan, footprint, fixed, passes)
 
