@@ -231,6 +231,7 @@ def _idle_keys(config: TrainConfig, sources: Mapping[str, str]) -> Iterator[str]
         and f"save_strategy is {config.save_strategy}",
         "eval_dataset": bool(config.eval_dataset)
         and config.eval_strategy == "no"
+        and not config.eval_on_start
         and "eval_strategy is no: nothing is evaluated during training",
         "num_train_epochs": config.max_steps > 0 and f"max_steps is {config.max_steps}",
         "metric_for_best_model": not config.load_best_model_at_end

@@ -1,25 +1,36 @@
 """How much the quickstart trains, and in which number format, on the processor at hand.
 
 Processors differ by a factor of a hundred: one with bf16 instructions multiplies bf16 far faster
-than fp32; one without emulates them, many times slower than fp32. So both are measured, on the
-matrix shapes of the quickstart's model, and the faster one is used; how many rows and steps then
-fit into the time is read off a small ladder. Every choice is a key of the configuration, printed.
+than fp32; one without emulates them, many times slower than fp32. So both are measured, in a step's
+passes of the quickstart's model, and the faster one is used; how many rows and steps then fit into
+the time is read off a small ladder. Every choice is a key of the configuration, printed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 NUM_PARAMETERS = 134_515_008  # of SmolLM2-135M
+NUM_BLOCKS, HIDDEN, VOCABULARY = 30, 576, 49_152
+NUM_SLICES = 12  # of its head: one is measured
 # Per parameter and token: 2 FLOP forward, 2 for the forward that is repeated on the way back, 2 for
 # the gradients of activations. Adapters are small, and the base's own gradients aren't computed.
 TRAIN_FLOP, EVAL_FLOP = 6, 2
 TRAIN_SECONDS = 75.0  # of the three minutes; the rest is for loading, checking and two answers
-MEASURE_SECONDS = 0.3  # for each number format
+MEASURE_SECONDS = 0.5  # for each of two passes in each number format
 ROW_TOKENS = 165  # of a row of the reference on average, chat template included
+NOTHING_EVALUATED = (
+    *("--eval_dataset", "[]"),
+    *("--eval_strategy", "no"),
+    *("--eval_on_start", "false"),
+)
 BIG_NUM_PARAMETERS = 2_000_000_000
 BIG_STEP_SECONDS = 25.0
 
@@ -51,22 +62,69 @@ LADDER = (
 
 
 def measure_gflops(dtype_name: str) -> float:
-    """GFLOP/s of a layer's two kinds of product, x Wᵀ and g W, at a block of SmolLM2's shape.
+    """GFLOP/s of whole training steps of SmolLM2, products and all else.
 
-    Takes about MEASURE_SECONDS, two products at least.
+    A processor's rate in products alone says too little: attention, the loss and the adapters' small
+    products make a step two to three times as long, and bf16 helps them less. So a pass through one
+    block and one through a slice of the head are timed, MEASURE_SECONDS each.
     """
     import torch
 
     dtype = getattr(torch, dtype_name)
-    x, weight = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    torch.nn.functional.linear(x[:16], weight)  # the library prepares itself on first use
-    num_products, started = 0, perf_counter()
-    while num_products == 0 or perf_counter() - started < MEASURE_SECONDS:
-        gradient = torch.nn.functional.linear(x, weight)
-        torch.matmul(gradient, weight)
-        num_products += 2
-    flop = num_products * 2 * 256 * 576 * 1536
-    return flop / (perf_counter() - started) / 1e9
+    seconds = NUM_BLOCKS * seconds_of(_block_pass(dtype))
+    seconds += NUM_SLICES * seconds_of(_head_pass(dtype))
+    return 2 * ROW_TOKENS * NUM_PARAMETERS * TRAIN_FLOP / seconds / 1e9
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """The time of a run, on average over MEASURE_SECONDS or one run, after a first that doesn't count."""
+    run()  # libraries prepare themselves on first use
+    num_runs, started = 0, perf_counter()
+    while num_runs == 0 or perf_counter() - started < MEASURE_SECONDS:
+        run()
+        num_runs += 1
+    return (perf_counter() - started) / num_runs
+
+
+def _block_pass(dtype: torch.dtype) -> Callable[[], object]:
+    """A micro-batch through one block with adapters: forward, and again with backward."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        attn_implementation="sdpa",
+    )
+    block: Any = LlamaDecoderLayer(config, layer_idx=0).to(dtype)
+    targets = [
+        name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=targets), block)
+    x = torch.ones(2, ROW_TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    positions = LlamaRotaryEmbedding(config)(x, torch.arange(ROW_TOKENS)[None])
+
+    def run() -> None:
+        with torch.no_grad():
+            block(x, position_embeddings=positions)
+        block(x, position_embeddings=positions).sum().backward()
+
+    return run
+
+
+def _head_pass(dtype: torch.dtype) -> Callable[[], object]:
+    """The same through a slice of the vocabulary, and the loss."""
+    import torch
+    from torch.nn import functional as F
+
+    weight = torch.zeros(VOCABULARY // NUM_SLICES, HIDDEN, dtype=dtype)
+    x = torch.ones(2 * ROW_TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(2 * ROW_TOKENS, dtype=torch.long)
+    return lambda: F.cross_entropy(F.linear(x, weight).float(), labels).backward()
 
 
 def choose_dtype(gflops: Mapping[str, float]) -> str:
@@ -87,7 +145,7 @@ def flags(rung: Rung, *, eval_path: str | None) -> list[str]:
     chosen += ["--per_device_train_batch_size", "2"]
     chosen += ["--gradient_accumulation_steps", str(rung.micro_batches)]
     if eval_path is None:
-        return [*chosen, "--eval_dataset", "[]", "--eval_strategy", "no"]
+        return [*chosen, *NOTHING_EVALUATED]
     rows = json.dumps([{"path": eval_path, "split": f"train[:{rung.eval_rows}]"}])
     return [*chosen, "--eval_dataset", rows, "--eval_steps", str(rung.steps)]
 
@@ -100,4 +158,4 @@ def big_flags(gflops: float) -> list[str]:
     # The prompt alone fills a short row; weights that are random have no answers to learn.
     chosen += ["--gradient_accumulation_steps", "2", "--train_on", "all"]
     chosen += ["--warmup_steps", "0"]
-    return [*chosen, "--eval_dataset", "[]", "--eval_strategy", "no"]
+    return [*chosen, *NOTHING_EVALUATED]

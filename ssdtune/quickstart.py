@@ -120,7 +120,7 @@ def pace_flags(job: Job) -> list[str]:
     gflops = {name: pace.measure_gflops(name) for name in ("bfloat16", "float32")}
     dtype = pace.choose_dtype(gflops)
     rates = ", ".join(f"{name} {rate:.3g} GFLOP/s" for name, rate in gflops.items())
-    report.say(f"processor {rates}: computing in {dtype}")
+    report.say(f"training  {rates}: computing in {dtype}")
     if job.is_big:
         return ["--dtype", dtype, *pace.big_flags(gflops[dtype])]
     rung = pace.choose_rung(gflops[dtype])

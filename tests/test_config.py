@@ -91,7 +91,7 @@ OTHER_VALUES = {
     "data_seed": ("7", 7),
     "eval_strategy": ("no", "no"),
     "eval_steps": ("0.1", 0.1),
-    "eval_on_start": ("true", True),
+    "eval_on_start": ("false", False),
     "save_strategy": ("epoch", "epoch"),
     "save_steps": ("20", 20),
     "save_total_limit": ("none", None),
@@ -315,6 +315,7 @@ def test_data_formats_and_rules_are_those_of_the_data_module():
         ("offload: fast", 4, "offload: got 'fast'", "a mapping of path, vram, ram"),
         ("bf16: true\nfp16: true", 5, "bf16 and fp16 are both true", "Keep one"),
         ("eval_strategy: steps", 4, "needs an eval_dataset", "train[98%:]"),
+        ("eval_on_start: true", 4, "needs an eval_dataset", "eval_on_start: false"),
         ("load_best_model_at_end: true", 4, "eval_strategy is no", "Set both to steps"),
         (
             "load_best_model_at_end: true\neval_strategy: steps\neval_dataset: e\n"

@@ -1,12 +1,14 @@
 """The quickstart's pace: as much as the processor does in time, in the faster number format."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
-from ssdtune import pace
+from ssdtune import pace, quickstart
 from ssdtune.config import load_config
 
+CONFIG = Path(__file__).parent.parent / quickstart.CONFIG
 NEEDED = ["--model_name_or_path", "m", "--dataset", "d.jsonl", "--output_dir", "o"]
 
 
@@ -14,12 +16,27 @@ def config_of(flags):
     return load_config(None, [*flags, *NEEDED]).config
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_the_rate_is_the_work_done_over_the_time_it_took(name, monkeypatch):
-    clock = itertools.count(0.0, 0.11)  # a tick at every look: three rounds of two products
+def test_a_run_is_timed_on_average_after_a_first_one(monkeypatch):
+    clock = itertools.count(
+        0.0, 0.11
+    )  # a tick at every look: five runs until half a second is over
     monkeypatch.setattr(pace, "perf_counter", lambda: next(clock))
-    flop = 6 * (2 * 256 * 576 * 1536)
-    assert pace.measure_gflops(name) == pytest.approx(flop / 0.44 / 1e9)
+    runs = []
+    assert pace.seconds_of(lambda: runs.append(1)) == pytest.approx(0.66 / 5)
+    assert len(runs) == 6
+
+
+def test_the_rate_is_a_steps_work_over_the_time_of_its_passes(monkeypatch):
+    seconds = iter([0.1, 0.05])  # a block's, a slice's
+    monkeypatch.setattr(pace, "seconds_of", lambda run: next(seconds))
+    flop = 2 * 165 * 6 * 134_515_008
+    assert pace.measure_gflops("float32") == pytest.approx(flop / (30 * 0.1 + 12 * 0.05) / 1e9)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_passes_run_in_the_number_format(name, monkeypatch):
+    monkeypatch.setattr(pace, "MEASURE_SECONDS", 0.0)
+    assert 0 < pace.measure_gflops(name) < 1e5
 
 
 def test_float32_is_for_processors_that_emulate_bfloat16():
@@ -52,7 +69,9 @@ def test_a_rung_is_a_valid_configuration(rung):
     assert config.learning_rate == rung.learning_rate
     assert config.eval_dataset[0].path == "/c/eval.jsonl"
     assert config.eval_dataset[0].split == f"train[:{rung.eval_rows}]"
-    assert config_of(pace.flags(rung, eval_path=None)).eval_strategy == "no"
+    for flags in (pace.flags(rung, eval_path=None), pace.big_flags(100.0)):
+        unevaluated = load_config(CONFIG, [*flags, *NEEDED]).config
+        assert (unevaluated.eval_strategy, unevaluated.eval_on_start) == ("no", False)
 
 
 def test_the_big_models_rows_are_as_long_as_the_processor_can_bear():

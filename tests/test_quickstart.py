@@ -163,7 +163,7 @@ def test_it_asks_trains_asks_again_and_leaves_a_table_and_two_pictures(
         quickstart.run(job)
     told = capsys.readouterr().out
     for line in (
-        r"processor bfloat16 [\d.]+ GFLOP/s, float32 [\d.]+ GFLOP/s: computing in (bfloat16|float32)",
+        r"training  bfloat16 [\d.]+ GFLOP/s, float32 [\d.]+ GFLOP/s: computing in (bfloat16|float32)",
         rf"before training: {quickstart.QUESTION}",
         rf"after training: {quickstart.QUESTION}",
         r"\nloss +\d\.\d+ → \d\.\d+",

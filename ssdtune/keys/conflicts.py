@@ -15,6 +15,11 @@ def conflicts(config: TrainConfig) -> Iterator[ConfigError]:
     """An error for each pair that excludes each other, worst first."""
     if config.bf16 and config.fp16:
         yield ConfigError("bf16 and fp16 are both true.\nKeep one of them.", keys=("fp16", "bf16"))
+    if config.eval_on_start and not config.eval_dataset:
+        yield ConfigError(
+            "eval_on_start: true needs an eval_dataset.\nAdd one, or write eval_on_start: false.",
+            keys=("eval_on_start",),
+        )
     if config.eval_strategy != "no" and not config.eval_dataset:
         yield ConfigError(
             f"eval_strategy: {config.eval_strategy} needs an eval_dataset.\n"
