@@ -1,6 +1,6 @@
 """One command: predicted and measured steps side by side, over shapes, tokens, residents, methods and drive speeds.
 
-    python benchmarks/prediction.py [--rounds 4] [--profile FILE] [--json out.json]
+    python benchmarks/prediction.py [--dtype bfloat16] [--rounds 4] [--profile FILE] [--json out.json]
 
 First this machine is measured (`ssdtune probe`), which sees none of the runs. Then every run is a process of its own:
 it says what it predicts from plan, counted operators and profile, and takes its steps. Predicted peak memory too.
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -35,7 +35,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import inputs, measures  # noqa: E402
 
 if TYPE_CHECKING:
-    from ssdtune.schedule.curve import Curve
+    from ssdtune.schedule.profile import Profile
 
 SHAPES = ("smollm2", "wide", "deep")  # the real one, and random ones of inputs.py
 TOKENS = ((1, 2, 64), (2, 1, 256))  # (micro-batches, rows, length)
@@ -96,11 +96,10 @@ def cases() -> Iterator[Case]:
                     yield Case(shape, *tokens, share, method, reading)
 
 
-def model_folder(shape: str, model: Path) -> Path:
-    """The model's files in float32, made once in the cache."""
-    if shape in inputs.RANDOM_LLAMAS:
-        return inputs.random_llama(shape)
-    return inputs.in_dtype(model, "float32", lambda line: None)
+def model_folder(shape: str, model: Path, dtype: str = "float32") -> Path:
+    """The model's files in that number format, made once in the cache."""
+    folder = inputs.random_llama(shape) if shape in inputs.RANDOM_LLAMAS else model
+    return inputs.in_dtype(folder, dtype, lambda line: None)
 
 
 # ------------------------------------------------------------------ the process of one run
@@ -130,7 +129,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         {
             "model": job["folder"],
             "batch": batch,
-            "dtype": "float32",
+            "dtype": job["dtype"],
             "seed": 0,
             "learning_rate": 1e-4,
             "lora_rank": 16,
@@ -169,7 +168,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         found = simulated()
         take()  # what was read ahead faster is gone
     take()  # steps follow one another as in training, and reading goes on between them: from the second they are steady
-    look = (lambda: 1.0) if case.reading else partial(pace, profile.operators["float32"])
+    look = (lambda: 1.0) if case.reading else partial(pace, profile, job["dtype"])
     steps = measured_steps(ours, take, look, job["rounds"])
     mean_pace = statistics.mean(pace for step in steps for pace in step.paces)
     peak = predict(
@@ -218,17 +217,21 @@ def measured_steps(ours: Any, take: Any, look: Any, rounds: int) -> list[Step]:
     return steady if len(steady) >= rounds else steps
 
 
-def pace(operators: Mapping[str, Curve]) -> float:
+def pace(profile: Profile, dtype_name: str) -> float:
     """How long a product takes now, over what its curve says."""
     import torch
 
     from ssdtune.probe.timing import timed
 
     tokens, wide, out = PACE_PRODUCT
-    run = partial(torch.nn.functional.linear, torch.randn(tokens, wide), torch.randn(out, wide))
+    dtype = getattr(torch, dtype_name)
+    x, weight = (torch.randn(rows, wide, dtype=dtype) for rows in (tokens, out))
+    run = partial(torch.nn.functional.linear, x, weight)
     run()
     seconds = statistics.median(timed(run, lambda: None) for _ in range(PACE_ROUNDS))
-    return seconds / operators["matmul_transposed"].seconds(2.0 * tokens * wide * out)
+    return seconds / profile.operators[dtype_name]["matmul_transposed"].seconds(
+        2.0 * tokens * wide * out
+    )
 
 
 # ------------------------------------------------------------------ the command
@@ -303,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", type=Path, default=inputs.cache_folder() / "smollm2-135m-instruct"
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--profile", type=Path, help="instead of measuring anew")
     parser.add_argument("--only", default="", help="runs whose name contains this")
@@ -321,9 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_probe(inputs.cache_folder(), profile)
         for case in cases():
             if options.only in case.name:
-                folder = model_folder(case.shape, options.model)
+                folder = model_folder(case.shape, options.model, options.dtype)
                 job = {
                     "folder": str(folder),
+                    "dtype": options.dtype,
                     "profile": str(profile),
                     "rounds": options.rounds,
                 }
