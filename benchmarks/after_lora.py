@@ -1,10 +1,10 @@
 """What is left of quantization's cost once LoRA has trained on it: held-out loss before and after, at several widths.
 
-    python -m benchmarks.after_lora [--model FOLDER] [--quantizations none 8 4 nf4 3 2] [--steps 24] [--eval-rows 10]
-                                    [--json out.json]
+    python -m benchmarks.after_lora [--model FOLDER] [--quantizations none 8 4 nf4 3 3+loftq 2 2+loftq] [--steps 24]
+                                    [--eval-rows 10] [--json out.json]
 
-Each row is a run of `ssdtune train` of its own: the same rows in the same order, the same first adapters, rank 16 on all
-linear layers, 128 tokens a step. The model is SmolLM2 as `off_grid.py` left it, weights that were never quantized;
+Each row is a run of `ssdtune train` of its own: the same rows in the same order, the same first adapters but where LoftQ
+makes them (`+loftq`), rank 16 on all linear layers, 128 tokens a step. The model is SmolLM2 as `off_grid.py` left it, weights that were never quantized;
 the text is the quickstart's, the loss that of rows kept out of every training.
 """
 
@@ -26,6 +26,7 @@ from ssdtune.assets import prepare_text
 from ssdtune.cache import cache_folder
 
 RANK, LENGTH = 16, 128
+DEFAULT = ["none", "8", "4", "nf4", "3", "3+loftq", "2", "2+loftq"]
 
 
 def trained(config: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -68,7 +69,7 @@ def main() -> None:
     """Prints a row for each; the last line is JSON."""
     parser = argparse.ArgumentParser(description="Held-out loss before and after LoRA.")
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--quantizations", nargs="+", default=["none", "8", "4", "nf4", "3", "2"])
+    parser.add_argument("--quantizations", nargs="+", default=DEFAULT)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--eval-rows", type=int, default=10)
     parser.add_argument("--json", type=Path)
@@ -77,9 +78,12 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="after-lora-") as name:
         common = config_of(model, Path(name), asked.steps, asked.eval_rows)
-        for quantization in asked.quantizations:
+        for asked_for in asked.quantizations:
+            quantization, _, init = asked_for.partition("+")
             config = {**common, "quantization": quantization}
-            rows[quantization] = trained(config, Path(name) / f"run-{quantization}")
+            if init:
+                config["init_lora_weights"] = init
+            rows[asked_for] = trained(config, Path(name) / f"run-{asked_for}")
     whole = rows[asked.quantizations[0]]
     print(f"{'':>8} {'before':>8} {'after':>8}  to {asked.quantizations[0]}")
     for quantization, row in rows.items():

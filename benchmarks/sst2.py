@@ -163,12 +163,13 @@ def learn(run: Run, model: Any, task: Task, num_rows: int) -> Iterator[Row]:
     """What is seen as forward passes go by; of a run of the grid at its end, on the rows for that."""
     rows, others = task.drawn(run.seed)
     seen_on = task.batches(others if run.is_grid else task.dev.dataset, EVALUATED_AT_ONCE)
-    step, draw = stepper(model, run.contender, run.rate, run.seed), random.Random(run.seed + 1)
+    step, draw = stepper(model, run.contender, run.seed), random.Random(run.seed + 1)
     passes, next_look, losses, seconds = run.contender.forwards, run.every, list[float](), 0.0
     num_steps = run.forwards // passes
     for number in range(1, num_steps + 1):
+        rate = run.contender.rate_after(run.rate, (number - 1) / num_steps)
         start = perf_counter()
-        losses.append(step(task.batches(draw.sample(rows, num_rows), MICRO_ROWS)))
+        losses.append(step(task.batches(draw.sample(rows, num_rows), MICRO_ROWS), rate))
         seconds += perf_counter() - start
         has_loss = math.isfinite(losses[-1])
         if has_loss and number < num_steps and number * passes < next_look:

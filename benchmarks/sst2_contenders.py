@@ -23,12 +23,14 @@ Batches = Sequence[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Who learns. trains: as logs name it. rate: the base of the grid. estimator: None: by gradients, with AdamW."""
+    """Who learns. trains: as logs name it. rate: the base of the grid. estimator: None: by gradients, with AdamW.
+    falls: whether the rate falls to nothing over a run, in a line (Trainer's default)."""
 
     trains: str
     rate: float
     estimator: Estimator | None = None
     rule: Rule = FOLLOW
+    falls: bool = False
 
     @property
     def forwards(self) -> int:
@@ -39,7 +41,12 @@ class Contender:
         """All but the rate."""
         if self.estimator is None:
             return f"{self.trains}, AdamW"
-        return f"{self.trains}, {self.estimator}, {self.rule}"
+        falls = ", falling rate" if self.falls else ""
+        return f"{self.trains}, {self.estimator}, {self.rule}{falls}"
+
+    def rate_after(self, rate: float, share: float) -> float:
+        """What a run that began with `rate` takes where so much of it is done."""
+        return rate * (1 - share) if self.falls else rate
 
 
 # eps and the ratio of rates to each other are those of the methods' repositories: 1e-3 and 1e-6 to 1e-7 for all weights,
@@ -55,6 +62,8 @@ CONTENDERS: dict[str, Contender] = {
     "mezo-adapters": Contender(trains=ADAPTERS, rate=1e-3, estimator=MeZO(eps=ADAPTER)),
     "fzoo": Contender(trains=ALL, rate=1e-6, estimator=FZOO(eps=WEIGHTS)),
     "fzoo-adapters": Contender(trains=ADAPTERS, rate=1e-4, estimator=MANY),
+    # FZOO divides by how far losses spread: without a falling rate its last steps are as long as its first.
+    "fzoo-adapters-falling": Contender(trains=ADAPTERS, rate=1e-4, estimator=MANY, falls=True),
     "lozo": Contender(trains=LOW_RANK, rate=1e-5, estimator=LOZO(eps=WEIGHTS)),
     "lozo-m": Contender(
         trains=LOW_RANK,
@@ -90,10 +99,10 @@ def shares(model: Any, batches: Batches) -> list[Callable[[], torch.Tensor]]:
     return [partial(share, batch) for batch in batches]
 
 
-def stepper(model: Any, contender: Contender, rate: float, seed: int) -> Callable[[Batches], float]:
-    """Takes a step on micro-batches, returns its loss."""
+def stepper(model: Any, contender: Contender, seed: int) -> Callable[[Batches, float], float]:
+    """Takes a step on micro-batches at a rate, returns its loss."""
     if contender.estimator is None:
-        return _by_gradients(model, rate)
+        return _by_gradients(model)
     method = ZerothOrder(
         model,
         contender.estimator,
@@ -102,18 +111,20 @@ def stepper(model: Any, contender: Contender, rate: float, seed: int) -> Callabl
         low_rank=contender.trains == LOW_RANK,
     )
 
-    def by_losses(batches: Batches) -> float:
+    def by_losses(batches: Batches, rate: float) -> float:
         return method.step(shares(model, batches), learning_rate=rate).loss
 
     return by_losses
 
 
-def _by_gradients(model: Any, rate: float) -> Callable[[Batches], float]:
+def _by_gradients(model: Any) -> Callable[[Batches, float], float]:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
     streamer = base_of(model).ssdtune
 
-    def by_gradients(batches: Batches) -> float:
+    def by_gradients(batches: Batches, rate: float) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         model.train()
         losses = streamer.run(shares(model, batches))  # one fetch of each block, too
         loss = torch.stack(losses).sum()
