@@ -49,7 +49,8 @@ KINDS = (
 TIME_BAR, MEDIAN_BAR, PEAK_BAR = 0.10, 0.05, 0.10
 STEADY = 0.10  # what a step's pace is off by
 MOST = 6  # times as many steps as are to count
-PACE_PRODUCT, PACE_ROUNDS = (512, 576, 1536), 5  # tokens, width, width of the result
+PACE_PRODUCT, PACE_ROUNDS = (128, 576, 1536), 5  # tokens, width, width of the result
+PACE_WEIGHTS = 20  # more than caches hold, as a model's are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,12 +222,14 @@ def pace(profile: Profile, dtype_name: str) -> float:
     """How long a product takes now, over what its curve says."""
     import torch
 
+    from ssdtune.probe.matrices import by_next
     from ssdtune.probe.timing import timed
 
     tokens, wide, out = PACE_PRODUCT
     dtype = getattr(torch, dtype_name)
-    x, weight = (torch.randn(rows, wide, dtype=dtype) for rows in (tokens, out))
-    run = partial(torch.nn.functional.linear, x, weight)
+    values = torch.randn(tokens, wide, dtype=dtype)
+    weights = torch.randn(PACE_WEIGHTS * wide * out, dtype=dtype)
+    run = by_next(torch.nn.functional.linear, values, weights, (out, wide))
     run()
     seconds = statistics.median(timed(run, lambda: None) for _ in range(PACE_ROUNDS))
     return seconds / profile.operators[dtype_name]["matmul_transposed"].seconds(

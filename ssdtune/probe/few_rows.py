@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ssdtune.memory import free_ram
 from ssdtune.probe.machine import free_device_bytes
+from ssdtune.probe.matrices import Product, by_next
 from ssdtune.probe.timing import Run, time_all
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.products import Grid
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = (1, 4, 16, 64, 256)
-Product = Callable[[Any, Any], Any]
 # Of square matrices, 4 to 268 MB of float32; smaller ones go by their FLOP, as those of the reference model do.
 WIDTHS = (1024, 1728, 2896, 4864, 8192)
 GRID_ROUNDS, LONGEST_S = 3, 0.05
@@ -58,20 +56,8 @@ def _pieces(
     pieces: dict[float, Run] = {}
     for width in widths:
         values = torch.ones(rows, width, dtype=memory.dtype, device=memory.device)
-        pieces[2.0 * rows * width * width] = _by_next(function, values, memory)
+        pieces[2.0 * rows * width * width] = by_next(function, values, memory, (width, width))
     return pieces
-
-
-def _by_next(function: Product, values: torch.Tensor, memory: torch.Tensor) -> Run:
-    """Multiplies by another matrix each time, all over the memory: as in a model, none is still in a cache."""
-    width = values.shape[1]
-    matrices = [
-        part.view(width, width)
-        for part in memory.split(width * width)
-        if part.numel() == width * width
-    ]
-    following = itertools.cycle(matrices)
-    return lambda: function(values, next(following))
 
 
 def _memory(num_bytes: int, device: torch.device) -> torch.Tensor:

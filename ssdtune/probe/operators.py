@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ssdtune.probe.matrices import by_next
 from ssdtune.probe.timing import Run, time_all
 from ssdtune.schedule.curve import Curve, curve_of
 
@@ -79,13 +80,12 @@ def _products(made: Mapping[str, Any], device: torch.device) -> dict[str, Curve]
 
     forward: dict[float, Run] = {}
     backward: dict[float, Run] = {}
+    memory = torch.randn(max(wide * out for _, wide, out in PRODUCTS), **made)
     for tokens, wide, out in PRODUCTS:
-        weight = torch.randn(out, wide, **made)
-        flop = 2.0 * tokens * wide * out
-        forward[flop] = partial(
-            torch.nn.functional.linear, torch.randn(tokens, wide, **made), weight
-        )
-        backward[flop] = partial(torch.matmul, torch.randn(tokens, out, **made), weight)
+        flop, shape = 2.0 * tokens * wide * out, (out, wide)
+        values, gradients = (torch.randn(tokens, width, **made) for width in (wide, out))
+        forward[flop] = by_next(torch.nn.functional.linear, values, memory, shape)
+        backward[flop] = by_next(torch.matmul, gradients, memory, shape)
     return {
         "matmul_transposed": time_all(forward, device, is_compute=True),
         "matmul": time_all(backward, device, is_compute=True),
