@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -122,6 +121,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
 
     case = Case(**job["case"])
     torch.set_num_threads(os.cpu_count() or 1)
+    profile = load_profile(Path(job["profile"]))
+    look = (lambda: 1.0) if case.reading else Pace(profile, job["dtype"])
     base_bytes = resident_set_bytes()
     forget_peak()
     num_rows = case.micro_batches * case.rows
@@ -143,7 +144,6 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     )
     if case.method == "forward":
         ours.model.eval()
-    profile = load_profile(Path(job["profile"]))
     micro = {key: value[: case.rows] for key, value in ours.batch.items()}
     rehearsed = rehearse(ours.model, micro)
     assert rehearsed.work is not None, rehearsed.footprint.how
@@ -169,7 +169,6 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
         found = simulated()
         take()  # what was read ahead faster is gone
     take()  # steps follow one another as in training, and reading goes on between them: from the second they are steady
-    look = (lambda: 1.0) if case.reading else partial(pace, profile, job["dtype"])
     steps = measured_steps(ours, take, look, job["rounds"])
     mean_pace = statistics.mean(pace for step in steps for pace in step.paces)
     peak = predict(
@@ -218,23 +217,28 @@ def measured_steps(ours: Any, take: Any, look: Any, rounds: int) -> list[Step]:
     return steady if len(steady) >= rounds else steps
 
 
-def pace(profile: Profile, dtype_name: str) -> float:
-    """How long a product takes now, over what its curve says."""
-    import torch
+class Pace:
+    """How long a product takes now, over what its curve says. Made before memory is looked at: it holds some."""
 
-    from ssdtune.probe.matrices import by_next
-    from ssdtune.probe.timing import timed
+    def __init__(self, profile: Profile, dtype_name: str) -> None:
+        import torch
 
-    tokens, wide, out = PACE_PRODUCT
-    dtype = getattr(torch, dtype_name)
-    values = torch.randn(tokens, wide, dtype=dtype)
-    weights = torch.randn(PACE_WEIGHTS * wide * out, dtype=dtype)
-    run = by_next(torch.nn.functional.linear, values, weights, (out, wide))
-    run()
-    seconds = statistics.median(timed(run, lambda: None) for _ in range(PACE_ROUNDS))
-    return seconds / profile.operators[dtype_name]["matmul_transposed"].seconds(
-        2.0 * tokens * wide * out
-    )
+        from ssdtune.probe.matrices import by_next
+
+        tokens, wide, out = PACE_PRODUCT
+        dtype = getattr(torch, dtype_name)
+        values = torch.randn(tokens, wide, dtype=dtype)
+        weights = torch.randn(PACE_WEIGHTS * wide * out, dtype=dtype)
+        self._run = by_next(torch.nn.functional.linear, values, weights, (out, wide))
+        curve = profile.operators[dtype_name]["matmul_transposed"]
+        self._usual_s = curve.seconds(2.0 * tokens * wide * out)
+        self._run()
+
+    def __call__(self) -> float:
+        from ssdtune.probe.timing import timed
+
+        times = (timed(self._run, lambda: None) for _ in range(PACE_ROUNDS))
+        return statistics.median(times) / self._usual_s
 
 
 # ------------------------------------------------------------------ the command
