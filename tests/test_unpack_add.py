@@ -1,5 +1,6 @@
 """Decoding and moving in one pass: the bits of the two passes that define it, whoever does it."""
 
+import ctypes
 import math
 
 import pytest
@@ -11,8 +12,16 @@ from ssdtune.kernels import unpack_add as module
 from ssdtune.kernels.affine import GROUPS, ORDERS, Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import BNB_FP4, E2M1, NF4, NestedNibbles, Nibbles, Nvfp4, TurnedMxfp4
-from ssdtune.kernels.noise import KINDS, RADEMACHER, TILE, Direction, add_directions
+from ssdtune.kernels.noise import (
+    KINDS,
+    RADEMACHER,
+    TILE,
+    Direction,
+    NativeNoise,
+    add_directions,
+)
 from ssdtune.kernels.unpack_add import Move, unpack_add
+from ssdtune.kernels.unpack_native import affine_job, nibbles_job
 
 pytestmark = pytest.mark.skipif(native is None, reason="there is no compiler here")
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -26,6 +35,15 @@ FORMATS: tuple[Format, ...] = (
     Nibbles(E2M1, 32, False, "E8M0"),
     Nibbles(E2M1, 16, False, "F8_E4M3"),
     Nibbles(NF4, 48, True),  # blocks that do not divide pieces take two passes
+)
+# What signs are added to while it is decoded.
+SIGNED: tuple[Affine | Nibbles, ...] = (
+    *(Affine(bits, order, group) for bits, order in ORDERS.items() for group in GROUPS),
+    *(
+        Nibbles(NF4, block, block == 64, scale)
+        for block in (32, 64, 128)
+        for scale in ("F32", "BF16", "F16")
+    ),
 )
 UPDATE = Move((Direction(6, -2e-3), Direction(9, 1e-3, RADEMACHER)), 0.99, 2**63 + 77)
 
@@ -109,32 +127,71 @@ def test_scales_that_are_computed_first(
     """Slabs begin where fields of noise do."""
     monkeypatch.setattr("ssdtune.kernels.nibbles.SLAB", TILE)
     for dtype in (torch.float32, torch.bfloat16):
-        assert_same(format, shape, dtype, [UPDATE, shift("gaussian")], suffix)
+        for moves in ([UPDATE, shift("gaussian")], [shift(RADEMACHER)]):
+            assert_same(format, shape, dtype, moves, suffix)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "format", SIGNED, ids=lambda format: f"{format.label} {format.parts((1,))[1].dtype}"
+)
 def test_signs_are_added_while_codes_are_decoded(
-    bits: int, group: int, suffix: str, monkeypatch: pytest.MonkeyPatch
+    format: Affine | Nibbles, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all scales of a piece are finite, and where not; stored past the caches or through them."""
     monkeypatch.setattr(decoding, "STREAM_BYTES", 0)
-    format, size = Affine(bits, ORDERS[bits], group), 2 * TILE + 777
+    size = 2 * TILE + 777
+    block = format.group if isinstance(format, Affine) else format.block
     move = Move((Direction(2**63 + 5, -0.03, RADEMACHER),))
     parts = parts_of(format, (size,))
-    parts[-2][1] = 3e38  # its products are infinite
+    scales = parts[-2] if isinstance(format, Affine) else parts[-1]
+    scales[1] = torch.finfo(scales.dtype).max  # some of its products are infinite
     for scale in (1.0, math.inf):
-        parts[-2][TILE // group + 3] = scale
+        scales[TILE // block + 3] = scale
         expected = by_hand(format, parts, torch.empty(size, dtype=torch.bfloat16), [move])
         for asked in store_mode.WAYS:
             monkeypatch.setenv(store_mode.VARIABLE, asked)
             around = torch.full((size + 128,), 7.0).bfloat16()
             found = around[64:-64]
             unpack_add(format, parts, found, [move], suffix=suffix)
-            assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), asked
+            is_none = expected.isnan()  # of any bits
+            assert torch.equal(found.isnan(), is_none), asked
+            same = found.view(torch.int16) == expected.view(torch.int16)
+            assert torch.all(same | is_none), asked
             assert around[:64].eq(7).all()
             assert around[-64:].eq(7).all()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("format", "move", "is_done"),
+    [
+        *((format, shift(RADEMACHER), True) for format in SIGNED),
+        (SIGNED[0], shift("gaussian"), False),
+        (SIGNED[0], UPDATE, False),
+        (SIGNED[0], Move(shift(RADEMACHER).directions, 0.5), False),
+        (SIGNED[0], Move(shift(RADEMACHER).directions, 1.0, 77), False),
+        (Nibbles(NF4, 256, True), shift(RADEMACHER), False),
+    ],
+)
+def test_what_is_moved_while_it_is_decoded(
+    format: Affine | Nibbles, move: Move, is_done: bool, suffix: str
+) -> None:
+    """Signs alone; the native function says whether it did it."""
+    assert native is not None
+    out, parts = torch.empty(TILE, dtype=torch.bfloat16), parts_of(format, (TILE,))
+    if isinstance(format, Affine):
+        job, name = affine_job(format, parts, out), "ssdtune_affine_signs"
+    else:
+        job, name = nibbles_job(format, parts, out), "ssdtune_nibbles_signs"
+    noise = NativeNoise(
+        move.directions, out.dtype, decay=move.decay, rounding_key=move.rounding_key
+    )
+    arguments = [
+        ctypes.c_void_p(at) for at in (ctypes.addressof(job), noise.address, out.data_ptr())
+    ]
+    done = native.function(name, suffix)(*arguments, *map(ctypes.c_int64, (0, TILE, 0)))
+    assert done == is_done
 
 
 def test_dtypes_that_native_code_does_not_know() -> None:

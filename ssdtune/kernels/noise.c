@@ -11,69 +11,89 @@
 enum { LANES = 64 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
-/* 32-bit words side by side, and their products with a constant, low and high halves. */
+/* 32-bit words side by side, each in the lower half of 64 bits: multiplied there, by a constant, they leave the product's
+ * low word where the next round multiplies it. What the upper halves hold is not read otherwise. `mixed` is the
+ * product's high word ^ a ^ key. */
 #if defined(__AVX512F__)
 enum { WIDE = 16 };
-typedef __m512i wide;
-static inline wide all(uint32_t x) { return _mm512_set1_epi32((int)x); }
-static inline wide add(wide a, wide b) { return _mm512_add_epi32(a, b); }
-static inline wide xor3(wide a, wide b, wide c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
-static inline wide numbers(void)
+typedef struct { __m512i even, odd; } wide; /* of neighbours */
+static inline wide all(uint32_t x)
 {
-    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i a = _mm512_set1_epi64(x);
+    return (wide){a, a};
 }
-static inline void keep(uint32_t *to, wide a) { _mm512_storeu_si512(to, a); }
-static inline wide product(wide a, wide m, wide *high)
+static inline wide count_from(uint32_t x)
 {
-    wide even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
-    *high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-    return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+    const __m512i even = _mm512_add_epi32(_mm512_set1_epi64(x), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
+    return (wide){even, _mm512_add_epi32(even, _mm512_set1_epi64(1))};
+}
+static inline wide product(wide a, uint32_t by)
+{
+    const __m512i m = _mm512_set1_epi64(by);
+    return (wide){_mm512_mul_epu32(a.even, m), _mm512_mul_epu32(a.odd, m)};
+}
+static inline wide mixed(wide product, wide a, uint32_t key)
+{
+    const __m512i k = _mm512_set1_epi64(key);
+    return (wide){_mm512_ternarylogic_epi64(_mm512_srli_epi64(product.even, 32), a.even, k, 0x96),
+                  _mm512_ternarylogic_epi64(_mm512_srli_epi64(product.odd, 32), a.odd, k, 0x96)};
+}
+static inline void keep(uint32_t *to, wide a)
+{
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi32(0xAAAA, a.even, _mm512_slli_epi64(a.odd, 32)));
 }
 #elif defined(__AVX2__)
 enum { WIDE = 8 };
-typedef __m256i wide;
-static inline wide all(uint32_t x) { return _mm256_set1_epi32((int)x); }
-static inline wide add(wide a, wide b) { return _mm256_add_epi32(a, b); }
-static inline wide xor3(wide a, wide b, wide c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-static inline wide numbers(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-static inline void keep(uint32_t *to, wide a) { _mm256_storeu_si256((__m256i *)to, a); }
-static inline wide product(wide a, wide m, wide *high)
+typedef struct { __m256i even, odd; } wide; /* of neighbours */
+static inline wide all(uint32_t x)
 {
-    wide even = _mm256_mul_epu32(a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
-    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+    const __m256i a = _mm256_set1_epi64x(x);
+    return (wide){a, a};
+}
+static inline wide count_from(uint32_t x)
+{
+    const __m256i even = _mm256_add_epi32(_mm256_set1_epi64x(x), _mm256_setr_epi64x(0, 2, 4, 6));
+    return (wide){even, _mm256_add_epi32(even, _mm256_set1_epi64x(1))};
+}
+static inline wide product(wide a, uint32_t by)
+{
+    const __m256i m = _mm256_set1_epi64x(by);
+    return (wide){_mm256_mul_epu32(a.even, m), _mm256_mul_epu32(a.odd, m)};
+}
+static inline wide mixed(wide product, wide a, uint32_t key)
+{
+    const __m256i k = _mm256_set1_epi64x(key);
+    return (wide){
+        _mm256_xor_si256(_mm256_srli_epi64(product.even, 32), _mm256_xor_si256(a.even, k)),
+        _mm256_xor_si256(_mm256_srli_epi64(product.odd, 32), _mm256_xor_si256(a.odd, k))};
+}
+static inline void keep(uint32_t *to, wide a)
+{
+    _mm256_storeu_si256((__m256i *)to, _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA));
 }
 #else
 enum { WIDE = 1 };
-typedef uint32_t wide;
+typedef uint64_t wide;
 static inline wide all(uint32_t x) { return x; }
-static inline wide add(wide a, wide b) { return a + b; }
-static inline wide xor3(wide a, wide b, wide c) { return a ^ b ^ c; }
-static inline wide numbers(void) { return 0; }
-static inline void keep(uint32_t *to, wide a) { *to = a; }
-static inline wide product(wide a, wide m, wide *high)
-{
-    uint64_t whole = (uint64_t)a * m;
-    *high = (uint32_t)(whole >> 32);
-    return (uint32_t)whole;
-}
+static inline wide count_from(uint32_t x) { return x; }
+static inline wide product(wide a, uint32_t by) { return (a & 0xFFFFFFFFu) * by; }
+static inline wide mixed(wide product, wide a, uint32_t key) { return product >> 32 ^ a ^ key; }
+static inline void keep(uint32_t *to, wide a) { *to = (uint32_t)a; }
 #endif
 
 /* The outputs of counters start ... start + 63, start a multiple of 64: words[4][LANES]. */
 static void philox(uint32_t words[4][LANES], uint64_t key, uint64_t start, uint32_t domain)
 {
-    const wide m0 = all(0xD2511F53u), m1 = all(0xCD9E8D57u);
     for (int at = 0; at < LANES; at += WIDE) {
         uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-        wide c0 = add(all((uint32_t)start + (uint32_t)at), numbers()); /* 64 of them never carry */
+        wide c0 = count_from((uint32_t)start + (uint32_t)at); /* 64 of them never carry */
         wide c1 = all((uint32_t)(start >> 32)), c2 = all(domain), c3 = all(0);
         for (int round = 0; round < 10; round++) {
-            wide high0, high2;
-            wide low0 = product(c0, m0, &high0), low2 = product(c2, m1, &high2);
-            c0 = xor3(high2, c1, all(k0));
-            c1 = low2;
-            c2 = xor3(high0, c3, all(k1));
-            c3 = low0;
+            const wide from0 = product(c0, 0xD2511F53u), from2 = product(c2, 0xCD9E8D57u);
+            c0 = mixed(from2, c1, k0);
+            c1 = from2;
+            c2 = mixed(from0, c3, k1);
+            c3 = from0;
             k0 += 0x9E3779B9u;
             k1 += 0xBB67AE85u;
         }
@@ -84,22 +104,62 @@ static void philox(uint32_t words[4][LANES], uint64_t key, uint64_t start, uint3
     }
 }
 
+/* What 8-bit fields stand for, added: those of a tile's 1024 elements. table: 256 values, the lower half the negative of
+ * the upper one mirrored. */
+#if defined(__AVX512F__)
+/* Values for the last eight bits of 16 words. upper: the table's upper half. */
+INLINE __m512 value_of(const __m512 upper[8], __m512i field)
+{
+    const __mmask16 is_lower = _mm512_testn_epi32_mask(field, _mm512_set1_epi32(128));
+    const __m512i at = _mm512_mask_xor_epi32(field, is_lower, field, _mm512_set1_epi32(127));
+    const __mmask16 is_32 = _mm512_test_epi32_mask(at, _mm512_set1_epi32(32));
+    const __mmask16 is_64 = _mm512_test_epi32_mask(at, _mm512_set1_epi32(64));
+    const __m512 below_64 = _mm512_mask_blend_ps(
+        is_32, _mm512_permutex2var_ps(upper[0], at, upper[1]), _mm512_permutex2var_ps(upper[2], at, upper[3]));
+    const __m512 from_64 = _mm512_mask_blend_ps(
+        is_32, _mm512_permutex2var_ps(upper[4], at, upper[5]), _mm512_permutex2var_ps(upper[6], at, upper[7]));
+    const __m512 found = _mm512_mask_blend_ps(is_64, below_64, from_64);
+    return _mm512_mask_xor_ps(found, is_lower, found, _mm512_set1_ps(-0.0f));
+}
+
+INLINE void add_fields(float *sum, uint32_t words[4][LANES], const float *table)
+{
+    __m512 upper[8];
+    for (int i = 0; i < 8; i++)
+        upper[i] = _mm512_loadu_ps(table + 128 + 16 * i);
+    for (int w = 0; w < 4; w++)
+        for (int l = 0; l < LANES; l += 16) {
+            __m512i field = _mm512_loadu_si512(&words[w][l]);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++, field = _mm512_srli_epi32(field, 8)) {
+                float *out = sum + (4 * w + j) * LANES + l;
+                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), value_of(upper, field)));
+            }
+        }
+}
+#else
+INLINE void add_fields(float *sum, uint32_t words[4][LANES], const float *table)
+{
+    float values[LANES];
+    for (int j = 0; j < 16; j++) {
+        float *out = sum + j * LANES;
+        const uint32_t *word = words[j / 4];
+        const int shift = j % 4 * 8;
+#pragma GCC unroll 8
+        for (int l = 0; l < LANES; l++)
+            values[l] = table[(word[l] >> shift) & 255];
+        for (int l = 0; l < LANES; l++)
+            out[l] += values[l];
+    }
+}
+#endif
+
 static void add_gaussian(float *sum, uint64_t key, uint64_t first, int64_t n, const float *table)
 {
     uint32_t words[4][LANES];
-    float values[LANES];
     for (int64_t at = 0; at < n; at += 16 * LANES) {
         philox(words, key, (first + (uint64_t)at) / (16 * LANES) * LANES, DOMAIN_DIRECTION);
-        for (int j = 0; j < 16; j++) {
-            float *out = sum + at + j * LANES;
-            const uint32_t *word = words[j / 4];
-            const int shift = j % 4 * 8;
-#pragma GCC unroll 8
-            for (int l = 0; l < LANES; l++)
-                values[l] = table[(word[l] >> shift) & 255];
-            for (int l = 0; l < LANES; l++)
-                out[l] += values[l];
-        }
+        add_fields(sum + at, words, table);
     }
 }
 

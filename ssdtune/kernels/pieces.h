@@ -55,10 +55,13 @@ void NAME(ssdtune_random_words, SUFFIX)(uint32_t words[4][64], uint64_t key, uin
 decoder NAME(ssdtune_affine_piece, SUFFIX), NAME(ssdtune_nibbles_piece, SUFFIX);
 
 /* Both at once, by one table of all that can come out of a group: a packed tensor's elements first ... first + n - 1,
- * n <= PIECE, moved by a sign each, where `to` points. Back: whether it was done; codes of at most four bits to bfloat16
- * can be, with finite scales, by a move that is one direction of signs and nothing else. */
-int NAME(ssdtune_affine_signs, SUFFIX)(const struct affine *job, const struct noise *move, void *to, int64_t first,
-                                       int64_t n);
+ * n <= PIECE, moved by a sign each, where `to` points. position: number of the first one in the tensor that moves. Back:
+ * whether it was done; codes of at most four bits to bfloat16 can be, with finite scales, by a move that is one direction
+ * of signs and nothing else. */
+typedef int sign_decoder(const void *packed, const struct noise *move, void *to, int64_t first, int64_t n,
+                         int64_t position);
+
+sign_decoder NAME(ssdtune_affine_signs, SUFFIX), NAME(ssdtune_nibbles_signs, SUFFIX);
 
 /* Codes of tiles, a byte each, in `space` or where they lie. */
 const uint8_t *NAME(ssdtune_affine_codes, SUFFIX)(

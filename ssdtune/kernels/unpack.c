@@ -34,19 +34,24 @@ INLINE uint16_t nearest(float value, uint16_t nan)
  *     lookup           16 bfloat16, ready to be found by code
  *     make_two         two groups' lookups, of (entry - zero) * scale; scales are finite
  *     look_up          STEP codes in the low halves of bytes, of one group, and as many in the high halves, of another
- *     look_up_32       STEP codes of one group, a byte each of five bits: of the first lookup, then of the second
+ *     both             two lookups, to be found by codes of five bits: of the first, then of the second
+ *     look_up_32       STEP codes of one group, the last five bits of a byte each
+ *     five             of each byte the last four bits of a and the fifth of b, for look_up_32
+ *     in_order         BYTES codes, one after the other as look_up_nibbles has them, to the last four bits of a byte each
  *     look_up_nibbles  STEP or HALF_STEP codes of one group, one after the other
  *     compute_words    (code - zero) * scale for STEP codes, a byte each; the scale is finite
- *     compute_floats   the same, to float32
- *     make_moved       two lookups for each of two groups: of its values, rounded, and by[0] more or by[1], both finite
+ *     compute_moved    the same, and `step` more where a bit of a byte of signs is set, less where it is not
+ *     compute_floats   the same as compute_words, to float32
+ *     make_moved       for each of two groups its values, rounded, and by[0] more, then by[1], both finite
  *     look_up_floats   HALF_STEP codes, one after the other, in a table of 16
  *     LOOKUP_BITS      codes with more bits are not looked up
  *     CAN_STREAM       whether stores can go past the caches to memory; such ones are aligned */
 #if defined(__AVX512F__)
 enum { BYTES = 64, LOOKUP_BITS = 5, CAN_STREAM = 1 };
 typedef __m512i bytes;
-typedef struct { __m512 even, odd; } entries; /* eight of each, twice */
-typedef __m512i lookup;                       /* twice */
+typedef struct { __m512 all, even, odd; } entries; /* 16; eight of each, twice */
+typedef __m512i lookup;                            /* twice */
+typedef __m512i lookup_32;
 typedef __m512 floats16;
 
 INLINE bytes get(const uint8_t *from) { return _mm512_loadu_si512(from); }
@@ -77,7 +82,14 @@ INLINE entries spread(const float *values)
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     const __m512 of = _mm512_loadu_ps(values);
-    return (entries){_mm512_permutexvar_ps(even, of), _mm512_permutexvar_ps(odd, of)};
+    return (entries){of, _mm512_permutexvar_ps(even, of), _mm512_permutexvar_ps(odd, of)};
+}
+
+/* Up where lower > 0x8000, or = 0x8000 and upper is odd: where lower - is_even has its uppermost bit set. */
+INLINE __m512i round_up(__m512i upper, __m512i lower)
+{
+    const __m512i is_even = _mm512_andnot_si512(upper, _mm512_set1_epi16(1));
+    return _mm512_add_epi16(upper, _mm512_srli_epi16(_mm512_subs_epu16(lower, is_even), 15));
 }
 
 /* Finite numbers to bfloat16, the even ones and the odd ones joined. */
@@ -85,10 +97,7 @@ INLINE __m512i rounded(__m512 even, __m512 odd)
 {
     const __m512i a = _mm512_castps_si512(even), b = _mm512_castps_si512(odd);
     const __m512i upper = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(a, 16), b);
-    const __m512i lower = _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16));
-    /* Up where lower > 0x8000, or = 0x8000 and upper is odd: where lower - is_even has its uppermost bit set. */
-    const __m512i is_even = _mm512_andnot_si512(upper, _mm512_set1_epi16(1));
-    return _mm512_add_epi16(upper, _mm512_srli_epi16(_mm512_subs_epu16(lower, is_even), 15));
+    return round_up(upper, _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16)));
 }
 
 INLINE __m512i scaled(__m512 even, __m512 odd, float zero, float scale)
@@ -103,23 +112,35 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
     to[1] = scaled(of.even, of.odd, next_zero, next_scale);
 }
 
-INLINE lookup moved(__m512i words, __m512 by)
+/* Finite numbers to bfloat16, the first 16 and then the others. */
+INLINE __m512i rounded_in_order(__m512 first, __m512 then)
 {
-    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xFFFF0000u)));
-    return rounded(_mm512_add_ps(even, by), _mm512_add_ps(odd, by));
+    const __m512i lowers = _mm512_set_epi16(
+        62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6,
+        4, 2, 0);
+    const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(then);
+    return round_up(_mm512_permutex2var_epi16(a, _mm512_add_epi16(lowers, _mm512_set1_epi16(1)), b),
+                    _mm512_permutex2var_epi16(a, lowers, b));
 }
 
-INLINE void make_moved(lookup to[4], entries of, float zero, float scale, float next_zero, float next_scale,
+/* Finite numbers to the nearest ones that bfloat16 has. */
+INLINE __m512 nearest_floats(__m512 value)
+{
+    const __m512i bits = _mm512_castps_si512(value), below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i up = _mm512_mask_add_epi32(below, is_odd, bits, _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32((int)0xFFFF0000u)));
+}
+
+INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, float next_zero, float next_scale,
                        const float by[2])
 {
-    const __m512 z = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(zero), _mm512_set1_ps(next_zero));
-    const __m512 s = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(scale), _mm512_set1_ps(next_scale));
-    const __m512 step = _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(by[0]), _mm512_set1_ps(by[1]));
-    const __m512i words = rounded(
-        _mm512_mul_ps(_mm512_sub_ps(of.even, z), s), _mm512_mul_ps(_mm512_sub_ps(of.odd, z), s));
-    to[0] = to[1] = moved(_mm512_shuffle_i64x2(words, words, 0x44), step); /* of either half twice */
-    to[2] = to[3] = moved(_mm512_shuffle_i64x2(words, words, 0xEE), step);
+    const __m512 unset = _mm512_set1_ps(by[0]), set = _mm512_set1_ps(by[1]);
+    for (int i = 0; i < 2; i++) {
+        const __m512 z = _mm512_set1_ps(i ? next_zero : zero), s = _mm512_set1_ps(i ? next_scale : scale);
+        const __m512 value = nearest_floats(_mm512_mul_ps(_mm512_sub_ps(of.all, z), s));
+        to[i] = rounded_in_order(_mm512_add_ps(value, unset), _mm512_add_ps(value, set));
+    }
 }
 
 INLINE lookup of_words(const uint16_t *words)
@@ -135,10 +156,21 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
     put(to + LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), in[1]), is_streamed);
 }
 
-INLINE void look_up_32(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
+INLINE lookup_32 both(const lookup in[2]) { return _mm512_mask_blend_epi64(0xF0, in[0], in[1]); }
+
+INLINE void look_up_32(uint16_t *to, const uint8_t *codes, lookup_32 in, int is_streamed)
 {
     const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
-    put(to, _mm512_permutexvar_epi16(byte, _mm512_mask_blend_epi64(0xF0, in[0], in[1])), is_streamed);
+    put(to, _mm512_permutexvar_epi16(byte, in), is_streamed);
+}
+
+INLINE bytes five(bytes a, bytes b) { return _mm512_ternarylogic_epi32(_mm512_set1_epi8(16), b, a, 0xCA); }
+
+INLINE bytes in_order(const uint8_t *codes, int is_high_first)
+{
+    const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    return is_high_first ? _mm512_or_si512(_mm512_srli_epi16(byte, 4), _mm512_slli_epi16(byte, 8))
+                         : _mm512_or_si512(byte, _mm512_slli_epi16(byte, 4));
 }
 
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
@@ -169,6 +201,24 @@ INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float 
     put(to, scaled(_mm512_cvtepi32_ps(even), _mm512_cvtepi32_ps(odd), zero, scale), is_streamed);
 }
 
+INLINE __m512 moved(__m512i code, float zero, float scale, __m512i is_set, float step)
+{
+    const __m512 value = _mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(zero));
+    const __m512i by = _mm512_castps_si512(_mm512_set1_ps(step)), sign = _mm512_set1_epi32((int)0x80000000u);
+    const __m512i signed_step = _mm512_ternarylogic_epi32(by, is_set, sign, 0xD2); /* by ^ (~is_set & sign) */
+    return _mm512_add_ps(nearest_floats(_mm512_mul_ps(value, _mm512_set1_ps(scale))), _mm512_castsi512_ps(signed_step));
+}
+
+INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
+                          float step, int is_streamed)
+{
+    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)codes));
+    const __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)signs));
+    const __m512i even = _mm512_and_si512(pairs, _mm512_set1_epi32(255)), odd = _mm512_srli_epi32(pairs, 8);
+    put(to, rounded(moved(even, zero, scale, _mm512_slli_epi32(two, (unsigned)(31 - bit)), step),
+                    moved(odd, zero, scale, _mm512_slli_epi32(two, (unsigned)(23 - bit)), step)), is_streamed);
+}
+
 INLINE void compute_floats(float *to, const uint8_t *codes, float zero, float scale, int is_streamed)
 {
     const __m512 z = _mm512_set1_ps(zero), s = _mm512_set1_ps(scale);
@@ -196,6 +246,7 @@ enum { BYTES = 32, LOOKUP_BITS = 5, CAN_STREAM = 1 };
 typedef __m256i bytes;
 typedef struct { __m256 every4th[4]; } entries; /* 0, 4, 8, 12; then 1, 5, 9, 13; ...: in both halves */
 typedef struct { __m128i low, high; } lookup;   /* bytes. Half as wide as could be: nothing crosses the halves */
+typedef struct { lookup of[2]; } lookup_32;
 typedef struct { __m256 first, second; } floats16;
 
 INLINE bytes get(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
@@ -262,16 +313,40 @@ INLINE __m256 halves(float first, float second)
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(first)), _mm_set1_ps(second), 1);
 }
 
-INLINE void make_two(lookup to[2], entries of, float zero, float scale, float next_zero, float next_scale)
+/* Two lookups of words in both halves, of which a has every other one, b those between. */
+INLINE void split(lookup *first, lookup *second, __m256i a, __m256i b)
 {
-    const __m256 z = halves(zero, next_zero), s = halves(scale, next_scale);
-    const __m256i a = scaled(of.every4th[0], of.every4th[2], z, s); /* words of entries 0, 2, 4, ... */
-    const __m256i b = scaled(of.every4th[1], of.every4th[3], z, s);
     const __m256i upper = _mm256_set1_epi16((short)0xFF00);
     const __m256i low = _mm256_blendv_epi8(a, _mm256_slli_epi16(b, 8), upper);
     const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi16(a, 8), b, upper);
-    to[0] = (lookup){_mm256_castsi256_si128(low), _mm256_castsi256_si128(high)};
-    to[1] = (lookup){_mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
+    *first = (lookup){_mm256_castsi256_si128(low), _mm256_castsi256_si128(high)};
+    *second = (lookup){_mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
+}
+
+INLINE void make_two(lookup to[2], entries of, float zero, float scale, float next_zero, float next_scale)
+{
+    const __m256 z = halves(zero, next_zero), s = halves(scale, next_scale);
+    const __m256i a = scaled(of.every4th[0], of.every4th[2], z, s);
+    split(to, to + 1, a, scaled(of.every4th[1], of.every4th[3], z, s));
+}
+
+/* words, even and odd, and so much more. */
+INLINE __m256i moved(__m256i words, __m256 even_by, __m256 odd_by)
+{
+    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+    const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xFFFF0000u)));
+    return rounded(_mm256_add_ps(even, even_by), _mm256_add_ps(odd, odd_by));
+}
+
+INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, float next_zero, float next_scale,
+                       const float by[2])
+{
+    const __m256 z = halves(zero, next_zero), s = halves(scale, next_scale);
+    const __m256i a = scaled(of.every4th[0], of.every4th[2], z, s), b = scaled(of.every4th[1], of.every4th[3], z, s);
+    for (int i = 0; i < 2; i++) {
+        const __m256 step = _mm256_set1_ps(by[i]);
+        split(&to[0].of[i], &to[1].of[i], moved(a, step, step), moved(b, step, step));
+    }
 }
 
 INLINE lookup of_words(const uint16_t *words)
@@ -303,17 +378,31 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
     }
 }
 
-INLINE void look_up_32(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
+INLINE lookup_32 both(const lookup in[2]) { return (lookup_32){{in[0], in[1]}}; }
+
+INLINE void look_up_32(uint16_t *to, const uint8_t *codes, lookup_32 in, int is_streamed)
 {
     for (int i = 0; i < STEP; i += 16) {
         const __m128i code = _mm_loadu_si128((const __m128i *)(codes + i));
         const __m128i fifth = _mm_slli_epi16(code, 3); /* as the uppermost of each byte, which chooses */
         const __m128i low = _mm_blendv_epi8(
-            _mm_shuffle_epi8(in[0].low, code), _mm_shuffle_epi8(in[1].low, code), fifth);
+            _mm_shuffle_epi8(in.of[0].low, code), _mm_shuffle_epi8(in.of[1].low, code), fifth);
         const __m128i high = _mm_blendv_epi8(
-            _mm_shuffle_epi8(in[0].high, code), _mm_shuffle_epi8(in[1].high, code), fifth);
+            _mm_shuffle_epi8(in.of[0].high, code), _mm_shuffle_epi8(in.of[1].high, code), fifth);
         put_joined(to + i, low, high, is_streamed);
     }
+}
+
+INLINE bytes five(bytes a, bytes b)
+{
+    return _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi8(15)), _mm256_and_si256(b, _mm256_set1_epi8(16)));
+}
+
+INLINE bytes in_order(const uint8_t *codes, int is_high_first)
+{
+    const __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes));
+    return is_high_first ? _mm256_or_si256(_mm256_srli_epi16(byte, 4), _mm256_slli_epi16(byte, 8))
+                         : _mm256_or_si256(byte, _mm256_slli_epi16(byte, 4));
 }
 
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
@@ -327,20 +416,49 @@ INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int s
         look_up_16(to + 16, _mm_unpackhi_epi8(even, odd), in, is_streamed);
 }
 
-INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float scale, int is_streamed)
+/* 16 bytes as the second lowest of 32-bit words. */
+INLINE void widen(const uint8_t *from, __m256i *even, __m256i *odd)
 {
-    /* A byte as the second lowest of 0x47000000 is the float 2^15 + it; the zero, 2^15 more, is taken away exactly. */
-    const __m256i base = _mm256_set1_epi32(0x47000000), next = _mm256_set1_epi32(0x0100);
     const __m256i evens = _mm256_setr_epi8(
         -1, 0, -1, -1, -1, 2, -1, -1, -1, 4, -1, -1, -1, 6, -1, -1, -1, 8, -1, -1, -1, 10, -1, -1, -1, 12, -1,
         -1, -1, 14, -1, -1);
-    const __m256i odds = _mm256_or_si256(evens, next);
-    const __m256 z = _mm256_set1_ps(32768.0f + zero), s = _mm256_set1_ps(scale);
+    const __m256i byte = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+    *even = _mm256_shuffle_epi8(byte, evens);
+    *odd = _mm256_shuffle_epi8(byte, _mm256_or_si256(evens, _mm256_set1_epi32(0x0100)));
+}
+
+INLINE __m256i computed(const uint8_t *codes, float zero, float scale)
+{
+    /* A byte as the second lowest of 0x47000000 is the float 2^15 + it; the zero, 2^15 more, is taken away exactly. */
+    const __m256i base = _mm256_set1_epi32(0x47000000);
+    __m256i even, odd;
+    widen(codes, &even, &odd);
+    return scaled(_mm256_castsi256_ps(_mm256_or_si256(even, base)), _mm256_castsi256_ps(_mm256_or_si256(odd, base)),
+                  _mm256_set1_ps(32768.0f + zero), _mm256_set1_ps(scale));
+}
+
+INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float scale, int is_streamed)
+{
+    for (int i = 0; i < STEP; i += 16)
+        put(to + i, computed(codes + i, zero, scale), is_streamed);
+}
+
+/* by, its sign turned where the uppermost bits are not set. */
+INLINE __m256 with_signs(__m256 by, __m256i is_set)
+{
+    return _mm256_xor_ps(by, _mm256_andnot_ps(_mm256_castsi256_ps(is_set), _mm256_set1_ps(-0.0f)));
+}
+
+INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
+                          float step, int is_streamed)
+{
+    const __m256 by = _mm256_set1_ps(step);
     for (int i = 0; i < STEP; i += 16) {
-        const __m256i code = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(codes + i)));
-        const __m256i even = _mm256_or_si256(_mm256_shuffle_epi8(code, evens), base);
-        const __m256i odd = _mm256_or_si256(_mm256_shuffle_epi8(code, odds), base);
-        put(to + i, scaled(_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd), z, s), is_streamed);
+        __m256i even, odd;
+        widen(signs + i, &even, &odd);
+        even = _mm256_slli_epi32(even, 23 - bit);
+        odd = _mm256_slli_epi32(odd, 23 - bit);
+        put(to + i, moved(computed(codes + i, zero, scale), with_signs(by, even), with_signs(by, odd)), is_streamed);
     }
 }
 
@@ -384,6 +502,7 @@ enum { BYTES = 8, LOOKUP_BITS = 0, CAN_STREAM = 0 };
 typedef uint64_t bytes;
 typedef struct { float values[16]; } entries;
 typedef struct { uint16_t values[16]; } lookup;
+typedef struct { lookup of[2]; } lookup_32;
 typedef entries floats16;
 
 INLINE bytes get(const uint8_t *from)
@@ -421,6 +540,16 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
     }
 }
 
+INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, float next_zero, float next_scale,
+                       const float by[2])
+{
+    for (int t = 0; t < 2; t++)
+        for (int i = 0; i < 32; i++) {
+            const float value = (of.values[i % 16] - (t ? next_zero : zero)) * (t ? next_scale : scale);
+            to[t].of[i / 16].values[i % 16] = nearest(float_of((uint32_t)nearest(value, 0) << 16) + by[i / 16], 0);
+        }
+}
+
 INLINE lookup of_words(const uint16_t *words)
 {
     lookup in;
@@ -436,10 +565,22 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
     }
 }
 
-INLINE void look_up_32(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
+INLINE lookup_32 both(const lookup in[2]) { return (lookup_32){{in[0], in[1]}}; }
+
+INLINE void look_up_32(uint16_t *to, const uint8_t *codes, lookup_32 in, int is_streamed)
 {
     for (int i = 0; i < STEP; i++)
-        to[i] = in[codes[i] >> 4].values[codes[i] & 15];
+        to[i] = in.of[codes[i] >> 4].values[codes[i] & 15];
+}
+
+INLINE bytes five(bytes a, bytes b) { return with(with(none(), a, 15), b, 16); }
+
+INLINE bytes in_order(const uint8_t *codes, int is_high_first)
+{
+    bytes to = 0;
+    for (int i = 0; i < BYTES; i++)
+        to |= (bytes)(codes[i / 2] >> (i % 2 == is_high_first ? 0 : 4) & 15) << 8 * i;
+    return to;
 }
 
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
@@ -454,6 +595,15 @@ INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float 
 {
     for (int i = 0; i < STEP; i++)
         to[i] = nearest(((float)codes[i] - zero) * scale, 0);
+}
+
+INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
+                          float step, int is_streamed)
+{
+    for (int i = 0; i < STEP; i++) {
+        const uint16_t word = nearest(((float)codes[i] - zero) * scale, 0);
+        to[i] = nearest(float_of((uint32_t)word << 16) + (signs[i] >> bit & 1 ? step : -step), 0);
+    }
 }
 
 INLINE void compute_floats(float *to, const uint8_t *codes, float zero, float scale, int is_streamed)
@@ -501,21 +651,6 @@ INLINE float bfloat16_at(const uint8_t *from, int64_t i)
 
 enum { MAX_GROUPS = STRETCH / 32 };
 static const float COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-#if !defined(__AVX512F__)
-INLINE void make_moved(lookup to[4], entries of, float zero, float scale, float next_zero, float next_scale,
-                       const float by[2])
-{
-    for (int t = 0; t < 4; t++) {
-        uint16_t words[16];
-        for (int i = 0; i < 16; i++) {
-            const float value = (COUNT[i] - (t < 2 ? zero : next_zero)) * (t < 2 ? scale : next_scale);
-            words[i] = nearest(float_of((uint32_t)nearest(value, 0) << 16) + by[t & 1], 0);
-        }
-        to[t] = of_words(words);
-    }
-}
-#endif
 
 /* Scales and zeros of a stretch as numbers; 0 where the tensor has no more. */
 struct groups {
@@ -687,7 +822,7 @@ INLINE void affine_looked_up_32(uint16_t *to, const uint8_t *codes, const struct
         lookup in[2];
         make_two(in, values, of->zero[g], of->scale[g], of->zero[g] - 16, of->scale[g]);
         for (int64_t i = at; i < at + group; i += STEP)
-            look_up_32(to + i, codes + i, in, is_streamed);
+            look_up_32(to + i, codes + i, both(in), is_streamed);
     }
 }
 
@@ -747,95 +882,6 @@ void NAME(ssdtune_affine_piece, SUFFIX)(const void *packed, void *to, int64_t fi
     const int64_t size = job->dtype == FLOAT32 ? 4 : 2;
     for (int64_t at = 0; at < n; at += STRETCH)
         affine_stretch(job, (char *)to + at * size, first + at, n - at < STRETCH ? n - at : STRETCH, 0);
-}
-
-/* A tile's codes, a byte each, their signs above them. halves: as a slice of width 4 has them. signs: run r's are bits r of
- * 64 bytes. */
-INLINE void join_signs(uint8_t codes[TILE], const uint8_t *halves, const uint8_t signs[LANES])
-{
-#pragma GCC unroll 8
-    for (int run = 0; run < TILE / LANES; run++)
-        for (int at = 0; at < LANES; at += BYTES) {
-            const bytes two = get(halves + run / 2 * LANES + at), all = get(signs + at);
-            const bytes code = with(none(), run % 2 ? right(two, 4) : two, 15);
-            keep(codes + run * LANES + at, with(code, run > 4 ? right(all, run - 4) : left(all, 4 - run), 16));
-        }
-}
-
-/* codes: of five bits, a byte each: the uppermost says which way the value moves. first: the first group. */
-INLINE void affine_moved(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
-                         const float by[2], int is_streamed)
-{
-    const entries values = spread(COUNT);
-    const float steps[2] = {by[0], by[1]}; /* not to be read again for each group */
-    for (int64_t at = 0, g = first; at < TILE; at += 2 * group, g += 2) {
-        lookup in[4];
-        make_moved(in, values, of->zero[g], of->scale[g], of->zero[g + 1], of->scale[g + 1], steps);
-        for (int64_t i = at; i < at + group; i += STEP)
-            look_up_32(to + i, codes + i, in, is_streamed);
-        for (int64_t i = at + group; i < at + 2 * group; i += STEP)
-            look_up_32(to + i, codes + i, in + 2, is_streamed);
-    }
-}
-
-/* The same of any group. */
-static void put_moved(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
-                      const float by[2], int is_streamed)
-{
-    switch (group + (CAN_STREAM && is_streamed)) {
-    case 32: affine_moved(to, codes, of, first, 32, by, 0); break;
-    case 33: affine_moved(to, codes, of, first, 32, by, 1); break;
-    case 64: affine_moved(to, codes, of, first, 64, by, 0); break;
-    case 65: affine_moved(to, codes, of, first, 64, by, 1); break;
-    case 128: affine_moved(to, codes, of, first, 128, by, 0); break;
-    default: affine_moved(to, codes, of, first, 128, by, 1);
-    }
-}
-
-/* A stretch of them; back: whether its scales are finite. signs: of each of its tiles. */
-static int signs_stretch(const struct affine *job, const uint8_t signs[][LANES], const float by[2], uint16_t *to,
-                         int64_t first, int64_t n)
-{
-    _Alignas(64) uint8_t space[STRETCH], codes[TILE];
-    struct groups of;
-    const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->group;
-    get_groups(&of, job, first / job->group, num_tiles * per_tile);
-    if (!of.is_finite)
-        return 0;
-    const uint8_t *halves = halves_of(job, first / TILE, num_tiles, space);
-    for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
-        join_signs(codes, halves, signs[tile]);
-        if (n < TILE) {
-            _Alignas(64) uint16_t made[TILE];
-            put_moved(made, codes, &of, tile * per_tile, job->group, by, 0);
-            memcpy(to, made, (size_t)(2 * n));
-        } else {
-            put_moved(to, codes, &of, tile * per_tile, job->group, by, job->is_streamed != 0);
-        }
-    }
-    return 1;
-}
-
-int NAME(ssdtune_affine_signs, SUFFIX)(const struct affine *job, const struct noise *move, void *to, int64_t first,
-                                       int64_t n)
-{
-    const struct direction *along = move->directions;
-    const int is_one = move->num_directions == 1 && !move->rank && !move->values && !move->is_stochastic;
-    if (job->bits > 4 || job->dtype != BFLOAT16 || !is_one || move->decay != 1.0f || along->kind != RADEMACHER ||
-        !is_finite(along->table[1]))
-        return 0;
-    uint32_t words[4][LANES];
-    _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
-    NAME(ssdtune_random_words, SUFFIX)(words, along->key, (uint64_t)first / 128, DOMAIN_DIRECTION);
-    for (int tile = 0; tile < PIECE / TILE; tile++)
-        for (int i = 0; i < LANES; i++)
-            signs[tile][i] = (uint8_t)(words[tile / 4][i] >> tile % 4 * 8);
-    for (int64_t at = 0; at < n; at += STRETCH) {
-        const int64_t here = n - at < STRETCH ? n - at : STRETCH;
-        if (!signs_stretch(job, signs + at / TILE, along->table, (uint16_t *)to + at, first + at, here))
-            return 0;
-    }
-    return 1;
 }
 
 const uint8_t *NAME(ssdtune_affine_codes, SUFFIX)(
@@ -1073,4 +1119,210 @@ void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
         nibbles_slowly(job, done, stop);
     }
     finish(job->is_streamed);
+}
+
+/* ------------------------------------------------------------------------------- signs, added while codes are decoded */
+
+/* The one direction that a move consists of, if it is one of signs and nothing else is done; 0: it is not so. */
+static const struct direction *signs_alone(const struct noise *move)
+{
+    const struct direction *along = move->directions;
+    const int is_one = move->num_directions == 1 && !move->rank && !move->values && !move->is_stochastic;
+    return is_one && move->decay == 1.0f && along->kind == RADEMACHER && is_finite(along->table[1]) ? along : 0;
+}
+
+/* A piece's signs: of a tile's run r of 64 elements bits r of 64 bytes. position: the first one's in the tensor. */
+static void get_signs(uint8_t signs[PIECE / TILE][LANES], const struct direction *along, int64_t position)
+{
+    uint32_t words[4][LANES];
+    NAME(ssdtune_random_words, SUFFIX)(words, along->key, (uint64_t)position / 128, DOMAIN_DIRECTION);
+    for (int tile = 0; tile < PIECE / TILE; tile++)
+        for (int i = 0; i < LANES; i++)
+            signs[tile][i] = (uint8_t)(words[tile / 4][i] >> tile % 4 * 8);
+}
+
+/* Signs of a run as the fifth bits of bytes; others are to be cut off. */
+INLINE bytes fifth_bits(const uint8_t *signs, int run)
+{
+    return run > 4 ? right(get(signs), run - 4) : left(get(signs), 4 - run);
+}
+
+/* A tile's codes, a byte each, their signs above them. halves: as a slice of width 4 has them. */
+INLINE void join_signs(uint8_t codes[TILE], const uint8_t *halves, const uint8_t signs[LANES])
+{
+#pragma GCC unroll 8
+    for (int run = 0; run < TILE / LANES; run++)
+        for (int at = 0; at < LANES; at += BYTES) {
+            const bytes two = get(halves + run / 2 * LANES + at);
+            keep(codes + run * LANES + at, five(run % 2 ? right(two, 4) : two, fifth_bits(signs + at, run)));
+        }
+}
+
+/* The same of codes one after the other. */
+INLINE void join_signs_in_order(uint8_t codes[TILE], const uint8_t *halves, const uint8_t signs[LANES], int is_high_first)
+{
+#pragma GCC unroll 8
+    for (int run = 0; run < TILE / LANES; run++)
+        for (int at = 0; at < LANES; at += BYTES) {
+            const bytes code = in_order(halves + (run * LANES + at) / 2, is_high_first);
+            keep(codes + run * LANES + at, five(code, fifth_bits(signs + at, run)));
+        }
+}
+
+/* codes: of five bits, a byte each: the uppermost says which way the value moves. first: the first group. values: what
+ * codes stand for before zero and scale. */
+INLINE void put_groups(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
+                       int64_t first, int64_t group, const float by[2], int is_streamed)
+{
+    const entries all = spread(values);
+    const float steps[2] = {by[0], by[1]}; /* not to be read again for each group */
+    for (int64_t at = 0, g = first; at < TILE; at += 2 * group, g += 2) {
+        lookup_32 in[2];
+        make_moved(in, all, of->zero[g], of->scale[g], of->zero[g + 1], of->scale[g + 1], steps);
+        for (int64_t i = at; i < at + group; i += STEP)
+            look_up_32(to + i, codes + i, in[0], is_streamed);
+        for (int64_t i = at + group; i < at + 2 * group; i += STEP)
+            look_up_32(to + i, codes + i, in[1], is_streamed);
+    }
+}
+
+/* The same of any group, and of the first n elements. */
+static void put_moved(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
+                      int64_t first, int64_t group, const float by[2], int64_t n, int64_t is_streamed)
+{
+    if (n < TILE) {
+        _Alignas(64) uint16_t made[TILE];
+        put_moved(made, codes, values, of, first, group, by, TILE, 0);
+        memcpy(to, made, (size_t)(2 * n));
+        return;
+    }
+    switch (group + (CAN_STREAM && is_streamed)) {
+    case 32: put_groups(to, codes, values, of, first, 32, by, 0); break;
+    case 33: put_groups(to, codes, values, of, first, 32, by, 1); break;
+    case 64: put_groups(to, codes, values, of, first, 64, by, 0); break;
+    case 65: put_groups(to, codes, values, of, first, 64, by, 1); break;
+    case 128: put_groups(to, codes, values, of, first, 128, by, 0); break;
+    default: put_groups(to, codes, values, of, first, 128, by, 1);
+    }
+}
+
+/* A tile of any codes, a byte each. */
+INLINE void put_computed(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
+                         const uint8_t signs[LANES], float step, int is_streamed)
+{
+#pragma GCC unroll 8
+    for (int run = 0; run < TILE / LANES; run++)
+        for (int i = 0; i < LANES; i += STEP) {
+            const int at = run * LANES + i;
+            const int64_t g = first + at / group;
+            compute_moved(to + at, codes + at, of->zero[g], of->scale[g], signs + i, run, step, is_streamed);
+        }
+}
+
+static void put_computed_moved(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first,
+                               int64_t group, const uint8_t signs[LANES], float step, int64_t n, int64_t is_streamed)
+{
+    if (n < TILE) {
+        _Alignas(64) uint16_t made[TILE];
+        put_computed(made, codes, of, first, group, signs, step, 0);
+        memcpy(to, made, (size_t)(2 * n));
+    } else if (CAN_STREAM && is_streamed) {
+        put_computed(to, codes, of, first, group, signs, step, 1);
+    } else {
+        put_computed(to, codes, of, first, group, signs, step, 0);
+    }
+}
+
+/* A stretch of affine codes; back: whether its scales are finite. signs: of each of its tiles. */
+static int affine_signs_stretch(const struct affine *job, const uint8_t signs[][LANES], const float by[2], uint16_t *to,
+                                int64_t first, int64_t n)
+{
+    _Alignas(64) uint8_t space[STRETCH], codes[TILE];
+    struct groups of;
+    const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->group;
+    get_groups(&of, job, first / job->group, num_tiles * per_tile);
+    if (!of.is_finite)
+        return 0;
+    if (job->bits > 4) {
+        const uint8_t *all = bytes_of(job, first / TILE, num_tiles, space);
+        for (int64_t tile = 0; tile < num_tiles; tile++, all += TILE, to += TILE, n -= TILE)
+            put_computed_moved(to, all, &of, tile * per_tile, job->group, signs[tile], by[1], n, job->is_streamed);
+        return 1;
+    }
+    const uint8_t *halves = halves_of(job, first / TILE, num_tiles, space);
+    for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
+        join_signs(codes, halves, signs[tile]);
+        put_moved(to, codes, COUNT, &of, tile * per_tile, job->group, by, n, job->is_streamed);
+    }
+    return 1;
+}
+
+int NAME(ssdtune_affine_signs, SUFFIX)(const void *packed, const struct noise *move, void *to, int64_t first, int64_t n,
+                                       int64_t position)
+{
+    const struct affine *job = packed;
+    const struct direction *along = signs_alone(move);
+    if (!along || job->dtype != BFLOAT16)
+        return 0;
+    _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
+    get_signs(signs, along, position);
+    for (int64_t at = 0; at < n; at += STRETCH) {
+        const int64_t here = n - at < STRETCH ? n - at : STRETCH;
+        if (!affine_signs_stretch(job, signs + at / TILE, along->table, (uint16_t *)to + at, first + at, here))
+            return 0;
+    }
+    return 1;
+}
+
+/* Scales of blocks as of groups. num: blocks, whether or not the tensor goes on so far. first: its number. */
+static void get_blocks(struct groups *to, const struct nibbles *job, int64_t first, int64_t num)
+{
+    const int64_t all = (job->n + job->block - 1) / job->block, here = all - first < num ? all - first : num;
+    to->is_finite = 1;
+    for (int64_t b = 0; b < num; b++) {
+        to->zero[b] = 0;
+        to->scale[b] = b < here ? scale_at(job->scales, job->scale_kind, first + b) : 0;
+        to->is_finite &= is_finite(to->scale[b]);
+    }
+}
+
+/* The same stretch of nibbles. */
+static int nibbles_signs_stretch(const struct nibbles *job, const uint8_t signs[][LANES], const float by[2], uint16_t *to,
+                                 int64_t first, int64_t n)
+{
+    _Alignas(64) uint8_t codes[TILE], rest[TILE / 2];
+    struct groups of;
+    const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->block;
+    get_blocks(&of, job, first / job->block, num_tiles * per_tile);
+    if (!of.is_finite)
+        return 0;
+    const uint8_t *halves = job->codes + first / 2;
+    for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
+        if (n < TILE)
+            halves = memcpy(rest, halves, (size_t)((n + 1) / 2));
+        if (job->is_high_first)
+            join_signs_in_order(codes, halves, signs[tile], 1);
+        else
+            join_signs_in_order(codes, halves, signs[tile], 0);
+        put_moved(to, codes, job->table, &of, tile * per_tile, job->block, by, n, job->is_streamed);
+    }
+    return 1;
+}
+
+int NAME(ssdtune_nibbles_signs, SUFFIX)(const void *packed, const struct noise *move, void *to, int64_t first, int64_t n,
+                                        int64_t position)
+{
+    const struct nibbles *job = packed;
+    const struct direction *along = signs_alone(move);
+    const int is_looked_up = job->block == 32 || job->block == 64 || job->block == 128;
+    if (!along || !is_looked_up || job->scale_kind == SCALE_BYTE || job->dtype != BFLOAT16)
+        return 0;
+    _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
+    get_signs(signs, along, position);
+    for (int64_t at = 0; at < n; at += STRETCH) {
+        const int64_t here = n - at < STRETCH ? n - at : STRETCH;
+        if (!nibbles_signs_stretch(job, signs + at / TILE, along->table, (uint16_t *)to + at, first + at, here))
+            return 0;
+    }
+    return 1;
 }

@@ -12,6 +12,7 @@
 struct unpack_add {
     void *to;
     decoder *decode;
+    sign_decoder *decode_signs;
     const void *packed;
     const struct noise *const *moves; /* one after the other, each rounded */
     int64_t num_moves, n, size;       /* size: bytes of an element */
@@ -22,8 +23,7 @@ struct unpack_add {
 static void make_piece(const struct unpack_add *job, int64_t first, int64_t n)
 {
     void *to = (char *)job->to + first * job->size;
-    if (job->num_moves == 1 && !job->start && job->decode == NAME(ssdtune_affine_piece, SUFFIX) &&
-        NAME(ssdtune_affine_signs, SUFFIX)(job->packed, job->moves[0], to, first, n))
+    if (job->num_moves == 1 && job->decode_signs(job->packed, job->moves[0], to, first, n, job->start + first))
         return;
     job->decode(job->packed, to, first, n);
     for (int64_t m = 0; m < job->num_moves; m++)

@@ -25,7 +25,13 @@ from ssdtune.kernels.noise import DTYPES, NATIVE_PART, TILE, Direction, NativeNo
 from ssdtune.kernels.structs import struct
 from ssdtune.kernels.team import run_by_all
 from ssdtune.kernels.unpack import TRITON, unpack
-from ssdtune.kernels.unpack_native import affine_job, has_fast_paths, kernel_of, nibbles_job
+from ssdtune.kernels.unpack_native import (
+    FOUR_BIT_TABLES,
+    affine_job,
+    has_fast_paths,
+    kernel_of,
+    nibbles_job,
+)
 
 MOST_DIRECTIONS = 2  # that Triton's kernels add on the way
 
@@ -137,10 +143,18 @@ def _natively(slab: Slab | _Whole, moves: Sequence[Move], suffix: str) -> None:
     assert native is not None
     out = slab.out
     if isinstance(slab.format, Affine):
-        packed, name = affine_job(slab.format, slab.parts, out), "ssdtune_affine_piece"
-        settled("ssdtune_unpack_affine", suffix, packed, kernel_of(slab.format))
+        packed, kind, kernel = (
+            affine_job(slab.format, slab.parts, out),
+            "affine",
+            kernel_of(slab.format),
+        )
     else:
-        packed, name = nibbles_job(slab.format, slab.parts, out), "ssdtune_nibbles_piece"
+        packed, kind, kernel = nibbles_job(slab.format, slab.parts, out), "nibbles", FOUR_BIT_TABLES
+    settled(f"ssdtune_unpack_{kind}", suffix, packed, kernel)
+    decode, decode_signs = (
+        ctypes.cast(native.function(f"ssdtune_{kind}_{what}", suffix), ctypes.c_void_p)  # type: ignore[arg-type]
+        for what in ("piece", "signs")
+    )
     noises = [
         NativeNoise(m.directions, out.dtype, decay=m.decay, rounding_key=m.rounding_key)
         for m in moves
@@ -148,7 +162,8 @@ def _natively(slab: Slab | _Whole, moves: Sequence[Move], suffix: str) -> None:
     addresses = (ctypes.c_void_p * len(noises))(*(noise.address for noise in noises))
     job = struct("unpack_add", "unpack_add.c")(
         to=out.data_ptr(),
-        decode=ctypes.cast(native.function(name, suffix), ctypes.c_void_p),  # type: ignore[arg-type]
+        decode=decode,
+        decode_signs=decode_signs,
         packed=ctypes.addressof(packed),
         moves=ctypes.addressof(addresses),
         num_moves=len(noises),
