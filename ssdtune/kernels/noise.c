@@ -73,12 +73,16 @@ static inline void keep(uint32_t *to, wide a)
 }
 #else
 enum { WIDE = 1 };
-typedef uint64_t wide;
-static inline wide all(uint32_t x) { return x; }
-static inline wide count_from(uint32_t x) { return x; }
-static inline wide product(wide a, uint32_t by) { return (a & 0xFFFFFFFFu) * by; }
-static inline wide mixed(wide product, wide a, uint32_t key) { return product >> 32 ^ a ^ key; }
-static inline void keep(uint32_t *to, wide a) { *to = (uint32_t)a; }
+typedef struct { uint32_t low, high; } wide;
+static inline wide all(uint32_t x) { return (wide){x, 0}; }
+static inline wide count_from(uint32_t x) { return (wide){x, 0}; }
+static inline wide product(wide a, uint32_t by)
+{
+    const uint64_t whole = (uint64_t)a.low * by;
+    return (wide){(uint32_t)whole, (uint32_t)(whole >> 32)};
+}
+static inline wide mixed(wide product, wide a, uint32_t key) { return (wide){product.high ^ a.low ^ key, 0}; }
+static inline void keep(uint32_t *to, wide a) { *to = a.low; }
 #endif
 
 /* The outputs of counters start ... start + 63, start a multiple of 64: words[4][LANES]. */

@@ -26,6 +26,12 @@ INLINE uint16_t nearest(float value, uint16_t nan)
     return (bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : (uint16_t)rounded;
 }
 
+/* What signs add, finite. at_once: whether sums may be rounded by an instruction (rounds_at_once). */
+struct step {
+    float unset, set;
+    int at_once;
+};
+
 /* What each instruction set has:
  *
  *     bytes            BYTES of them; bits shifted over a byte's edge are for `with` to cut off
@@ -40,9 +46,11 @@ INLINE uint16_t nearest(float value, uint16_t nan)
  *     in_order         BYTES codes, one after the other as look_up_nibbles has them, to the last four bits of a byte each
  *     look_up_nibbles  STEP or HALF_STEP codes of one group, one after the other
  *     compute_words    (code - zero) * scale for STEP codes, a byte each; the scale is finite
- *     compute_moved    the same, and `step` more where a bit of a byte of signs is set, less where it is not
+ *     compute_moved    the same, and what a bit of a byte of signs adds
+ *     rounds_at_once   whether the processor rounds numbers to bfloat16 by an instruction, to which those below 2^-126
+ *                      are 0
  *     compute_floats   the same as compute_words, to float32
- *     make_moved       for each of two groups its values, rounded, and by[0] more, then by[1], both finite
+ *     make_moved       for each of two groups its values, rounded, and what signs add to them
  *     look_up_floats   HALF_STEP codes, one after the other, in a table of 16
  *     LOOKUP_BITS      codes with more bits are not looked up
  *     CAN_STREAM       whether stores can go past the caches to memory; such ones are aligned */
@@ -112,9 +120,24 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
     to[1] = scaled(of.even, of.odd, next_zero, next_scale);
 }
 
-/* Finite numbers to bfloat16, the first 16 and then the others. */
-INLINE __m512i rounded_in_order(__m512 first, __m512 then)
+#if __GNUC__ >= 10 || __clang_major__ >= 9 /* whose assemblers know it */
+INLINE int rounds_at_once(void) { return __builtin_cpu_supports("avx512bf16"); }
+INLINE __m512i rounded_at_once(__m512 first, __m512 then)
 {
+    __m512i words;
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(first), "v"(then));
+    return words;
+}
+#else
+INLINE int rounds_at_once(void) { return 0; }
+INLINE __m512i rounded_at_once(__m512 first, __m512 then) { return _mm512_setzero_si512(); }
+#endif
+
+/* Finite numbers to bfloat16, the first 16 and then the others. */
+INLINE __m512i rounded_in_order(__m512 first, __m512 then, int at_once)
+{
+    if (at_once)
+        return rounded_at_once(first, then);
     const __m512i lowers = _mm512_set_epi16(
         62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6,
         4, 2, 0);
@@ -133,13 +156,13 @@ INLINE __m512 nearest_floats(__m512 value)
 }
 
 INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, float next_zero, float next_scale,
-                       const float by[2])
+                       struct step by)
 {
-    const __m512 unset = _mm512_set1_ps(by[0]), set = _mm512_set1_ps(by[1]);
+    const __m512 unset = _mm512_set1_ps(by.unset), set = _mm512_set1_ps(by.set);
     for (int i = 0; i < 2; i++) {
         const __m512 z = _mm512_set1_ps(i ? next_zero : zero), s = _mm512_set1_ps(i ? next_scale : scale);
         const __m512 value = nearest_floats(_mm512_mul_ps(_mm512_sub_ps(of.all, z), s));
-        to[i] = rounded_in_order(_mm512_add_ps(value, unset), _mm512_add_ps(value, set));
+        to[i] = rounded_in_order(_mm512_add_ps(value, unset), _mm512_add_ps(value, set), by.at_once);
     }
 }
 
@@ -210,13 +233,15 @@ INLINE __m512 moved(__m512i code, float zero, float scale, __m512i is_set, float
 }
 
 INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
-                          float step, int is_streamed)
+                          struct step by, int is_streamed)
 {
-    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)codes));
-    const __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)signs));
-    const __m512i even = _mm512_and_si512(pairs, _mm512_set1_epi32(255)), odd = _mm512_srli_epi32(pairs, 8);
-    put(to, rounded(moved(even, zero, scale, _mm512_slli_epi32(two, (unsigned)(31 - bit)), step),
-                    moved(odd, zero, scale, _mm512_slli_epi32(two, (unsigned)(23 - bit)), step)), is_streamed);
+    __m512 sum[2];
+    for (int i = 0; i < 2; i++) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes + i));
+        const __m512i sign = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)signs + i));
+        sum[i] = moved(code, zero, scale, _mm512_slli_epi32(sign, (unsigned)(31 - bit)), by.set);
+    }
+    put(to, rounded_in_order(sum[0], sum[1], by.at_once), is_streamed);
 }
 
 INLINE void compute_floats(float *to, const uint8_t *codes, float zero, float scale, int is_streamed)
@@ -330,6 +355,8 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
     split(to, to + 1, a, scaled(of.every4th[1], of.every4th[3], z, s));
 }
 
+INLINE int rounds_at_once(void) { return 0; }
+
 /* words, even and odd, and so much more. */
 INLINE __m256i moved(__m256i words, __m256 even_by, __m256 odd_by)
 {
@@ -339,12 +366,12 @@ INLINE __m256i moved(__m256i words, __m256 even_by, __m256 odd_by)
 }
 
 INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, float next_zero, float next_scale,
-                       const float by[2])
+                       struct step by)
 {
     const __m256 z = halves(zero, next_zero), s = halves(scale, next_scale);
     const __m256i a = scaled(of.every4th[0], of.every4th[2], z, s), b = scaled(of.every4th[1], of.every4th[3], z, s);
     for (int i = 0; i < 2; i++) {
-        const __m256 step = _mm256_set1_ps(by[i]);
+        const __m256 step = _mm256_set1_ps(i ? by.set : by.unset);
         split(&to[0].of[i], &to[1].of[i], moved(a, step, step), moved(b, step, step));
     }
 }
@@ -450,15 +477,15 @@ INLINE __m256 with_signs(__m256 by, __m256i is_set)
 }
 
 INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
-                          float step, int is_streamed)
+                          struct step by, int is_streamed)
 {
-    const __m256 by = _mm256_set1_ps(step);
+    const __m256 set = _mm256_set1_ps(by.set);
     for (int i = 0; i < STEP; i += 16) {
         __m256i even, odd;
         widen(signs + i, &even, &odd);
         even = _mm256_slli_epi32(even, 23 - bit);
         odd = _mm256_slli_epi32(odd, 23 - bit);
-        put(to + i, moved(computed(codes + i, zero, scale), with_signs(by, even), with_signs(by, odd)), is_streamed);
+        put(to + i, moved(computed(codes + i, zero, scale), with_signs(set, even), with_signs(set, odd)), is_streamed);
     }
 }
 
@@ -540,13 +567,16 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
     }
 }
 
+INLINE int rounds_at_once(void) { return 0; }
+
 INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, float next_zero, float next_scale,
-                       const float by[2])
+                       struct step by)
 {
     for (int t = 0; t < 2; t++)
         for (int i = 0; i < 32; i++) {
             const float value = (of.values[i % 16] - (t ? next_zero : zero)) * (t ? next_scale : scale);
-            to[t].of[i / 16].values[i % 16] = nearest(float_of((uint32_t)nearest(value, 0) << 16) + by[i / 16], 0);
+            const float moved = float_of((uint32_t)nearest(value, 0) << 16) + (i < 16 ? by.unset : by.set);
+            to[t].of[i / 16].values[i % 16] = nearest(moved, 0);
         }
 }
 
@@ -598,11 +628,11 @@ INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float 
 }
 
 INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
-                          float step, int is_streamed)
+                          struct step by, int is_streamed)
 {
     for (int i = 0; i < STEP; i++) {
         const uint16_t word = nearest(((float)codes[i] - zero) * scale, 0);
-        to[i] = nearest(float_of((uint32_t)word << 16) + (signs[i] >> bit & 1 ? step : -step), 0);
+        to[i] = nearest(float_of((uint32_t)word << 16) + (signs[i] >> bit & 1 ? by.set : by.unset), 0);
     }
 }
 
@@ -1131,6 +1161,13 @@ static const struct direction *signs_alone(const struct noise *move)
     return is_one && move->decay == 1.0f && along->kind == RADEMACHER && is_finite(along->table[1]) ? along : 0;
 }
 
+/* A sum of a bfloat16 number and one of 2^-100 or more is a multiple of 2^-123: 0, or not below 2^-126. */
+static struct step step_of(const struct direction *along)
+{
+    const float unset = along->table[0], set = along->table[1], size = set < 0 ? -set : set;
+    return (struct step){unset, set, size >= 0x1p-100f};
+}
+
 /* A piece's signs: of a tile's run r of 64 elements bits r of 64 bytes. position: the first one's in the tensor. */
 static void get_signs(uint8_t signs[PIECE / TILE][LANES], const struct direction *along, int64_t position)
 {
@@ -1172,13 +1209,12 @@ INLINE void join_signs_in_order(uint8_t codes[TILE], const uint8_t *halves, cons
 /* codes: of five bits, a byte each: the uppermost says which way the value moves. first: the first group. values: what
  * codes stand for before zero and scale. */
 INLINE void put_groups(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
-                       int64_t first, int64_t group, const float by[2], int is_streamed)
+                       int64_t first, int64_t group, struct step by, int is_streamed)
 {
     const entries all = spread(values);
-    const float steps[2] = {by[0], by[1]}; /* not to be read again for each group */
     for (int64_t at = 0, g = first; at < TILE; at += 2 * group, g += 2) {
         lookup_32 in[2];
-        make_moved(in, all, of->zero[g], of->scale[g], of->zero[g + 1], of->scale[g + 1], steps);
+        make_moved(in, all, of->zero[g], of->scale[g], of->zero[g + 1], of->scale[g + 1], by);
         for (int64_t i = at; i < at + group; i += STEP)
             look_up_32(to + i, codes + i, in[0], is_streamed);
         for (int64_t i = at + group; i < at + 2 * group; i += STEP)
@@ -1186,9 +1222,21 @@ INLINE void put_groups(uint16_t *to, const uint8_t codes[TILE], const float *val
     }
 }
 
-/* The same of any group, and of the first n elements. */
+/* The same of any group. at_once: whether there is that instruction. */
+INLINE void put_any(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of, int64_t first,
+                    int64_t group, struct step by, int at_once, int is_streamed)
+{
+    by.at_once = at_once;
+    switch (group) {
+    case 32: put_groups(to, codes, values, of, first, 32, by, is_streamed); break;
+    case 64: put_groups(to, codes, values, of, first, 64, by, is_streamed); break;
+    default: put_groups(to, codes, values, of, first, 128, by, is_streamed);
+    }
+}
+
+/* The first n elements. */
 static void put_moved(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
-                      int64_t first, int64_t group, const float by[2], int64_t n, int64_t is_streamed)
+                      int64_t first, int64_t group, struct step by, int64_t n, int64_t is_streamed)
 {
     if (n < TILE) {
         _Alignas(64) uint16_t made[TILE];
@@ -1196,45 +1244,47 @@ static void put_moved(uint16_t *to, const uint8_t codes[TILE], const float *valu
         memcpy(to, made, (size_t)(2 * n));
         return;
     }
-    switch (group + (CAN_STREAM && is_streamed)) {
-    case 32: put_groups(to, codes, values, of, first, 32, by, 0); break;
-    case 33: put_groups(to, codes, values, of, first, 32, by, 1); break;
-    case 64: put_groups(to, codes, values, of, first, 64, by, 0); break;
-    case 65: put_groups(to, codes, values, of, first, 64, by, 1); break;
-    case 128: put_groups(to, codes, values, of, first, 128, by, 0); break;
-    default: put_groups(to, codes, values, of, first, 128, by, 1);
+    switch ((CAN_STREAM && is_streamed) + (rounds_at_once() && by.at_once ? 2 : 0)) {
+    case 0: put_any(to, codes, values, of, first, group, by, 0, 0); break;
+    case 1: put_any(to, codes, values, of, first, group, by, 0, 1); break;
+    case 2: put_any(to, codes, values, of, first, group, by, 1, 0); break;
+    default: put_any(to, codes, values, of, first, group, by, 1, 1);
     }
 }
 
 /* A tile of any codes, a byte each. */
 INLINE void put_computed(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
-                         const uint8_t signs[LANES], float step, int is_streamed)
+                         const uint8_t signs[LANES], struct step by, int at_once, int is_streamed)
 {
+    by.at_once = at_once;
 #pragma GCC unroll 8
     for (int run = 0; run < TILE / LANES; run++)
         for (int i = 0; i < LANES; i += STEP) {
             const int at = run * LANES + i;
             const int64_t g = first + at / group;
-            compute_moved(to + at, codes + at, of->zero[g], of->scale[g], signs + i, run, step, is_streamed);
+            compute_moved(to + at, codes + at, of->zero[g], of->scale[g], signs + i, run, by, is_streamed);
         }
 }
 
 static void put_computed_moved(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first,
-                               int64_t group, const uint8_t signs[LANES], float step, int64_t n, int64_t is_streamed)
+                               int64_t group, const uint8_t signs[LANES], struct step by, int64_t n, int64_t is_streamed)
 {
     if (n < TILE) {
         _Alignas(64) uint16_t made[TILE];
-        put_computed(made, codes, of, first, group, signs, step, 0);
+        put_computed_moved(made, codes, of, first, group, signs, by, TILE, 0);
         memcpy(to, made, (size_t)(2 * n));
-    } else if (CAN_STREAM && is_streamed) {
-        put_computed(to, codes, of, first, group, signs, step, 1);
-    } else {
-        put_computed(to, codes, of, first, group, signs, step, 0);
+        return;
+    }
+    switch ((CAN_STREAM && is_streamed) + (rounds_at_once() && by.at_once ? 2 : 0)) {
+    case 0: put_computed(to, codes, of, first, group, signs, by, 0, 0); break;
+    case 1: put_computed(to, codes, of, first, group, signs, by, 0, 1); break;
+    case 2: put_computed(to, codes, of, first, group, signs, by, 1, 0); break;
+    default: put_computed(to, codes, of, first, group, signs, by, 1, 1);
     }
 }
 
 /* A stretch of affine codes; back: whether its scales are finite. signs: of each of its tiles. */
-static int affine_signs_stretch(const struct affine *job, const uint8_t signs[][LANES], const float by[2], uint16_t *to,
+static int affine_signs_stretch(const struct affine *job, const uint8_t signs[][LANES], struct step by, uint16_t *to,
                                 int64_t first, int64_t n)
 {
     _Alignas(64) uint8_t space[STRETCH], codes[TILE];
@@ -1243,10 +1293,12 @@ static int affine_signs_stretch(const struct affine *job, const uint8_t signs[][
     get_groups(&of, job, first / job->group, num_tiles * per_tile);
     if (!of.is_finite)
         return 0;
+    if (job->is_streamed)
+        find_pages(to, 2 * n);
     if (job->bits > 4) {
         const uint8_t *all = bytes_of(job, first / TILE, num_tiles, space);
         for (int64_t tile = 0; tile < num_tiles; tile++, all += TILE, to += TILE, n -= TILE)
-            put_computed_moved(to, all, &of, tile * per_tile, job->group, signs[tile], by[1], n, job->is_streamed);
+            put_computed_moved(to, all, &of, tile * per_tile, job->group, signs[tile], by, n, job->is_streamed);
         return 1;
     }
     const uint8_t *halves = halves_of(job, first / TILE, num_tiles, space);
@@ -1264,11 +1316,12 @@ int NAME(ssdtune_affine_signs, SUFFIX)(const void *packed, const struct noise *m
     const struct direction *along = signs_alone(move);
     if (!along || job->dtype != BFLOAT16)
         return 0;
+    const struct step by = step_of(along);
     _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
     get_signs(signs, along, position);
     for (int64_t at = 0; at < n; at += STRETCH) {
         const int64_t here = n - at < STRETCH ? n - at : STRETCH;
-        if (!affine_signs_stretch(job, signs + at / TILE, along->table, (uint16_t *)to + at, first + at, here))
+        if (!affine_signs_stretch(job, signs + at / TILE, by, (uint16_t *)to + at, first + at, here))
             return 0;
     }
     return 1;
@@ -1287,7 +1340,7 @@ static void get_blocks(struct groups *to, const struct nibbles *job, int64_t fir
 }
 
 /* The same stretch of nibbles. */
-static int nibbles_signs_stretch(const struct nibbles *job, const uint8_t signs[][LANES], const float by[2], uint16_t *to,
+static int nibbles_signs_stretch(const struct nibbles *job, const uint8_t signs[][LANES], struct step by, uint16_t *to,
                                  int64_t first, int64_t n)
 {
     _Alignas(64) uint8_t codes[TILE], rest[TILE / 2];
@@ -1296,6 +1349,8 @@ static int nibbles_signs_stretch(const struct nibbles *job, const uint8_t signs[
     get_blocks(&of, job, first / job->block, num_tiles * per_tile);
     if (!of.is_finite)
         return 0;
+    if (job->is_streamed)
+        find_pages(to, 2 * n);
     const uint8_t *halves = job->codes + first / 2;
     for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
         if (n < TILE)
@@ -1317,11 +1372,12 @@ int NAME(ssdtune_nibbles_signs, SUFFIX)(const void *packed, const struct noise *
     const int is_looked_up = job->block == 32 || job->block == 64 || job->block == 128;
     if (!along || !is_looked_up || job->scale_kind == SCALE_BYTE || job->dtype != BFLOAT16)
         return 0;
+    const struct step by = step_of(along);
     _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
     get_signs(signs, along, position);
     for (int64_t at = 0; at < n; at += STRETCH) {
         const int64_t here = n - at < STRETCH ? n - at : STRETCH;
-        if (!nibbles_signs_stretch(job, signs + at / TILE, along->table, (uint16_t *)to + at, first + at, here))
+        if (!nibbles_signs_stretch(job, signs + at / TILE, by, (uint16_t *)to + at, first + at, here))
             return 0;
     }
     return 1;
