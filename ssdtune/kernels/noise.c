@@ -108,10 +108,10 @@ static void philox(uint32_t words[4][LANES], uint64_t key, uint64_t start, uint3
     }
 }
 
-/* What 8-bit fields stand for, added: those of a tile's 1024 elements. table: 256 values, the lower half the negative of
- * the upper one mirrored. */
+/* What the 8-bit fields of a tile's 1024 elements stand for, added. */
 #if defined(__AVX512F__)
-/* Values for the last eight bits of 16 words. upper: the table's upper half. */
+/* Values for the last eight bits of 16 words. upper: the table's upper half, in registers: the lower one is its negative,
+ * mirrored. */
 INLINE __m512 value_of(const __m512 upper[8], __m512i field)
 {
     const __mmask16 is_lower = _mm512_testn_epi32_mask(field, _mm512_set1_epi32(128));

@@ -19,7 +19,8 @@ struct affine {
     int64_t part, next; /* part: elements, a multiple of 4096; next: that nobody has taken yet */
 };
 
-/* One direction's share, as noise.Direction. table: 256 values (Gaussian) or two (Rademacher), scaled. */
+/* One direction's share, as noise.Direction. table: 256 values (Gaussian) or two (Rademacher), scaled; the last is the
+ * first one's negative, and so on inwards. */
 struct direction {
     uint64_t key;
     const float *table;
@@ -54,10 +55,9 @@ void NAME(ssdtune_random_words, SUFFIX)(uint32_t words[4][64], uint64_t key, uin
 
 decoder NAME(ssdtune_affine_piece, SUFFIX), NAME(ssdtune_nibbles_piece, SUFFIX);
 
-/* Both at once, by one table of all that can come out of a group: a packed tensor's elements first ... first + n - 1,
- * n <= PIECE, moved by a sign each, where `to` points. position: number of the first one in the tensor that moves. Back:
- * whether it was done; codes of at most four bits to bfloat16 can be, with finite scales, by a move that is one direction
- * of signs and nothing else. */
+/* Both at once: a packed tensor's elements first ... first + n - 1, n <= PIECE, moved by a sign each, where `to` points.
+ * position: number of the first one in the tensor that moves. Back: whether it was done; it can be to bfloat16, with finite
+ * scales that are no bytes, by a move that is one direction of signs and nothing else. */
 typedef int sign_decoder(const void *packed, const struct noise *move, void *to, int64_t first, int64_t n,
                          int64_t position);
 
