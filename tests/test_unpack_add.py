@@ -180,7 +180,7 @@ def test_signs_are_added_while_codes_are_decoded(
 def test_what_is_moved_while_it_is_decoded(
     format: Affine | Nibbles, move: Move, is_done: bool, suffix: str
 ) -> None:
-    """Signs alone; the native function says whether it did it."""
+    """Signs alone, by processors with vectors; the native function says whether it did it."""
     assert native is not None
     out, parts = torch.empty(TILE, dtype=torch.bfloat16), parts_of(format, (TILE,))
     if isinstance(format, Affine):
@@ -194,7 +194,7 @@ def test_what_is_moved_while_it_is_decoded(
         ctypes.c_void_p(at) for at in (ctypes.addressof(job), noise.address, out.data_ptr())
     ]
     done = native.function(name, suffix)(*arguments, *map(ctypes.c_int64, (0, TILE, 0)))
-    assert done == is_done
+    assert done == (is_done and suffix in ("_avx512", "_avx2"))
 
 
 def test_dtypes_that_native_code_does_not_know() -> None:

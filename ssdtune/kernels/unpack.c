@@ -42,18 +42,21 @@ struct step {
  *     look_up          STEP codes in the low halves of bytes, of one group, and as many in the high halves, of another
  *     both             two lookups, to be found by codes of five bits: of the first, then of the second
  *     look_up_32       STEP codes of one group, the last five bits of a byte each
- *     five             of each byte the last four bits of a and the fifth of b, for look_up_32
- *     in_order         BYTES codes, one after the other as look_up_nibbles has them, to the last four bits of a byte each
  *     look_up_nibbles  STEP or HALF_STEP codes of one group, one after the other
  *     compute_words    (code - zero) * scale for STEP codes, a byte each; the scale is finite
- *     compute_moved    the same, and what a bit of a byte of signs adds
- *     rounds_at_once   whether the processor rounds numbers to bfloat16 by an instruction, to which those below 2^-126
- *                      are 0
- *     compute_floats   the same as compute_words, to float32
- *     make_moved       for each of two groups its values, rounded, and what signs add to them
+ *     compute_floats   the same, to float32
  *     look_up_floats   HALF_STEP codes, one after the other, in a table of 16
  *     LOOKUP_BITS      codes with more bits are not looked up
- *     CAN_STREAM       whether stores can go past the caches to memory; such ones are aligned */
+ *     CAN_STREAM       whether stores can go past the caches to memory; such ones are aligned
+ *
+ * and those with vectors, for signs that are added on the way:
+ *
+ *     five             of each byte the last four bits of a and the fifth of b, for look_up_32
+ *     in_order         BYTES codes, one after the other as look_up_nibbles has them, to the last four bits of a byte each
+ *     make_moved       for each of two groups its values, rounded, and what signs add to them
+ *     compute_moved    as compute_words, and what a bit of a byte of signs adds
+ *     rounds_at_once   whether the processor rounds numbers to bfloat16 by an instruction, to which those below 2^-126
+ *                      are 0 */
 #if defined(__AVX512F__)
 enum { BYTES = 64, LOOKUP_BITS = 5, CAN_STREAM = 1 };
 typedef __m512i bytes;
@@ -567,19 +570,6 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
     }
 }
 
-INLINE int rounds_at_once(void) { return 0; }
-
-INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, float next_zero, float next_scale,
-                       struct step by)
-{
-    for (int t = 0; t < 2; t++)
-        for (int i = 0; i < 32; i++) {
-            const float value = (of.values[i % 16] - (t ? next_zero : zero)) * (t ? next_scale : scale);
-            const float moved = float_of((uint32_t)nearest(value, 0) << 16) + (i < 16 ? by.unset : by.set);
-            to[t].of[i / 16].values[i % 16] = nearest(moved, 0);
-        }
-}
-
 INLINE lookup of_words(const uint16_t *words)
 {
     lookup in;
@@ -603,16 +593,6 @@ INLINE void look_up_32(uint16_t *to, const uint8_t *codes, lookup_32 in, int is_
         to[i] = in.of[codes[i] >> 4].values[codes[i] & 15];
 }
 
-INLINE bytes five(bytes a, bytes b) { return with(with(none(), a, 15), b, 16); }
-
-INLINE bytes in_order(const uint8_t *codes, int is_high_first)
-{
-    bytes to = 0;
-    for (int i = 0; i < BYTES; i++)
-        to |= (bytes)(codes[i / 2] >> (i % 2 == is_high_first ? 0 : 4) & 15) << 8 * i;
-    return to;
-}
-
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
 {
     for (int i = 0; i < step; i += 2) {
@@ -625,15 +605,6 @@ INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float 
 {
     for (int i = 0; i < STEP; i++)
         to[i] = nearest(((float)codes[i] - zero) * scale, 0);
-}
-
-INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
-                          struct step by, int is_streamed)
-{
-    for (int i = 0; i < STEP; i++) {
-        const uint16_t word = nearest(((float)codes[i] - zero) * scale, 0);
-        to[i] = nearest(float_of((uint32_t)word << 16) + (signs[i] >> bit & 1 ? by.set : by.unset), 0);
-    }
 }
 
 INLINE void compute_floats(float *to, const uint8_t *codes, float zero, float scale, int is_streamed)
@@ -1153,6 +1124,20 @@ void NAME(ssdtune_unpack_nibbles, SUFFIX)(struct nibbles *job)
 
 /* ------------------------------------------------------------------------------- signs, added while codes are decoded */
 
+#if !defined(__AVX2__) /* one by one it takes as long as in two passes, or longer */
+int NAME(ssdtune_affine_signs, SUFFIX)(const void *packed, const struct noise *move, void *to, int64_t first, int64_t n,
+                                       int64_t position)
+{
+    return 0;
+}
+
+int NAME(ssdtune_nibbles_signs, SUFFIX)(const void *packed, const struct noise *move, void *to, int64_t first, int64_t n,
+                                        int64_t position)
+{
+    return 0;
+}
+#else
+
 /* The one direction that a move consists of, if it is one of signs and nothing else is done; 0: it is not so. */
 static const struct direction *signs_alone(const struct noise *move)
 {
@@ -1382,3 +1367,4 @@ int NAME(ssdtune_nibbles_signs, SUFFIX)(const void *packed, const struct noise *
     }
     return 1;
 }
+#endif
