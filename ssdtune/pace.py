@@ -93,13 +93,14 @@ def _block_pass(dtype: torch.dtype) -> Callable[[], object]:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=1536,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        attn_implementation="sdpa",
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "attn_implementation": "sdpa",
+    }
+    config = LlamaConfig(**sizes)
     block: Any = LlamaDecoderLayer(config, layer_idx=0).to(dtype)
     targets = [
         name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)

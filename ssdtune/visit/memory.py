@@ -65,7 +65,7 @@ def predict(
         optimizer_bytes=num_states * trained,
         staging_bytes=staging_bytes(plan.block_inputs),
         library_bytes=library_bytes(
-            {weight.placeholder.dtype for weight in streamer.weights},
+            {w.placeholder.dtype for w in streamer.weights if w.placeholder is not None},
             lengths_vary=passes.lengths_vary,
         ),
     )
