@@ -70,6 +70,9 @@ def measure_gflops(dtype_name: str) -> float:
     """
     import torch
 
+    from ssdtune.visit.libraries import bound_caches
+
+    bound_caches()  # before the first product, as they must be
     dtype = getattr(torch, dtype_name)
     seconds = NUM_BLOCKS * seconds_of(_block_pass(dtype))
     seconds += NUM_SLICES * seconds_of(_head_pass(dtype))

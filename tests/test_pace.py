@@ -1,12 +1,14 @@
 """The quickstart's pace: as much as the processor does in time, in the faster number format."""
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 
 from ssdtune import pace, quickstart
 from ssdtune.config import load_config
+from ssdtune.visit.libraries import CACHE_KEYS
 
 CONFIG = Path(__file__).parent.parent / quickstart.CONFIG
 NEEDED = ["--model_name_or_path", "m", "--dataset", "d.jsonl", "--output_dir", "o"]
@@ -27,10 +29,13 @@ def test_a_run_is_timed_on_average_after_a_first_one(monkeypatch):
 
 
 def test_the_rate_is_a_steps_work_over_the_time_of_its_passes(monkeypatch):
+    for key in CACHE_KEYS:
+        monkeypatch.delenv(key, raising=False)
     seconds = iter([0.1, 0.05])  # a block's, a slice's
     monkeypatch.setattr(pace, "seconds_of", lambda run: next(seconds))
     flop = 2 * 165 * 6 * 134_515_008
     assert pace.measure_gflops("float32") == pytest.approx(flop / (30 * 0.1 + 12 * 0.05) / 1e9)
+    assert all(key in os.environ for key in CACHE_KEYS), "libraries look at the first product"
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
