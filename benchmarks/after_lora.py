@@ -4,8 +4,8 @@
                                     [--eval-rows 10] [--json out.json]
 
 Each row is a run of `ssdtune train` of its own: the same rows in the same order, the same first adapters but where LoftQ
-makes them (`+loftq`), rank 16 on all linear layers, 128 tokens a step. The model is SmolLM2 as `off_grid.py` left it, weights that were never quantized;
-the text is the quickstart's, the loss that of rows kept out of every training.
+makes them (`+loftq`), rank 16 on all linear layers, 128 tokens a step. The model is SmolLM2 as `off_grid.py` left it,
+weights that were never quantized; the text is the quickstart's, the loss that of rows kept out of every training.
 """
 
 from __future__ import annotations

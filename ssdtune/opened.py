@@ -163,7 +163,6 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
     from ssdtune.trainer.opening import trains_all
-    from ssdtune.visit.libraries import library_bytes
     from ssdtune.visit.rehearsal import autocast_of, rehearse_draft
 
     config, drafted, adapted = source.config, opened.drafted, opened.adapted
@@ -182,10 +181,6 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
 
     usual = rehearsed(round(rows.padded_tokens))
     longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
-    with autocast_of(config, on_cpu.device):
-        dtype = getattr(torch, opened.dtype)
-        varies = len(set(opened.lengths)) > 1
-        held_by_libraries = library_bytes([dtype], lengths_vary=varies)
     trained = [p for p in adapted.parameters() if p.requires_grad] if not is_of_all else []
     trained_bytes = sum(p.nbytes for p in trained)
     outside_bytes = opened.resident_bytes if is_of_all else 0
@@ -210,7 +205,7 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
             trained_bytes=trained_bytes,
             gradient_bytes=trained_bytes,
             optimizer_bytes=NUM_STATES.get(str(config.optim), MOST_STATES) * trained_bytes,
-            library_bytes=held_by_libraries,
+            library_bytes=_library_bytes(source, opened),
             more=steps.more,
         ),
         rows_at_once=at_once,
@@ -230,6 +225,18 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         directions=_directions(source, steps, drafted, trained, outside_bytes),
         **_packing(opened.twin),
     )
+
+
+def _library_bytes(source: Source, opened: Opened) -> int:
+    """What the math libraries come to hold, were this processor to compute."""
+    import torch
+
+    from ssdtune.visit.libraries import library_bytes
+    from ssdtune.visit.rehearsal import autocast_of
+
+    with autocast_of(source.config, torch.device("cpu")):
+        dtype = getattr(torch, opened.dtype)
+        return library_bytes([dtype], lengths_vary=len(set(opened.lengths)) > 1)
 
 
 def _packing(twin: Twin | None) -> dict[str, Any]:

@@ -1207,41 +1207,10 @@ INLINE void put_groups(uint16_t *to, const uint8_t codes[TILE], const float *val
     }
 }
 
-/* The same of any group. at_once: whether there is that instruction. */
-INLINE void put_any(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of, int64_t first,
-                    int64_t group, struct step by, int at_once, int is_streamed)
-{
-    by.at_once = at_once;
-    switch (group) {
-    case 32: put_groups(to, codes, values, of, first, 32, by, is_streamed); break;
-    case 64: put_groups(to, codes, values, of, first, 64, by, is_streamed); break;
-    default: put_groups(to, codes, values, of, first, 128, by, is_streamed);
-    }
-}
-
-/* The first n elements. */
-static void put_moved(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
-                      int64_t first, int64_t group, struct step by, int64_t n, int64_t is_streamed)
-{
-    if (n < TILE) {
-        _Alignas(64) uint16_t made[TILE];
-        put_moved(made, codes, values, of, first, group, by, TILE, 0);
-        memcpy(to, made, (size_t)(2 * n));
-        return;
-    }
-    switch ((CAN_STREAM && is_streamed) + (rounds_at_once() && by.at_once ? 2 : 0)) {
-    case 0: put_any(to, codes, values, of, first, group, by, 0, 0); break;
-    case 1: put_any(to, codes, values, of, first, group, by, 0, 1); break;
-    case 2: put_any(to, codes, values, of, first, group, by, 1, 0); break;
-    default: put_any(to, codes, values, of, first, group, by, 1, 1);
-    }
-}
-
-/* A tile of any codes, a byte each. */
+/* Any codes, a byte each. signs: of the tile. */
 INLINE void put_computed(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
-                         const uint8_t signs[LANES], struct step by, int at_once, int is_streamed)
+                         const uint8_t signs[LANES], struct step by, int is_streamed)
 {
-    by.at_once = at_once;
 #pragma GCC unroll 8
     for (int run = 0; run < TILE / LANES; run++)
         for (int i = 0; i < LANES; i += STEP) {
@@ -1251,27 +1220,64 @@ INLINE void put_computed(uint16_t *to, const uint8_t codes[TILE], const struct g
         }
 }
 
-static void put_computed_moved(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first,
-                               int64_t group, const uint8_t signs[LANES], struct step by, int64_t n, int64_t is_streamed)
+/* Either of any group. values: 0: codes are computed. at_once: whether there is that instruction. */
+INLINE void put_any(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of, int64_t first,
+                    int64_t group, const uint8_t signs[LANES], struct step by, int at_once, int is_streamed)
+{
+    by.at_once = at_once;
+    if (!values) {
+        put_computed(to, codes, of, first, group, signs, by, is_streamed);
+        return;
+    }
+    switch (group) {
+    case 32: put_groups(to, codes, values, of, first, 32, by, is_streamed); break;
+    case 64: put_groups(to, codes, values, of, first, 64, by, is_streamed); break;
+    default: put_groups(to, codes, values, of, first, 128, by, is_streamed);
+    }
+}
+
+/* The first n elements. */
+static void put_moved(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
+                      int64_t first, int64_t group, const uint8_t signs[LANES], struct step by, int64_t n,
+                      int64_t is_streamed)
 {
     if (n < TILE) {
         _Alignas(64) uint16_t made[TILE];
-        put_computed_moved(made, codes, of, first, group, signs, by, TILE, 0);
+        put_moved(made, codes, values, of, first, group, signs, by, TILE, 0);
         memcpy(to, made, (size_t)(2 * n));
         return;
     }
     switch ((CAN_STREAM && is_streamed) + (rounds_at_once() && by.at_once ? 2 : 0)) {
-    case 0: put_computed(to, codes, of, first, group, signs, by, 0, 0); break;
-    case 1: put_computed(to, codes, of, first, group, signs, by, 0, 1); break;
-    case 2: put_computed(to, codes, of, first, group, signs, by, 1, 0); break;
-    default: put_computed(to, codes, of, first, group, signs, by, 1, 1);
+    case 0: put_any(to, codes, values, of, first, group, signs, by, 0, 0); break;
+    case 1: put_any(to, codes, values, of, first, group, signs, by, 0, 1); break;
+    case 2: put_any(to, codes, values, of, first, group, signs, by, 1, 0); break;
+    default: put_any(to, codes, values, of, first, group, signs, by, 1, 1);
     }
 }
 
-/* A stretch of affine codes; back: whether its scales are finite. signs: of each of its tiles. */
-static int affine_signs_stretch(const struct affine *job, const uint8_t signs[][LANES], struct step by, uint16_t *to,
+/* Decodes and moves a stretch; back: whether its scales are finite. signs: of each of its tiles. */
+typedef int stretch_decoder(const void *packed, const uint8_t signs[][LANES], struct step by, uint16_t *to, int64_t first,
+                            int64_t n);
+
+/* The same of a piece, as sign_decoder. */
+static int by_stretches(stretch_decoder *decode, const void *packed, const struct direction *along, uint16_t *to,
+                        int64_t first, int64_t n, int64_t position)
+{
+    const struct step by = step_of(along);
+    _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
+    get_signs(signs, along, position);
+    for (int64_t at = 0; at < n; at += STRETCH) {
+        const int64_t here = n - at < STRETCH ? n - at : STRETCH;
+        if (!decode(packed, signs + at / TILE, by, to + at, first + at, here))
+            return 0;
+    }
+    return 1;
+}
+
+static int affine_signs_stretch(const void *packed, const uint8_t signs[][LANES], struct step by, uint16_t *to,
                                 int64_t first, int64_t n)
 {
+    const struct affine *job = packed;
     _Alignas(64) uint8_t space[STRETCH], codes[TILE];
     struct groups of;
     const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->group;
@@ -1283,13 +1289,13 @@ static int affine_signs_stretch(const struct affine *job, const uint8_t signs[][
     if (job->bits > 4) {
         const uint8_t *all = bytes_of(job, first / TILE, num_tiles, space);
         for (int64_t tile = 0; tile < num_tiles; tile++, all += TILE, to += TILE, n -= TILE)
-            put_computed_moved(to, all, &of, tile * per_tile, job->group, signs[tile], by, n, job->is_streamed);
+            put_moved(to, all, 0, &of, tile * per_tile, job->group, signs[tile], by, n, job->is_streamed);
         return 1;
     }
     const uint8_t *halves = halves_of(job, first / TILE, num_tiles, space);
     for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
         join_signs(codes, halves, signs[tile]);
-        put_moved(to, codes, COUNT, &of, tile * per_tile, job->group, by, n, job->is_streamed);
+        put_moved(to, codes, COUNT, &of, tile * per_tile, job->group, signs[tile], by, n, job->is_streamed);
     }
     return 1;
 }
@@ -1301,15 +1307,7 @@ int NAME(ssdtune_affine_signs, SUFFIX)(const void *packed, const struct noise *m
     const struct direction *along = signs_alone(move);
     if (!along || job->dtype != BFLOAT16)
         return 0;
-    const struct step by = step_of(along);
-    _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
-    get_signs(signs, along, position);
-    for (int64_t at = 0; at < n; at += STRETCH) {
-        const int64_t here = n - at < STRETCH ? n - at : STRETCH;
-        if (!affine_signs_stretch(job, signs + at / TILE, by, (uint16_t *)to + at, first + at, here))
-            return 0;
-    }
-    return 1;
+    return by_stretches(affine_signs_stretch, job, along, to, first, n, position);
 }
 
 /* Scales of blocks as of groups. num: blocks, whether or not the tensor goes on so far. first: its number. */
@@ -1324,10 +1322,10 @@ static void get_blocks(struct groups *to, const struct nibbles *job, int64_t fir
     }
 }
 
-/* The same stretch of nibbles. */
-static int nibbles_signs_stretch(const struct nibbles *job, const uint8_t signs[][LANES], struct step by, uint16_t *to,
+static int nibbles_signs_stretch(const void *packed, const uint8_t signs[][LANES], struct step by, uint16_t *to,
                                  int64_t first, int64_t n)
 {
+    const struct nibbles *job = packed;
     _Alignas(64) uint8_t codes[TILE], rest[TILE / 2];
     struct groups of;
     const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->block;
@@ -1344,7 +1342,7 @@ static int nibbles_signs_stretch(const struct nibbles *job, const uint8_t signs[
             join_signs_in_order(codes, halves, signs[tile], 1);
         else
             join_signs_in_order(codes, halves, signs[tile], 0);
-        put_moved(to, codes, job->table, &of, tile * per_tile, job->block, by, n, job->is_streamed);
+        put_moved(to, codes, job->table, &of, tile * per_tile, job->block, signs[tile], by, n, job->is_streamed);
     }
     return 1;
 }
@@ -1357,14 +1355,6 @@ int NAME(ssdtune_nibbles_signs, SUFFIX)(const void *packed, const struct noise *
     const int is_looked_up = job->block == 32 || job->block == 64 || job->block == 128;
     if (!along || !is_looked_up || job->scale_kind == SCALE_BYTE || job->dtype != BFLOAT16)
         return 0;
-    const struct step by = step_of(along);
-    _Alignas(64) uint8_t signs[PIECE / TILE][LANES];
-    get_signs(signs, along, position);
-    for (int64_t at = 0; at < n; at += STRETCH) {
-        const int64_t here = n - at < STRETCH ? n - at : STRETCH;
-        if (!nibbles_signs_stretch(job, signs + at / TILE, by, (uint16_t *)to + at, first + at, here))
-            return 0;
-    }
-    return 1;
+    return by_stretches(nibbles_signs_stretch, job, along, to, first, n, position);
 }
 #endif

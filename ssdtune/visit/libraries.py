@@ -20,7 +20,7 @@ CACHE_KEYS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # torch'
 # took 5 % longer than with 128.
 MOST_PRODUCTS = 64
 PRODUCT_BYTES = (
-    1_200_000  # in both caches: 150 MB of 128, over 14 steps of SmolLM2 whose rows had all lengths
+    1_200_000  # in both caches: 128 took 150 MB, over 14 steps with rows of many lengths
 )
 
 
