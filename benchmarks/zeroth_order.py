@@ -131,7 +131,7 @@ class Streamed:
         """One step."""
         num_items = self.rows.numel() - len(self.rows)
         calls = [
-            lambda r=r: self.method.model(input_ids=r, labels=r, num_items_in_batch=num_items)
+            lambda r=r: self.method.model(input_ids=r, labels=r, num_items_in_batch=num_items).loss
             for r in self.rows.split(1)
         ]
         self.update = self.method.step(calls, learning_rate=RATE).update

@@ -45,6 +45,7 @@ def test_a_step_takes_what_was_announced(
 ) -> None:
     """Two, four and eight variants. Live bytes of tensors, operator by operator, and the places that a first step made."""
     base = tiny_models.build("llama")
+    base.config.use_cache = True  # as most published models have it
     tiny_models.save(base, tmp_path)
     model: Any = stream(tmp_path, model_class=type(base), options={"chunk_tokens": 64})
     if trains == "adapters":
@@ -65,3 +66,26 @@ def test_a_step_takes_what_was_announced(
     places = (method.weights._scratch, method.weights.residents._scratch)
     taken = live.peak + sum(place.nbytes for place in places if place is not None)
     assert taken == pytest.approx(announced, rel=0.05)
+
+
+def test_a_step_holds_no_keys_and_values(tmp_path: Path, stream: Stream) -> None:
+    """With labels and without, unless they are asked for."""
+    base = tiny_models.build("llama")
+    base.config.use_cache = True
+    tiny_models.save(base, tmp_path)
+    model: Any = stream(tmp_path, model_class=type(base))
+    piece = tiny_models.batch("llama")
+    ids = piece["input_ids"]
+    has_cache: dict[str, bool] = {}
+
+    def share(name: str, *args: Any, **more: Any) -> float:
+        has_cache[name] = model(*args, **more).past_key_values is not None
+        return 1.0
+
+    calls = [
+        lambda: share("labels", **piece),
+        lambda: share("logits", ids),
+        lambda: share("asked for", ids, use_cache=True),
+    ]
+    ZerothOrder(model, MeZO()).step(calls, learning_rate=1e-3)
+    assert has_cache == {"labels": False, "logits": False, "asked for": True}

@@ -17,7 +17,7 @@ from ssdtune.visit.streamer import Streamer
 class FrontDoor:
     """Stands for `model.forward`: cuts the batch, runs the micro-batches through `inner`, joins their outputs.
 
-    Inside a run it only passes on: a forward set over it (TRL, accelerate) calls it once more for a micro-batch.
+    Inside a run it cuts nothing: a forward set over it (TRL, accelerate) calls it once more for a micro-batch.
     """
 
     def __init__(self, model: PreTrainedModel, inner: Callable[..., Any]) -> None:
@@ -28,7 +28,7 @@ class FrontDoor:
         """The model's forward; `micro_batches=[…]` takes separately collated ones."""
         streamer: Streamer = self.model.ssdtune  # type: ignore[assignment]
         if streamer.is_running:
-            return self.inner(*args, **kwargs)
+            return self.inner(**self._of_run(streamer, args, kwargs))
         pieces = self._pieces(args, kwargs)
         is_cut = torch.is_grad_enabled() or len(pieces) > 1
         for piece in pieces:
@@ -40,6 +40,16 @@ class FrontDoor:
         return front_door.join(
             outputs, _sum_losses(outputs, None if streamer.loss_counts_items else shares)
         )
+
+    def _of_run(
+        self, streamer: Streamer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A call inside a run, as one that a run begins with: a method's own calls, and forwards set over this one."""
+        bound = front_door.bind(self.inner, args, kwargs)
+        is_for_loss = bound.get("labels") is not None or streamer.has_variants
+        if is_for_loss and not bound.keys() & {"use_cache", *front_door.CACHES}:
+            self._without_cache(bound)
+        return bound
 
     def _pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         pieces = kwargs.pop(front_door.MICRO_BATCHES, None)

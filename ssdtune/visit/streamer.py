@@ -204,6 +204,11 @@ class Streamer:
         """Whether a run of micro-batches is under way."""
         return self._hub is not None
 
+    @property
+    def has_variants(self) -> bool:
+        """Whether the running micro-batch is of a variant of the weights: part of a method's step."""
+        return self._variant is not None
+
     def run(
         self, calls: Sequence[Callable[[], Any]], variants: Sequence[int] | None = None
     ) -> list[Any]:
