@@ -21,7 +21,7 @@ class ZerothOrderKeys:
         OneOf(("mezo", "fzoo", "lozo")),
         "two-sided differences (arXiv 2305.17333); many one-sided ones scaled by their spread (arXiv 2506.09034), whose "
         "learning_rate is that of its authors' code times zo_eps: the paper divides by it; two-sided ones along matrices of "
-        "low rank (arXiv 2410.07698)",
+        "low rank (arXiv 2410.07698), whose learning_rate is that of its authors' code times zo_rank",
         default="mezo",
     )
     zo_eps: float = key(

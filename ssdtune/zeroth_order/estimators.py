@@ -93,7 +93,7 @@ class FZOO:
 
     g_j = (L(theta + eps u_j) - L(theta)) / (eps n sigma), u_j Rademacher, sigma^2 = sum_j (L_j - mean)^2 / (n - 1)
     (Dang et al., "FZOO: Fast zeroth-order optimizer for fine-tuning large language models towards Adam-scale speed",
-    arXiv 2506.09034)
+    arXiv 2506.09034). With each step's own losses: theirs of earlier steps are not used again.
     """
 
     eps: float = 1e-3
@@ -129,7 +129,7 @@ class LOZO(MeZO):
     g_j = (L(theta + eps U_j V^T) - L(theta - eps U_j V^T)) / (2 eps) / rank / n, theta -= lr sum_j g_j U_j V^T,
     U_j [rows, rank] and V [columns, rank] Gaussian, U_j new at every step, V at every window's beginning; parameters of
     one dimension as in MeZO (Chen et al., "Enhancing zeroth-order fine-tuning for language models with low-rank
-    structures", arXiv 2410.07698, Alg. 1)
+    structures", arXiv 2410.07698, Alg. 1). The authors' code leaves / rank out: its learning rates times rank are ours.
     """
 
     rank: int = 2
