@@ -9,8 +9,11 @@ All in one process, taking turns: two forwards of the model in memory, and of th
 a working copy every so many steps, over an adapter, and over all weights in LOZO's windows as matrices of low rank. Each
 step of ours is also taken apart: what of it is making variants and updates, measured by the same calls on the same blocks.
 
---reading R: instead, a drive so slow that reading takes R times what one plain forward and one along each of FZOO's
---directions take in memory: what a step takes of the reading alone. Steps follow one another, as in a run.
+Taking one step of the log once more is timed too, over all blocks.
+
+--reading R: instead, a drive so slow that reading takes R times what a step's forwards take in memory, FZOO's along each of
+--directions and one more, or LOZO's on both sides of half as many: what a step takes of the reading alone. Steps follow one
+another, as in a run.
 
 --packed: instead, steps over all weights of the model packed to 4 bits, by each way to have its slots; seconds on the
 process's processors, which others on the machine change less.
@@ -136,15 +139,22 @@ class Streamed:
         ]
         self.update = self.method.step(calls, learning_rate=RATE).update
 
+    def replayed_s(self) -> float:
+        """Seconds of taking the last step once more, as each block of all weights does where its copy lacks it."""
+        directions, start = self.method.weights.directions, perf_counter()
+        for block in range(len(self.streamer.engine.recipes)):
+            for name, tensor in self._made(block):
+                directions.apply(tensor, name, [self.update])
+        return perf_counter() - start
+
     def noise_s(self) -> float:
         """Seconds of all that is drawn and added in a step: variants of each block, and the last step's update, which a
         window of low rank has in its sums."""
         weights, residents = self.method.weights, self.method.weights.residents
         start = perf_counter()
+        if weights.trains_blocks and not self.method.low_rank:
+            self.replayed_s()
         for block in range(len(self.streamer.engine.recipes)):
-            if weights.trains_blocks and not self.method.low_rank:
-                for name, tensor in self._made(block):
-                    weights.directions.apply(tensor, name, [self.update])
             for shift in self.method.estimator.variants:
                 residents.use_inside(block, shift)
                 if weights.trains_blocks:
@@ -211,6 +221,7 @@ def measure(folder: Path, scratch: Path, options: Any) -> dict[str, Any]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     noise: dict[str, list[float]] = {name: [] for name in ours}
+    replayed = list[float]()
     with torch.no_grad():
         for turn in range(options.rounds + 2):  # the second step of ours makes the working copy
             for name, take in turns.items():
@@ -221,6 +232,8 @@ def measure(folder: Path, scratch: Path, options: Any) -> dict[str, Any]:
             for name, each in ours.items():
                 if turn >= 2:
                     noise[name].append(each.noise_s())
+            if turn >= 2:
+                replayed.append(ours["all weights"].replayed_s())
     written = {name: each.written_bytes() for name, each in ours.items()}
     for each in ours.values():
         each.close()
@@ -240,6 +253,7 @@ def measure(folder: Path, scratch: Path, options: Any) -> dict[str, Any]:
             for name, times in noise.items()
         },
         "written_bytes_per_step": written,
+        "replayed_s": statistics.median(replayed),
     }
 
 
@@ -247,36 +261,44 @@ def measure(folder: Path, scratch: Path, options: Any) -> dict[str, Any]:
 
 
 def measure_reading(folder: Path, options: Any) -> dict[str, Any]:
-    """A row for each of what trains: FZOO's steps one after the other while reading takes as long as was asked for.
+    """A row for each of what trains: steps one after the other while reading takes as long as was asked for.
 
     All weights take the steps that they have missed as each block comes: one more in each step, none in the first.
     """
     import torch
 
-    from ssdtune.zeroth_order import FZOO
+    from ssdtune.zeroth_order import FZOO, LOZO
 
-    rows, num = text_of(options), options.directions
-    found = []
-    for name, has_adapter in (("adapter", True), ("all weights, from the log", False)):
-        plain = Plain(folder, rows, has_adapter=has_adapter)
-        estimator = FZOO(eps=EPS, num_directions=num)
-        how = {"estimator": estimator, "has_adapter": has_adapter, "can_slow": True}
-        ours = Streamed(folder, rows, **how)
+    rows, found = text_of(options), []
+    fzoo = FZOO(eps=EPS, num_directions=options.directions)
+    lozo = LOZO(eps=EPS, num_directions=-(-options.directions // 2))
+    for name, estimator, more in (
+        ("adapter, FZOO", fzoo, {"has_adapter": True}),
+        ("low rank, LOZO", lozo, {"low_rank": True}),
+        ("all weights, FZOO from the log", fzoo, {}),
+    ):
+        plain = Plain(folder, rows, has_adapter="has_adapter" in more)
+        ours = Streamed(folder, rows, estimator=estimator, can_slow=True, **more)
+        num = len(estimator.variants)
         with torch.no_grad():
             plain.loss()
-            forwards_s = (num + 1) * statistics.median(
-                timed(plain.loss) for _ in range(options.rounds)
-            )
+            forwards_s = num * statistics.median(timed(plain.loss) for _ in range(options.rounds))
             reading_s = options.reading * forwards_s
             ours.slow(reading_s)
             ours.step()  # some of its blocks were read before the drive was slowed
             took = statistics.median(timed(ours.step) for _ in range(options.rounds))
         ours.close()
-        row = {"name": name, "forwards_s": forwards_s, "reading_s": reading_s, "seconds": took}
+        row = {
+            "name": name,
+            "num": num,
+            "forwards_s": forwards_s,
+            "reading_s": reading_s,
+            "seconds": took,
+        }
         found.append({**row, "ratio": took / reading_s})
     bars = [
         measures.bar(
-            f"{num + 1} forwards a fetch, {row['name']} / reading", row["ratio"], READING_BAR
+            f"{row['num']} forwards a fetch, {row['name']} / reading", row["ratio"], READING_BAR
         )
         for row in found
     ]
@@ -397,6 +419,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"making variants and updates, {name}: {share:.1%} of the step"
     for name, num_bytes in result["written_bytes_per_step"].items():
         yield f"written in the last step, {name}: {num_bytes / 1e6:.0f} MB"
+    share = result["replayed_s"] / result["rows"][0]["seconds"]
+    yield f"taking a step of the log once more: {result['replayed_s']:.3f} s, {share:.1%} of two forwards"
 
 
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
