@@ -1,6 +1,7 @@
 """Fills and what carries them: bytes end where the recipe says, buffers serve one at a time, ops are
 recorded under the plan's ids. One level below the engine."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +22,12 @@ from engines import (
     write_blocks,
 )
 
+from ssdtune.kernels.checksum import checksum
 from ssdtune.schedule.plan import Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.fills import Fill, Lanes, Pools, SwapError
 from ssdtune.swap.readers import ReaderPool
-from ssdtune.swap.recipe import Copy, TensorView, alone
+from ssdtune.swap.recipe import BlockRecipe, Copy, Summed, TensorView, alone
 from ssdtune.swap.slots import Buffers, Slots
 from ssdtune.swap.storage import StorageError, aligned_bytes
 
@@ -178,6 +180,55 @@ def test_what_ram_keeps_is_read_once(tmp_path: Path, run: MakeLanes) -> None:
         (6, Kind.UNPACK),
         (7, Kind.UNPACK),
     ]
+
+
+def test_bytes_are_checked_when_they_are_read_and_no_more(
+    tmp_path: Path, run: MakeLanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What RAM keeps is copied many times and read once; what was read damaged is read again, and checked again."""
+    blocks = summed(write_blocks(tmp_path, ["packed"] * 3))
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "ssdtune.swap.recipe.checksum", lambda part: (seen.append(1), checksum(part))[1]
+    )
+    running = run(blocks, cached=[1])
+
+    def fill_of(block: int) -> Fill:
+        running.lanes.start(fill := a_fill(block))
+        return fill
+
+    blocks.path.write_bytes(bytes(len(blocks.content)))
+    for _ in range(2):
+        with pytest.raises(SwapError, match=r"layers\.1.*is damaged"):
+            fill_of(1).wait(10)
+    blocks.restore()
+    seen.clear()
+    for block, checks in ((1, 2), (1, 2), (0, 4), (0, 6), (1, 6)):  # of two tensors each
+        fill_of(block).wait(10)
+        assert len(seen) == checks
+
+
+def summed(blocks: Blocks) -> Blocks:
+    """The same, each tensor of the file with its checksum."""
+    content = torch.frombuffer(bytearray(blocks.content), dtype=torch.uint8)
+
+    def with_sums(recipe: BlockRecipe) -> BlockRecipe:
+        (extent,) = recipe.extents
+        start = extent.file_offset - extent.buffer_offset
+        sums = tuple(
+            Summed(
+                name=view.name,
+                file=blocks.path.name,
+                offset=view.offset,
+                num_bytes=view.num_bytes,
+                checksum=checksum(content[start + view.offset :][: view.num_bytes]),
+            )
+            for view in dict.fromkeys(copy.source for copy in recipe.copies)
+            if isinstance(view, TensorView)
+        )
+        return dataclasses.replace(recipe, summed=sums)
+
+    return dataclasses.replace(blocks, recipes=tuple(map(with_sums, blocks.recipes)))
 
 
 def test_more_fills_than_buffers_take_turns(tmp_path: Path, run: MakeLanes) -> None:

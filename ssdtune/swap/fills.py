@@ -227,7 +227,10 @@ class Lanes:
             item.ticket.wait(self.timeout_s)
             span = (item.ticket.started, item.ticket.finished)
             self._record_op(self._op(fill, (Kind.LOAD, Lane.NVME_READ), span, recipe.file_bytes))
-            if fill.block in self._cached:
+            if item.memory.device.type == "cpu":
+                fill.stage = "being checked"
+                recipe.check(item.memory)
+            if fill.block in self._cached:  # as its file has it, from now on
                 self._is_in_cache.add(fill.block)
         if recipe.is_staged:
             fill.stage = "being copied into the slot"
@@ -241,9 +244,6 @@ class Lanes:
                 start, end = self._queue_copy(item, self._uploads, self.clock)
                 num_bytes = self._shapes[fill.block].uploaded_bytes
                 self.clock.add(self._op(fill, what, (0.0, 0.0), num_bytes), start, end)
-        else:
-            fill.stage = "being checked"
-            recipe.check(item.memory)
 
     def _copy_of(self, item: _Item) -> tuple[Kind, Lane]:
         """What the copy into the slot is, and on which lane."""
