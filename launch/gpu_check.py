@@ -236,6 +236,8 @@ def verdict(result: dict[str, Any]) -> tuple[int, str]:
         return NO_DEVICE, "no CUDA device was found: nothing was checked on a GPU"
     if not tests["counts"]["passed"]:
         return FAILED, "no GPU test ran"
+    if unmet := benchmark.get("rows", {}).get("unmet"):
+        return FAILED, f"{len(unmet)} bars are not met: " + "; ".join(unmet)
     if benchmark["ran"] and benchmark["exit_code"] != 0:
         return FAILED, "the benchmark failed or ran out of time"
     return PASSED, f"{tests['counts']['passed']} GPU tests passed"

@@ -12,12 +12,22 @@ import pytest
 import tiny_models
 import torch
 
+from ssdtune.kernels.ggml import KINDS
 from ssdtune.kernels.native import library
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import contest, inputs, machine, measures, peers, table, unpack  # noqa: E402
+from benchmarks import (  # noqa: E402
+    contest,
+    inputs,
+    machine,
+    measures,
+    peers,
+    table,
+    unpack,
+    unpack_device,
+)
 
 LENGTH, ROUNDS = 32, 2
 
@@ -293,10 +303,17 @@ def test_a_contestant_that_fails_is_named_with_its_last_words(tmp_path: Path) ->
 
 def run_script(name: str, *flags: object) -> str:
     """What a benchmark prints."""
+    code, printed = code_and_text(name, *flags)
+    assert code == 0
+    return printed
+
+
+def code_and_text(name: str, *flags: object) -> tuple[int, str]:
+    """The exit code of a benchmark that ends by itself, 1 where a bar is not met, and what it prints."""
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert not done.stderr.startswith("Traceback"), done.stderr[-3000:]
+    return done.returncode, done.stdout
 
 
 def test_each_width_has_its_bar() -> None:
@@ -326,19 +343,31 @@ def test_decoders_are_checked_and_measured_beside_memcpy_and_by_two_threads() ->
     assert [row["bar"] for row in threaded] == [1.7] * (2 * (len(os.sched_getaffinity(0)) > 1))
 
 
-def test_decoders_of_a_device_are_checked_and_measured_without_one() -> None:
+def test_kernels_of_a_device_are_checked_and_measured_without_one() -> None:
+    """And what is slower than its bar can't pass."""
     flags = ("--device", "cpu", "--megabytes", 1, "--rounds", 1)
-    rows = json.loads(run_script("unpack_device.py", *flags, "--json").splitlines()[-1])
-    assert {row["bar"] for row in rows} == {0.7, 0.6}
+    code, printed = code_and_text("unpack_device.py", *flags, "--json")
+    *table, last = printed.splitlines()
+    rows = json.loads(last)
+    assert {row["bar"] for row in rows} == {0.7, 0.6, None}
     assert all(row["of_copy"]["n"] == 1 and row["bytes_per_s"] > 0 for row in rows)
+    missed = [row for row in rows if row["bar"] and row["of_copy"]["p50"] < row["bar"]]
+    assert code == bool(missed)
+    assert sum("**not met**" in line for line in table) == len(missed)
+    assert len(unpack_device.unmet(rows)) == len(missed)
     named = {row["contestant"].split(",")[0] for row in rows}
-    assert {"GPTQ", "AWQ", "FP8", "GGUF Q4_K", "NF4", "FP4"} <= named
+    kinds = {f"GGUF {kind}" for kind, found in KINDS.items() if found.block > 1}
+    others = {"lossless", "NVFP4", "INT8", "codes of 4 bits take a step", "activations to bytes"}
+    assert {"GPTQ", "AWQ", "FP8", "NF4", "FP4", *kinds, *others} <= named
 
 
 def test_the_benchmark_of_a_device_runs_without_one(tmp_path: Path) -> None:
     flags = ("--layers", 3, "--width", 128, "--length", 16, "--rounds", 1, "--scratch", tmp_path)
-    printed = run_script("gpu.py", "--device", "cpu", *flags, "--json")
+    code, printed = code_and_text("gpu.py", "--device", "cpu", *flags, "--json")
     result = json.loads(printed.splitlines()[-1])
+    missed = [row for row in result["rows"] if row["ours_s"] > 1.1 * row["floor_s"]]
+    assert len(result["unmet"]) == len(missed)
+    assert code == bool(missed)
     assert [row["tokens"] for row in result["rows"]] == [16, 8 * 16]
     for row in result["rows"]:
         assert row["losses_off_by"] == 0

@@ -121,10 +121,12 @@ def test_gpu_check_installs_only_wheels_of_missing_packages(gpu_check, tmp_path)
     assert not (target / "greenlet.py").exists()
 
 
-def verdict_of(gpu_check, *, missing=(), code=0, passed=1, devices=("H",), benchmark_code=0):
+def verdict_of(
+    gpu_check, *, missing=(), code=0, passed=1, devices=("H",), benchmark_code=0, unmet=()
+):
     counts = {"passed": passed, "failed": int(code == 1), "skipped": 0}
     tests = {"exit_code": code, "timed_out": code is None, "seconds": 1.0, "counts": counts}
-    benchmark = {"ran": True, "exit_code": benchmark_code}
+    benchmark = {"ran": True, "exit_code": benchmark_code, "rows": {"unmet": list(unmet)}}
     machine = {"cuda": {"devices": list(devices)}}
     result = {"missing": list(missing), "tests": tests, "benchmark": benchmark, "machine": machine}
     return gpu_check.verdict(result)
@@ -144,6 +146,15 @@ def test_gpu_check_passes_only_when_a_gpu_test_passed(gpu_check):
     code, words = verdict_of(gpu_check, devices=(), passed=0)
     assert code == gpu_check.NO_DEVICE
     assert "no CUDA device was found" in words
+
+
+def test_gpu_check_names_bars_that_are_not_met(gpu_check):
+    assert verdict_of(gpu_check, unmet=[])[0] == gpu_check.PASSED
+    missed = ["NF4: 0.55 of a copy (bar 0.7)", "1024 tokens: ours / floor: 1.30 (bar 1.1)"]
+    assert verdict_of(gpu_check, benchmark_code=1, unmet=missed) == (
+        gpu_check.FAILED,
+        "2 bars are not met: NF4: 0.55 of a copy (bar 0.7); 1024 tokens: ours / floor: 1.30 (bar 1.1)",
+    )
 
 
 def test_gpu_check_stops_what_runs_too_long_with_all_it_started(gpu_check, tmp_path):
