@@ -19,7 +19,7 @@ from ssdtune.kernels.unpack import TRITON, unpack
 
 pytest.importorskip("triton")
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-KERNELS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+KERNELS = [kind for kind, found in KINDS.items() if found.block > 1]
 FORMATS: list[Format] = [
     *(Gptq(bits, 96, is_ordered=is_ordered) for bits in GPTQ_BITS for is_ordered in (False, True)),
     Gptq(4, 128, is_v1=False),
@@ -114,14 +114,25 @@ def test_blocks_of_ggml(kind: str, dtype: torch.dtype) -> None:
         assert_decoded(Ggml(kind), [blocks], shape, dtype, [odd])
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "MXFP4"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "IQ4_XS", "MXFP4"])
 def test_blocks_of_ggml_to_float16(kind: str) -> None:
     blocks = any_bytes(kind, 9).reshape(-1)
     assert_decoded(Ggml(kind), [blocks], (9 * KINDS[kind].block,), torch.float16)
 
 
-def test_other_types_of_ggml_are_decoded_too() -> None:
-    assert_decoded(Ggml("Q2_K"), [blocks_of("Q2_K", 3).reshape(-1)], (768,), torch.bfloat16)
+def test_plain_floats_of_ggml_are_decoded_too_and_all_others_by_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    plain = Ggml.by_torch
+    blocks = {kind: blocks_of(kind, 3).reshape(-1) for kind in ("BF16", *KERNELS)}
+    monkeypatch.setattr(
+        Ggml, "by_torch", lambda self, *given: (seen.append(self.kind), plain(self, *given))
+    )
+    for kind, stored in blocks.items():
+        out = torch.empty(3 * KINDS[kind].block)
+        unpack(Ggml(kind), [stored], out, suffix=TRITON)
+    assert seen == ["BF16"]
 
 
 # ------------------------------------------------------------------ compiled
@@ -129,7 +140,7 @@ def test_other_types_of_ggml_are_decoded_too() -> None:
 LAUNCHES = """
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.float8 import ScaledBytes
-from ssdtune.kernels.ggml import Ggml
+from ssdtune.kernels.ggml import KINDS, Ggml
 from ssdtune.kernels.integers import Awq, Gptq, PackQuantized
 from ssdtune.kernels.nibbles import E2M1, Nibbles
 from ssdtune.kernels.rotated import Rotated
@@ -146,7 +157,7 @@ def parts(format):
 results = {}
 for format in (
     Gptq(4, 128), Gptq(3, 128, is_ordered=True), Awq(128), PackQuantized(3, 100), ScaledBytes((128, 128)),
-    *(Ggml(kind) for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")),
+    *(Ggml(kind) for kind, found in KINDS.items() if found.block > 1),
     Rotated(Affine(4, (4,), 128)), Nibbles(E2M1, 16, False, "UE5M3"), Affine(8, (4, 1, 1, 2)),
 ):
     seen.clear()
@@ -165,7 +176,7 @@ def test_kernels_compile_for_devices_that_are_not_here(
 ) -> None:
     """And nothing is fused."""
     compiled = compiled_for(target, LAUNCHES, tmp_path_factory)
-    assert len(compiled) == 14
+    assert len(compiled) == 21
     for name, kernels in compiled.items():
         assert kernels, name
         for seen in kernels.values():

@@ -1,4 +1,4 @@
-"""ggml's usual types decoded on a GPU: the Triton twin of what ggml.py defines, bit for bit.
+"""ggml's types decoded on a GPU: the Triton twin of what ggml.py defines, bit for bit.
 
 A program takes chunks of 256 elements, a block of the K kinds or eight of the others, as *runs* that share a scale. A
 part may begin at any byte: bytes are loaded one by one. (Nothing has run on a GPU yet.)
@@ -16,15 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ssdtune.kernels.ggml import KINDS, Ggml
-from ssdtune.kernels.unpack_triton import _store
+from ssdtune.kernels.ggml import IQ4, KINDS, Ggml
+from ssdtune.kernels.unpack_triton import _store, _table_on
 
 CHUNKS = 16  # of one program
 WARPS = 4
-# Elements of a run. Kinds that are not here torch decodes.
+# Elements of a run. Kinds that are not here, plain floats, torch decodes.
 RUNS = {
-    "Q4_0": 32, "Q4_1": 32, "Q8_0": 32, "Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "MXFP4": 32,
-}  # fmt: skip
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"), 32),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16),
+    **dict.fromkeys(("Q4_K", "Q5_K", "IQ4_XS"), 32),
+}
 
 
 @triton.jit
@@ -46,6 +48,18 @@ def _half(at, is_there):
 
 
 @triton.jit
+def _nibble(at, i, is_there):
+    """The code of four bits of element i in 16 bytes: the lower halves come first."""
+    return (_byte(at + i % 16, is_there) >> (i // 16 * 4)) & 15
+
+
+@triton.jit
+def _fifth(at, i, is_there):
+    """The bit above a nibble of element i, from 32 of them."""
+    return ((_byte(at + i // 8, is_there) >> (i % 8)) & 1) << 4
+
+
+@triton.jit
 def _scale_and_minimum(block, run, is_there):
     """As `ggml.scales_and_mins` of bytes 4-15, times the block's two float16."""
     at = block + 4 + run
@@ -62,7 +76,7 @@ def _e2m1(block, i, is_there):
     """Blocks of MXFP4: w of element i. The table is doubled and the scale halved, as `ggml._mxfp4` has them."""
     exponent = _byte(block, is_there)
     bits = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
-    code = (_byte(block + 1 + i % 16, is_there) >> (i // 16 * 4)) & 15
+    code = _nibble(block + 1, i, is_there)
     size = code & 7
     size = tl.where(size < 2, size, (2 + (size & 1)) << (tl.maximum(size >> 1, 1) - 1))
     size = tl.where(code > 7, -size, size)
@@ -70,30 +84,63 @@ def _e2m1(block, i, is_there):
 
 
 @triton.jit
-def _small(block, i, is_there, KIND: tl.constexpr):
+def _small(block, i, table, is_there, KIND: tl.constexpr):
     """Blocks of 32: w of element i."""
     scale = _half(block, is_there)
     if KIND == "Q8_0":
         value = _signed(_byte(block + 2 + i, is_there)) * scale
+    elif KIND == "IQ4_NL":
+        value = tl.load(table + _nibble(block + 2, i, is_there)) * scale
     elif KIND == "Q4_0":
-        code = (_byte(block + 2 + i % 16, is_there) >> (i // 16 * 4)) & 15
-        value = (code - 8).to(tl.float32) * scale
+        value = (_nibble(block + 2, i, is_there) - 8).to(tl.float32) * scale
+    elif KIND == "Q5_0":
+        code = _nibble(block + 6, i, is_there) | _fifth(block + 2, i, is_there)
+        value = (code - 16).to(tl.float32) * scale
     else:
-        code = (_byte(block + 4 + i % 16, is_there) >> (i // 16 * 4)) & 15
+        if KIND == "Q5_1":
+            code = _nibble(block + 8, i, is_there) | _fifth(block + 4, i, is_there)
+        else:
+            code = _nibble(block + 4, i, is_there)
         value = code.to(tl.float32) * scale + _half(block + 2, is_there)
     return value
 
 
 @triton.jit
-def _large(block, run, i, is_there, KIND: tl.constexpr):
-    """Blocks of 256: w of element i of a run."""
+def _of_16(block, run, i, is_there, KIND: tl.constexpr):
+    """Blocks of 256 in runs of 16: w of element i of a run."""
+    half, within = run // 8, run % 8
+    # Where two bits of 128 elements lie in 32 bytes: which byte, and how far up.
+    at, up = half * 32 + within % 2 * 16 + i, within // 2 * 2
     if KIND == "Q6_K":
-        half, within = run // 8, run % 8
         low = _byte(block + half * 64 + within % 4 * 16 + i, is_there) >> (within // 4 * 4)
-        high = _byte(block + 128 + half * 32 + within % 2 * 16 + i, is_there) >> (within // 2 * 2)
+        high = _byte(block + 128 + at, is_there) >> up
         code = (low & 15) | ((high & 3) << 4)
         scale = _half(block + 208, is_there) * _signed(_byte(block + 192 + run, is_there))
         value = (code - 32).to(tl.float32) * scale
+    elif KIND == "Q3_K":
+        third = (_byte(block + run % 2 * 16 + i, is_there) >> (run // 2)) & 1
+        code = ((_byte(block + 32 + at, is_there) >> up) & 3) | (third << 2)
+        low = (_byte(block + 96 + within, is_there) >> (half * 4)) & 15
+        high = (_byte(block + 104 + run % 4, is_there) >> (run // 4 * 2)) & 3
+        scale = _half(block + 108, is_there) * ((low | (high << 4)) - 32).to(tl.float32)
+        value = (code - 4).to(tl.float32) * scale
+    else:  # Q2_K
+        code = (_byte(block + 16 + at, is_there) >> up) & 3
+        both = _byte(block + run, is_there)
+        scale = _half(block + 80, is_there) * (both & 15).to(tl.float32)
+        minimum = _half(block + 82, is_there) * (both >> 4).to(tl.float32)
+        value = code.to(tl.float32) * scale - minimum
+    return value
+
+
+@triton.jit
+def _of_32(block, run, i, table, is_there, KIND: tl.constexpr):
+    """Blocks of 256 in runs of 32: w of element i of a run."""
+    if KIND == "IQ4_XS":
+        low = (_byte(block + 4 + run // 2, is_there) >> (run % 2 * 4)) & 15
+        high = (_byte(block + 2 + run // 4, is_there) >> (run % 4 * 2)) & 3
+        scale = _half(block, is_there) * ((low | (high << 4)) - 32).to(tl.float32)
+        value = tl.load(table + _nibble(block + 8 + run * 16, i, is_there)) * scale
     else:
         at = block + 16 + run // 2 * 32 + i
         shift = run % 2 * 4
@@ -109,11 +156,11 @@ def _large(block, run, i, is_there, KIND: tl.constexpr):
 
 @triton.jit
 def _ggml(
-    to, blocks, num_elements,
+    to, blocks, table, num_elements,
     KIND: tl.constexpr, BLOCK: tl.constexpr, NUM_BYTES: tl.constexpr, RUN: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """to = w. A program takes CHUNKS chunks."""
+    """to = w. A program takes CHUNKS chunks. table: what nibbles of the IQ kinds stand for."""
     chunk = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)[:, None, None]
     run = tl.arange(0, 256 // RUN)[None, :, None]
     i = tl.arange(0, RUN)[None, None, :]
@@ -123,9 +170,11 @@ def _ggml(
     if KIND == "MXFP4":
         value = _e2m1(block, i, is_there)
     elif BLOCK == 32:
-        value = _small(block, i, is_there, KIND)
+        value = _small(block, i, table, is_there, KIND)
+    elif RUN == 16:
+        value = _of_16(block, run, i, is_there, KIND)
     else:
-        value = _large(block, run, i, is_there, KIND)
+        value = _of_32(block, run, i, table, is_there, KIND)
     _store(to + first + i, value, is_there)
 
 
@@ -139,6 +188,7 @@ def decode_ggml(format: Ggml, parts: Sequence[torch.Tensor], out: torch.Tensor) 
     _ggml[(-(-flat.numel() // (256 * CHUNKS)),)](
         flat.view(torch.int16) if out.dtype == torch.bfloat16 else flat,
         parts[0],
+        _table_on(flat.device, IQ4) if format.kind.startswith("IQ4") else None,
         flat.numel(),
         KIND=format.kind,
         BLOCK=block,
