@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format
-from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
+from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, NestedNibbles, Nibbles, Nvfp4
 from ssdtune.kernels.noise import GAUSSIAN, KINDS, Direction, add_directions
 from ssdtune.kernels.quantize import quantize_affine
 from ssdtune.kernels.requantize import requantize
@@ -503,6 +503,8 @@ PACKED = {
     "nvfp4": Nibbles(E2M1, 16, is_high_first=False, scale="F8_E4M3"),
     "fp4-ue5m3": Nibbles(E2M1, 16, is_high_first=False, scale="UE5M3"),
     "odd": Nibbles(NF4, 7, is_high_first=False, scale="F16"),
+    "nested": NestedNibbles(NF4, 64, 256, 0.0123456789),
+    "nvfp4, one for all": Nvfp4(is_divided=True, num_stored=16),
 }
 packed = pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
 ROTATED = Rotated(Affine(4, (4, 1, 1, 2), 128))
@@ -518,7 +520,7 @@ def stored(format: Format, num_elements: int, offset: int = 0) -> list[torch.Ten
     made = []
     for part in format.parts((num_elements,)):
         shape = (offset + part.shape[0],)
-        if part.suffix.startswith("scales") and part.dtype not in ("U8", "F8_E4M3"):
+        if part.dtype not in ("U8", "F8_E4M3"):
             found = torch.randn(shape, device=DEVICE).to(SCALE_DTYPES[part.dtype])
         else:
             most = 127 if part.suffix == "scales" else 256

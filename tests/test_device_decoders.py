@@ -142,7 +142,7 @@ from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.ggml import KINDS, Ggml
 from ssdtune.kernels.integers import Awq, Gptq, PackQuantized
-from ssdtune.kernels.nibbles import E2M1, Nibbles
+from ssdtune.kernels.nibbles import E2M1, NF4, NestedNibbles, Nibbles, Nvfp4
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.unpack import TRITON, unpack
 from ssdtune.visit.placement import FILE_DTYPES
@@ -159,6 +159,7 @@ for format in (
     Gptq(4, 128), Gptq(3, 128, is_ordered=True), Awq(128), PackQuantized(3, 100), ScaledBytes((128, 128)),
     *(Ggml(kind) for kind, found in KINDS.items() if found.block > 1),
     Rotated(Affine(4, (4,), 128)), Nibbles(E2M1, 16, False, "UE5M3"), Affine(8, (4, 1, 1, 2)),
+    NestedNibbles(NF4, 64, 256, 0.01), Nvfp4(is_divided=False),
 ):
     seen.clear()
     unpack(format, parts(format), out, suffix=TRITON)
@@ -176,7 +177,7 @@ def test_kernels_compile_for_devices_that_are_not_here(
 ) -> None:
     """And nothing is fused."""
     compiled = compiled_for(target, LAUNCHES, tmp_path_factory)
-    assert len(compiled) == 21
+    assert len(compiled) == 23
     for name, kernels in compiled.items():
         assert kernels, name
         for seen in kernels.values():

@@ -20,7 +20,7 @@ from ssdtune import kernels
 from ssdtune.kernels import noise
 from ssdtune.kernels.affine import ORDERS, TILE, Affine, widths
 from ssdtune.kernels.formats import Format
-from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
+from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, NestedNibbles, Nibbles, Nvfp4
 from ssdtune.kernels.noise import GAUSSIAN, RADEMACHER, Direction
 from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.rotated import Rotated
@@ -41,6 +41,11 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 DTYPES = (torch.float32, torch.bfloat16)
 IDS = ("fp32", "bf16")
 SIZES = (1, TILE - 1, 17 * TILE + 77)
+TWO_LEVELS = {  # of scales
+    "nested": NestedNibbles(NF4, 64, 3, 0.0123456789),
+    "NVFP4": Nvfp4(is_divided=False, num_stored=16),
+    "NVFP4, divided": Nvfp4(is_divided=True),
+}
 READ_ORDERS = (*ORDERS.values(), (2, 1, 1, 2, 2), (8,), (1,) * 5)
 
 
@@ -155,7 +160,9 @@ def test_nibbles_in_blocks_of_any_size(block: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize(
-    "format", [Affine(5, (4, 1)), Nibbles(NF4, 64, True)], ids=["affine", "nibbles"]
+    "format",
+    [Affine(5, (4, 1)), Nibbles(NF4, 64, True), *TWO_LEVELS.values()],
+    ids=["affine", "nibbles", *TWO_LEVELS],
 )
 def test_tensors_of_every_length(format: Format, dtype: torch.dtype) -> None:
     for size in SIZES:
@@ -180,7 +187,9 @@ def test_float16_is_rounded_as_torch_rounds_it(format: Format) -> None:
 
 
 @pytest.mark.parametrize(
-    "format", [Affine(6, (4, 1, 1)), Nibbles(E2M1, 32, False, "E8M0")], ids=["affine", "nibbles"]
+    "format",
+    [Affine(6, (4, 1, 1)), Nibbles(E2M1, 32, False, "E8M0"), *TWO_LEVELS.values()],
+    ids=["affine", "nibbles", *TWO_LEVELS],
 )
 def test_parts_lie_anywhere_and_nothing_beside_the_output_is_written(format: Format) -> None:
     size = TILE + 33
@@ -212,6 +221,25 @@ def test_awkward_scales_of_affine_codes(dtype: torch.dtype) -> None:
     assert found[448:].isnan().all()
 
 
+@pytest.mark.parametrize("name", TWO_LEVELS)
+def test_every_scale_beneath_another(name: str) -> None:
+    """No number and not finite among them; of NVFP4 every one there is, over and under one that is below float32's
+    normal numbers."""
+    format, size = TWO_LEVELS[name], 16 * 256
+    codes, scales, *others = stored(format, size)
+    if name == "nested":
+        meanings, nested = others
+        meanings[::5] = torch.inf
+        nested[1], nested[2], nested[3] = torch.nan, 0.0, 2.0**-140
+        scales[3:12] = torch.arange(9)
+    else:
+        scales = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+        others[0][0] = 2.0**-130
+    found = check(format, (codes, scales, *others), size, torch.float32)
+    assert found.isnan().any()
+    assert found.isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("kind", ["F8_E4M3", "E8M0", "UE5M3"])
 def test_every_scale_of_eight_bits(kind: str, dtype: torch.dtype) -> None:
@@ -238,7 +266,7 @@ def test_shapes_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("format", "dtype", "num"),
     pairs.pairwise(
-        {"affine": Affine(5, (4, 1), 32), "nibbles": Nibbles(NF4, 64, True)},
+        {"affine": Affine(5, (4, 1), 32), "nibbles": Nibbles(NF4, 64, True), **TWO_LEVELS},
         pairs.DTYPES,
         {"1": 1, "2": 2},
     ),
@@ -288,10 +316,12 @@ def compare_moved(
     [
         (Affine(4, (4,)), [Move((Direction(5, 0.03),))], True),
         (Nibbles(NF4, 64, True), [Move((Direction(5, 0.03),)), Move((Direction(6, 0.1),))], True),
+        (TWO_LEVELS["nested"], [Move((Direction(5, 0.03),))], True),
+        (TWO_LEVELS["NVFP4"], [Move((Direction(5, 0.03),))], True),
         (Affine(8, (4, 1, 1, 2)), [Move((Direction(5, 0.1),), 0.9, 7), Move((), 0.5, 8)], False),
         (Affine(4, (4,)), [], False),
     ],
-    ids=["shift", "two", "update", "none"],
+    ids=["shift", "two", "nested", "NVFP4", "update", "none"],
 )
 def test_moves_that_only_add_are_made_while_decoding(
     format: Format,
@@ -408,7 +438,7 @@ JITFunction.run = compile_only
 COMPILE = """
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.matmul_triton import matmul_triton
-from ssdtune.kernels.nibbles import NF4, Nibbles
+from ssdtune.kernels.nibbles import NF4, Nibbles, Nvfp4
 from ssdtune.kernels.noise import Direction
 from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.transfer import pack
@@ -418,7 +448,8 @@ from ssdtune.kernels.unpack_triton import unpack_add_triton
 
 out = torch.empty(1 << 14, dtype=torch.bfloat16)
 MOVE = Move((Direction(1, 0.1),), 1.0, 2)
-dtypes = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+dtypes = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+NVFP4 = Nvfp4(is_divided=True)
 
 
 def parts(format):
@@ -429,6 +460,7 @@ results = {}
 for name, launch in {
     "affine": lambda: unpack(Affine(6, (4, 2)), parts(Affine(6, (4, 2))), out, suffix=TRITON),
     "nibbles": lambda: unpack(Nibbles(NF4, 64, True), parts(Nibbles(NF4, 64, True)), out, suffix=TRITON),
+    "nvfp4": lambda: unpack(NVFP4, parts(NVFP4), out, suffix=TRITON),
     "moved": lambda: unpack_add_triton(Affine(4, (4,)), parts(Affine(4, (4,))), out, [Direction(1, 0.1)]),
     "codes": lambda: requantize(Affine(5, (4, 1)), parts(Affine(5, (4, 1))), out.shape, MOVE, suffix=TRITON),
     "packed": lambda: pack(out.view(128, -1), key=3, suffix=TRITON),
@@ -468,12 +500,13 @@ def test_kernels_compile_and_nothing_is_fused(compiled: dict[str, Any]) -> None:
     assert [list(seen) for seen in compiled.values()] == [
         ["_affine"],
         ["_nibbles"],
+        ["_nibbles"],
         ["_affine"],
         ["_affine", "_add", "_requantize"],
         ["_pack"],
         ["_multiply", "_add_parts"],
     ]
-    for name in ("affine", "nibbles", "moved", "codes", "packed"):
+    for name in compiled.keys() - {"product"}:
         for seen in compiled[name].values():
             assert not [op for op in seen if op.startswith("fma")], name
 

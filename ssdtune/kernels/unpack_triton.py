@@ -34,7 +34,7 @@ import triton.language as tl
 from ssdtune.kernels import noise, philox
 from ssdtune.kernels.affine import LANES, TILE, Affine
 from ssdtune.kernels.formats import Format
-from ssdtune.kernels.nibbles import Nibbles
+from ssdtune.kernels.nibbles import NVFP4_BLOCKS, NestedNibbles, Nibbles, Nvfp4
 from ssdtune.kernels.noise import FIELD_BITS, Direction, add_directions, table_on
 from ssdtune.kernels.noise_triton import _float_of, _nearest, _words
 
@@ -124,15 +124,22 @@ def _e4m3(byte):
 
 
 @triton.jit
-def _scale(scales, at, is_there, KIND: tl.constexpr):
-    """Stored scales as float32, as `nibbles.scale_of`."""
-    found = tl.load(scales + at, mask=is_there)
+def _scale(scales, offset, at, is_there, KIND: tl.constexpr, NESTED: tl.constexpr):
+    """Scales as float32, as `nibbles.scale_of`, `NestedNibbles` and `Nvfp4`. scales: parts that they are made from."""
+    found = tl.load(scales[0] + at, mask=is_there)
     if KIND == "BF16":
         found = _float_of(found)
     elif KIND == "F16":
         found = found.to(tl.float32)
     elif KIND == "F8_E4M3":
         found = _e4m3(found)
+    elif KIND == "e4m3 times one":
+        found = _e4m3(found) * tl.load(scales[1])
+    elif KIND == "e4m3 by one":
+        found = tl.div_rn(_e4m3(found), tl.load(scales[1]))
+    elif KIND == "nested":
+        nested = tl.load(scales[2] + at // NESTED, mask=is_there)
+        found = tl.load(scales[1] + found.to(tl.int32), mask=is_there) * nested + offset
     elif KIND == "UE5M3":
         bits = found.to(tl.uint32)
         normal = ((bits << 20) + (112 << 23)).to(tl.float32, bitcast=True)
@@ -157,11 +164,11 @@ def _nibble_bytes(codes, first, element, left):
 
 @triton.jit
 def _nibble_values(
-    byte, lane, scales, table, first, start, left,
-    HIGH_FIRST: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    byte, lane, scales, offset, table, first, start, left,
+    HIGH_FIRST: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     """table[q] scale of the elements of a tile's vector, float32 [rows, lanes]. start: as for `_affine_values`."""
-    scale = _scale(scales, (first + start) // BLOCK, start < left, KIND)
+    scale = _scale(scales, offset, (first + start) // BLOCK, start < left, KIND, NESTED)
     shift = (lane + HIGH_FIRST) % 2 * 4
     code = (byte.to(tl.int32) >> shift) & 15
     return tl.load(table + code) * scale
@@ -248,8 +255,8 @@ def _affine(
 
 @triton.jit(do_not_specialize=KEYS)
 def _nibbles(
-    to, codes, scales, table, tables, low0, high0, low1, high1, num_elements,
-    HIGH_FIRST: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    to, codes, scales, offset, table, tables, low0, high0, low1, high1, num_elements,
+    HIGH_FIRST: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr,
     SPAN: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr,
     FIELD_BITS: tl.constexpr, TO_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -266,8 +273,9 @@ def _nibbles(
         for v in tl.static_range(8):
             at = tile * 512 + v * 64
             value = _nibble_values(
-                read[v], lane, scales, table, first, at + first_lane, left, HIGH_FIRST, BLOCK, KIND
-            )
+                read[v], lane, scales, offset, table, first, at + first_lane, left,
+                HIGH_FIRST, BLOCK, KIND, NESTED,
+            )  # fmt: skip
             value = _moved(value, words, tables, depth * 8, v, FIELD_BITS, TO_BF16)
             _store(to + first + (at + lane), value, at + lane < left)
 
@@ -334,22 +342,37 @@ def _launch_affine(
 
 
 def _launch_nibbles(
-    format: Nibbles,
+    format: Nibbles | NestedNibbles | Nvfp4,
     parts: Sequence[torch.Tensor],
     out: torch.Tensor,
     directions: Sequence[Direction] = (),
 ) -> None:
-    codes, scales = parts
-    stored = {"BF16": torch.int16, "F8_E4M3": torch.uint8}.get(format.scale, scales.dtype)
+    codes, *scales = parts
+    plain, kind, nested, offset = NVFP4_BLOCKS, "", 1, 0.0
+    if isinstance(format, NestedNibbles):
+        plain = Nibbles(format.table, format.block, is_high_first=True)
+        kind, nested, offset = "nested", format.nested_block, format.offset
+    elif isinstance(format, Nvfp4):
+        kind = "e4m3 by one" if format.is_divided else "e4m3 times one"
+    else:
+        plain, kind = format, format.scale
+    # Dtypes that no kernel needs to know, as their bits.
+    bits = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
     _launch(
         _nibbles,
         out,
-        (codes, scales.view(stored), _table_on(out.device, format.table)),
+        (
+            codes,
+            tuple(part.view(bits.get(part.dtype, part.dtype)) for part in scales),
+            offset,
+            _table_on(out.device, plain.table),
+        ),
         directions,
-        HIGH_FIRST=format.is_high_first,
-        BLOCK=format.block,
-        KIND=format.scale,
-        SPAN=math.gcd(format.block, LANES),
+        HIGH_FIRST=plain.is_high_first,
+        BLOCK=plain.block,
+        KIND=kind,
+        NESTED=nested,
+        SPAN=math.gcd(plain.block, LANES),
     )
 
 
@@ -359,7 +382,10 @@ def _table_on(device: torch.device, table: tuple[float, ...]) -> torch.Tensor:
 
 
 # format, parts, output: as `unpack.unpack` has them.
-DECODERS: dict[type, Callable[..., None]] = {Affine: _launch_affine, Nibbles: _launch_nibbles}
+DECODERS: dict[type, Callable[..., None]] = {
+    Affine: _launch_affine,
+    **dict.fromkeys((Nibbles, NestedNibbles, Nvfp4), _launch_nibbles),
+}
 
 
 def unpack_add_triton(
