@@ -8,7 +8,8 @@ Sums are float32, in an order that depends on shapes alone, so that a device giv
     the result   parts, the first to the last
 
 It differs from the exact sum by at most columns x 2^-23 x sum |x w|. Rows need not begin with a tile: a byte is loaded
-again for each vector that it has a field of, from the cache next to the cores. (Nothing has run on a GPU yet.)
+again for each vector that it has a field of, from the cache next to the cores. Nothing calls it yet: docs/design.md says
+why. (Nothing has run on a GPU yet.)
 """
 
 # Kernels are in Triton's language, which looks like Python and has other types.
