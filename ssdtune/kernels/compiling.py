@@ -30,7 +30,16 @@ SOURCES = (
     "unpack.c",
     "unpack_add.c",
 )
-HEADERS = ("native.h", "pieces.h", "rotate.h", "streams.h")
+HEADERS = (
+    "lookup.h",
+    "lookup_avx2.h",
+    "lookup_avx512.h",
+    "lookup_plain.h",
+    "native.h",
+    "pieces.h",
+    "rotate.h",
+    "streams.h",
+)
 # How Python calls the library. One more where a ctypes structure or a call changes and no source does: then a library
 # that was built before is not taken any more.
 ABI = 1
