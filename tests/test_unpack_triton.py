@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pairs
@@ -26,6 +27,10 @@ from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.unpack import TRITON, unpack
 from ssdtune.kernels.unpack_add import Move, unpack_add
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import unpack_device
 
 pytest.importorskip("triton")
 MODULES = (
@@ -402,6 +407,20 @@ def test_a_product_with_packed_weights_is_that_with_unpacked_ones(
     assert found.dtype == torch.float32
     assert found.shape == (tokens, rows)
     assert ((found - exact).abs() <= allowed).all()
+
+
+def test_the_benchmark_tells_right_products_from_wrong_ones(
+    interpreted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only work of it that no processor can do without a GPU."""
+    monkeypatch.setattr(unpack_device, "WIDTH", 128)
+    work = unpack_device.multiplying(Affine(4, (4,)), 8, "cpu")
+    assert work.is_right()
+    assert work.num_bytes == 8 * 64 + 16 * (2 + 1) + 16 * 128 * 2 + 16 * 8 * 4
+    module = interpreted["matmul_triton"]
+    plain = module.matmul_triton
+    monkeypatch.setattr(module, "matmul_triton", lambda *given: plain(*given) * 1.01)
+    assert not unpack_device.multiplying(Affine(4, (4,)), 8, "cpu").is_right()
 
 
 # ------------------------------------------------------------------ compiled
