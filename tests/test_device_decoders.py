@@ -32,6 +32,7 @@ FORMATS: list[Format] = [
     ScaledBytes((32, 64)),
     ScaledBytes((128, 32)),
     ScaledBytes((1, 136), codes="I8", scale="BF16"),
+    ScaledBytes((8, 32), codes="I8", has_zeros=True),
     ScaledBytes((72, 7), scale="E8M0"),
 ]
 

@@ -361,6 +361,47 @@ def test_of_schemes_that_differ_in_zeros_only_the_one_with_zeros_has_them(tmp_pa
     agrees(only(tmp_path, compressed_config(), tensors), exact)
 
 
+def in_blocks(of_blocks: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """To [rows, width], of blocks that are whole."""
+    tall = of_blocks.repeat_interleave(rows // of_blocks.shape[0], 0)
+    return tall.repeat_interleave(width // of_blocks.shape[1], 1)
+
+
+def int8_with_zeros(*shape: int) -> tuple[Tensors, torch.Tensor]:
+    """[40, 96], zeros and scales of this shape, and its values."""
+    codes, zeros = (integers_below(256, *s, seed=s[1]) - 128 for s in ((40, 96), shape))
+    zeros[0, 0] = 0  # that the others are none is not told by the first
+    scales = floats(*shape, dtype=torch.bfloat16)
+    zero, scale = (in_blocks(x, 40, 96) for x in (zeros, scales.double()))
+    tensors = {".weight": codes.to(torch.int8), ".weight_scale": scales}
+    return tensors | {".weight_zero_point": zeros.to(torch.int8)}, (codes - zero) * scale
+
+
+@pytest.mark.usefixtures("pieces")
+def test_int8_with_zeros_is_told_by_the_zeros_and_decoded_with_them(tmp_path: Path) -> None:
+    """In a file with schemes of both kinds, which fit it alike."""
+    for strategy, shape, more in (
+        ("channel", (40, 1), {}),
+        ("group", (40, 3), {"group_size": 32}),
+        ("block", (5, 3), {"block_structure": [8, 32]}),
+        ("tensor", (1, 1), {}),
+    ):
+        config = compressed_config("int-quantized", num_bits=8, strategy=strategy, **more)
+        symmetric = config["config_groups"]["group_0"]["weights"]
+        config["config_groups"]["group_1"] = {"weights": symmetric | {"symmetric": False}}
+        tensors, exact = int8_with_zeros(*shape)
+        if shape == (1, 1):  # the only zero, which must not be 0 to be one
+            tensors[".weight_zero_point"] += 3
+            exact = (tensors[".weight"] - 3.0) * tensors[".weight_scale"].double()
+        entry = only(tmp_path, config, tensors)
+        assert len(entry.parts) == 3
+        agrees(entry, exact)
+        tensors[".weight_zero_point"] = torch.zeros(shape, dtype=torch.int8)
+        for none in (tensors, changed(tensors, weight_zero_point=None)):
+            wide = in_blocks(tensors[".weight_scale"].double(), 40, 96)
+            agrees(only(tmp_path, config, none), tensors[".weight"] * wide)
+
+
 def compressed(layout: str, weight: torch.Tensor, parameters: Tensors, **weights: Any) -> Any:
     """What the library makes of a weight: its scheme, its tensors, and what it gives back of them."""
     library = reference("compressed_tensors.compressors")
@@ -400,6 +441,7 @@ BYTES = {
     "fp8 block": ("float-quantized", "float", "block", (3, 3), {"block_structure": [16, 32]}),
     "int8 channel": ("int-quantized", "int", "channel", (40, 1), {}),
     "int8 tensor": ("int-quantized", "int", "tensor", (1,), {}),
+    "int8 channel with zeros": ("int-quantized", "int", "channel", (40, 1), {"symmetric": False}),
 }
 
 
@@ -411,7 +453,10 @@ def test_quantized_bytes_are_what_compressed_tensors_computes(
     layout, kind, strategy, shape, more = BYTES[case]
     weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, **more}
     weight = torch.randn(40, 96, generator=seeded()).to(dtype)
-    parameters = {"weight_scale": floats(*shape, dtype=dtype), "weight_zero_point": torch.zeros(1)}
+    zeros = torch.zeros(1)
+    if not weights["symmetric"]:
+        zeros = (integers_below(256, *shape) - 128).to(torch.int8)
+    parameters = {"weight_scale": floats(*shape, dtype=dtype), "weight_zero_point": zeros}
     made, expected = compressed(layout, weight, parameters, **weights)
     tensors = {f".{n}": t for n, t in made.items()} | {".input_scale": torch.ones(1)}
     entry = only(tmp_path, compressed_config(layout, **weights), tensors)
@@ -634,6 +679,7 @@ NATIVE: list[Format] = [
     PackQuantized(4, 96, is_ordered=True),
     ScaledBytes((32, 96)),
     ScaledBytes((1, 2100), codes="I8", scale="BF16"),
+    ScaledBytes((1, 96), codes="I8", has_zeros=True),
 ]
 
 
@@ -811,6 +857,31 @@ LIES: dict[str, tuple[Mapping[str, Any], Tensors, str]] = {
         compressed_config(symmetric=False),
         changed(ASYM_4, weight_zero_point=torch.zeros(40, 3, dtype=torch.int8)),
         "needs I32",
+    ),
+    "compressed: zeros of symmetric weights": (
+        compressed_config(),
+        PACKED_4 | {".weight_zero_point": torch.ones(40, 3, dtype=torch.int8)},
+        "weight_zero_point.*not all of it is 0",
+    ),
+    "compressed: zeros of symmetric bytes": (
+        compressed_config("int-quantized", num_bits=8, strategy="channel"),
+        int8_with_zeros(40, 1)[0],
+        "weight_zero_point.*not all of it is 0",
+    ),
+    "compressed: zeros of FP8": (
+        compressed_config("float-quantized", num_bits=8, type="float", strategy="channel"),
+        changed(int8_with_zeros(40, 1)[0], weight=fp8_codes(40, 96)),
+        "weight_zero_point.*not all of it is 0",
+    ),
+    "compressed: no zeros of bytes": (
+        compressed_config("int-quantized", num_bits=8, strategy="channel", symmetric=False),
+        changed(int8_with_zeros(40, 1)[0], weight_zero_point=None),
+        'weight_zero_point" is missing',
+    ),
+    "compressed: as many zeros as are not needed": (
+        compressed_config("int-quantized", num_bits=8, strategy="channel", symmetric=False),
+        changed(int8_with_zeros(40, 1)[0], weight_zero_point=torch.ones(40, 3, dtype=torch.int8)),
+        r"weight_zero_point.*needs I8 \[40, 1\]",
     ),
     "compressed: another shape": (
         compressed_config(),

@@ -65,8 +65,8 @@ def _of_bytes(
     format: ScaledBytes, parts: Sequence[torch.Tensor], out: torch.Tensor
 ) -> Iterator[Rows]:
     layout = BYTES[format.codes]
-    for codes, scales, matrix in zip(*format.matrices(parts, out), strict=True):
-        for some in row_slices(len(matrix), scales.shape[1], NUM_SCALES):
-            zeros, found = format.scaling(scales, some)
+    for matrix, codes, *of_blocks in format.matrices(parts, out):
+        for some in row_slices(len(matrix), of_blocks[0].shape[1], NUM_SCALES):
+            zeros, scales = format.scaling(of_blocks, some)
             stride, group = out.shape[-1], format.block[1]
-            yield Rows(matrix[some], codes[some], stride, zeros, found, None, group, 8, layout)
+            yield Rows(matrix[some], codes[some], stride, zeros, scales, None, group, 8, layout)

@@ -3,7 +3,8 @@ own.
 
     weight_packed I32        integers of 1-8 bits in streams ("pack-quantized")
     weight_packed U8         FP4: NVFP4 where there is a weight_global_scale, else MXFP4
-    weight F8_E4M3 or I8     times a scale per tensor, row, block or group ("float-", "int-", "mxfp8-quantized")
+    weight F8_E4M3 or I8     times a scale per tensor, row, block or group ("float-", "int-", "mxfp8-quantized"); I8
+                             less a zero of the same, if there is one
 
 The config's groups say bits, groups and symmetry, and for which modules; which of them is a weight's follows from the
 shapes, so that no names or classes of modules are needed. Where none of them fits, the weight is refused.
@@ -73,12 +74,10 @@ def read(config: Mapping[str, Any], pile: Pile) -> None:
     for base in pile.bases(".weight_scale"):
         weight = pile.take(base + ".weight", of=base, dtypes=tuple(CODES))
         scale = pile.take(base + ".weight_scale", of=base)
-        zeros = pile.find(base + ".weight_zero_point")
         fitting = [s for s in schemes if s.is_integer == (weight.dtype == "I8")]
-        if zeros is not None and not any(s.is_symmetric for s in fitting):
-            _refuse(weight, base, "INT8 with zeros: not supported.")
+        zeros = _zeros_of_bytes(pile, base, fitting)
         blocks = [s.blocks(*(1, 1, *weight.shape)[-2:]) for s in fitting]
-        put_scaled(config, pile, weight, scale, blocks)
+        put_scaled(config, pile, weight, scale, blocks, zeros)
     pile.drop(*SERVING)
     pile.refuse_left(".weight_zero_point", ".weight_g_idx", ".weight_shape", ".weight_global_scale")
 
@@ -86,6 +85,28 @@ def read(config: Mapping[str, Any], pile: Pile) -> None:
 def _refuse(entry: TensorEntry, weight: str, why: str) -> NoReturn:
     """Refuses a weight because of one of its tensors."""
     refuse(entry.path, why, tensor=weight, way_out=OTHER_MODEL)
+
+
+def _zeros_of_bytes(pile: Pile, base: str, fitting: Sequence[Scheme]) -> TensorEntry | None:
+    """The zeros of a weight's bytes where one of them is not 0: they, not the config, tell which of two schemes that
+    differ in symmetry it is of."""
+    name = base + ".weight_zero_point"
+    has_none = not fitting or any(s.is_symmetric for s in fitting)
+    zeros = pile.find(name) if has_none else pile.take(name, of=base)
+    if zeros is None or pile.is_zero(zeros):
+        return None
+    if not any(s.is_integer and not s.is_symmetric for s in fitting):
+        _refuse_zeros(zeros)
+    return zeros
+
+
+def _refuse_zeros(zeros: TensorEntry) -> NoReturn:
+    """Of symmetric weights, whose zeros may be in the file and say nothing."""
+    _refuse(
+        zeros,
+        zeros.name,
+        "not all of it is 0, and the config's schemes for such weights have no zeros.",
+    )
 
 
 def _put_integers(
@@ -107,8 +128,9 @@ def _put_integers(
             f"{num_packed} words and {num_scales} scales for {width} columns are none of the config's schemes "
             f"({'; '.join(map(str, schemes))}).",
         )
-    # Zeros may be there that a symmetric scheme does not use.
     scheme = next((s for s in fitting if s.is_symmetric == (zeros is None)), fitting[0])
+    if scheme.is_symmetric and zeros is not None and not pile.is_zero(zeros):
+        _refuse_zeros(zeros)
     group = scheme.blocks(rows, width)[1]
     parts = [packed, scale]
     if not scheme.is_symmetric:

@@ -89,8 +89,10 @@ def put_scaled(
     codes: TensorEntry,
     scale: TensorEntry,
     blocks: Sequence[Block],
+    zeros: TensorEntry | None = None,
 ) -> None:
-    """A weight of one byte an element. blocks: what may share a scale; the first that there are scales for is it."""
+    """A weight of one byte an element. blocks: what may share a scale; the first that there are scales for is it.
+    zeros: of integers, one beside each scale."""
     pile.take(codes.name, of=codes.name)
     if len(codes.shape) < 2 or not num_elements(codes.shape):
         refuse(
@@ -101,7 +103,7 @@ def put_scaled(
     if scale.dtype not in (*FLOAT_DTYPES, *EXPONENTS):
         refuse(scale.path, f"scales are not {scale.dtype}.", tensor=scale.name, way_out=OTHER_MODEL)
     kind = "E8M0" if scale.dtype in EXPONENTS else scale.dtype
-    formats = [ScaledBytes(block, codes.dtype, kind) for block in blocks]
+    formats = [ScaledBytes(block, codes.dtype, kind, zeros is not None) for block in blocks]
     format = next(
         (f for f in formats if is_alike(scale.shape, f.parts(codes.shape)[1].shape)), None
     )
@@ -114,7 +116,8 @@ def put_scaled(
             way_out=OTHER_MODEL,
         )
     dtype = weight_dtype(config, scale.dtype)
-    pile.put(codes.name, dtype, codes.shape, format, [codes, exponents(scale)])
+    parts = [codes, exponents(scale), *([zeros] if zeros else [])]
+    pile.put(codes.name, dtype, codes.shape, format, parts)
 
 
 def put_fp4(

@@ -84,17 +84,30 @@ class Pile:
 
     def values(self, entry: TensorEntry) -> torch.Tensor:
         """The data of a small tensor. Refuses one that is not small, and dtypes that are not of READABLE."""
-        if entry.dtype not in READABLE or entry.num_bytes > MAX_READ_BYTES:
-            refuse(
-                entry.path,
-                f"{entry.dtype} {list(entry.shape)} is not what it should be.",
-                tensor=entry.name,
-            )
-        with opened(entry.path) as fd:
-            raw = pread_exactly(entry.path, fd, entry.num_bytes, entry.start)
+        if entry.dtype not in READABLE:
+            self._refuse_to_read(entry)
+        raw = self._read(entry)
         if not raw:
             return torch.empty(entry.shape, dtype=READABLE[entry.dtype])
         return torch.frombuffer(bytearray(raw), dtype=READABLE[entry.dtype]).view(entry.shape)
+
+    def is_zero(self, entry: TensorEntry) -> bool:
+        """Whether all elements of a small tensor are 0, whatever its dtype. Refuses one that is not small."""
+        raw = self._read(entry)
+        return raw.count(0) == len(raw)
+
+    def _read(self, entry: TensorEntry) -> bytes:
+        if entry.num_bytes > MAX_READ_BYTES:
+            self._refuse_to_read(entry)
+        with opened(entry.path) as fd:
+            return pread_exactly(entry.path, fd, entry.num_bytes, entry.start)
+
+    def _refuse_to_read(self, entry: TensorEntry) -> NoReturn:
+        refuse(
+            entry.path,
+            f"{entry.dtype} {list(entry.shape)} is not what it should be.",
+            tensor=entry.name,
+        )
 
     def groups_of(self, entry: TensorEntry, width: int, group: int, num: int) -> bool:
         """Whether a g_idx says something: False where column i is in group i // group.
