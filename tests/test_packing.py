@@ -70,7 +70,7 @@ def decoded(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tenso
     for name, entry in checkpoint.tensors.items():
         if isinstance(entry, PackedEntry):
             values[name] = torch.empty(entry.shape, dtype=dtype)
-            parts = [files[part.path][part.name] for part in entry.parts]
+            parts = [files[part.path][part.name].view(part.shape) for part in entry.parts]
             entry.format.by_torch(parts, values[name])
         else:
             values[name] = files[entry.path][entry.name].to(dtype)
@@ -194,6 +194,8 @@ def test_what_lies_beside_weights_is_copied_with_a_config_that_is_true(tmp_path:
         "tokenizer.json",
         "chat_template.jinja",
         "model.safetensors.index.json",
+        "quantize_config.json",
+        "hf_quant_config.json",
         ".mine.json",
     ):
         (source / name).write_text("{}")

@@ -16,12 +16,16 @@ from safetensors.torch import load_file
 from support import Pair, assert_same_training, digests, with_lora
 from test_packing import unpacked_twin, write_aligned
 
+from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.nibbles import E2M1, NF4
 from ssdtune.kernels.quantize import quantize_nibbles
 from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.packing.wanted import Wanted
 from ssdtune.swap.gguf import open_gguf
+from ssdtune.swap.header import CheckpointError
+from ssdtune.swap.packed import PackedEntry
 from ssdtune.visit.build import build_meta
+from ssdtune.visit.placement import place
 
 Stream = Callable[..., Any]
 Tensors = dict[str, torch.Tensor]
@@ -106,6 +110,16 @@ def as_compressed(name: str, weight: torch.Tensor) -> Tensors:
     }
 
 
+def as_modelopt(name: str, weight: torch.Tensor) -> Tensors:
+    """FP8 with a scale for a tensor."""
+    scale = weight.float().abs().amax() / 448
+    return {
+        name: (weight.float() / scale).to(torch.float8_e4m3fn),
+        f"{name}_scale": scale,
+        name.removesuffix("weight") + "input_scale": torch.ones(()),
+    }
+
+
 def is_linear(name: str, weight: torch.Tensor) -> bool:
     return name.endswith("proj.weight") and weight.dim() == 2
 
@@ -130,6 +144,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], Any, Any]] = {
     "mxfp4": ("gpt_oss", {"quant_method": "mxfp4"}, as_mxfp4, is_of_experts),
     "gptq": ("qwen3", test_foreign.gptq_config(group_size=GROUP), as_gptq, is_linear),
     "awq": ("llama", test_foreign.AWQ | {"group_size": GROUP}, as_awq, is_linear),
+    "modelopt": (
+        "llama",
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        as_modelopt,
+        is_linear,
+    ),
     "compressed-tensors": (
         "qwen3_moe",
         test_foreign.compressed_config(symmetric=False, group_size=GROUP),
@@ -173,6 +193,74 @@ def test_it_trains_as_its_decoded_twin(
     )
     assert any(block.is_packed for block in pair.engine.plan.blocks)
     assert digests(folder) == before
+
+
+# What writers wrote before they put it into config.json.
+SIDECARS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq": (
+        "quantize_config.json",
+        {"bits": 4, "group_size": GROUP, "damp_percent": 0.01, "desc_act": False, "sym": False},
+    ),
+    "awq": (
+        "quant_config.json",
+        {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"},
+    ),
+    "modelopt": (
+        "hf_quant_config.json",
+        {
+            "producer": {"name": "modelopt", "version": "0.23.0"},
+            "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SIDECARS)
+def test_a_file_beside_says_how_weights_are_quantized_where_the_config_does_not(
+    kind: str, tmp_path: Path
+) -> None:
+    _, folder, _ = quantized(kind, tmp_path / "quantized")
+    expected = build_meta(folder).checkpoint.tensors
+    assert any(isinstance(entry, PackedEntry) for entry in expected.values())
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    name, said = SIDECARS[kind]
+    beside = folder / name
+    beside.write_text(json.dumps(said))
+    assert build_meta(folder).checkpoint.tensors == expected
+
+    for lie, words in (
+        (json.dumps({"quant_method": "eetq"}), '"eetq": not supported'),
+        ("[]", "not how weights"),
+        ('{"bits": 4, "bits": 4}', "not valid JSON"),
+    ):
+        beside.write_text(lie)
+        with pytest.raises(CheckpointError, match=f"(?s){name}.*{words}"):
+            build_meta(folder)
+
+
+@pytest.mark.parametrize("kind", SIDECARS)
+def test_quantized_weights_that_no_file_describes_are_no_incomplete_download(
+    kind: str, tmp_path: Path
+) -> None:
+    _, folder, _ = quantized(kind, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    words = r"(?s)quantiz.* config\.json .*belongs to"
+    with pytest.raises(SSDTuneError, match=words) as raised:  # noqa: PT012 (one or the other)
+        meta = build_meta(folder)
+        place(meta.model, meta.checkpoint.tensors)
+    assert "incomplete" not in str(raised.value)
+
+
+def test_a_file_beside_plain_weights_says_nothing(tmp_path: Path) -> None:
+    tiny_models.save(tiny_models.build("llama", dtype=torch.bfloat16), tmp_path)
+    for name, said in SIDECARS.values():
+        (tmp_path / name).write_text(json.dumps(said))
+    tensors = build_meta(tmp_path).checkpoint.tensors
+    assert not any(isinstance(entry, PackedEntry) for entry in tensors.values())
 
 
 def test_a_quantized_model_is_not_packed(tmp_path: Path) -> None:

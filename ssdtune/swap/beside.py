@@ -9,13 +9,17 @@ from typing import Any, Final
 
 from ssdtune.durable import write_file_atomically
 from ssdtune.run_files import CHECK_NAME
+from ssdtune.swap.foreign.sidecars import SIDECARS
 
 CONFIG: Final = "config.json"
 SUFFIXES: Final = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+# What is true of the source's weights only.
+LEFT: Final = frozenset({CONFIG, CHECK_NAME, *SIDECARS})
 
 
 def copy_beside(source: Path, out: Path, *, quantization: dict[str, Any] | None = None) -> None:
-    """Copies it to another folder, the config last: without one the folder is no model. What a packing costs is left.
+    """Copies it to another folder, the config last: without one the folder is no model. What a packing costs is left, and
+    files that say how the source is quantized.
 
     quantization: what the copy's config says of its weights, whatever the source's says; None: that they are plain. A
     source without a config has none to copy. Each file is there whole or not at all. Raises DurableError.
@@ -41,9 +45,9 @@ def bytes_beside(source: Path) -> int:
 
 
 def _files(source: Path) -> Iterator[Path]:
-    """What lies there, without the config."""
+    """What lies there, without what is LEFT."""
     for path in sorted(source.iterdir()):
         is_index = path.name.endswith(".index.json")
         is_beside = path.suffix in SUFFIXES and not is_index and not path.name.startswith(".")
-        if path.is_file() and is_beside and path.name not in (CONFIG, CHECK_NAME):
+        if path.is_file() and is_beside and path.name not in LEFT:
             yield path

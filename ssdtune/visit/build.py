@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssdtune.swap import foreign, pack_header
+from ssdtune.swap.foreign.sidecars import described_beside
 from ssdtune.swap.gguf import open_gguf
 from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.source import Checkpoint, open_checkpoint
@@ -147,9 +148,13 @@ def _unpacked(config: PretrainedConfig, checkpoint: Checkpoint, bits: int | None
     has plain weights."""
     quantization = vars(config).pop("quantization_config", None)
     if quantization is None:
-        return checkpoint
-    described = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    path = checkpoint.folder / "config.json"
+        beside = described_beside(checkpoint)
+        if beside is None:
+            return checkpoint
+        path, described = beside
+    else:
+        described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        path = checkpoint.folder / "config.json"
     if described.get("quant_method") == pack_header.METHOD:
         pack_header.check_version(path, described.get("version", pack_header.VERSION))
         return pack_header.unpacked(checkpoint, bits=bits)

@@ -43,9 +43,10 @@ def recognise(
 ) -> dict[str, TensorEntry | PackedEntry]:
     """The checkpoint's tensors as the model names them.
 
-    quantization: config.json's `quantization_config`; a `torch_dtype` in it overrules the dtype of the scales. tensors:
-    as the headers have them, none packed. config_path: for messages. A quantized weight is one PackedEntry, "...q_proj.weight" with the shape that the
-    parameter has; others stay as they are; what only served the weights is gone.
+    quantization: config.json's `quantization_config`, or what stands for it (sidecars.py); a `torch_dtype` in it
+    overrules the dtype of the scales. tensors: as the headers have them, none packed. config_path: for messages. A
+    quantized weight is one PackedEntry, "...q_proj.weight" with the shape that the parameter has; others stay as they
+    are; what only served the weights is gone.
 
     Raises CheckpointError, with the file and the tensor, for a method or layout that is not read, and where what is
     said and what is there do not agree.
