@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 
 from ssdtune.kernels import quantize
 from ssdtune.kernels.affine import ORDERS, Affine, widths
+from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
+from ssdtune.kernels.quantize_fp8 import quantize_fp8
 from ssdtune.kernels.rotated import Rotated
+from ssdtune.swap.pack_header import OWN_FP8
 
 GROUP = 64
 
@@ -54,6 +58,7 @@ def ours() -> list[Contestant]:
             for group in (64, 128)
         ),
         *(_table(name, format) for name, format in tables),
+        _fp8(OWN_FP8),
     ]
 
 
@@ -69,6 +74,17 @@ def _affine(order: tuple[int, ...], group: int, *, is_rotated: bool = False) -> 
     kind = "rotated groups" if is_rotated else "groups"
     name = f"ours, {'+'.join(map(str, order))} bits, {kind} of {group}"
     return Contestant(name, group, readings, decoded)
+
+
+def _fp8(format: ScaledBytes) -> Contestant:
+    bits = 8 + 32 / math.prod(format.block)
+
+    def decoded(weight: torch.Tensor) -> list[torch.Tensor]:
+        made = quantize_fp8(weight, format.block)
+        return [quantize.decoded(format, made, tuple(weight.shape))]
+
+    name = f"ours, FP8, blocks of {format.block[0]}"
+    return Contestant(name, 1, ((8, bits),), decoded)  # blocks may be cut: rows of any length
 
 
 def _table(name: str, format: Nibbles) -> Contestant:

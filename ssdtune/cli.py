@@ -349,7 +349,7 @@ def _pack_parser() -> "argparse.ArgumentParser":
     )
     parser.add_argument(
         "--format",
-        choices=("affine", "nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "lossless"),
+        choices=("affine", "nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "fp8", "lossless"),
         help="affine (the default): 1-8 bits; lossless: the same bfloat16 bits in three quarters of the bytes",
     )
     parser.add_argument(

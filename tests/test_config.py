@@ -276,7 +276,6 @@ def test_data_formats_and_rules_are_those_of_the_data_module():
         ("optim: adamw_8bit", 4, "optim: 'adamw_8bit' is not supported yet", "adamw_torch"),
         ("method: full", 4, "method: 'full' is not supported yet", "lora, rslora, dora"),
         ("method: full", 4, "method: 'full' is not supported yet", "`method: lora`"),
-        ("quantization: fp8", 4, "quantization: 'fp8' is not supported yet", "nf4"),
         ("quantization: 9", 4, "quantization: got '9'", "none, 1, 2"),
         ("bnb_4bit_quant_type: nf4", 4, "bnb_4bit_quant_type: not supported", "quantization: 4"),
         ("packing: true", 4, "packing: not supported yet", "Delete this key"),

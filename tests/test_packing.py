@@ -51,6 +51,7 @@ FORMATS = {
     "mxfp4": Wanted("mxfp4"),
     "nvfp4": Wanted("nvfp4"),
     "fp4-ue5m3": Wanted("fp4-ue5m3"),
+    "fp8": Wanted("fp8"),
     "lossless": Wanted("lossless"),
 }
 NORM = "model.layers.2.input_layernorm.weight"  # stays as it is, among packed tensors
@@ -150,7 +151,7 @@ def test_five_steps_equal_training_on_the_decoded_weights(
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_trains_to_the_bit(kind: str, tmp_path: Path, stream: Stream) -> None:
     pair = make_pair("llama", tmp_path, stream, FORMATS[kind], dtype=torch.bfloat16)
-    assert_same_training(pair, batches("llama", 2), num_micro=2)
+    assert_same_training(pair, batches("llama", 5 if kind == "fp8" else 2), num_micro=2)
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
@@ -237,7 +238,7 @@ def told_by(folder: Path) -> dict[str, Any]:
 
 
 def test_a_folder_asks_for_no_newer_reader_than_it_needs(source: Path, tmp_path: Path) -> None:
-    for kind, version in (("mxfp4", 1), ("nvfp4", 2)):
+    for kind, version in (("mxfp4", 1), ("nvfp4", 2), ("fp8", 3)):
         there = packed(source, tmp_path / kind, FORMATS[kind])
         config = json.loads((there / "config.json").read_text())
         assert told_by(there)["version"] == version
@@ -436,7 +437,7 @@ def first(told: dict[str, Any]) -> dict[str, Any]:
 
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "newer": (described(lambda t: t.update(version=3)), "newer ssdtune"),
+    "newer": (described(lambda t: t.update(version=VERSION + 1)), "newer ssdtune"),
     "no version": (described(lambda t: t.pop("version")), "nothing that can be read"),
     "shape": (described(lambda t: first(t).update(shape=[640, 640])), "needs U8"),
     "no format": (described(lambda t: first(t).update(format=7)), "makes no sense"),
@@ -567,6 +568,8 @@ def test_flags_that_make_no_sense(
         (Wanted("mxfp4", group=64), "mxfp4 shares a scale among 32 weights"),
         (Wanted("nvfp4", bits=3), "--bits 3: nvfp4 has 4"),
         (Wanted("fp4-ue5m3", group=32), "shares a scale among 16 weights"),
+        (Wanted("fp8", bits=4), "--bits 4: fp8 has 8"),
+        (Wanted("fp8", group=128), "shares a scale among 16384 weights"),
         (Wanted("lossless", bits=5), "--bits 5: lossless has 4 or 3"),
         (Wanted("lossless", order=(2, 1)), "--order is for affine codes, not for lossless"),
         (Wanted("lossless", group=64), "lossless has no scales"),
@@ -579,7 +582,11 @@ def test_no_flag_is_passed_over(wanted: Wanted, message: str) -> None:
 
 
 def test_a_flag_may_say_what_a_format_is() -> None:
-    for wanted in (Wanted("mxfp4", bits=4, group=32), Wanted("nvfp4", group=16)):
+    for wanted in (
+        Wanted("mxfp4", bits=4, group=32),
+        Wanted("nvfp4", group=16),
+        Wanted("fp8", bits=8),
+    ):
         assert wanted.chosen() == Wanted(wanted.format).chosen()
     assert Wanted("lossless", bits=4).chosen() == Wanted("lossless").chosen()
     assert Wanted("nf4", group=128).chosen() != Wanted("nf4").chosen()
@@ -627,12 +634,13 @@ def test_a_packed_folder_is_what_was_asked_for_or_refused(source: Path, tmp_path
 
     messages: list[str] = []
 
-    asked = ("2", "4", "5", "8", "nf4", "mxfp4", "nvfp4", "lossless")
+    asked = ("2", "4", "5", "8", "nf4", "mxfp4", "nvfp4", "fp8", "lossless")
     for kind, wanted, fitting in (
         ("nested", FORMATS["8"], {"4", "5", "8"}),
         ("nf4", Wanted("nf4", group=128), {"nf4"}),
         ("mxfp4", FORMATS["mxfp4"], {"mxfp4"}),
         ("nvfp4", FORMATS["nvfp4"], {"nvfp4"}),
+        ("fp8", FORMATS["fp8"], {"fp8"}),
         ("rotated", Wanted(bits=5, is_rotated=True), {"4", "5"}),
     ):
         folder = packed(source, tmp_path / kind, wanted)

@@ -20,6 +20,7 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.nibbles import E2M1, NF4
 from ssdtune.kernels.quantize import quantize_nibbles
 from ssdtune.packing.layout import PackError, groups_of
+from ssdtune.packing.once import build_planned
 from ssdtune.packing.wanted import Wanted
 from ssdtune.swap.gguf import open_gguf
 from ssdtune.swap.header import CheckpointError
@@ -267,6 +268,9 @@ def test_a_quantized_model_is_not_packed(tmp_path: Path) -> None:
     _, folder, _ = quantized("fp8", tmp_path / "quantized")
     with pytest.raises(PackError, match="quantized already"):
         groups_of(build_meta(folder), Wanted().chosen())
+    build_planned(folder, quantization="fp8")  # which it is, by whomever
+    with pytest.raises(PackError, match="packed already"):
+        build_planned(folder, quantization="8")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "gemma", "gemma3"])

@@ -54,7 +54,7 @@ def assert_same_weights(pair: Any, trained: dict[str, torch.Tensor]) -> None:
         ("4", "lozo", 2),
         *(
             pytest.param(kind, "mezo", 3, marks=pytest.mark.slow)
-            for kind in ("3", "8", "mxfp4", "nvfp4", "lossless")
+            for kind in ("3", "8", "mxfp4", "nvfp4", "fp8", "lossless")
         ),
     ],
 )

@@ -66,7 +66,7 @@ class ScaledBytes:
         self, parts: Sequence[torch.Tensor], out: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Of each matrix: the output, then its parts, all of two dimensions."""
-        return zip(*(x.reshape(-1, *x.shape[-2:]) for x in (out, *parts)), strict=True)
+        return zip(*(x.unsqueeze(0).flatten(0, -3) for x in (out, *parts)), strict=True)
 
     def scaling(
         self, of_blocks: Sequence[torch.Tensor], some: slice

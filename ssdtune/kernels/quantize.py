@@ -493,7 +493,7 @@ def _by_chunks(
 ) -> dict[str, torch.Tensor]:
     """The parts of all values, made of those that `encode` makes of so many of them at a time."""
     flat = values.detach().reshape(-1)
-    _refuse_what_is_no_number(flat)
+    refuse_what_is_no_number(flat)
     made = {
         part.suffix: torch.empty(part.shape, dtype=DTYPES[part.dtype], device=flat.device)
         for part in parts
@@ -513,7 +513,8 @@ def _rows(flat: torch.Tensor, size: int) -> list[torch.Tensor]:
     return [part for part in parts if part.numel()]
 
 
-def _refuse_what_is_no_number(flat: torch.Tensor) -> None:
+def refuse_what_is_no_number(flat: torch.Tensor) -> None:
+    """Raises ValueError that names their number. flat: of one dimension, any size."""
     bad = sum(int((~part.float().isfinite()).sum()) for part in flat.split(CHUNK))
     if bad:
         raise ValueError(f"{bad:,} of {flat.numel():,} values are not finite numbers in float32.")

@@ -46,9 +46,8 @@ class ModelKeys:
                     "none",
                     *map(str, range(1, 9)),
                     *("6/8", "5/8", "4/8", "3/8", "2/8"),
-                    *("nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "lossless", "auto"),
+                    *("nf4", "mxfp4", "nvfp4", "fp4-ue5m3", "fp8", "lossless", "auto"),
                 ),
-                later=("fp8",),
             ),
             Text(
                 "bits on average such as 4.5/8, or of each block such as 5,28x4,6/8",

@@ -19,10 +19,12 @@ from ssdtune.durable import DurableError, make_folder, remove_abandoned, write_f
 from ssdtune.kernels import lossless
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
+from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles, Nvfp4
 from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles, quantize_nvfp4
+from ssdtune.kernels.quantize_fp8 import quantize_fp8
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.memory import nearest_folder
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
@@ -326,6 +328,8 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
             )
         if isinstance(format, Nvfp4):
             return format, quantize_nvfp4(values, format.num_stored)
+        if isinstance(format, ScaledBytes):
+            return format, quantize_fp8(values, format.block)
         assert isinstance(format, Nibbles)
         return format, quantize_nibbles(values, format.table, format.block, format.scale)
     except ValueError as error:

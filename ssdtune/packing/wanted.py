@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import GROUPS, ORDERS, SLICE_WIDTHS, Affine
+from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import (
@@ -20,9 +22,9 @@ from ssdtune.kernels.nibbles import (
 )
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.widths import is_by_block, mean_of, widths_of
-from ssdtune.swap.pack_header import OWN_NVFP4
+from ssdtune.swap.pack_header import OWN_FP8, OWN_NVFP4
 
-AFFINE, LOSSLESS = "affine", "lossless"
+AFFINE, FP8, LOSSLESS = "affine", "fp8", "lossless"
 USUAL_BITS, USUAL_GROUP = 4, 64
 # So many bits read of a nested file of 8, which is packed once and can be read at other widths later.
 NESTED = {
@@ -32,17 +34,24 @@ NESTED = {
     "3/8": (2, 1, 1, 2, 2),
     "2/8": (2, 1, 1, 2, 2),
 }
-FOUR_BITS: dict[str, Format] = {  # nothing about them can be chosen
+FIXED: dict[str, Format] = {  # nothing about them can be chosen
     "mxfp4": Nibbles(E2M1, 32, is_high_first=False, scale="E8M0"),
     "nvfp4": OWN_NVFP4,
     "fp4-ue5m3": Nibbles(E2M1, 16, is_high_first=False, scale="UE5M3"),
+    FP8: OWN_FP8,
 }
 # What `nvfp4` was in version 1 of the format, without a scale of the whole tensor: read, no longer written.
 FIRST_NVFP4 = NVFP4_BLOCKS
-FORMATS = (AFFINE, "nf4", *FOUR_BITS, LOSSLESS)
+FORMATS = (AFFINE, "nf4", *FIXED, LOSSLESS)
 # Bits and groups that other formats than affine codes can be asked for; where groups are not here, any.
-BITS = {"nf4": (4,), **dict.fromkeys(FOUR_BITS, (4,)), LOSSLESS: (4, 3)}
-BLOCKS = {"mxfp4": (32,), "nvfp4": (NVFP4_BLOCK,), "fp4-ue5m3": (16,), LOSSLESS: ()}
+BITS = {"nf4": (4,), **dict.fromkeys(FIXED, (4,)), FP8: (8,), LOSSLESS: (4, 3)}
+BLOCKS = {
+    "mxfp4": (32,),
+    "nvfp4": (NVFP4_BLOCK,),
+    "fp4-ue5m3": (16,),
+    FP8: (math.prod(OWN_FP8.block),),
+    LOSSLESS: (),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +97,7 @@ class Wanted:
             return Nibbles(NF4, self.group_size, is_high_first=False, scale="BF16")
         if self.format == LOSSLESS:  # how many escapes there are is known once it is packed
             return Lossless(bits=self.bits or USUAL_BITS, num_escapes=0)
-        return FOUR_BITS[self.format]
+        return FIXED[self.format]
 
     def _check_flags(self) -> None:
         """Raises SSDTuneError for what this format, which is not affine codes, would pass over."""
@@ -150,9 +159,11 @@ def word_of(format: Format) -> str | None:
         return "nvfp4"
     if isinstance(format, TurnedMxfp4):
         return "mxfp4"
+    if isinstance(format, ScaledBytes) and format.codes == OWN_FP8.codes:
+        return FP8  # in any blocks
     if isinstance(format, Nibbles | NestedNibbles) and format.table == NF4:
         return "nf4"  # at any block
     if isinstance(format, Nibbles) and format.table == E2M1:
-        words = {(f.block, f.scale): w for w, f in FOUR_BITS.items() if isinstance(f, Nibbles)}
+        words = {(f.block, f.scale): w for w, f in FIXED.items() if isinstance(f, Nibbles)}
         return words.get((format.block, format.scale))
     return None

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ssdtune.kernels import nibbles
 from ssdtune.kernels.affine import GROUPS, SLICE_WIDTHS, Affine
+from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles, Nvfp4
@@ -23,12 +24,14 @@ from ssdtune.swap.source import Checkpoint
 
 METHOD: Final = "ssdtune"  # quantization_config's quant_method in config.json
 METADATA_KEY: Final = "ssdtune.packed"
-VERSION: Final = 2  # the newest that is read
+VERSION: Final = 3  # the newest that is read
 ROTATED: Final = "rotated affine"
 NVFP4: Final = "nvfp4"
-SINCE: Final = {NVFP4: 2}  # the version that a kind came with, where that is not the first
+FP8: Final = "fp8"
+SINCE: Final = {NVFP4: 2, FP8: 3}  # the version that a kind came with, where that is not the first
 # The scale of all fills a cache line, so that what lies behind it still begins on one.
 OWN_NVFP4: Final = Nvfp4(is_divided=False, num_stored=16)
+OWN_FP8: Final = ScaledBytes((128, 128))
 TABLES: Final = {"nf4": nibbles.NF4, "fp4": nibbles.E2M1}
 
 
@@ -41,6 +44,8 @@ def written_format(format: Format) -> dict[str, Any]:
         return {**written_format(format.stored), "kind": ROTATED}
     if format == OWN_NVFP4:
         return {"kind": NVFP4}
+    if format == OWN_FP8:
+        return {"kind": FP8}
     if isinstance(format, Nibbles):
         kind = next(name for name, table in TABLES.items() if table == format.table)
         return {"kind": kind, "block": format.block, "scale": format.scale}
@@ -81,6 +86,8 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
         return Nibbles(TABLES[kind], block, is_high_first=False, scale=scale)
     if kind == NVFP4:
         return OWN_NVFP4
+    if kind == FP8:
+        return OWN_FP8
     if kind == "lossless":
         width, num_escapes = written["bits"], written["escapes"]
         if width not in (3, 4) or type(num_escapes) is not int or not 0 <= num_escapes < 2**31:
