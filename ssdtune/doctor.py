@@ -188,21 +188,16 @@ def _store_modes(suffix: str) -> Iterator[str]:
 
 def _decode_by_each_kernel(out: torch.Tensor) -> None:
     """So that each has found out how it stores. out: a matrix, large enough for that."""
-    import torch
-
     from ssdtune.kernels.affine import ORDERS, Affine
     from ssdtune.kernels.float8 import ScaledBytes
     from ssdtune.kernels.ggml import Ggml
     from ssdtune.kernels.lossless import Lossless
     from ssdtune.kernels.nibbles import NF4, Nibbles
-    from ssdtune.kernels.unpack import unpack
-    from ssdtune.visit.placement import FILE_DTYPES
 
     affine = (Affine(bits, ORDERS[bits]) for bits in (4, 5, 6, 8))
     others = (Nibbles(NF4, 64, is_high_first=True), ScaledBytes((128, 128)), Ggml("Q4_K"))
     for format in (*affine, *others, Lossless(bits=4, num_escapes=0)):
-        parts = format.parts(tuple(out.shape))
-        unpack(format, [torch.zeros(p.shape, dtype=FILE_DTYPES[p.dtype]) for p in parts], out)
+        decoding(out, format)()
 
 
 def matmul_rate(dtype: Any, *, width: int, device: str, seconds: float) -> float:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
     from ssdtune.opened import Opened
 
-FORMAT = 16  # of jobs in the cache; one more when their making changes
+FORMAT = 17  # of jobs in the cache; one more when their making changes
 KEPT_JOBS = 200
 AUTO = "auto"  # of `quantization`
 # Keys that change blocks, work or rows.

@@ -24,7 +24,7 @@ from ssdtune.kernels.nibbles import E2M1
 from ssdtune.kernels.quantize import quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.convert import pack
-from ssdtune.packing.layout import PackError, groups_of, imagined
+from ssdtune.packing.layout import MIN_ELEMENTS, PackError, groups_of, imagined
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.sample import lossless_ratio
 from ssdtune.packing.shards import ShardWriter
@@ -152,6 +152,12 @@ def test_five_steps_equal_training_on_the_decoded_weights(
 def test_every_format_trains_to_the_bit(kind: str, tmp_path: Path, stream: Stream) -> None:
     pair = make_pair("llama", tmp_path, stream, FORMATS[kind], dtype=torch.bfloat16)
     assert_same_training(pair, batches("llama", 5 if kind == "fp8" else 2), num_micro=2)
+    layer = tiny_models.build("llama").model.layers[0]
+    sizes = (p.numel() for p in layer.parameters() if p.ndim == 2)
+    packed_bytes = 2 * sum(numel for numel in sizes if numel >= MIN_ELEMENTS)
+    kinds = {"8": "wide", "fp8": "bytes", **{k: k for k in ("rotated", "nvfp4", "lossless")}}
+    expected = {kinds[kind]: packed_bytes} if kind in kinds else {}
+    assert dict(pair.engine.plan.blocks[1].decoding) == expected, "priced as what it is"
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
@@ -161,6 +167,8 @@ def test_nested_codes_are_read_at_fewer_bits(bits: int, tmp_path: Path, stream: 
     read = {b.name: b.file_bytes for b in pair.engine.plan.blocks}
     whole = {b.name: b.file_bytes for b in stream(pair.folder).ssdtune.engine.plan.blocks}
     assert sum(read.values()) < sum(whole.values())
+    kinds = {kind for block in pair.engine.plan.blocks for kind, _ in block.decoding}
+    assert kinds == ({"wide"} if bits > 4 else set()), "as it is read, not as it is stored"
 
 
 # ------------------------------------------------------------------ what is written

@@ -30,9 +30,13 @@ F, B = Direction.FORWARD, Direction.BACKWARD
 
 
 def shape(name: str, num_bytes: int = 100, *, is_staged: bool = False) -> BlockShape:
-    """A block whose file bytes are a little more than its slot's."""
+    """A block whose file bytes are a little more than its slot's; of one that is staged a part is wide codes."""
     return BlockShape(
-        name=name, slot_bytes=num_bytes, file_bytes=num_bytes + 8, is_staged=is_staged
+        name=name,
+        slot_bytes=num_bytes,
+        file_bytes=num_bytes + 8,
+        is_staged=is_staged,
+        decoding=(("wide", num_bytes // 2),) if is_staged else (),
     )
 
 

@@ -143,11 +143,14 @@ def test_with_a_profile_it_tells_times_limits_and_alternatives(run) -> None:
     assert "tokens a step on" in text
 
 
-def saving_of(job: Job, **rates: float) -> Saving | None:
-    """Where the machine has these rates, in a budget with room for the buffers that bytes to be decoded pass."""
+def saving_of(job: Job, *, slower: float = 1.0, **rates: float) -> Saving | None:
+    """Where the machine has these rates, in a budget with room for the buffers that bytes to be decoded pass. slower: how
+    many times as long as narrow codes lossless ones take to decode."""
     staged = [dataclasses.replace(block, is_staged=True) for block in job.blocks]
     least = smallest_budgets(staged, on_device=False).ram_bytes
-    machine = a_machine(profile=a_profile(flop_s=1e-12, **rates))
+    profile = a_profile(flop_s=1e-12, **rates)
+    profile = dataclasses.replace(profile, decoding={"decode": {"lossless": slower}})
+    machine = a_machine(profile=profile)
     now = outcome(job, machine, Choices(micro_batches=MICRO, ram_bytes=least + 10_000))
     assert isinstance(now, Outcome)
     return saving(job, machine, now)
@@ -163,6 +166,10 @@ def test_packing_without_loss_is_named_where_it_pays(config_path: Path) -> None:
     assert "1/1.35 of the bytes (assumed)" in Saving(1.35, False, 2.0, 1.5).line()
     assert saving_of(job, read_rate=1e12) is None, "something else is the bound"
     assert saving_of(job, read_rate=1e6, decode_rate=1e6) is None, "decoding would be the bound"
+    assert saving_of(job, read_rate=1e6, decode_rate=4e6) is not None
+    assert saving_of(job, read_rate=1e6, decode_rate=4e6, slower=4) is None, (
+        "by its own kind's rate"
+    )
     blocks = tuple(dataclasses.replace(b, is_staged=True, is_packed=True) for b in job.blocks)
     assert saving_of(dataclasses.replace(job, blocks=blocks), read_rate=1e6) is None
 

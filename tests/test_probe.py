@@ -19,6 +19,7 @@ import torch
 from ssdtune import probe
 from ssdtune.cli import main
 from ssdtune.cores import cpu_seconds
+from ssdtune.kernels.kinds import EXAMPLES, NARROW
 from ssdtune.probe import (
     copies,
     drive,
@@ -129,6 +130,7 @@ def test_a_machine_is_measured_and_its_profile_written(
     curves = profile.operators["float32"]
     assert set(curves) == {*OPERATORS, FRESH, PERTURB, PERTURB_SIGNS}
     assert {"nvme_read", "nvme_write", MIXED, "unpack", "decode"} <= set(profile.transfers)
+    assert {*profile.decoding["decode"]} == {*EXAMPLES} - {NARROW}
     assert SUSTAINED not in profile.transfers, "only where it is asked for"
     assert all(len(curve.slow) == len(curve.points) for curve in profile.transfers.values())
     assert {kind: list(grid) for kind, grid in profile.products["float32"].items()} == {
@@ -141,7 +143,9 @@ def test_a_machine_is_measured_and_its_profile_written(
     assert 1 <= profile.copy_overlap <= 2
     assert isinstance(profile.in_model["float32"], InModel)
     assert profile.transfers["nvme_read"].rate > 1e6
-    assert "written" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "written" in said
+    assert f"rotated {profile.decoding['decode']['rotated']:.3g}" in said
     assert [p.name for p in tmp_path.iterdir()] == ["deep"], "nothing is left behind"
 
 

@@ -24,6 +24,7 @@ GOOD: dict[str, Any] = {
     "reading_takes": 1e-12,
 }
 NEWER: dict[str, Any] = {
+    "decoding": {"decode": {"wide": 2.5, "rotated": 8.0}},
     "products": {"float32": {"matmul": {1: [[2e6, 0.4, 0.5]], 16: [[3.2e7, 0.9, 1.2]]}}},
     "optimizer": {"fused": [[1e6, 1e-2, 2e-2]]},
     "busy_cores": 0.5,
@@ -44,6 +45,7 @@ def test_an_older_profile_is_read_and_says_what_it_lacks() -> None:
     assert older.lacks == [
         "products of few tokens with large matrices",
         "perturbing weights",
+        "decoding by kinds of packed weights",
         "reading and writing at once",
         "the optimizer on the CPU",
         "copying in RAM beside compute",
@@ -85,6 +87,8 @@ def test_a_machine_at_its_slow_end_has_the_same_curves_slower() -> None:
         (("busy_cores",), "many", "busy_cores"),
         (("copy_overlap",), 2.5, "copy_overlap is 2.5; it is from 1"),
         (("copy_overlap",), "some", "copy_overlap"),
+        (("decoding",), {"decode": {"wide": 0}}, "decoding.decode.wide is 0; it is a number"),
+        (("decoding",), {"decode": 2}, "decoding.decode"),
         (("device_bytes",), 22, "device_bytes: 22 has no unit"),
         (("products",), [1], "products"),
         (("products",), {"float32": {"matmul": {"few": [[1, 1]]}}}, "'few' is no number of rows"),
@@ -294,6 +298,55 @@ def test_what_a_device_decodes_has_a_curve_of_its_own() -> None:
         transfers={name: Curve(((1e6, seconds),)) for name, seconds in curves.items()},
     )
     assert found(older, in_buffers=False)[Lane.H2D] == pytest.approx(2e-3 + 4 * 4e-6)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_each_kind_of_packed_weights_decodes_at_its_own_rate(on_device: bool) -> None:
+    """Of a block some may be narrow codes: the curve as it is. In an older profile all are."""
+    num_bytes = 4 * 10**6
+    block = BlockShape(
+        name="a", slot_bytes=num_bytes, file_bytes=10**6, is_staged=True, is_packed=True
+    )
+    shapes = (
+        block,
+        dataclasses.replace(block, name="b", decoding=(("wide", num_bytes),)),
+        dataclasses.replace(
+            block, name="c", decoding=(("rotated", num_bytes // 2), ("wide", num_bytes // 4))
+        ),
+        dataclasses.replace(block, name="d", decoding=(("never measured", num_bytes),)),
+    )
+    name = "device_decode" if on_device else "decode"
+    profile = profile_from(
+        {
+            **GOOD,
+            "transfers": {
+                "nvme_read": [[1e6, 1e-3]],
+                "h2d": [[1e6, 1e-9]],
+                name: [[1e6, 1e-3], [1e7, 1e-2]],
+            },
+            "decoding": {name: {"wide": 2.5, "rotated": 8.0}},
+        },
+        "p",
+    )
+    budgets = Budgets(ram_bytes=9 * 10**6, device_bytes=10**7 if on_device else 0)
+    steps = make_plan(
+        Request(blocks=shapes, orders=plain_orders(4), budgets=budgets, on_device=on_device)
+    ).sequences["train"]
+    work = StepWork(passes={"train": {}}, between=Work({}), dtype="float32")
+
+    def decoding_s(profile: Profile) -> dict[str, float]:
+        seconds = Pricing(work, profile, num_micro_batches=1).op_seconds(steps)
+        kinds = (Kind.UPLOAD, Kind.DECODE)
+        pairs = zip(steps.ops, seconds, strict=True)
+        return {op.block: s for op, s in pairs if op.kind in kinds}
+
+    shares = {"a": 1.0, "b": 2.5, "c": 0.5 * 8 + 0.25 * 2.5 + 0.25, "d": 1.0}
+    expected = {block: pytest.approx(4e-3 * share, rel=1e-4) for block, share in shares.items()}
+    assert decoding_s(profile) == expected
+    older = dataclasses.replace(profile, decoding={})
+    assert decoding_s(older) == dict.fromkeys(shares, pytest.approx(4e-3, rel=1e-4))
+    in_compute = Operator(f"{name}:rotated", 1e6).seconds(profile, "float32")
+    assert in_compute == pytest.approx(8e-3), "where blocks stay packed in their slots"
 
 
 def test_variants_and_missed_steps_of_weights_take_their_time_in_a_forward_step() -> None:

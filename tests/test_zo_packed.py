@@ -259,6 +259,14 @@ def test_a_flipped_bit_is_found_before_it_is_used(
 # ------------------------------------------------------------------ predictions
 
 
+def test_what_stays_packed_is_priced_by_its_kind(tmp_path: Path, stream: Stream) -> None:
+    pair = make_pair("llama", tmp_path, stream, FORMATS["rotated"], adapt=lambda m: m)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED, packed=KEPT)
+    kinds = {op.kind for work in method.moves(5).shifts.values() for op in work.operators}
+    assert f"{DECODE}:rotated" in kinds
+    assert DECODE not in kinds
+
+
 SLOWLY = [pytest.param(*case, marks=pytest.mark.slow) for case in ((KEPT, True), (MOVED, False))]
 
 
@@ -295,6 +303,7 @@ def test_decoding_and_steps_taken_anew_are_those_predicted(
         for op, n in moves.updates[visit.block].operators.items() if moves.updates else ():
             wanted[op.kind] += round(moves.num_missed * op.size * n)
     assert done[DECODE] == wanted[DECODE] > 0
+    assert not [kind for kind in wanted if kind.startswith(f"{DECODE}:")], "of narrow codes alone"
     if way == KEPT and not adapts:
         outside = sum(p.numel() for p in method.weights.residents.outside.values())
         assert done[PERTURB] == wanted[PERTURB] + outside * (4 + 2), "four variants, one step"

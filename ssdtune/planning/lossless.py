@@ -37,8 +37,7 @@ class Saving:
 
 def saving(job: Job, machine: Machine, now: Outcome) -> Saving | None:
     """What packing without loss saves of the step `now`; None where it does not pay: files are not bfloat16 or packed
-    already, something else than reading is the bound, or decoding would be. Decoding is priced by the profile's curve,
-    which is of 4-bit codes."""
+    already, something else than reading is the bound, or decoding would be."""
     step = now.simulation
     is_plain = job.file_dtype == LOSSLESS_DTYPE and not any(block.is_packed for block in job.blocks)
     if not is_plain or step is None or step.bound_by is not Lane.NVME_READ:
@@ -46,7 +45,11 @@ def saving(job: Job, machine: Machine, now: Outcome) -> Saving | None:
     ratio = job.lossless_ratio or ASSUMED_RATIO
     blocks = (
         dataclasses.replace(
-            block, file_bytes=round(block.file_bytes / ratio), is_staged=True, is_packed=True
+            block,
+            file_bytes=round(block.file_bytes / ratio),
+            is_staged=True,
+            is_packed=True,
+            decoding=(("lossless", block.slot_bytes),),
         )
         for block in job.blocks
     )

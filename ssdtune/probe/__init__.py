@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ssdtune.cores import cpu_seconds
 from ssdtune.durable import make_folder
-from ssdtune.probe.copies import measure_copies
+from ssdtune.probe.copies import measure_copies, measure_kinds
 from ssdtune.probe.drive import measure_both, measure_reads, measure_sustained, measure_writes
 from ssdtune.probe.few_rows import measure_few_rows
 from ssdtune.probe.files import random_file
@@ -87,6 +87,7 @@ def _measure(device: torch.device, folder: Path, file: Path | None) -> Profile:
             for name, curves in operators.items()
         },
         transfers=transfers,
+        decoding=measure_kinds(device),
         in_model={
             name: fit_in_model([*early[name], *late[name]], is_hidden=is_hidden).times(slower)
             for name in dtypes

@@ -21,6 +21,9 @@ def profile_lines(profile: Profile) -> Iterator[str]:
     told = [_transfer(name, curve) for name, curve in profile.transfers.items()]
     for i in range(0, len(told), 4):
         yield f"{'bytes' if not i else '':9} {' · '.join(told[i : i + 4])}"
+    for name, factors in profile.decoding.items():
+        kinds = (f"{kind} {factor:.3g}" for kind, factor in factors.items())
+        yield f"{'':9} {name}, times as long: {' · '.join(kinds)}"
     yield f"{'':9} {_beside_line(profile)}"
     if profile.optimizer:
         rates = (f"{way} {curve.rate / 1e6:.3g}" for way, curve in profile.optimizer.items())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ssdtune.schedule.fluid import simulate_fluid
-from ssdtune.schedule.plan import Direction, Kind, Lane, Op, Plan, StepPlan, Visit
+from ssdtune.schedule.plan import Decoding, Direction, Kind, Lane, Op, Plan, StepPlan, Visit
 from ssdtune.schedule.profile import DECODE, DEVICE_DECODE, FRESH, MAY_LACK, Profile
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import (
@@ -40,7 +40,7 @@ DECODES = (DECODE, DEVICE_DECODE)  # of packed weights, by bytes that they decod
 
 
 class Operator(NamedTuple):
-    """One call. kind, size: as in `profile.OPERATORS`, or of DECODES.
+    """One call. kind, size: as in `profile.OPERATORS`, or of DECODES, behind a colon the kind of weights.
 
     A matrix product has its bytes too, since it takes as long as the longer of FLOP and bytes, and the rows that one
     matrix is multiplied by; both are 0 for others, rows also for products of many matrices.
@@ -53,8 +53,9 @@ class Operator(NamedTuple):
 
     def seconds(self, profile: Profile, dtype: str) -> float:
         """How long it takes alone. Raises ProfileError for a curve that is missing."""
-        if self.kind in DECODES:
-            return profile.transfer(self.kind).seconds(self.size)
+        if self.kind.partition(":")[0] in DECODES:
+            name, _, kind = self.kind.partition(":")
+            return profile.decoding_s(name, self.size, ((kind, self.size),))
         if self.kind in MAY_LACK and self.kind not in profile.curves(dtype):
             return 0.0
         if self.num_rows:
@@ -216,7 +217,7 @@ class Pricing:
         )
         self._num_missed, self._num_of_step = moves.num_missed, 1 / moves.window
         self._anew, self._fold_steps = moves.anew, moves.fold_steps
-        self._transfers_s: dict[tuple[Kind, Lane, int, int], float] = {}
+        self._transfers_s: dict[tuple[Kind, Lane, int, int, Decoding], float] = {}
 
     def simulation(self, plan: Plan) -> Simulation:
         """A steady step of the plan."""
@@ -305,7 +306,7 @@ class Pricing:
 
     def _transfer_s(self, op: Op) -> float:
         """Seconds of an op that moves bytes; looked up, since a search asks for the same blocks' again and again."""
-        key = (op.kind, op.lane, op.num_bytes, op.decoded_bytes)
+        key = (op.kind, op.lane, op.num_bytes, op.decoded_bytes, op.decoding)
         if key not in self._transfers_s:
             self._transfers_s[key] = self._computed_transfer_s(op)
         return self._transfers_s[key]
@@ -314,9 +315,11 @@ class Pricing:
         if op.kind is Kind.STORE_WEIGHTS and not self.profile.knows_writes:
             return 0.0  # of an older profile, which is said: what else such a step takes is known
         name = self.profile.writes if op.lane is Lane.NVME_WRITE else _transfer_of(op)
+        if name in DECODES:
+            return self.profile.decoding_s(name, op.num_bytes, op.decoding)
         seconds = self.profile.transfer(name).seconds(op.num_bytes)
         if op.decoded_bytes:
-            seconds += self.profile.transfer(DEVICE_DECODE).seconds(op.decoded_bytes)
+            seconds += self.profile.decoding_s(DEVICE_DECODE, op.decoded_bytes, op.decoding)
         return seconds
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ssdtune.schedule.cost import Moves, Operator, StepWork, Work, missed_steps
 from ssdtune.schedule.memory import Fixed, Footprint
-from ssdtune.schedule.plan import BlockShape, Direction
+from ssdtune.schedule.plan import BlockShape, Direction, blocks_from
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +300,7 @@ def job_from(text: str) -> Job:
         )
     made: dict[str, Any] = {
         **raw,
-        "blocks": _blocks_from(raw["blocks"]),
+        "blocks": blocks_from(raw["blocks"]),
         "readings": tuple(map(_reading_from, raw["readings"])),
         "orders": {
             kind: [(block, Direction(direction)) for block, direction in order]
@@ -316,12 +316,8 @@ def job_from(text: str) -> Job:
 
 
 def _reading_from(raw: dict[str, Any]) -> Reading:
-    typed: dict[str, Any] = {**raw, "blocks": _blocks_from(raw["blocks"])}
+    typed: dict[str, Any] = {**raw, "blocks": blocks_from(raw["blocks"])}
     return Reading(**typed)
-
-
-def _blocks_from(raw: Sequence[dict[str, Any]]) -> tuple[BlockShape, ...]:
-    return tuple(BlockShape(**block) for block in raw)
 
 
 def _moves_from(raw: dict[str, Any] | None, listed: Sequence[Work]) -> Moves | None:

@@ -62,6 +62,8 @@ class Kind(StrEnum):
     STORE_STATE = "store_state"  # states and updated weights, RAM to NVMe, a chunk
 
 
+# Of packed weights that decode at another rate than the profile's curve: (kind, bytes that they decode to).
+Decoding = tuple[tuple[str, int], ...]
 # What moves and uses weights; a step's other ops are of its block inputs and activations.
 BLOCK_KINDS = (Kind.LOAD, Kind.UNPACK, Kind.DECODE, Kind.UPLOAD, Kind.COMPUTE)
 
@@ -84,6 +86,7 @@ class BlockShape:
     `slot_bytes`: laid out for compute. `file_bytes`: read to fill it, alignment included.
     `is_staged`: its file bytes cannot be used in place: they are read into a buffer, then copied.
     `is_packed`: some are decoded on the way, on a device by the device, which needs them beside the slot.
+    `decoding`: of these, what is not of the usual kind.
     """
 
     name: str
@@ -91,6 +94,7 @@ class BlockShape:
     file_bytes: int
     is_staged: bool = False
     is_packed: bool = False
+    decoding: Decoding = ()
 
     @property
     def uploaded_bytes(self) -> int:
@@ -118,7 +122,8 @@ class Op(NamedTuple):
     thousands, which takes frozen dataclasses three times as long.
 
     `after`: their ids in this step; `after_previous`: their ids in the step before. `decoded_bytes`: what a device
-    makes of the packed weights that an UPLOAD brings, behind it on the same stream.
+    makes of the packed weights that an UPLOAD brings, behind it on the same stream. `decoding`: as `BlockShape` has it,
+    of an op that decodes.
     """
 
     id: int
@@ -129,6 +134,7 @@ class Op(NamedTuple):
     direction: Direction
     num_bytes: int = 0
     decoded_bytes: int = 0
+    decoding: Decoding = ()
     after: tuple[int, ...] = ()
     after_previous: tuple[int, ...] = ()
 
@@ -143,6 +149,7 @@ class Op(NamedTuple):
             self.direction,
             self.num_bytes,
             self.decoded_bytes,
+            self.decoding,
             after,
             self.after_previous,
         )
@@ -316,7 +323,7 @@ class Plan:
 
 def _plan_from(raw: Mapping[str, Any]) -> Plan:
     return Plan(
-        blocks=tuple(BlockShape(**b) for b in raw["blocks"]),
+        blocks=blocks_from(raw["blocks"]),
         tiers=tuple(Tier(t) for t in raw["tiers"]),
         slots=tuple(raw["slots"]),
         buffers=tuple(raw["buffers"]),
@@ -329,6 +336,20 @@ def _plan_from(raw: Mapping[str, Any]) -> Plan:
         activation_bytes=raw["activation_bytes"],
         nvme_activation_bytes=raw["nvme_activation_bytes"],
     )
+
+
+def blocks_from(raw: Sequence[Mapping[str, Any]]) -> tuple[BlockShape, ...]:
+    """Of blocks as mappings. Raises TypeError, KeyError or ValueError for anything else."""
+    return tuple(map(_block_from, raw))
+
+
+def _block_from(raw: Mapping[str, Any]) -> BlockShape:
+    typed: dict[str, Any] = {"decoding": _decoding_from(raw["decoding"])}
+    return BlockShape(**{**raw, **typed})
+
+
+def _decoding_from(raw: Sequence[Sequence[Any]]) -> Decoding:
+    return tuple((str(kind), int(num_bytes)) for kind, num_bytes in raw)
 
 
 def _sequence_from(raw: Mapping[str, Any]) -> StepPlan:
@@ -351,6 +372,7 @@ def op_from(raw: Mapping[str, Any]) -> Op:
         "kind": Kind(raw["kind"]),
         "lane": Lane(raw["lane"]),
         "direction": Direction(raw["direction"]),
+        "decoding": _decoding_from(raw["decoding"]),
         "after": tuple(raw["after"]),
         "after_previous": tuple(raw["after_previous"]),
     }
@@ -455,6 +477,7 @@ class _Ops:
         elif writes is not None:
             self._first_writers[op_id] = writes
         is_decoded = kind is Kind.UPLOAD and block.is_packed
+        decodes = is_decoded or kind is Kind.DECODE
         self._ops.append(
             Op(
                 id=op_id,
@@ -465,6 +488,7 @@ class _Ops:
                 direction=self._visits[v].direction,
                 num_bytes=_moved_bytes(kind, block),
                 decoded_bytes=block.slot_bytes if is_decoded else 0,
+                decoding=block.decoding if decodes else (),
                 after=tuple(after),
             )
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ssdtune.schedule.curve import (
@@ -34,7 +34,7 @@ MIXED = "nvme_mixed"  # bytes of the drive, half of them read while the others a
 LINK_MIXED = "link_mixed"  # bytes of the link to a device, half of them each way at once
 # Bytes written beyond a drive's cache; only where it was asked for.
 SUSTAINED = "nvme_write_sustained"
-DECODE = "decode"  # bytes that packed weights are decoded to on the CPU
+DECODE = "decode"  # bytes that narrow packed weights are decoded to on the CPU
 DEVICE_DECODE = "device_decode"  # and by a device
 # What stands in for it in a profile that is older: decoding writes as many bytes as a copy and reads fewer.
 STAND_INS = {DECODE: "unpack", "d2h": "h2d", DEVICE_DECODE: "d2d"}
@@ -104,6 +104,8 @@ class Profile:
             of fused attention; "pointwise": bytes read and written; "special": the same, of exp, tanh, rsqrt and their
             like; "perturb" and "perturb_signs": elements moved along a random direction.
         transfers: lane's work -> curve over bytes. Those of a device are missing where there is none.
+        decoding: DECODE or DEVICE_DECODE -> kind of packed weights (`kernels/kinds.py`) -> how many times as long as that
+            curve says; 1 where it is missing.
         in_model: dtype -> what is to be added inside a model; nothing where it was not measured.
         reading_takes: seconds that compute loses for each byte that is read meanwhile: cores and memory are shared.
         copy_overlap: seconds of compute alone and of a copy in RAM alone that the processor does in a second of both: 1,
@@ -119,6 +121,9 @@ class Profile:
     name: str
     operators: Mapping[str, Mapping[str, Curve]]
     transfers: Mapping[str, Curve]
+    decoding: Mapping[str, Mapping[str, float]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, float]]
+    )
     in_model: Mapping[str, InModel] = dataclasses.field(default_factory=dict[str, InModel])
     reading_takes: float = 0.0
     copy_overlap: float | None = None
@@ -195,6 +200,15 @@ class Profile:
             raise ProfileError(f"profile {self.name}: transfers.{name} is missing.\n{REMEDY}")
         return self.transfers[name]
 
+    def decoding_s(
+        self, name: str, num_bytes: float, decoding: Iterable[tuple[str, float]]
+    ) -> float:
+        """Seconds of decoding packed weights to so many bytes, by a curve, DECODE or DEVICE_DECODE. decoding: of these,
+        (kind, bytes) of weights that are not narrow. Raises ProfileError for a curve that is missing."""
+        factors = self.decoding.get(name, {})
+        more = sum((factors.get(kind, 1.0) - 1) * part for kind, part in decoding)
+        return self.transfer(name).seconds(num_bytes + more)
+
     @property
     def knows_writes(self) -> bool:
         """Whether writing to the drive was measured."""
@@ -233,6 +247,7 @@ class Profile:
         entries = {
             "products of few tokens with large matrices": bool(self.products),
             "perturbing weights": PERTURB in kinds,
+            "decoding by kinds of packed weights": bool(self.decoding),
             "writing to the drive": self.knows_writes,
             "reading and writing at once": MIXED in self.transfers,
             "the optimizer on the CPU": bool(self.optimizer),
@@ -285,6 +300,7 @@ class Profile:
                 for dtype, grids in self.products.items()
             },
             "transfers": {name: curve.listed() for name, curve in self.transfers.items()},
+            "decoding": {name: dict(factors) for name, factors in self.decoding.items()},
             "optimizer": {name: curve.listed() for name, curve in self.optimizer.items()},
             "in_model": {dtype: dataclasses.asdict(each) for dtype, each in self.in_model.items()},
             "reading_takes": self.reading_takes,
@@ -317,6 +333,7 @@ def profile_from(content: Any, where: str) -> Profile:
         name=str(entries.get("name", where)),
         operators=operators,
         transfers=curves_from(entries.get("transfers"), f"{where}: transfers"),
+        decoding=_decoding(entries.get("decoding") or {}, f"{where}: decoding"),
         in_model=_in_model(entries.get("in_model", {}), f"{where}: in_model"),
         reading_takes=_not_negative(entries, "reading_takes", "seconds a byte", where),
         copy_overlap=_overlap_of(entries, "copy_overlap", where),
@@ -350,6 +367,18 @@ def _size_of(entries: Mapping[Any, Any], name: str, where: str) -> int | None:
         return parse_size(entries.get(name))
     except SizeError as error:
         raise ProfileError(f"{where}: {name}: {error}") from error
+
+
+def _decoding(found: Any, where: str) -> dict[str, dict[str, float]]:
+    made: dict[str, dict[str, float]] = {}
+    for name, factors in (mapping(found, where) if found else {}).items():
+        for kind, factor in mapping(factors, f"{where}.{name}").items():
+            if not is_positive(factor):
+                raise ProfileError(
+                    f"{where}.{name}.{kind} is {factor!r}; it is a number of times as long, above 0."
+                )
+            made.setdefault(str(name), {})[str(kind)] = float(factor)
+    return made
 
 
 def _products(found: Any, where: str) -> dict[str, dict[str, Grid]]:

@@ -16,6 +16,7 @@ import torch
 
 from ssdtune.kernels.checksum import checksum
 from ssdtune.kernels.formats import Format
+from ssdtune.kernels.kinds import NARROW, kind_of
 from ssdtune.kernels.unpack import unpack
 from ssdtune.schedule.plan import BlockShape
 from ssdtune.swap.storage import Extent, StorageError
@@ -221,7 +222,20 @@ class BlockRecipe:
             file_bytes=self.file_bytes,
             is_staged=self.is_staged,
             is_packed=bool(self.packed),
+            decoding=tuple(self._decoding().items()),
         )
+
+    def _decoding(self) -> dict[str, int]:
+        """Kind of packed weights -> bytes of the slot that come from such; without narrow ones."""
+        found: dict[str, int] = {}
+        for copy in self.copies:
+            if isinstance(copy.source, PackedView):
+                kind = kind_of(copy.source.format)
+                dtype = self.tensors[copy.target].dtype
+                num_bytes = torch.Size(copy.source.shape).numel() * dtype.itemsize
+                found[kind] = found.get(kind, 0) + num_bytes
+        found.pop(NARROW, None)
+        return found
 
 
 def kept_packed(recipe: BlockRecipe, *, on_device: bool) -> BlockRecipe:

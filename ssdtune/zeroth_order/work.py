@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from ssdtune.kernels.kinds import NARROW, kind_of
 from ssdtune.kernels.noise import GAUSSIAN, PART
 from ssdtune.schedule.cost import Moves, Operator, Work
 from ssdtune.schedule.profile import DECODE, DEVICE_DECODE, PERTURB, PERTURB_SIGNS
@@ -113,8 +114,12 @@ def with_decoding(
 def _decoded(unpacking: Unpacking, kind: str) -> Iterator[Operator]:
     """Yields the decoding of each tensor that is made of packed ones. kind: on the CPU or by a device."""
     for index, tensor in enumerate(unpacking.tensors):
-        if any(isinstance(copy.source, PackedView) for copy in unpacking.of(index)):
-            yield Operator(kind, float(tensor.num_bytes))
+        sources = (copy.source for copy in unpacking.of(index))
+        packed = [source for source in sources if isinstance(source, PackedView)]
+        if packed:
+            weights = kind_of(packed[0].format)
+            name = kind if weights == NARROW else f"{kind}:{weights}"
+            yield Operator(name, float(tensor.num_bytes))
 
 
 def _updated(
