@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import support
+import test_grid
 import tiny_models
 import tiny_runs
 import torch
@@ -40,6 +41,7 @@ from ssdtune.schedule.outcome import HIDDEN, Choices, Outcome, Refusal, outcome
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.planner import smallest_budgets
 from ssdtune.schedule.profile import (
+    DEVICE_DECODE,
     OPERATORS,
     PERTURB,
     PERTURB_SIGNS,
@@ -172,6 +174,26 @@ def test_packing_without_loss_is_named_where_it_pays(config_path: Path) -> None:
     )
     blocks = tuple(dataclasses.replace(b, is_staged=True, is_packed=True) for b in job.blocks)
     assert saving_of(dataclasses.replace(job, blocks=blocks), read_rate=1e6) is None
+
+
+@pytest.mark.parametrize(("decode", "pays"), [(1e12, True), (2e7, False)])
+def test_packing_without_loss_pays_on_a_link_too(decode: float, pays: bool) -> None:
+    """All weights stay in RAM, and a device takes a quarter less of them in each visit; unless it decodes slowly."""
+    profile = test_grid.a_profile(read=1e12, link=2e7)
+    curve = Curve(((1.0, 1 / decode), (1e9, 1e9 / decode)))
+    profile = dataclasses.replace(
+        profile, transfers={**profile.transfers, DEVICE_DECODE: curve, "d2d": curve}
+    )
+    machine = test_grid.a_machine(600 * MB, device=90 * MB, profile=profile)
+    job = dataclasses.replace(test_grid.a_job(1), file_dtype="BF16", lossless_ratio=4 / 3)
+    now = outcome(job, machine, Choices(micro_batches=job.micro_batches))
+    assert isinstance(now, Outcome)
+    assert now.simulation is not None
+    assert now.simulation.bound_by is Lane.H2D
+    saved = saving(job, machine, now)
+    assert (saved is not None) == pays
+    if saved is not None:
+        assert saved.after_s < 0.8 * saved.before_s
 
 
 def test_what_can_be_packed_without_loss_goes_by_the_files(

@@ -1,4 +1,5 @@
-"""Whether `quantization: lossless` would make a step shorter: the same bits in fewer bytes, where reading is the bound."""
+"""Whether `quantization: lossless` would make a step shorter: the same bits in fewer bytes, to be read, to cross the link
+to a device, and to stay in RAM."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ssdtune.schedule.outcome import Outcome, outcome
-from ssdtune.schedule.plan import Lane
 
 if TYPE_CHECKING:
     from ssdtune.schedule.job import Job
@@ -37,10 +37,10 @@ class Saving:
 
 def saving(job: Job, machine: Machine, now: Outcome) -> Saving | None:
     """What packing without loss saves of the step `now`; None where it does not pay: files are not bfloat16 or packed
-    already, something else than reading is the bound, or decoding would be."""
+    already, compute is the bound, or decoding would be."""
     step = now.simulation
     is_plain = job.file_dtype == LOSSLESS_DTYPE and not any(block.is_packed for block in job.blocks)
-    if not is_plain or step is None or step.bound_by is not Lane.NVME_READ:
+    if not is_plain or step is None or step.compute_s > PAYS * step.step_s:
         return None
     ratio = job.lossless_ratio or ASSUMED_RATIO
     blocks = (
