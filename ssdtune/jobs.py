@@ -28,7 +28,7 @@ AUTO = "auto"  # of `quantization`
 # Keys that change blocks, work or rows.
 MODEL_KEYS = (
     "model_name_or_path model_revision trust_remote_code dtype quantization attn_implementation lora_r lora_alpha "
-    "bf16 fp16 lora_dropout lora_target_modules lora_modules_to_save use_dora use_rslora "
+    "bf16 fp16 lora_dropout lora_target_modules lora_modules_to_save init_lora_weights use_dora use_rslora "
     "per_device_train_batch_size gradient_accumulation_steps max_length overlong train_on chat_template "
     "num_train_epochs max_steps optim method zo_trains zo_estimator zo_num_directions zo_rank zo_window zo_update "
     "zo_horizon zo_fold_steps zo_master zo_packed"

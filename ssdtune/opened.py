@@ -129,8 +129,16 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
     path = source.config.offload.path
     twin = twin_of(plain, arguments.get("quantization", NONE), path)
     readings = ()
+    ratio = lossless_ratio(meta) if has_weights else None
     if chooses:  # before there are adapters
-        readings = readings_of(meta, options, path, has_weights=has_weights)
+        readings = readings_of(
+            meta,
+            options,
+            path,
+            has_weights=has_weights,
+            formats=_formats(source.config),
+            ratio=ratio,
+        )
     base: Any = meta.model
     parameters = list(base.parameters())
     resident = _resident_bytes(meta, {n for group in drafted.groups for n in group.parameters})
@@ -152,9 +160,18 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
         sequences=sequences,
         readings=readings,
         file_dtype=_file_dtype(meta),
-        lossless_ratio=lossless_ratio(meta) if has_weights else None,
+        lossless_ratio=ratio,
         twin=twin,
     )
+
+
+def _formats(config: TrainConfig) -> tuple[str, ...]:
+    """Besides affine codes, those that `quantization: auto` may pack for what the configuration does with them."""
+    from ssdtune.packing.wanted import LOSSLESS
+
+    moves_codes = config.method == "zo" and config.zo_packed == "moved"
+    begins_at_loss = config.init_lora_weights == "loftq"
+    return () if moves_codes or begins_at_loss else (LOSSLESS,)
 
 
 def job_from_opened(source: Source, opened: Opened) -> Job:

@@ -37,7 +37,7 @@ from ssdtune.packing.errors import (
 from ssdtune.packing.layout import groups_of
 from ssdtune.packing.mixed import weights_of, within
 from ssdtune.packing.once import build_packed, build_planned
-from ssdtune.planning.bits import chosen_for
+from ssdtune.planning.bits import bits_lines, chosen_for
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.bits import Chosen
 from ssdtune.schedule.job import Job, job_from
@@ -445,15 +445,15 @@ def test_a_reading_is_planned_as_the_key_with_its_value_is(
     config_path, job = planned
     monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path))
     readings = [r for r in job.readings if not r.is_mixed]
-    assert [r.bits for r in readings] == [16, 8, 6, 5, 4, 3, 2]
+    assert [r.bits for r in readings] == [16, pytest.approx(12, abs=0.1), 8, 6, 5, 4, 3, 2]
     assert job_from(job.to_json()) == job
-    for reading in readings[3::2]:
+    for reading in readings[4::2]:
         alone = a_job_with_readings(config_path, "--quantization", reading.quantization)
         assert alone.blocks == reading.blocks
         assert not alone.readings
     sizes = [sum(b.file_bytes for b in r.blocks) for r in readings]
     assert sizes == sorted(sizes, reverse=True)
-    assert len({r.folder for r in readings[1:5]}) == 1, "one file for 8, 6, 5 and 4"
+    assert len({r.folder for r in readings[2:6]}) == 1, "one file for 8, 6, 5 and 4"
     assert not list(config_path.parent.glob("**/*.safetensors")), "a plan packs nothing"
 
 
@@ -499,7 +499,45 @@ def test_auto_takes_the_most_bits_whose_reading_is_hidden(planned: tuple[Path, J
             assert each.reading.bits >= 4
             known = [t.step_s for b, t in steps.items() if b >= 4 and t.step_s]
             assert steps[each.reading.bits].step_s <= 1.02 * min(known)  # pyright: ignore[reportOptionalOperand]
-    assert any(4 < b < 16 for b in bits), "the rates step over what lies between"
+    assert any(4 < b < 12 for b in bits), "the rates step over what lies between"
+    assert len([b for b in bits if 11 < b < 16]) > 0, "all bits before fewer of them"
+
+
+def test_all_bits_in_fewer_bytes_are_a_reading_of_bfloat16_files(
+    planned: tuple[Path, Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As large as the key's own plan has it, but for escapes, which a sample has counted."""
+    config_path, job = planned
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path))
+    reading = job.readings[1]
+    assert reading.quantization == "lossless"
+    assert job.lossless_ratio is not None
+    assert reading.bits == pytest.approx(16 / job.lossless_ratio, abs=0.01)
+    alone = a_job_with_readings(config_path, "--quantization", "lossless")
+    assert reading.folder == alone.packed_folder
+    for own, other in zip(reading.blocks, alone.blocks, strict=True):
+        assert own.decoding == other.decoding
+        assert own.file_bytes == pytest.approx(other.file_bytes * reading.bits / 12, abs=1)
+    said = list(bits_lines(Chosen(reading=reading, why="so", tried=()), "m"))
+    assert said[0] == f"quantization: auto is lossless ({reading.bits:g} bits): so"
+    assert said[1:] == ["that costs nothing: the weights keep all their bits"]
+    begun_at_loss = a_job_with_readings(config_path, "--init_lora_weights", "loftq")
+    assert "lossless" not in [r.quantization for r in begun_at_loss.readings]
+
+
+def test_weights_of_other_types_and_such_as_gain_nothing_are_not_packed_without_loss(
+    config_path: Path, source: Path, tmp_path: Path
+) -> None:
+    noise = tiny_runs.llama(3, dtype=torch.bfloat16, num_hidden_layers=1)
+    with torch.no_grad():
+        for parameter in noise.parameters():
+            bits = torch.randint(0, 0x7F80, parameter.shape, dtype=torch.int16)  # no infinities
+            parameter.copy_(bits.view(torch.bfloat16))
+    wide = tiny_runs.llama(3, dtype=torch.float32, num_hidden_layers=1)
+    for model in (noise, wide):
+        folder = tiny_runs.save(model, tmp_path / str(model.dtype))
+        job = a_job_with_readings(config_path, "--model_name_or_path", str(folder))
+        assert "lossless" not in [r.quantization for r in job.readings]
 
 
 def test_auto_packs_nothing_for_which_the_drive_has_no_room(planned: tuple[Path, Job]) -> None:

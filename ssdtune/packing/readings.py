@@ -1,11 +1,12 @@
 """In how many bits a model may be read, for `quantization: auto`: what blocks are then, from headers alone; and, where a
-file can be read at several widths, from a sample of its weights, which blocks are best read in more."""
+file can be read at several widths, from a sample of its weights, which blocks are best read in more. All bits in fewer
+bytes, `lossless`, are one of the ways."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ssdtune.kernels.formats import Format
@@ -20,8 +21,8 @@ from ssdtune.packing.by_block import (
     packed_file,
 )
 from ssdtune.packing.layout import PackError, groups_of
-from ssdtune.packing.once import NONE, folder_of
-from ssdtune.packing.wanted import Wanted
+from ssdtune.packing.once import NONE, folder_of, planned
+from ssdtune.packing.wanted import LOSSLESS, Wanted
 from ssdtune.packing.widths import written
 from ssdtune.schedule.job import Reading
 from ssdtune.schedule.plan import BlockShape
@@ -36,26 +37,37 @@ FILES: tuple[Mapping[int, str], ...] = (
     {4: "4/8", 3: "3/8", 2: "2/8"},
 )
 BETWEEN = (0.75, 0.5, 0.25)  # of the way from one width to the next, for blocks of different ones
+LOSSLESS_BITS = 12.0  # without escapes, of which trained weights have few
+LEAST_GAIN = 1.05  # of bytes over those without loss: less is nothing to pack for
 
 
 def readings_of(
-    meta: MetaModel, options: Options, beside: Path | None, *, has_weights: bool
+    meta: MetaModel,
+    options: Options,
+    beside: Path | None,
+    *,
+    has_weights: bool,
+    formats: Collection[str] = (LOSSLESS,),
+    ratio: float | None = None,
 ) -> tuple[Reading, ...]:
     """The possible ones, the most bits first: as stored, and packed; or the widths that packed files have.
 
     beside: as for `build_packed`. has_weights: whether the files are more than headers: else no block gets a width of
-    its own, since nobody knows what it costs. What others quantized is read as it is.
+    its own, since nobody knows what it costs. formats: that may be packed besides affine codes. ratio: bytes of the
+    weights over those of a lossless packing, measured; None: it was not. What others quantized is read as it is.
     """
     entries = meta.checkpoint.tensors.values()
-    formats = {e.format for e in entries if isinstance(e, PackedEntry)}
-    if formats:
-        return _of_packed(meta, options, formats, has_weights=has_weights)
+    stored_as = {e.format for e in entries if isinstance(e, PackedEntry)}
+    if stored_as:
+        return _of_packed(meta, options, stored_as, has_weights=has_weights)
     largest = max(entries, key=lambda entry: entry.num_bytes)
     stored = _as_it_is(meta, options, DTYPE_BITS[largest.dtype])
     try:
         found = [r for words in FILES for r in _of_plain(meta, options, words, beside, has_weights)]
     except PackError:  # nothing in it can be packed
         return (stored,)
+    if LOSSLESS in formats and largest.dtype == "BF16":
+        found += _lossless(meta, options, beside, ratio)
     # Of both files' 4 bits those of the first.
     return stored, *_widest_first({r.bits: r for r in reversed(found)}.values())
 
@@ -73,16 +85,41 @@ def _of_plain(
 ) -> Iterator[Reading]:
     """Those of a file that would be packed. words: by bits, what the key calls them."""
     narrowest = words[min(words)]
-    groups = groups_of(meta, Wanted.of(narrowest).chosen())
-    like = Reading(
-        quantization=NONE,
+    file = dataclasses.replace(file_to_be(meta, narrowest), widths=tuple(sorted(words)))
+    like = _to_be(meta, narrowest, beside)
+    yield from _of_file(meta, options, _known(file, has_weights), words, like)
+
+
+def _to_be(meta: MetaModel, quantization: str, beside: Path | None) -> Reading:
+    """What readings of a file that would be packed for this value of the key have in common."""
+    groups = groups_of(meta, Wanted.of(quantization).chosen())
+    return Reading(
+        quantization=quantization,
         bits=0,
         blocks=(),
         packed_bytes=sum(group.num_bytes for group in groups),
-        folder=str(folder_of(meta, narrowest, beside)),
+        folder=str(folder_of(meta, quantization, beside)),
     )
-    file = dataclasses.replace(file_to_be(meta, narrowest), widths=tuple(sorted(words)))
-    yield from _of_file(meta, options, _known(file, has_weights), words, like)
+
+
+def _lossless(
+    meta: MetaModel, options: Options, beside: Path | None, ratio: float | None
+) -> Iterator[Reading]:
+    """All bits in fewer bytes, as many as `ratio` says; nothing where that is no gain."""
+    bits = LOSSLESS_BITS if ratio is None else round(16 / ratio, 2)
+    if LEAST_GAIN * bits > 16:
+        return
+    like, more = _to_be(meta, LOSSLESS, beside), bits / LOSSLESS_BITS
+    yield dataclasses.replace(
+        like,
+        bits=bits,
+        blocks=tuple(
+            dataclasses.replace(block, file_bytes=round(more * block.file_bytes))
+            for block in _shapes(planned(meta, LOSSLESS), options)
+        ),
+        packed_bytes=round(more * like.packed_bytes),
+        is_exact=True,
+    )
 
 
 def _of_packed(

@@ -53,6 +53,9 @@ def bits_lines(chosen: Chosen, model: str) -> Iterator[str]:
     yield f"quantization: auto is {reading.quantization} ({reading.bits:g} bits{average}): {chosen.why}"
     if not reading.folder:
         return
+    if reading.is_exact:
+        yield "that costs nothing: the weights keep all their bits"
+        return
     if reading.error:
         reference = WEIGHTS if reading.packed_bytes else ALL_BITS
         yield error_words(reading.error, _alike(chosen) if reading.is_mixed else {}, reference)

@@ -1,5 +1,8 @@
 """`quantization: auto`: in how many bits a job's weights are best read on a machine. A pure function.
 
+What is packed without loss counts as the bits that it takes, 12: all bits as they are stored are read rather, where that is
+hidden too, since nothing is packed for them.
+
 Of the ways that fit, the one with the most bits whose reading is hidden (`outcome.HIDDEN`): whose step takes little
 more than its compute. Where none is, the fastest of at least LEAST_FOR_SPEED bits; of several as fast, the one with the
 most bits. Fewer bits than that are taken only where nothing wider fits: they cost the model too much for time alone.
