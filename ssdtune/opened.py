@@ -167,11 +167,13 @@ def _open(source: Source, model: str, base_bytes: int) -> Opened:
 
 def _formats(config: TrainConfig) -> tuple[str, ...]:
     """Besides affine codes, those that `quantization: auto` may pack for what the configuration does with them."""
+    from ssdtune.packing.readings import TABLE
     from ssdtune.packing.wanted import LOSSLESS
 
-    moves_codes = config.method == "zo" and config.zo_packed == "moved"
+    if config.method == "zo" and config.zo_packed == "moved":
+        return ()  # others are not moved
     begins_at_loss = config.init_lora_weights == "loftq"
-    return () if moves_codes or begins_at_loss else (LOSSLESS,)
+    return (*TABLE.values(),) if begins_at_loss else (*TABLE.values(), LOSSLESS)
 
 
 def job_from_opened(source: Source, opened: Opened) -> Job:

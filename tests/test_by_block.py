@@ -291,10 +291,10 @@ def test_both_keys_that_are_auto_open_the_model_once(
     monkeypatch.setattr(opened, "open_source", lambda source: calls.append(source) or inner(source))
     config = settled(load_config(config_path, ["--offload.micro_batch_size", "auto"])).config
     assert len(calls) == 1
-    assert config.quantization == "4/8"
+    assert config.quantization == "nf4"
     assert isinstance(config.offload.micro_batch_size, int)
     told = capsys.readouterr().out
-    assert "quantization: auto is 4/8" in told
+    assert "quantization: auto is nf4" in told
     assert "offload.micro_batch_size: auto is" in told
 
 

@@ -78,7 +78,7 @@ def to_nearest(values: torch.Tensor, bits: int, *, is_stored: bool) -> torch.Ten
     if is_stored:
         scale = scale.bfloat16().float()
     zero = -low / scale
-    if bits in WHOLE_ZERO_BITS:
+    if bits == WHOLE_ZERO_BITS:
         zero = zero.round()
     if is_stored:
         zero = zero_of((((zero + 0.5) * 2.0 ** (8 - bits)) - 0.5).round().clamp(0, 255), bits)
@@ -113,9 +113,12 @@ def test_every_width_is_better_than_rounding_to_nearest_with_exact_scales(
     for bits in widths(order):
         ours = squares(affine(values, order, bits).sub(values).view(-1))
         plain = squares(to_nearest(values, bits, is_stored=False).sub(values).view(-1))
-        assert ours < plain * (0.97 if bits < 6 else 1.06)
+        # A whole zero at 3 bits lies between two codes of 4.
+        is_between = bits > WHOLE_ZERO_BITS in widths(order)
+        assert ours < plain * (1.25 if is_between else 1.06 if bits >= 6 else 0.97)
         if bits == order[0] and bits < 8:
-            assert ours < plain * {1: 0.15, 2: 0.6, 4: 0.875}[bits]
+            is_first_of_3 = WHOLE_ZERO_BITS in widths(order)
+            assert ours < plain * {1: 0.15, 2: 0.65 if is_first_of_3 else 0.6, 4: 0.875}[bits]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -177,6 +180,18 @@ def test_what_is_near_zero_stays_there(order: tuple[int, ...]) -> None:
         bits - 9
     )  # of the grid of stored zeros
     assert (found.abs() <= off * 1.001).all()
+
+
+@pytest.mark.parametrize("order", [(2, 1, 1, 2, 2), (2, 1, 1), (1, 2, 1)])
+def test_read_at_three_bits_of_more_what_is_near_zero_stays_near_it(order: tuple[int, ...]) -> None:
+    """Within a small part of a step, though scale and zero are fitted to all codes: of any zeros it would be a quarter."""
+    values = weights(1000)
+    small = values[:, ::16]
+    small.copy_(values.abs().amax(1, True) * 5e-4 * small.sign())
+    made = quantize_affine(values, order)
+    found = decoded(Affine(WHOLE_ZERO_BITS, order), made, values.shape)[:, ::16]
+    steps = found.abs() / made[f"scales.{WHOLE_ZERO_BITS}"].float().unsqueeze(1)
+    assert steps.mean() < 0.1
 
 
 @pytest.mark.parametrize("order", [(4,), (4, 1, 1, 2)])

@@ -3,11 +3,12 @@
 Both minimise the squared error of each group. For affine codes the unknowns are two, scale and zero: a grid of ranges,
 each end of the group's own moved by fractions of a step, is tried, then a few steps of alternating least squares are
 taken (nearest codes for this scale and zero, best scale and zero for these codes: Lloyd, "Least squares quantization in
-PCM", 1982, with equidistant levels). In files of three bits only zeros next to whole numbers are tried, so that the
-value 0 has a code of its own, as Jacob et al. (arXiv 1712.05877, 2.1) ask for: the few inputs that are by far the largest
-meet weights near 0, and a fraction of such a wide step there costs more than the sixth that the squared error of all
-weights is larger for it; at two bits and at four and more it costs less (`benchmarks/README.md`, "Packed weights"). For
-four-bit tables the unknown is the scale, found alike. Codes are always the nearest ones for scale and zero *as stored*.
+PCM", 1982, with equidistant levels). Where files are read at three bits only such zeros are tried as are next to whole
+numbers there, so that the value 0 has a code of its own, as Jacob et al. (arXiv 1712.05877, 2.1) ask for: the few inputs
+that are by far the largest meet weights near 0, and a fraction of such a wide step there costs more than the sixth that
+the squared error of all weights is larger for it; at two bits and at four and more it costs less (`benchmarks/README.md`,
+"Packed weights"). For four-bit tables the unknown is the scale, found alike. Codes are always the nearest ones for scale
+and zero *as stored*.
 
 Codes that are read at several widths are made for all of them: the loss is the sum of the errors' logarithms, the first
 width counted twice since it has the most to lose. A wider range costs the widest reading little (a step is 1/255 of it)
@@ -44,7 +45,7 @@ MAX_CUT = 0.75
 MIN_CUT = -0.25
 FIRST_WEIGHT = 2.0  # of the first slice's width in the loss, where the others have 1
 NUM_REFITS = 2
-WHOLE_ZERO_BITS = (3,)  # of files: the value 0 has a code
+WHOLE_ZERO_BITS = 3  # read at so many, the value 0 has a code
 # Scales that are tried for a table, in units of the block's largest magnitude / the table's.
 FACTORS = (1.0, 0.7, 0.8, 0.87, 0.94, 1.07, 1.15, 1.3, 1.5)
 SMALLEST = 2.0**-126  # normal bfloat16 number; some processors take what is smaller for 0
@@ -71,7 +72,7 @@ def quantize_affine(
 
     values: any shape and floating dtype, on any device, taken as float32; where not contiguous, copied whole. At least
     as good as rounding to nearest on the range from least to largest value, where there is one width; on such a range
-    with a whole zero where the widest is one of WHOLE_ZERO_BITS. Values of a group are kept within the range that has 0
+    with a whole zero where that is WHOLE_ZERO_BITS. Values of a group are kept within the range that has 0
     in it: one of equal values far from 0 has few codes in use. A group whose scale would be below 2^-126 becomes zeros,
     and no finite value becomes infinite. is_rotated: for `Rotated`; values are then below 10^36. Raises ValueError,
     naming their number, where values are not finite."""
@@ -105,16 +106,19 @@ class _Grid(NamedTuple):
 
 
 class _Zeros(NamedTuple):
-    """Zeros that are tried, of those that can be stored for codes of so many bits: all, or the nearest ones to whole
-    numbers, so that the value 0 has a code of its own (but for 1/64 of a step at 3 bits, 1/32 at 4, nothing at 8)."""
+    """Zeros that are tried, of those that can be stored for codes of so many bits: all, or the nearest ones to such as
+    are whole numbers for the first `whole_bits` of them, so that read at these the value 0 has a code of its own (but for
+    1/64 of a step at 3 bits)."""
 
     bits: int
-    is_whole: bool
+    whole_bits: int | None = None
 
     def nearest(self, zero: torch.Tensor) -> torch.Tensor:
         """Of those tried, as they are stored, the nearest to `zero`: float32."""
-        if self.is_whole:
-            zero = zero.round().clamp(0, 2**self.bits - 1)
+        if self.whole_bits is not None:
+            cell = 2.0 ** (self.bits - self.whole_bits)  # codes with the same first bits
+            first = ((zero + 0.5) / cell - 0.5).round().clamp(0, 2**self.whole_bits - 1)
+            zero = (first + 0.5) * cell - 0.5
         return (_zero_code(zero, self.bits) + 0.5) * 2.0 ** (self.bits - 8) - 0.5
 
 
@@ -151,16 +155,14 @@ def _affine_groups(
     groups = _Groups.of(values)
     bits = sum(order)
     # 0 is nothing special in rotated groups.
-    zeros = _Zeros(bits, is_whole=bits in WHOLE_ZERO_BITS and not is_rotated)
-    grid = _search(groups, order, zeros)
+    has_code_of_0 = WHOLE_ZERO_BITS in widths(order) and not is_rotated
+    grid = _search(groups, order, _Zeros(bits, WHOLE_ZERO_BITS if has_code_of_0 else None))
     codes = _codes(groups, grid, bits)
     found = {bits: groups.stored(grid, bits)}
     for width in widths(order)[:-1]:
         midpoints = grid.scale * 2.0 ** (bits - width)
-        zeros = _Zeros(width, is_whole=False)  # 0 is not in the middle of what a prefix stands for
-        found[width] = groups.stored(
-            _fit(groups, _prefix(codes, bits - width), zeros, midpoints), width
-        )
+        fitted = _fit(groups, _prefix(codes, bits - width), _Zeros(width), midpoints)
+        found[width] = groups.stored(fitted, width)
     return codes.to(torch.uint8), found
 
 

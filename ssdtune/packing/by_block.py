@@ -13,8 +13,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ssdtune.kernels.affine import Affine
+from ssdtune.kernels.nibbles import Nibbles
 from ssdtune.packing.choice import Option, choose
-from ssdtune.packing.errors import errors_by_width
+from ssdtune.packing.errors import errors_by_width, widths_read
 from ssdtune.packing.layout import PackError, groups_of, imagined, tensors_by_block
 from ssdtune.packing.sample import sample_of
 from ssdtune.packing.squares import Squares
@@ -34,7 +35,7 @@ DIGITS = 6  # of an error that count: what sums round to on another number of th
 
 @dataclasses.dataclass(frozen=True)
 class NestedFile:
-    """A packed model of nested codes, or one that would be packed.
+    """A packed model of nested codes, or one that would be packed, of one width too.
 
     Attributes:
         at: the model's tensors, read at so many bits.
@@ -74,7 +75,7 @@ def packed_file(meta: MetaModel) -> NestedFile:
 def file_to_be(meta: MetaModel, quantization: str) -> NestedFile:
     """What packing a plain model for this value of the key would make."""
     format = Wanted.of(quantization).chosen()
-    assert isinstance(format, Affine)
+    assert isinstance(format, Affine | Nibbles)
     groups = groups_of(meta, format)
 
     @functools.cache
@@ -88,7 +89,7 @@ def file_to_be(meta: MetaModel, quantization: str) -> NestedFile:
         except ValueError as error:
             raise PackError(f"a weight of {names[0]}, … can't be packed: {error}") from error
 
-    return NestedFile(at, format.readings, WEIGHTS, errors)
+    return NestedFile(at, widths_read(format), WEIGHTS, errors)
 
 
 def _stored_errors(read: Mapping[int, Checkpoint], name: str) -> dict[int, float]:

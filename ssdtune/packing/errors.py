@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ssdtune.kernels.affine import ORDERS, Affine
-from ssdtune.kernels.quantize import decoded, quantize_affine
+from ssdtune.kernels.nibbles import Nibbles
+from ssdtune.kernels.quantize import decoded, quantize_affine, quantize_nibbles
 from ssdtune.packing.layout import Group, PackError
 from ssdtune.packing.reading import GroupReader
 from ssdtune.packing.squares import Squares
@@ -84,17 +85,29 @@ def relative_error(values: torch.Tensor, format: Affine) -> float:
     return errors_by_width([values], format)[0][format.bits]
 
 
-def errors_by_width(samples: Sequence[torch.Tensor], format: Affine) -> list[dict[int, float]]:
+def widths_read(format: Affine | Nibbles) -> tuple[int, ...]:
+    """That a file of this format can be read at, ascending."""
+    return format.readings if isinstance(format, Affine) else (4,)
+
+
+def errors_by_width(
+    samples: Sequence[torch.Tensor], format: Affine | Nibbles
+) -> list[dict[int, float]]:
     """The same of each sample, for each width that the format, all bits of it, can be read at. samples: float32, flat;
     encoded together, since an encoder's calls cost more than some thousand values. Raises ValueError for what is no
     number."""
+    is_affine = isinstance(format, Affine)
     # Groups are encoded each by itself; zeros change no group's range, which has 0 in it.
-    filled = [torch.nn.functional.pad(s, (0, -s.numel() % format.group)) for s in samples]
+    group = format.group if is_affine else format.block
+    filled = [torch.nn.functional.pad(s, (0, -s.numel() % group)) for s in samples]
     values = torch.cat(filled)
-    parts = quantize_affine(values, format.order, format.group, is_nested=format.is_nested)
+    if is_affine:
+        parts = quantize_affine(values, format.order, group, is_nested=format.is_nested)
+    else:
+        parts = quantize_nibbles(values, format.table, group, format.scale)
     errors: list[dict[int, float]] = [{} for _ in samples]
-    for bits in format.readings:
-        reading = dataclasses.replace(format, bits=bits)
+    for bits in widths_read(format):
+        reading = dataclasses.replace(format, bits=bits) if is_affine else format
         found = decoded(reading, parts, tuple(values.shape)).split([f.numel() for f in filled])
         for own, one, sample in zip(errors, found, samples, strict=True):
             own[bits] = Squares.of(one[: sample.numel()], sample).relative

@@ -1,14 +1,16 @@
 """In how many bits a model may be read, for `quantization: auto`: what blocks are then, from headers alone; and, where a
 file can be read at several widths, from a sample of its weights, which blocks are best read in more. All bits in fewer
-bytes, `lossless`, are one of the ways."""
+bytes, `lossless`, are one of the ways, and `nf4` for 4 bits, where that is better."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.packing.by_block import (
     Block,
@@ -36,6 +38,10 @@ FILES: tuple[Mapping[int, str], ...] = (
     {8: "8", 6: "6/8", 5: "5/8", 4: "4/8"},
     {4: "4/8", 3: "3/8", 2: "2/8"},
 )
+TABLE: Mapping[int, str] = {4: "nf4"}
+# Of the loss that a squared error of affine codes costs, what one of the table's does: .59 on SmolLM2, .69 on MiniLM
+# (`benchmarks/README.md`, "Packed weights").
+TABLE_WORTH = 0.6
 BETWEEN = (0.75, 0.5, 0.25)  # of the way from one width to the next, for blocks of different ones
 LOSSLESS_BITS = 12.0  # without escapes, of which trained weights have few
 LEAST_GAIN = 1.05  # of bytes over those without loss: less is nothing to pack for
@@ -47,7 +53,7 @@ def readings_of(
     beside: Path | None,
     *,
     has_weights: bool,
-    formats: Collection[str] = (LOSSLESS,),
+    formats: Collection[str] = (),
     ratio: float | None = None,
 ) -> tuple[Reading, ...]:
     """The possible ones, the most bits first: as stored, and packed; or the widths that packed files have.
@@ -69,7 +75,51 @@ def readings_of(
     if LOSSLESS in formats and largest.dtype == "BF16":
         found += _lossless(meta, options, beside, ratio)
     # Of both files' 4 bits those of the first.
-    return stored, *_widest_first({r.bits: r for r in reversed(found)}.values())
+    by_bits = {r.bits: r for r in reversed(found)}
+    if TABLE[4] in formats:
+        (table,) = _of_plain(meta, options, TABLE, beside, has_weights)
+        if _loses_less(meta, table, by_bits[4]):
+            by_bits[4] = table
+    return stored, *_widest_first(_undominated([*by_bits.values()]))
+
+
+def _undominated(readings: Sequence[Reading]) -> Iterator[Reading]:
+    """Without mixed widths that lose no less than another reading and take no fewer bytes: a nested file has scales for
+    each width, and those of narrower ones than a block's are read along."""
+    for one in readings:
+        is_worse = one.is_mixed and any(
+            _cost(other) <= _cost(one) and _file_bytes(other) <= _file_bytes(one)
+            for other in readings
+            if other is not one
+        )
+        if not is_worse:
+            yield one
+
+
+def _cost(reading: Reading) -> float:
+    """Its error, as one of affine codes."""
+    if reading.error is None:
+        return math.inf
+    return reading.error * (TABLE_WORTH if reading.quantization in TABLE.values() else 1.0)
+
+
+def _loses_less(meta: MetaModel, one: Reading, other: Reading) -> bool:
+    """Whether it loses less for its bytes: a bit a weight more takes three quarters of an error away. Where errors are not
+    known a table does than affine codes, as on both models that were measured (`benchmarks/README.md`)."""
+    if one.error is None or other.error is None:
+        return True
+    bits, other_bits = (_stored_bits(planned(meta, r.quantization)) for r in (one, other))
+    return _cost(one) * 4**bits < _cost(other) * 4**other_bits
+
+
+def _stored_bits(meta: MetaModel) -> float:
+    """That a packed weight takes, on average, scales counted."""
+    packed = [e for e in meta.checkpoint.tensors.values() if isinstance(e, PackedEntry)]
+    return 8 * sum(e.num_bytes for e in packed) / sum(math.prod(e.shape) for e in packed)
+
+
+def _file_bytes(reading: Reading) -> int:
+    return sum(block.file_bytes for block in reading.blocks)
 
 
 def _widest_first(readings: Iterable[Reading]) -> list[Reading]:
@@ -92,13 +142,15 @@ def _of_plain(
 
 def _to_be(meta: MetaModel, quantization: str, beside: Path | None) -> Reading:
     """What readings of a file that would be packed for this value of the key have in common."""
-    groups = groups_of(meta, Wanted.of(quantization).chosen())
+    format = Wanted.of(quantization).chosen()
+    groups = groups_of(meta, format)
     return Reading(
         quantization=quantization,
         bits=0,
         blocks=(),
         packed_bytes=sum(group.num_bytes for group in groups),
         folder=str(folder_of(meta, quantization, beside)),
+        label="" if isinstance(format, Affine) else format.label,
     )
 
 

@@ -90,6 +90,8 @@ def _alike(chosen: Chosen) -> dict[float, float]:
 
 def _name_of_check(reading: Reading) -> str:
     """What the folder's record of checks calls the reading."""
+    if reading.label:
+        return reading.label
     return reading.quantization if reading.is_mixed else f"{reading.bits:g}"
 
 
@@ -97,4 +99,5 @@ def _how_to_measure(reading: Reading, model: str) -> str:
     if not reading.is_there:
         return "`ssdtune pack --check` tells, once it is packed"
     source = model if reading.packed_bytes else "SOURCE"
-    return f"ssdtune pack {source} --out {reading.folder} --check --check_bits {_name_of_check(reading)}"
+    bits = "" if reading.label else f" --check_bits {_name_of_check(reading)}"
+    return f"ssdtune pack {source} --out {reading.folder} --check{bits}"

@@ -9,7 +9,7 @@ most bits. Fewer bits than that are taken only where nothing wider fits: they co
 Where times are not known, the most bits that fit.
 
 Readings whose blocks have widths of their own lie between two of one width. They are tried once the rule has chosen
-among the latter: those between its choice and the next wider one of the same file, by the same rule.
+among the latter: those between its choice and the next wider one, of the file of either, by the same rule.
 """
 
 from __future__ import annotations
@@ -102,14 +102,18 @@ def _best(tried: Sequence[Tried]) -> tuple[Tried, str]:
 
 
 def _between(readings: Sequence[Reading], best: Tried, tried: Sequence[Tried]) -> list[Reading]:
-    """Those of the best one's file that are wider, and narrower than the next wider one that was tried."""
-    wider = [each.reading.bits for each in tried if each.reading.bits > best.reading.bits]
+    """Those that are wider than the best one and narrower than the next wider one that was tried, of the file of either."""
+    least = best.reading
+    wider = [each.reading for each in tried if each.reading.bits > least.bits]
+    if not wider:
+        return []
+    most = min(wider, key=lambda reading: reading.bits)
     return [
         reading
         for reading in readings
         if reading.is_mixed
-        and reading.folder == best.reading.folder
-        and best.reading.bits < reading.bits < min(wider, default=0)
+        and reading.folder in (least.folder, most.folder)
+        and least.bits < reading.bits < most.bits
     ]
 
 

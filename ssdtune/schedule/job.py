@@ -71,7 +71,8 @@ class Reading:
         blocks: as they are read then.
         packed_bytes: of the file that is packed for it; 0: none. folder: where that is, or would be. is_there: whether it
             is, for whoever has looked.
-        is_exact: whether what is packed has all the weights' bits.
+        is_exact: whether what is packed has all the weights' bits. label: what a check of it is recorded as, where that is
+            not its bits.
         error: relative squared error, by a sample, to WEIGHTS, or ALL_BITS where nothing is packed for it; None: none, or
             not known.
     """
@@ -84,6 +85,7 @@ class Reading:
     is_there: bool = False
     is_mixed: bool = False
     is_exact: bool = False
+    label: str = ""
     error: float | None = None
 
     @property
