@@ -209,6 +209,20 @@ class ZOTrainer(SSDTrainer):
         """Parameters that train."""
         return self.method.num_trained
 
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As SSDTrainer does, once: a run that goes on is resumed. Raises TrainerError for a second one."""
+        if self.method.num_steps and not resume_from_checkpoint:
+            another = "make another ZOTrainer, which begins with the adapter as it is"
+            if self.method.trains_blocks:
+                another = "open the model anew with ssdtune.stream, for another ZOTrainer"
+            raise TrainerError(
+                f"this trainer has made a run of {self.method.num_steps} steps, and its log holds no second one.\n"
+                f"Go on from a checkpoint with train(resume_from_checkpoint=True), or {another}."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     # ---- a step ----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ class ZerothOrder:
         self._exchange = exchange or (lambda shares: [shares])
         self.rule = rule or Rule()
         check_estimator(estimator, self.rule, low_rank=low_rank)
-        self._recent: deque[Update] = deque(maxlen=self.rule.num_earlier)
+        self._taken: list[Update] = []
         self.model, self.estimator, self.seed, self.clip = model, estimator, seed, clip
         self.streamer: Streamer = base_of(model).ssdtune
         trained = that_train(model)
@@ -157,11 +156,13 @@ class ZerothOrder:
         )
 
     def resume(self, updates: Sequence[Update], num_steps: int) -> None:
-        """Goes on after so many steps whose updates are these; adapters are loaded by whoever saved them."""
-        self.num_steps = num_steps
-        self._recent.extend(updates)
-        if self.trains_blocks:
-            self.weights.replay(self.rule.linked(updates), num_steps)
+        """Goes on after so many steps whose updates are these; adapters are loaded by whoever saved them. Raises
+        MovedError where all weights have taken other steps than those."""
+        taken = list(updates)
+        is_here = (self.num_steps, self._taken) == (num_steps, taken)
+        if self.trains_blocks and not is_here:
+            self.weights.replay(self.rule.linked(taken), num_steps)
+        self.num_steps, self._taken = num_steps, taken
 
     def close(self) -> None:
         """Removes the working copy, where there is one; the model can't be read afterwards."""
@@ -219,9 +220,9 @@ class ZerothOrder:
             gradients = [max(-self.clip, min(self.clip, g)) for g in gradients]
         decay = 1.0 - learning_rate * weight_decay
         update = Update(number, tuple(gradients), learning_rate, decay)
-        self.weights.take(self.rule.after(update, list(self._recent)))
+        self.weights.take(self.rule.after(update, self._taken))
         self.weights.ended(self.num_steps)
-        self._recent.append(update)
+        self._taken.append(update)
         return Step(loss, tuple(losses), tuple(gradients), update)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ssdtune.errors import SSDTuneError
 from ssdtune.swap.recipe import TensorView
 from ssdtune.swap.storage import aligned_bytes
 from ssdtune.visit.streamer import Streamer
@@ -29,6 +30,10 @@ from ssdtune.zeroth_order.residents import Residents
 from ssdtune.zeroth_order.rules import Update
 from ssdtune.zeroth_order.updates import Directions
 from ssdtune.zeroth_order.windows import Windows, sums_bytes
+
+
+class MovedError(SSDTuneError):
+    """Weights that are no longer those of their files, where those are what something begins with."""
 
 
 class MovingWeights:
@@ -141,8 +146,13 @@ class MovingWeights:
             self._due[block] = count + 1 + block % period
 
     def replay(self, updates: Sequence[Update], num_steps: int) -> None:
-        """All weights are the base's, and take these of so many steps: at the start of a run that goes on."""
-        assert not self._num_taken
+        """All weights are the base's, and take these of so many steps: at the start of a run that goes on. Raises
+        MovedError where they are not."""
+        if self._num_taken:
+            raise MovedError(
+                f"the model's weights have taken {self._num_taken} steps here, others than those of the checkpoint, and "
+                "none is taken back.\nOpen the model anew with ssdtune.stream, and resume with a trainer of that."
+            )
         for update in updates:
             self.ended(update.step)
             self.take(update)
