@@ -14,6 +14,8 @@ from ssdtune.run_files import LOG_NAME
 from ssdtune.trainer import TrainerError
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import LOZO, MeZO, Rule
+from ssdtune.zeroth_order.log import read_log
+from ssdtune.zeroth_order.method import replayed
 from ssdtune.zeroth_order.weights import MovedError
 
 MOMENTUM = Rule(kind="momentum", beta1=0.9, horizon=4)
@@ -145,3 +147,31 @@ def test_all_weights_do_not_go_back(trains: str, model: Path, tmp_path: Path) ->
     _, trainer = interrupted(model, tmp_path, trains, twice=True)
     with pytest.raises(MovedError, match=r"(?s)taken 3 steps.*Open the model anew"):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("trains", ["all", pytest.param("low_rank", marks=pytest.mark.slow)])
+def test_a_model_whose_weights_have_moved_is_none_to_begin_with(
+    trains: str, model: Path, tmp_path: Path
+) -> None:
+    """Another trainer, of all weights or of an adapter, and another log's steps: nothing of it is touched."""
+    streamed = opened(model, trains)
+    another = trainer_of(streamed, tmp_path / "another", trains)  # as long as nothing has moved
+    trainer = trainer_of(streamed, tmp_path / "run", trains)
+    trainer.args.max_steps = 1
+    trainer.train()
+    log = read_log((tmp_path / "run" / LOG_NAME).read_bytes(), "log")
+    before = weights_of(streamed)
+    with pytest.raises(MovedError, match="another method"):
+        another.train()
+    with pytest.raises(MovedError, match="Open the model anew"):
+        trainer_of(streamed, tmp_path / "another", trains)
+    with pytest.raises(MovedError, match="Open the model anew"):
+        replayed(streamed, log)
+    support.assert_equal(before, weights_of(streamed), "weights")
+    with pytest.raises(MovedError, match="Open the model anew"):
+        trainer_of(support.with_lora(streamed), tmp_path / "another", "adapters")
+    anew = opened(model, trains)
+    replayed(anew, log)
+    support.assert_equal(before, weights_of(anew), "weights")
+    with pytest.raises(MovedError, match="Open the model anew"):
+        trainer_of(anew, tmp_path / "another", trains)

@@ -20,7 +20,7 @@ from ssdtune.zeroth_order.log import ADAPTERS, CODES, LOW_RANK, MASTERS, Log, Lo
 from ssdtune.zeroth_order.packed import DECODED, MOVED
 from ssdtune.zeroth_order.rules import Rule, Update
 from ssdtune.zeroth_order.updates import Directions
-from ssdtune.zeroth_order.weights import MovingWeights
+from ssdtune.zeroth_order.weights import MovedError, MovingWeights, check_unmoved
 from ssdtune.zeroth_order.windows import Windows
 from ssdtune.zeroth_order.work import moves_of, with_decoding
 from ssdtune.zeroth_order.working_copy import WorkingCopy, check_folder
@@ -91,6 +91,7 @@ class ZerothOrder:
         self._taken: list[Update] = []
         self.model, self.estimator, self.seed, self.clip = model, estimator, seed, clip
         self.streamer: Streamer = base_of(model).ssdtune
+        check_unmoved(self.streamer)
         trained = that_train(model)
         trains_blocks = not trained
         check_place(
@@ -180,7 +181,14 @@ class ZerothOrder:
 
         calls: one for each micro-batch, its share of the step's loss: a number, a tensor of one, or an output with
         `.loss`; they add up in their order.
+
+        Raises MovedError where another method has the model by now.
         """
+        if self.streamer.method is not self.weights:
+            raise MovedError(
+                "another method, or a replayed log, has this model's weights by now.\n"
+                "Train with that one, or open the model anew with ssdtune.stream."
+            )
         self._fold_if_due()
         shifts = self.estimator.variants
         self.weights.begin(self.num_steps, shifts)
@@ -228,9 +236,11 @@ class ZerothOrder:
 
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     """From now on the streamed model has the weights after so many steps of a log; None: all. Of an adapter's log the
-    model has that adapter, in the values that the run began with. Raises LogError where it has none."""
+    model has that adapter, in the values that the run began with. Raises LogError where it has none, MovedError where
+    the model's weights are no longer those of its files."""
     linked, header = log.header.rule.linked(log.updates), log.header
     trains_blocks, streamer = header.trains != ADAPTERS, base_of(model).ssdtune
+    check_unmoved(streamer)
     trained = outside_of_blocks(model, streamer) if trains_blocks else that_train(model)
     if not (trains_blocks or trained):
         raise LogError(

@@ -81,6 +81,11 @@ class MovingWeights:
         self._made: object = None  # what tells what of a packed block lies there
         self._num_taken = 0  # steps of the blocks
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether streamed weights are others than those of their files by now, or are held otherwise."""
+        return self._num_taken > 0 or self._read_as is not None
+
     def extra_bytes(self, shifts: Sequence[Shift | None]) -> dict[str, int]:
         """Memory that variants take, and steps that are held beside the weights, by what it is for."""
         residents, held = self.residents, 0
@@ -304,3 +309,16 @@ def extra_bytes(
     num_shifted = sum(shift is not None for shift in shifts)
     found = {"a variant of a block": block, "variants outside blocks": num_shifted * outside}
     return found | ({"held beside the weights": held} if held else {})
+
+
+def check_unmoved(streamer: Streamer) -> None:
+    """Raises MovedError where a model's weights are not those of its files, or not held as those are: they have taken
+    steps, or have float32 masters. Another method would find residents and a working copy as they are by now, blocks as
+    they were, and name neither in its log."""
+    method = streamer.method
+    if isinstance(method, MovingWeights) and method.is_at_work:
+        raise MovedError(
+            "the model's weights are no longer those of its files: an earlier method, or a replayed log, works on them.\n"
+            "Open the model anew with ssdtune.stream; to begin with the weights as they are now, write them to a folder "
+            "first, and open that."
+        )
