@@ -44,6 +44,7 @@ QUANTILES = (
 )  # fmt: skip
 # What makes their variance 1: the square root is IEEE's, the same everywhere.
 UNIT = 1 / math.sqrt(sum(q * q for q in QUANTILES) / len(QUANTILES))
+LARGEST_GAUSSIAN = UNIT * QUANTILES[-1]
 FIELD_BITS = {GAUSSIAN: 8, RADEMACHER: 1}
 TILE = 8192  # elements; parts of a tensor begin at its multiples
 ROUNDING_TILE = philox.tile_size(16)

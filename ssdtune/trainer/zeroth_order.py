@@ -157,7 +157,7 @@ class ZOTrainer(SSDTrainer):
         )
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)
         self.last_step: Step | None = None
-        self.num_skipped = 0  # steps whose loss was infinite or no number
+        self.num_skipped = 0  # steps that `Step` says left the weights alone
 
     def check_arguments(self, model: Any, args: Any) -> None:
         """Refuses what needs a backward pass, and of all weights what needs their files."""
@@ -243,9 +243,9 @@ class ZOTrainer(SSDTrainer):
     def _step(self, model: nn.Module, num_items_in_batch: Any) -> torch.Tensor:
         assert self.optimizer is not None
         # Of the whole step's loss: Trainer makes the mean over processes of what each has.
-        scale = 1 / self.args.world_size
+        scale, num_rows = 1 / self.args.world_size, None
         if self.objective is not None:
-            scale /= sum(find_batch_size(inputs) for inputs in self._group)
+            num_rows = sum(find_batch_size(inputs) for inputs in self._group)
         elif not self._is_scaled_for_accumulation(num_items_in_batch):
             scale /= self.current_gradient_accumulation_steps
         calls = [
@@ -256,7 +256,10 @@ class ZOTrainer(SSDTrainer):
         number = self.method.num_steps
         with self.compute_loss_context_manager():
             step = self.method.step(
-                calls, learning_rate=group["lr"], weight_decay=group["weight_decay"]
+                calls,
+                learning_rate=group["lr"],
+                weight_decay=group["weight_decay"],
+                num_rows=num_rows,
             )
         if self.args.process_index == 0:
             Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
@@ -269,7 +272,7 @@ class ZOTrainer(SSDTrainer):
         if self.objective is not None:
             judged = self._answers(model, inputs) if self.generation else model(**inputs)
             value = torch.as_tensor(self.objective(judged, inputs))
-            return -value.detach().double().sum() * scale
+            return -value.detach().double().sum()
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss * scale if scale != 1.0 else loss
 

@@ -19,6 +19,8 @@ from ssdtune.zeroth_order.masks import ALL_MOVE, NONE, Mask
 from ssdtune.zeroth_order.rules import Term
 from ssdtune.zeroth_order.updates import Family
 
+# Of losses, relatively: a spread below is what rounding left of none. Four times the distance between two floats.
+NO_SPREAD = 2.0**-50
 SMALLEST_EPS = 2.0**-126  # the smallest normal number of float32: eps z is made in it
 
 
@@ -114,10 +116,10 @@ class FZOO:
         return [None, *(Shift(j, self.eps) for j in range(self.num_directions))]
 
     def gradients(self, losses: Sequence[float]) -> list[float]:
-        """As above; nothing where all losses are equal, for then they say nothing."""
+        """As above; nothing where all losses are equal but for rounding, for then they say nothing."""
         base, *shifted = losses
         spread = statistics.stdev(shifted)
-        if spread == 0:
+        if spread <= NO_SPREAD * max(map(abs, shifted)):
             return [0.0] * self.num_directions
         return [(loss - base) / (self.eps * self.num_directions * spread) for loss in shifted]
 

@@ -41,8 +41,8 @@ class Fold:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """What a step came to. loss: the mean over the variants. update: None where a loss was infinite or no number, and
-    the step left the weights alone."""
+    """What a step came to. loss: the mean over the variants. update: None where a loss was infinite or no number, or the
+    step too large for float32, and it left the weights alone."""
 
     loss: float
     losses: tuple[float, ...]
@@ -176,11 +176,13 @@ class ZerothOrder:
         *,
         learning_rate: float,
         weight_decay: float = 0.0,
+        num_rows: int | None = None,
     ) -> Step:
         """Estimates and updates once.
 
         calls: one for each micro-batch, its share of the step's loss: a number, a tensor of one, or an output with
-        `.loss`; they add up in their order.
+        `.loss`; they add up. num_rows: where shares are sums over rows, how many rows all calls have: the loss is the
+        mean over those of all processes.
 
         Raises MovedError where another method has the model by now.
         """
@@ -197,10 +199,12 @@ class ZerothOrder:
                 [call for _ in shifts for call in calls],
                 variants=[v for v in range(len(shifts)) for _ in calls],
             )
-        by_process = self._exchange([_number(each) for each in found])
-        # Rounded once, whatever the order: the same bits however micro-batches are dealt out.
+        by_process = self._exchange([*map(_number, found), num_rows or 0])
+        # Rounded once, whatever the order, and then divided: the same bits however micro-batches are dealt out.
+        num_all = sum(rows for *_, rows in by_process) or 1
         losses = [
-            _sum(x for shares in by_process for x in _of_variant(shares, v, len(shifts)))
+            _sum(x for *shares, _ in by_process for x in _of_variant(shares, v, len(shifts)))
+            / num_all
             for v in range(len(shifts))
         ]
         return self._update(losses, learning_rate, weight_decay)
@@ -220,18 +224,27 @@ class ZerothOrder:
     def _update(self, losses: list[float], learning_rate: float, weight_decay: float) -> Step:
         loss = _sum(losses) / len(losses)
         number, self.num_steps = self.num_steps, self.num_steps + 1
-        if not math.isfinite(loss):  # nor is it where one of them is not
-            self.weights.ended(self.num_steps)
-            return Step(loss, tuple(losses), (), None)
+        update = None
+        if math.isfinite(loss):  # nor is it where one of them is not
+            update = self._take(number, losses, learning_rate, weight_decay)
+        self.weights.ended(self.num_steps)
+        return Step(loss, tuple(losses), () if update is None else update.gradients, update)
+
+    def _take(
+        self, number: int, losses: Sequence[float], learning_rate: float, weight_decay: float
+    ) -> Update | None:
+        """The step that these losses make, taken; None where it is too large to be."""
         gradients = self.estimator.gradients(losses)
         if self.clip is not None:
             gradients = [max(-self.clip, min(self.clip, g)) for g in gradients]
         decay = 1.0 - learning_rate * weight_decay
         update = Update(number, tuple(gradients), learning_rate, decay)
-        self.weights.take(self.rule.after(update, self._taken))
-        self.weights.ended(self.num_steps)
+        linked = self.rule.after(update, self._taken)
+        if not self.rule.fits(linked, self.estimator.family.reach):
+            return None
+        self.weights.take(linked)
         self._taken.append(update)
-        return Step(loss, tuple(losses), tuple(gradients), update)
+        return update
 
 
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:

@@ -28,6 +28,8 @@ from ssdtune.errors import SSDTuneError
 
 SGD, SIGN, MOMENTUM, ADAM, LOZO_M = "sgd", "sign", "momentum", "adam", "lozo_m"
 KINDS = (SGD, SIGN, MOMENTUM, ADAM, LOZO_M)
+# Of what a step is made of. Half of what float32 holds: what it is added to has room, and what is rounded to bfloat16.
+LARGEST = 2.0**127
 
 
 class RuleError(SSDTuneError):
@@ -89,6 +91,15 @@ class Rule:
         """The update with those of the steps before it that it hangs on; earlier: all, oldest first."""
         num = min(self.num_earlier, len(earlier))
         return dataclasses.replace(update, earlier=tuple(earlier[len(earlier) - num :]))
+
+    def fits(self, update: Update, reach: float) -> bool:
+        """Whether float32 holds all that a step is made of. reach: `Family.reach`."""
+        if self.is_linear:
+            largest = reach * sum(abs(term.scale) for term in self.terms(update))
+        else:
+            largest = reach * max(sum(map(abs, past.gradients)) for _, past in _aged(update))
+            largest *= max(1.0, largest if self.kind == ADAM else update.rate)
+        return largest <= LARGEST  # NaN is not
 
     def linked(self, updates: Sequence[Update]) -> list[Update]:
         """Updates as a log has them, each with those that it hangs on."""

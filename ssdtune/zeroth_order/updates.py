@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 
-from ssdtune.kernels.noise import PART, Direction, add_directions, add_low_rank, add_values, values
+from ssdtune.kernels.noise import (
+    GAUSSIAN,
+    LARGEST_GAUSSIAN,
+    PART,
+    Direction,
+    add_directions,
+    add_low_rank,
+    add_values,
+    values,
+)
 from ssdtune.kernels.philox import key_of, number_of
 from ssdtune.kernels.unpack_add import Move
 from ssdtune.zeroth_order.masks import ALL_MOVE, NONE, Mask, Masks
@@ -40,6 +49,12 @@ class Family:
     rank: int = 0
     window: int = 0
     mask: Mask = ALL_MOVE
+
+    @property
+    def reach(self) -> float:
+        """No element of a direction is of a larger magnitude."""
+        largest = LARGEST_GAUSSIAN if self.kind == GAUSSIAN else 1.0
+        return self.rank * largest**2 if self.rank else largest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""Steps that say nothing, or too much: equal losses, losses that are no mean yet, steps beyond float32."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_runs
+import torch
+from test_zeroth_order import SEED, Stream, all_weights, batches
+
+from ssdtune.trainer.zeroth_order import ZOTrainer
+from ssdtune.zeroth_order import FZOO, LOZO, MeZO, Rule, ZerothOrder
+from ssdtune.zeroth_order.rules import LARGEST, Update
+
+
+@pytest.mark.parametrize("loss", [0.6, 600.0, 1e-30])
+def test_what_rounding_leaves_of_equal_losses_is_no_spread(loss: float) -> None:
+    fzoo = FZOO(num_directions=2)
+    assert fzoo.gradients([1.0, -loss, -math.nextafter(loss, 0)]) == [0.0, 0.0]
+    assert all(fzoo.gradients([1.0, loss, loss * (1 + 2.0**-24)])), "float32 tells them apart"
+
+
+def test_equal_accuracies_are_equal_however_micro_batches_share_them(
+    tmp_path: Path, stream: Stream
+) -> None:
+    """Of 5 rows each: 1 + 5 right are as many as 2 + 4, though a tenth of each does not add up to the same."""
+    right = [(3, 4), (1, 5), (2, 4)]  # of each variant, in each micro-batch
+    assert math.fsum(k * 0.1 for k in right[1]) != math.fsum(k * 0.1 for k in right[2])
+    model = stream(tiny_runs.save(tiny_runs.llama(), tmp_path / "model"), micro_batch_size=5)
+    before = {name: p.clone() for name, p in all_weights(model).items()}
+
+    def is_right(output: Any, batch: Any) -> torch.Tensor:
+        num = right[model.ssdtune._variant][int(batch["input_ids"][0, 0]) - 5]
+        return torch.arange(5) < num
+
+    trainer = ZOTrainer(
+        model,
+        tiny_runs.arguments(tmp_path / "run", per_device_train_batch_size=5, max_steps=1),
+        lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+        train_dataset=[{"input_ids": [5 + k // 5, 6, 7]} for k in range(10)],
+        estimator=FZOO(num_directions=2),
+        objective=is_right,
+    )
+    tiny_runs.in_order(trainer).train()
+    step = trainer.last_step
+    assert step is not None
+    assert step.losses == (-0.7, -0.6, -0.6)
+    assert step.gradients == (0.0, 0.0)
+    support.assert_equal(before, {n: p.clone() for n, p in all_weights(model).items()}, "weights")
+
+
+def step_of(method: ZerothOrder, losses: Sequence[float], **how: Any) -> Any:
+    """A step whose variants have these losses."""
+    batch = batches("llama", 1)[0]
+
+    def call() -> float:
+        method.model(**batch)
+        return losses[method.streamer._variant or 0]
+
+    return method.step([call], learning_rate=1e-2, **how)
+
+
+def test_a_mean_is_over_the_rows_of_all_processes(tmp_path: Path, stream: Stream) -> None:
+    """Which need not have as many."""
+    model = stream(tiny_runs.save(tiny_runs.llama(), tmp_path))
+    other = [1.0, 5.0, 4]  # shares of both variants, rows
+    method = ZerothOrder(model, MeZO(), exchange=lambda shares: [shares, other])
+    assert step_of(method, [2.0, 3.0], num_rows=6).losses == (0.3, 0.8)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "sign", "adam"])
+def test_a_step_beyond_float32_is_skipped(rule: str, tmp_path: Path, stream: Stream) -> None:
+    """The next ones are taken from the weights as they were."""
+    model = stream(tiny_runs.save(tiny_runs.llama(), tmp_path))
+    before = {name: p.clone() for name, p in all_weights(model).items()}
+    method = ZerothOrder(model, MeZO(eps=1e-3), rule=Rule(kind=rule), seed=SEED)
+    step = step_of(method, [1e38, 0.0])
+    assert step.update is None
+    assert step.losses == (1e38, 0.0)
+    support.assert_equal(before, {n: p.clone() for n, p in all_weights(model).items()}, "weights")
+    assert step_of(method, [1.5, 1.0]).update is not None
+    method.clip = 1.0
+    assert step_of(method, [1e38, 0.0]).update == Update(2, (1.0,), 1e-2)
+    for name, p in all_weights(model).items():
+        assert p.clone().isfinite().all(), name
+        assert not torch.equal(p.clone(), before[name]), name
+
+
+def test_what_float32_holds_of_a_step_hangs_on_its_directions_and_its_rule() -> None:
+    """The tables that a step is made from are finite, products of low rank and squares too."""
+    whole, signs, low = MeZO().family, FZOO().family, LOZO(rank=4).family
+    assert 1.0 == signs.reach < whole.reach < low.reach == pytest.approx(4 * whole.reach**2)
+    for family in (whole, signs, low):
+        edge = LARGEST / family.reach
+        for rule, g in (
+            (Rule(), edge / 0.5),
+            (Rule(kind="momentum", beta1=0.5, horizon=2), edge / 0.5),
+            (Rule(kind="sign"), edge),
+            (Rule(kind="adam"), math.sqrt(LARGEST) / family.reach),
+        ):
+            assert rule.fits(Update(0, (g * 0.999,), 0.5), family.reach), rule
+            assert not rule.fits(Update(0, (g * 1.001,), 0.5), family.reach), rule
+            assert not rule.fits(Update(0, (math.inf,), 0.5), family.reach), rule
+    momentum, past = Rule(kind="momentum", beta1=0.5, horizon=2), Update(0, (LARGEST,), 1.0)
+    assert not momentum.fits(Update(1, (LARGEST / 2,), 1.0, earlier=(past,) * 2), 1.0)
