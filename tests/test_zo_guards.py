@@ -1,7 +1,9 @@
-"""Steps that say nothing, or too much: equal losses, losses that are no mean yet, steps beyond float32."""
+"""Steps that say nothing, or too much, or that no log has: equal losses, sums that are no mean yet, steps beyond float32,
+a drive that is full."""
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import pytest
 import support
 import tiny_runs
 import torch
+from test_full_disk import no_file_longer_than
 from test_zeroth_order import SEED, Stream, all_weights, batches
 
+from ssdtune.run_files import LOG_NAME
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO, LOZO, MeZO, Rule, ZerothOrder
+from ssdtune.zeroth_order.log import LogError, read_log
 from ssdtune.zeroth_order.rules import LARGEST, Update
 
 
@@ -106,3 +111,38 @@ def test_what_float32_holds_of_a_step_hangs_on_its_directions_and_its_rule() -> 
             assert not rule.fits(Update(0, (math.inf,), 0.5), family.reach), rule
     momentum, past = Rule(kind="momentum", beta1=0.5, horizon=2), Update(0, (LARGEST,), 1.0)
     assert not momentum.fits(Update(1, (LARGEST / 2,), 1.0, earlier=(past,) * 2), 1.0)
+
+
+def test_a_step_that_the_drive_takes_no_line_of_is_the_last(tmp_path: Path, stream: Stream) -> None:
+    """What is there of its line goes; nothing moves after it, and the log stays one that can be read."""
+    limit = ExitStack()
+
+    def fill(output: Any, batch: Any) -> torch.Tensor:
+        if trainer.method.num_steps == 1:
+            limit.enter_context(no_file_longer_than(len(log.read_bytes()) + 20))
+        return torch.rand(2)
+
+    log = tmp_path / "run" / LOG_NAME
+    trainer = ZOTrainer(
+        stream(tiny_runs.save(tiny_runs.llama(), tmp_path / "model")),
+        tiny_runs.arguments(
+            tmp_path / "run", per_device_train_batch_size=2, gradient_accumulation_steps=1
+        ),
+        lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+        train_dataset=[{"input_ids": [5, 6, 7]}] * 6,
+        objective=fill,
+    )
+    with limit, pytest.raises(LogError, match=r"(?s)step 1 could not be written: .*EFBIG.*anew"):
+        trainer.train()
+    read = read_log(log.read_bytes(), "log")
+    assert (read.num_steps, read.is_cut) == (1, False)
+    assert trainer.method.num_steps == 2
+    model: Any = trainer.model
+    before = {name: p.clone() for name, p in all_weights(model).items()}
+    with pytest.raises(LogError, match="lacks a step"):
+        trainer._step(model, None)
+    with pytest.raises(LogError, match="lacks a step"):
+        trainer.log_writer.append(2, 1.0, None)
+    after = {name: p.clone() for name, p in all_weights(model).items()}
+    support.assert_equal(before, after, "weights")
+    assert read_log(log.read_bytes(), "log") == read

@@ -242,6 +242,7 @@ class ZOTrainer(SSDTrainer):
 
     def _step(self, model: nn.Module, num_items_in_batch: Any) -> torch.Tensor:
         assert self.optimizer is not None
+        self.log_writer.check()
         # Of the whole step's loss: Trainer makes the mean over processes of what each has.
         scale, num_rows = 1 / self.args.world_size, None
         if self.objective is not None:

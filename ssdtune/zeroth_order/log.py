@@ -11,6 +11,7 @@ the drive before the next step begins. The last line may be cut off by a crash: 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssdtune.errors import SSDTuneError
+from ssdtune.errors import SSDTuneError, reason_of
 from ssdtune.kernels.noise import KINDS
 from ssdtune.zeroth_order.masks import ALL_MOVE, Mask
 from ssdtune.zeroth_order.rules import FOLLOW, Rule, Update
@@ -32,6 +33,7 @@ GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles, BLAKE2b keys"
 # weights, LOZO's windows as matrices of low rank.
 ALL, CODES, MASTERS, LOW_RANK = "all", "codes", "masters", "low_rank"
 ADAPTERS = "adapters"
+WAY_ON = "Make room on the drive, and resume from a checkpoint with the model opened anew."
 TRAINS = (ALL, CODES, MASTERS, LOW_RANK, ADAPTERS)
 
 
@@ -90,23 +92,47 @@ class LogWriter:
         self.path, self.header = path, header
         told = {"format": FORMAT, "generator": GENERATOR, **dataclasses.asdict(header)}
         self._begun: bytes | None = _line(told)  # not written yet; None: the file goes on
+        self._is_whole = True  # whether the steps that were to be written have been
+
+    def check(self) -> None:
+        """Raises LogError where a step of the run is not in the log: those after it would say nothing of the weights."""
+        if not self._is_whole:
+            raise LogError(f"{self.path} lacks a step that the weights have taken.\n{WAY_ON}")
 
     def append(self, step: int, loss: float, update: Update | None) -> None:
-        """One more step, on the drive when this returns. update: None for one that was skipped."""
+        """One more step, on the drive when this returns. update: None for one that was skipped. Raises LogError where it
+        can't be written, or one before it could not: the log then ends with the last whole line."""
+        self.check()
         told: dict[str, Any] = {"step": step, "loss": loss}
         if update is None:
             told["skipped"] = True
         else:
             told |= {"gradients": update.gradients, "rate": update.rate, "decay": update.decay}
-        with self.path.open("ab" if self._begun is None else "wb") as file:
-            file.write((self._begun or b"") + _line(told))
-            file.flush()
-            os.fdatasync(file.fileno())
+        self._is_whole = False
+        try:
+            self._write(_line(told))
+        except OSError as error:
+            raise LogError(
+                f"{self.path}: step {step} could not be written: {reason_of(error)}. The weights have taken it.\n{WAY_ON}"
+            ) from error
+        self._is_whole = True
+
+    def _write(self, line: bytes) -> None:
+        size = self.path.stat().st_size if self._begun is None else 0
+        try:
+            with self.path.open("ab" if self._begun is None else "wb") as file:
+                file.write((self._begun or b"") + line)
+                file.flush()
+                os.fdatasync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # else it ends amid a line, which counts for nothing
+                os.truncate(self.path, size)
+            raise
         self._begun = None
 
     def go_on(self, content: bytes) -> None:
         """The steps of another log's content instead of what was written."""
-        self._begun = content
+        self._begun, self._is_whole = content, True
 
     def content(self) -> bytes:
         """All of it."""
