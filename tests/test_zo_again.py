@@ -8,13 +8,15 @@ import pytest
 import support
 import tiny_runs
 import torch
+from test_zeroth_order import Stream
 from transformers import TrainerCallback
 
 from ssdtune.run_files import LOG_NAME
 from ssdtune.trainer import TrainerError
 from ssdtune.trainer.zeroth_order import ZOTrainer
+from ssdtune.visit.base import base_of
 from ssdtune.zeroth_order import LOZO, MeZO, Rule
-from ssdtune.zeroth_order.log import read_log
+from ssdtune.zeroth_order.log import LogError, read_log
 from ssdtune.zeroth_order.method import replayed
 from ssdtune.zeroth_order.weights import MovedError
 
@@ -31,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_runs.save(tiny_runs.llama(), tmp_path_factory.mktemp("model"))
 
 
-def opened(model: Path, trains: str) -> Any:
-    streamed = support.streamed(model)
+def opened(stream: Stream, model: Path, trains: str) -> Any:
+    streamed = stream(model)
     return support.with_lora(streamed) if trains == "adapters" else streamed
 
 
@@ -78,9 +80,9 @@ class EndAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def interrupted(model: Path, folder: Path, trains: str, *, twice: bool) -> tuple[Any, ZOTrainer]:
-    """A model and its trainer after a run that ended in the midst."""
-    streamed, ending = opened(model, trains), EndAfter(twice=twice)
+def interrupted(streamed: Any, folder: Path, trains: str, *, twice: bool) -> ZOTrainer:
+    """The model's trainer after a run that ended in the midst."""
+    ending = EndAfter(twice=twice)
     ending.trainer = trainer = trainer_of(streamed, folder, trains, ending)
     if twice:
         with pytest.raises(KeyboardInterrupt):
@@ -88,22 +90,24 @@ def interrupted(model: Path, folder: Path, trains: str, *, twice: bool) -> tuple
     else:
         trainer.train()
     assert trainer.method.num_steps == 3
-    return streamed, trainer
+    return trainer
 
 
-Ended = tuple[bytes, dict[str, torch.Tensor]]
+Ended = tuple[Path, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
-    """What trains -> the log and the weights of a run in one go."""
+    """What trains -> the folder and the weights of a run in one go."""
     made: dict[str, Ended] = {}
 
     def found(trains: str) -> Ended:
         if trains not in made:
-            streamed, folder = opened(model, trains), tmp_path_factory.mktemp("whole")
+            folder = tmp_path_factory.mktemp("whole")
+            streamed = opened(support.streamed, model, trains)
             trainer_of(streamed, folder, trains).train()
-            made[trains] = (folder / LOG_NAME).read_bytes(), weights_of(streamed)
+            made[trains] = folder, weights_of(streamed)
+            base_of(streamed).ssdtune.close()
         return made[trains]
 
     return found
@@ -114,16 +118,23 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     [
         ("all", "open the model anew"),
         pytest.param("low_rank", "open the model anew", marks=pytest.mark.slow),
-        ("adapters", "another ZOTrainer, which begins"),
+        pytest.param("adapters", "another ZOTrainer, which begins", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_saved_goes_on_with_the_trainer_at_hand_once(
-    trains: str, told: str, model: Path, tmp_path: Path, whole: Callable[[str], Ended]
+    trains: str,
+    told: str,
+    model: Path,
+    tmp_path: Path,
+    stream: Stream,
+    whole: Callable[[str], Ended],
 ) -> None:
     """Its weights are those of the checkpoint: there is nothing to replay. A run after it would stand in no log."""
-    streamed, trainer = interrupted(model, tmp_path, trains, twice=False)
+    streamed = opened(stream, model, trains)
+    trainer = interrupted(streamed, tmp_path, trains, twice=False)
     trainer.train(resume_from_checkpoint=True)
-    log, weights = whole(trains)
+    folder, weights = whole(trains)
+    log = (folder / LOG_NAME).read_bytes()
     assert (tmp_path / LOG_NAME).read_bytes() == log
     support.assert_equal(weights, weights_of(streamed), "weights")
     with pytest.raises(TrainerError, match=rf"(?s)a run of 4 steps.*{told}"):
@@ -132,29 +143,34 @@ def test_a_run_that_was_saved_goes_on_with_the_trainer_at_hand_once(
 
 
 def test_an_adapter_goes_back_to_its_checkpoint(
-    model: Path, tmp_path: Path, whole: Callable[[str], Ended]
+    model: Path, tmp_path: Path, stream: Stream, whole: Callable[[str], Ended]
 ) -> None:
     """With the moments that it had there: no step counts twice."""
-    streamed, trainer = interrupted(model, tmp_path, "adapters", twice=True)
+    streamed = opened(stream, model, "adapters")
+    trainer = interrupted(streamed, tmp_path, "adapters", twice=True)
     trainer.train(resume_from_checkpoint=True)
-    log, weights = whole("adapters")
-    assert (tmp_path / LOG_NAME).read_bytes() == log
+    folder, weights = whole("adapters")
+    assert (tmp_path / LOG_NAME).read_bytes() == (folder / LOG_NAME).read_bytes()
     support.assert_equal(weights, weights_of(streamed), "weights")
+    with pytest.raises(TrainerError, match="another ZOTrainer, which begins with the adapter"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("trains", ["all", pytest.param("low_rank", marks=pytest.mark.slow)])
-def test_all_weights_do_not_go_back(trains: str, model: Path, tmp_path: Path) -> None:
-    _, trainer = interrupted(model, tmp_path, trains, twice=True)
+def test_all_weights_do_not_go_back(
+    trains: str, model: Path, tmp_path: Path, stream: Stream
+) -> None:
+    trainer = interrupted(opened(stream, model, trains), tmp_path, trains, twice=True)
     with pytest.raises(MovedError, match=r"(?s)taken 3 steps.*Open the model anew"):
         trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("trains", ["all", pytest.param("low_rank", marks=pytest.mark.slow)])
 def test_a_model_whose_weights_have_moved_is_none_to_begin_with(
-    trains: str, model: Path, tmp_path: Path
+    trains: str, model: Path, tmp_path: Path, stream: Stream
 ) -> None:
     """Another trainer, of all weights or of an adapter, and another log's steps: nothing of it is touched."""
-    streamed = opened(model, trains)
+    streamed = opened(stream, model, trains)
     another = trainer_of(streamed, tmp_path / "another", trains)  # as long as nothing has moved
     trainer = trainer_of(streamed, tmp_path / "run", trains)
     trainer.args.max_steps = 1
@@ -170,8 +186,20 @@ def test_a_model_whose_weights_have_moved_is_none_to_begin_with(
     support.assert_equal(before, weights_of(streamed), "weights")
     with pytest.raises(MovedError, match="Open the model anew"):
         trainer_of(support.with_lora(streamed), tmp_path / "another", "adapters")
-    anew = opened(model, trains)
+    anew = opened(stream, model, trains)
     replayed(anew, log)
     support.assert_equal(before, weights_of(anew), "weights")
     with pytest.raises(MovedError, match="Open the model anew"):
         trainer_of(anew, tmp_path / "another", trains)
+
+
+def test_a_log_of_another_dtype_is_refused(
+    model: Path, tmp_path: Path, stream: Stream, whole: Callable[[str], Ended]
+) -> None:
+    """Its steps, rounded otherwise, would come to other weights."""
+    folder, _ = whole("all")
+    half = stream(model, dtype=torch.bfloat16)
+    with pytest.raises(LogError, match="rounded to float32, and the model's weights are bfloat16"):
+        replayed(half, read_log((folder / LOG_NAME).read_bytes(), "log"))
+    with pytest.raises(LogError, match="dtype: 'float32' in the log, 'bfloat16' here"):
+        trainer_of(half, tmp_path, "all").train(resume_from_checkpoint=str(folder / "checkpoint-2"))

@@ -136,7 +136,7 @@ def test_a_log_makes_the_weights_again_and_a_run_go_on(tmp_path: Path, stream: S
     pair = made(folder, stream)
     method = ZerothOrder(pair.streamed, MEZO, seed=SEED, master=True)
     reference = MastersInMemory(pair.plain, MEZO, all_weights(pair.plain), Rule())
-    header = Header(base=None, seed=SEED, kind="gaussian", trains=MASTERS)
+    header = Header(base=None, dtype="bfloat16", seed=SEED, kind="gaussian", trains=MASTERS)
     writer = LogWriter(tmp_path / "log", header)
     for number, update in enumerate(train_alike(pair, method, reference, 4)):
         writer.append(number, 0.0, update)

@@ -1,6 +1,7 @@
 """Runs from a YAML file against the algorithm in memory: their weights, what `ssdtune replay` makes of their logs, and
 what a run comes to that ended amid a step and went on."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,11 +27,13 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ssdtune.cli import main
 from ssdtune.config import load_config
+from ssdtune.generate import generate_from_run
 from ssdtune.run_files import LOG_NAME
 from ssdtune.trainer import run as run_module
 from ssdtune.trainer import train_from_config
 from ssdtune.trainer.zeroth_order import ZOTrainer, estimator_of, rule_of
 from ssdtune.visit.base import base_of
+from ssdtune.zeroth_order.log import LogError
 
 Load = Callable[..., Any]
 NO_EVAL = ("--eval_strategy", "no")
@@ -154,6 +157,19 @@ def test_a_run_and_its_replay_have_the_weights_of_the_algorithm_in_memory(
             replayed = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
             support.assert_equal(plain.state_dict(), replayed, f"weights after {number} steps")
     support.assert_equal(all_weights(plain), seen.weights, "the run's weights")
+
+
+@pytest.mark.slow  # at once: test_zo_again.py
+@pytest.mark.parametrize("trains", ["all", "adapters"])
+def test_a_log_of_another_dtype_is_refused(trains: str, load: Load, tmp_path: Path) -> None:
+    """Its steps, rounded otherwise, would come to other weights. An adapter has a dtype of its own, and answers."""
+    train_from_config(load("run", trains, *NO_EVAL, "--max_steps", "2"))
+    other = ("--dtype", "bfloat16")
+    with pytest.raises(LogError, match=r"dtype: 'float32' in the log, 'bfloat16"):
+        train_from_config(load("run", trains, *NO_EVAL, *other))
+    refused = pytest.raises(LogError, match=r"rounded to float32, and .* are bfloat16")
+    with refused if trains == "all" else contextlib.nullcontext():
+        generate_from_run(tmp_path / "run", ["the sky"], max_new_tokens=1, overrides=other)
 
 
 # ------------------------------------------------------------------ an adapter

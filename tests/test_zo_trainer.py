@@ -299,7 +299,7 @@ def test_a_run_that_trains_an_adapter_answers_by_its_checkpoint_until_it_is_fini
     model: Path, tmp_path: Path
 ) -> None:
     """Its log lies in the run's folder from the first step on, and is none of the base's weights."""
-    header = Header(base=None, seed=7, kind="gaussian", trains="adapters")
+    header = Header(base=None, dtype="float32", seed=7, kind="gaussian", trains="adapters")
     writer = LogWriter(tmp_path / LOG_NAME, header)
     writer.append(0, 1.5, Update(0, (0.1,), 1e-3))
     with pytest.raises(GenerateError, match="holds no adapter"):
@@ -372,7 +372,7 @@ def test_fzoo_needs_directions_to_spread(load: Any) -> None:
 
 # ------------------------------------------------------------------ the log by itself
 
-HEADER = Header(base="abc", seed=7, kind="gaussian", trains="all")
+HEADER = Header(base="abc", dtype="float32", seed=7, kind="gaussian", trains="all")
 
 
 def written(path: Path) -> bytes:

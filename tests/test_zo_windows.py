@@ -317,6 +317,7 @@ def test_a_log_makes_the_weights_of_any_step_and_a_run_go_on(
     family = ESTIMATOR.family
     header = Header(
         base=None,
+        dtype="bfloat16",
         seed=SEED,
         kind=family.kind,
         rank=family.rank,

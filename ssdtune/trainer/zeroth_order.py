@@ -48,7 +48,7 @@ from ssdtune.zeroth_order.log import (
     read_log,
 )
 from ssdtune.zeroth_order.masks import NONE
-from ssdtune.zeroth_order.method import that_train
+from ssdtune.zeroth_order.method import dtype_of, that_train
 from ssdtune.zeroth_order.packed import DECODED, MOVED
 from ssdtune.zeroth_order.rules import ADAM, LOZO_M, MOMENTUM
 
@@ -149,6 +149,7 @@ class ZOTrainer(SSDTrainer):
         family = self.method.estimator.family
         header = Header(
             base=base_of(model_of(self.model)),
+            dtype=dtype_of(self.model),
             seed=self.args.seed,
             **{f.name: getattr(family, f.name) for f in dataclasses.fields(family)},
             rule=self.method.rule,

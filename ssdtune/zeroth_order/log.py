@@ -1,7 +1,7 @@
 """The log of a zeroth-order run: a line for each step, and from them and the base any step's weights again.
 
-    {"format": ..., "generator": ..., "base": ..., "seed": ..., "kind": ..., "rank": ..., "window": ..., "mask": {...},
-     "rule": {...}, "trains": ..., "adapter": ..., "crc": ...}
+    {"format": ..., "generator": ..., "base": ..., "dtype": ..., "seed": ..., "kind": ..., "rank": ..., "window": ...,
+     "mask": {...}, "rule": {...}, "trains": ..., "adapter": ..., "crc": ...}
     {"step": 0, "loss": ..., "gradients": [...], "rate": ..., "decay": ..., "crc": ...}
     {"step": 1, "loss": ..., "skipped": true, "crc": ...}
 
@@ -26,15 +26,15 @@ from ssdtune.zeroth_order.masks import ALL_MOVE, Mask
 from ssdtune.zeroth_order.rules import FOLLOW, Rule, Update
 from ssdtune.zeroth_order.updates import Family
 
-FORMAT = "ssdtune zeroth-order log 2"
+FORMAT = "ssdtune zeroth-order log 3"
 # What z and rounding are made from: another would make other weights from the same log.
 GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles, BLAKE2b keys"
 # What trains; codes: all weights, those of packed ones; masters: all weights, those of 16 bits in float32; low_rank: all
 # weights, LOZO's windows as matrices of low rank.
 ALL, CODES, MASTERS, LOW_RANK = "all", "codes", "masters", "low_rank"
 ADAPTERS = "adapters"
-WAY_ON = "Make room on the drive, and resume from a checkpoint with the model opened anew."
 TRAINS = (ALL, CODES, MASTERS, LOW_RANK, ADAPTERS)
+_WAY_ON = "Make room on the drive, and resume from a checkpoint with the model opened anew."
 
 
 class LogError(SSDTuneError):
@@ -43,11 +43,13 @@ class LogError(SSDTuneError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown.
-    kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: one of TRAINS.
-    adapter: fingerprint of the values that an adapter begins with; None: all weights train, or it is unknown."""
+    """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown. dtype: the
+    weights', which steps are rounded to: "bfloat16", or all that the model has: "bfloat16, float32". kind, rank, window,
+    mask: of the directions' family. rule: what steps make of estimates. trains: one of TRAINS. adapter: fingerprint of the
+    values that an adapter begins with; None: all weights train, or it is unknown."""
 
     base: str | None
+    dtype: str
     seed: int
     kind: str
     rank: int = 0
@@ -97,7 +99,7 @@ class LogWriter:
     def check(self) -> None:
         """Raises LogError where a step of the run is not in the log: those after it would say nothing of the weights."""
         if not self._is_whole:
-            raise LogError(f"{self.path} lacks a step that the weights have taken.\n{WAY_ON}")
+            raise LogError(f"{self.path} lacks a step that the weights have taken.\n{_WAY_ON}")
 
     def append(self, step: int, loss: float, update: Update | None) -> None:
         """One more step, on the drive when this returns. update: None for one that was skipped. Raises LogError where it
@@ -113,7 +115,7 @@ class LogWriter:
             self._write(_line(told))
         except OSError as error:
             raise LogError(
-                f"{self.path}: step {step} could not be written: {reason_of(error)}. The weights have taken it.\n{WAY_ON}"
+                f"{self.path}: step {step} could not be written: {reason_of(error)}. The weights have taken it.\n{_WAY_ON}"
             ) from error
         self._is_whole = True
 
@@ -171,7 +173,10 @@ def _records(lines: Sequence[bytes], where: str) -> Iterator[dict[str, Any]]:
 
 def _header(record: dict[str, Any], where: str) -> Header:
     if record.get("format") != FORMAT:
-        raise LogError(f"{where}, line 1: is no zeroth-order log of this version ({FORMAT}).")
+        raise LogError(
+            f"{where}, line 1: is no zeroth-order log of this version ({FORMAT}).\n"
+            "Replay it with the version of ssdtune that wrote it."
+        )
     if record.get("generator") != GENERATOR:
         raise LogError(
             f"{where}: its directions come from {record.get('generator')!r}, here they would from {GENERATOR!r}.\n"

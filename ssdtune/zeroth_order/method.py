@@ -249,8 +249,8 @@ class ZerothOrder:
 
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     """From now on the streamed model has the weights after so many steps of a log; None: all. Of an adapter's log the
-    model has that adapter, in the values that the run began with. Raises LogError where it has none, MovedError where
-    the model's weights are no longer those of its files."""
+    model has that adapter, in the values that the run began with. Raises LogError where it has none or weights are of
+    another dtype, MovedError where they are no longer those of the model's files."""
     linked, header = log.header.rule.linked(log.updates), log.header
     trains_blocks, streamer = header.trains != ADAPTERS, base_of(model).ssdtune
     check_unmoved(streamer)
@@ -258,6 +258,11 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     if not (trains_blocks or trained):
         raise LogError(
             "the log is of an adapter: its steps are not those of the model's weights.\nLoad the adapter."
+        )
+    if trains_blocks and dtype_of(model) != header.dtype:
+        raise LogError(
+            f"the log's steps were rounded to {header.dtype}, and the model's weights are {dtype_of(model)}: they would come "
+            "to others.\nOpen the model with the dtype that the run had."
         )
     num_steps = log.num_steps if num_steps is None else num_steps
     updates = [u for u in linked if u.step < num_steps]
@@ -277,6 +282,12 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
 def that_train(model: Any) -> dict[str, torch.Tensor]:
     """A model's parameters that require a gradient, by name: those of an adapter, where it has one."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def dtype_of(model: Any) -> str:
+    """Of the streamed model's weights, as a log names it."""
+    dtypes = {p.dtype for p in base_of(model).parameters() if p.is_floating_point()}
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def outside_of_blocks(model: Any, streamer: Streamer) -> dict[str, torch.Tensor]:
