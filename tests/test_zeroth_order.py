@@ -456,12 +456,27 @@ def test_a_variant_of_a_block_is_made_once_a_visit(tmp_path: Path, stream: Strea
     assert len(made) == num_visits * 4, "the weights and three directions"
 
 
-def test_everybody_sees_the_weights_as_they_are_now(tmp_path: Path, stream: Stream) -> None:
-    """Evaluation, a parameter that is read, and generation after a step: the updated weights."""
-    pair = make_pair("llama", tmp_path, stream, adapt=lambda model: model)
-    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED)
+@pytest.mark.parametrize("fold_steps", [None, 1])
+def test_everybody_sees_the_weights_as_they_are_now(
+    fold_steps: int | None, tmp_path: Path, stream: Stream
+) -> None:
+    """Evaluation, a parameter that is read, and generation after a step: the updated weights, from a working copy too,
+    while blocks go back to it. The next step's as well."""
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda model: model)
+    fold = None if fold_steps is None else Fold(tmp_path / "scratch", fold_steps)
+    method = ZerothOrder(pair.streamed, ESTIMATORS["mezo"], seed=SEED, fold=fold)
     reference = InMemory(pair.plain, ESTIMATORS["mezo"], all_weights(pair.plain))
-    train_both(pair, method, reference, 2)
+    for _ in range(2):
+        for expected, found in train_both(pair, method, reference, 2):
+            assert found == expected
+        assert_seen(pair)
+    assert (method.copy is None) == (fold is None)
+    assert method.copy is None or method.copy.is_there
+    method.close()
+
+
+def assert_seen(pair: Any) -> None:
+    """Whoever looks at the streamed weights finds the plain model's."""
     batch = batches("llama", 1)[0]
     pair.streamed.ssdtune.micro_batch_size = None
     with torch.no_grad():
@@ -471,6 +486,8 @@ def test_everybody_sees_the_weights_as_they_are_now(tmp_path: Path, stream: Stre
         assert torch.equal(
             pair.streamed.generate(prompt, **new), pair.plain.generate(prompt, **new)
         )
+    for key, value in all_weights(pair.plain).items():
+        assert torch.equal(pair.streamed.get_parameter(key).clone(), value), key
 
 
 INF = math.inf
@@ -534,9 +551,30 @@ def test_mezo_is_the_mean_over_its_directions() -> None:
     assert MeZO(eps=0.5, num_directions=2).gradients([3.0, 1.0, 1.0, 2.0]) == [1.0, -0.5]
 
 
-def test_a_clipped_gradient_is_no_larger(tmp_path: Path, stream: Stream) -> None:
+class Clipped(InMemory):
+    """Bounds each g_j. limit: amid those of the first step, so that it bounds some."""
+
+    limit = 0.0
+
+    def update(self, pristine: dict[str, torch.Tensor], gradients: Sequence[float]) -> None:
+        sizes = sorted(map(abs, gradients))
+        self.limit = self.limit or (sizes[0] + sizes[-1]) / 2
+        assert self.num_steps > 0 or sizes[0] < self.limit < sizes[-1]
+        super().update(pristine, [math.copysign(min(abs(g), self.limit), g) for g in gradients])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_clipped_gradient_is_no_larger(estimator: str, tmp_path: Path, stream: Stream) -> None:
     pair = make_pair("llama", tmp_path, stream, adapt=with_lora)
-    method = ZerothOrder(pair.streamed, MeZO(), seed=SEED, clip=1e-6)
-    batch = batches("llama", 1)[0]
-    step = streamed_step(method, cut(batch, 2), num_trained(batch))
-    assert step.gradients == pytest.approx((math.copysign(1e-6, step.gradients[0]),))
+    trained = {n: p for n, p in pair.plain.named_parameters() if p.requires_grad}
+    method = ZerothOrder(pair.streamed, ESTIMATORS[estimator], seed=SEED)
+    reference = Clipped(pair.plain, ESTIMATORS[estimator], trained)
+    for batch in batches("llama", 2):
+        pieces, items = cut(batch, 2), num_trained(batch)
+        losses = reference.step(pieces, items)
+        method.clip = reference.limit
+        step = streamed_step(method, pieces, items)
+        assert list(step.losses) == losses
+        assert max(map(abs, step.gradients)) <= reference.limit
+    for key, value in trained.items():
+        assert torch.equal(pair.streamed.get_parameter(key), value), key

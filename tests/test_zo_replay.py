@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,11 +121,11 @@ def in_memory(model: Any, trains: str, config: Any) -> Any:
 @pytest.mark.parametrize(
     ("trains", "dtype", "flags"),
     [
-        pytest.param("all", torch.float32, ADAM, id="all"),
+        pytest.param("all", torch.bfloat16, (*ADAM, "--zo_fold_steps", "2"), id="all-bf16"),
         *(
             pytest.param(trains, dtype, flags, id=told, marks=pytest.mark.slow)
             for told, trains, dtype, flags in (
-                ("all-bf16", "all", torch.bfloat16, ("--zo_fold_steps", "2")),
+                ("all", "all", torch.float32, ADAM),
                 ("masters", "all", torch.bfloat16, ("--zo_master", "true", "--zo_fold_steps", "2")),
                 ("low_rank", "low_rank", torch.bfloat16, (*LOW_RANK, "--zo_num_directions", "2")),
             )
@@ -138,8 +139,9 @@ def test_a_run_and_its_replay_have_the_weights_of_the_algorithm_in_memory(
     load: Load,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Every tensor, and every step's loss; amid the run and at its end."""
+    """Every tensor, and every step's loss; amid the run, at its end, and of a log whose last line was cut off."""
     loaded = load("run", trains, *EXACT, *flags, dtype=dtype)
     seen = run(loaded, monkeypatch)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
@@ -147,16 +149,28 @@ def test_a_run_and_its_replay_have_the_weights_of_the_algorithm_in_memory(
     reference = in_memory(plain, trains, loaded.config)
     lines = (tmp_path / "run" / LOG_NAME).read_text().splitlines()[1:]
     assert len(lines) == len(seen.steps) == 6
+    weights = {}
     for number, (line, step) in enumerate(zip(lines, seen.steps, strict=True), 1):
         losses = reference.step(*step)
         assert json.loads(line)["loss"] == math.fsum(losses) / len(losses)
-        if number in (3, 6):
-            out = tmp_path / f"at {number}"
-            steps = ["--step", str(number)] if number < 6 else []
-            assert main(["replay", str(tmp_path / "run"), "--out", str(out), *steps]) == 0
-            replayed = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
-            support.assert_equal(plain.state_dict(), replayed, f"weights after {number} steps")
+        weights[number] = {name: t.clone() for name, t in plain.state_dict().items()}
     support.assert_equal(all_weights(plain), seen.weights, "the run's weights")
+    for number in (3, 6):
+        flags = ("--step", str(number)) if number < 6 else ()
+        support.assert_equal(weights[number], replayed(tmp_path, *flags), f"after {number} steps")
+    log = tmp_path / "run" / LOG_NAME
+    assert "was cut off" not in capsys.readouterr().out
+    log.write_bytes(log.read_bytes()[:-4])
+    support.assert_equal(weights[5], replayed(tmp_path), "of a log that was cut")
+    assert "its last line was cut off; that step did not happen" in capsys.readouterr().out
+
+
+def replayed(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """What `ssdtune replay` makes of the run."""
+    out = folder / " ".join(("replayed", *flags))
+    shutil.rmtree(out, ignore_errors=True)
+    assert main(["replay", str(folder / "run"), "--out", str(out), *flags]) == 0
+    return AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
 
 
 @pytest.mark.slow  # at once: test_zo_again.py

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import torch
 from support import make_pair
 from test_zeroth_order import (
@@ -158,6 +159,21 @@ def test_a_rule_moves_the_weights_as_in_memory(
 ) -> None:
     made = ESTIMATORS[estimator](eps=1e-2, num_directions=2)
     compare(tmp_path, stream, made, rule=RULES[name], dtype=dtype, num_steps=num_steps)
+
+
+@pytest.mark.parametrize(
+    "name", ["momentum", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sign", "adam"))]
+)
+def test_a_rule_moves_an_adapter_by_fzoo_as_in_memory(
+    name: str, tmp_path: Path, stream: Stream
+) -> None:
+    """Of a base in bfloat16, masked."""
+    pair = make_pair("llama", tmp_path, stream, dtype=torch.bfloat16)
+    estimator = FZOO(eps=1e-2, num_directions=2, mask=MASKS["random"])
+    method = ZerothOrder(pair.streamed, estimator, rule=RULES[name], seed=SEED)
+    trained = dict(support.trained(pair.plain))
+    train_alike(pair, method, Ruled(pair.plain, estimator, trained, RULES[name]), 4)
+    support.assert_same_weights(pair)
 
 
 @pytest.mark.parametrize(("name", "estimator", "dtype", "num_steps"), every(MASKS))
