@@ -450,6 +450,17 @@ def test_arguments_that_need_a_backward_pass_or_files_are_refused(
     streamed.ssdtune.close()
 
 
+def test_more_rows_than_may_pass_at_once_are_refused(model: Path, tmp_path: Path) -> None:
+    """Variants meet at every block, so that even the one micro-batch of a step is not cut."""
+    streamed = support.streamed(model, micro_batch_size=2)
+    arguments = tiny_runs.arguments(
+        tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=1
+    )
+    with pytest.raises(TrainerError, match="size=2, gradient_accumulation_steps=4"):
+        ZOTrainer(streamed, arguments)
+    streamed.ssdtune.close()
+
+
 def test_a_log_of_another_rule_is_another_run(load: Any, tmp_path: Path) -> None:
     train_from_config(load("run", "all", *SHORT))
     with pytest.raises(LogError, match="rule: "):

@@ -344,8 +344,10 @@ def _check_streamed(model: Any, args: Any, streamer: Streamer, *, needs_gradient
             "Pass peft_config=LoraConfig(…), or a model with an adapter."
         )
     rows, most = args.per_device_train_batch_size, streamer.micro_batch_size
-    if args.gradient_accumulation_steps > 1 and most is not None and rows > most:
-        steps = args.gradient_accumulation_steps
+    steps = args.gradient_accumulation_steps
+    # One micro-batch alone comes to the front door, which cuts it. Several, or variants of one, are in a run by then.
+    is_run = steps > 1 or not needs_gradients
+    if is_run and most is not None and rows > most:
         raise TrainerError(
             f"per_device_train_batch_size {rows} is more than the model's micro_batch_size {most}: "
             "a micro-batch of the trainer passes a block whole.\n"
