@@ -353,6 +353,20 @@ def test_a_checkpoint_whose_log_has_other_steps_is_refused(model: Path, tmp_path
         assert not (tmp_path / "on" / LOG_NAME).exists()
 
 
+def test_a_finished_run_keeps_its_log(model: Path, tmp_path: Path) -> None:
+    """Of all weights it is the result: neither saving nor training anew in its folder, to the same bits even, loses it."""
+    log, kept = tmp_path / LOG_NAME, []
+    for seed in (1, 2, 2):
+        streamed, trainer = zo_trainer(model, tmp_path, max_steps=2, seed=seed)
+        trainer.save_model()
+        assert not kept or log.read_bytes() == kept[-1], "no step was taken yet"
+        trainer.train()
+        kept.append(log.read_bytes())
+        streamed.ssdtune.close()
+    beside = [log.with_suffix(f".{number}.jsonl") for number in (1, 2)]
+    assert [path.read_bytes() for path in [*beside, log]] == kept
+
+
 def test_a_log_of_other_weights_is_refused(
     load: Any, tmp_path: Path, model: Path, capsys: Any
 ) -> None:
@@ -390,6 +404,21 @@ def test_a_log_reads_back_every_bit(tmp_path: Path) -> None:
     assert log.updates == (Update(0, (0.1, -1e-17), 1e-3, 0.999), Update(2, (3.0, 0.5), 0.1))
     assert log.num_steps == 3
     assert not log.is_cut
+
+
+def test_steps_that_are_made_again_leave_no_second_log(tmp_path: Path) -> None:
+    """A killed run goes on from its checkpoint, some steps before the end of its log; with other ones it is kept."""
+    path = tmp_path / "log.jsonl"
+    whole = written(path)
+    first = b"".join(whole.splitlines(keepends=True)[:2])
+    for loss, num_files in ((float("nan"), 1), (1.75, 2)):
+        writer = LogWriter(path, HEADER)
+        writer.go_on(first)
+        writer.append(1, loss, None)
+        assert path.read_bytes().startswith(first)
+        assert len(list(tmp_path.iterdir())) == num_files
+        path.write_bytes(whole)
+    assert (tmp_path / "log.1.jsonl").read_bytes() == whole
 
 
 def test_a_last_line_that_was_cut_off_did_not_happen(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from torch import nn
 from transformers import TrainerState
 
 from ssdtune.data import choose_pad_token
-from ssdtune.durable import write_file_atomically
 from ssdtune.peft import fingerprint_of
 from ssdtune.run_files import LOG_NAME
 from ssdtune.schedule.cost import Moves
@@ -46,6 +45,7 @@ from ssdtune.zeroth_order.log import (
     LogError,
     LogWriter,
     read_log,
+    replace_log,
 )
 from ssdtune.zeroth_order.masks import NONE
 from ssdtune.zeroth_order.method import dtype_of, that_train
@@ -313,8 +313,10 @@ class ZOTrainer(SSDTrainer):
             return
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        # Where it is the run's own folder, this is the one log there is.
-        write_file_atomically(folder / LOG_NAME, self.log_writer.content())
+        log = folder / LOG_NAME
+        # Where it is the run's own folder, this is the one log there is, and before a step it is an earlier run's.
+        if self.method.num_steps or not log.is_file():
+            replace_log(log, self.log_writer.content())
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
         self.checkpoints.replace_pickled_arguments(str(folder))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import zlib
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssdtune.durable import DurableError, write_file_atomically
 from ssdtune.errors import SSDTuneError, reason_of
 from ssdtune.kernels.noise import KINDS
 from ssdtune.zeroth_order.masks import ALL_MOVE, Mask
@@ -87,8 +89,8 @@ class Log:
 
 
 class LogWriter:
-    """Writes a log, from the start or on from steps that are there. What was written is on the drive alone; before the
-    first step, a log that a finished run left there stays."""
+    """Writes a log, from the start or on from steps that are there. What was written is on the drive alone. A log that a
+    finished run left there stays as it is before the first step, and beside the new one after it (`replace_log`)."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
@@ -113,24 +115,29 @@ class LogWriter:
         self._is_whole = False
         try:
             self._write(_line(told))
-        except OSError as error:
+        except (OSError, DurableError) as error:
+            why = f"{reason_of(error)}." if isinstance(error, OSError) else str(error)
             raise LogError(
-                f"{self.path}: step {step} could not be written: {reason_of(error)}. The weights have taken it.\n{_WAY_ON}"
+                f"{self.path}: step {step} could not be written: {why} The weights have taken it.\n{_WAY_ON}"
             ) from error
         self._is_whole = True
 
     def _write(self, line: bytes) -> None:
-        size = self.path.stat().st_size if self._begun is None else 0
+        if self._begun is not None:
+            goes_on = self._begun.count(b"\n") > 1
+            replace_log(self.path, self._begun + line, makes_again=goes_on)
+            self._begun = None
+            return
+        size = self.path.stat().st_size
         try:
-            with self.path.open("ab" if self._begun is None else "wb") as file:
-                file.write((self._begun or b"") + line)
+            with self.path.open("ab") as file:
+                file.write(line)
                 file.flush()
                 os.fdatasync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):  # else it ends amid a line, which counts for nothing
                 os.truncate(self.path, size)
             raise
-        self._begun = None
 
     def go_on(self, content: bytes) -> None:
         """The steps of another log's content instead of what was written."""
@@ -139,6 +146,17 @@ class LogWriter:
     def content(self) -> bytes:
         """All of it."""
         return self.path.read_bytes() if self._begun is None else self._begun
+
+
+def replace_log(path: Path, content: bytes, *, makes_again: bool = False) -> None:
+    """Makes this the log at `path`. One that is there and has steps besides is kept beside it, under a name with a number:
+    of all weights it is all that there is of them. makes_again: but not where those would follow on these, as after a kill.
+    """
+    old = path.read_bytes() if path.is_file() else b""
+    if not (content.startswith(old) or (makes_again and old.startswith(content))):
+        names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+        write_file_atomically(next(name for name in names if not name.exists()), old)
+    write_file_atomically(path, content)
 
 
 def read_log(content: bytes, where: str) -> Log:
