@@ -99,7 +99,8 @@ def config_of(run: Path, folder: Path) -> Path:
             return place / CONFIG_NAME
     raise GenerateError(
         f"{run} has no {CONFIG_NAME}, so its base model is not known.\n"
-        "Give a folder that `ssdtune train` made."
+        "Give a folder that `ssdtune train` made. What a ZOTrainer in Python has trained, model.save_pretrained(folder) "
+        "writes."
     )
 
 

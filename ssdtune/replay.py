@@ -1,23 +1,15 @@
 """`ssdtune replay`: what a zeroth-order run trained, as it was after any step, made again from the base and the run's log.
 
-The base is streamed, each block takes the steps of the log, and is written as it leaves: memory for one block at a
-time, whatever the model's size. The folder is one that `from_pretrained` reads. An adapter begins with the values that
-its seed stands for, takes the steps in memory, and is written as peft does.
+The base is streamed, each block takes the steps of the log, and is written as it leaves (`visit/saving.py`). An adapter
+begins with the values that its seed stands for, takes the steps in memory, and is written as peft does.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssdtune.durable import (
-    commit_folder,
-    new_temporary_folder,
-    remove_folder_we_made,
-    write_file_atomically,
-)
+from ssdtune.durable import commit_folder, new_temporary_folder, remove_folder_we_made
 from ssdtune.errors import SSDTuneError
 from ssdtune.generate import config_of, find_result
 from ssdtune.peft import fingerprint_of, replace_lora_weights_loftq
@@ -25,16 +17,14 @@ from ssdtune.peft.loftq import LOFTQ
 from ssdtune.report import say
 from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
-from ssdtune.swap.beside import CONFIG, copy_beside
 from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.opening import attached, open_model
+from ssdtune.visit.saving import check_is_new, not_written, write_weights
 from ssdtune.zeroth_order.log import ADAPTERS, Log, read_log
 from ssdtune.zeroth_order.method import replayed, that_train
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
-
-INDEX_NAME = "model.safetensors.index.json"
 
 
 class ReplayError(SSDTuneError):
@@ -49,8 +39,7 @@ def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
     from ssdtune.config import load_config
 
     logging.set_verbosity_error()
-    if out.exists():
-        raise ReplayError(f"{out} is there already.\nGive a folder that is not.")
+    check_is_new(out)
     folder = find_log(run)
     path = folder / LOG_NAME
     log = _read(path)
@@ -117,35 +106,6 @@ def _read(path: Path) -> Log:
 # ------------------------------------------------------------------ writing
 
 
-def write_weights(model: Any, out: Path) -> int:
-    """Writes a streamed model as it is now to the new folder `out`, a file for each block; bytes of all weights. Raises
-    SSDTuneError where that fails, and leaves nothing."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    parts = list(_parts(model))
-    folder = new_temporary_folder(out)
-    try:
-        places: dict[str, str] = {}
-        total = 0
-        for number, names in enumerate(parts, 1):
-            tensors = _in_files_form(model, names)
-            name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            try:
-                save_file(tensors, folder / name, metadata={"format": "pt"})
-            except (OSError, SafetensorError) as error:
-                raise _not_written(out, error) from error
-            places |= dict.fromkeys(tensors, name)
-            total += sum(t.nbytes for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_file_atomically(folder / INDEX_NAME, (json.dumps(index, indent=1) + "\n").encode())
-        _write_the_rest(model, folder)
-        commit_folder(folder, out)
-    finally:
-        remove_folder_we_made(folder)
-    return total
-
-
 def write_adapter(model: Any, out: Path) -> int:
     """Writes a peft model's adapter to the new folder `out`; bytes of its values. Raises SSDTuneError where that fails,
     and leaves nothing."""
@@ -156,48 +116,7 @@ def write_adapter(model: Any, out: Path) -> int:
         model.save_pretrained(str(folder))
         commit_folder(folder, out)
     except (OSError, SafetensorError) as error:
-        raise _not_written(out, error) from error
+        raise not_written(out, error) from error
     finally:
         remove_folder_we_made(folder)
     return sum(p.nbytes for p in that_train(model).values())
-
-
-def _not_written(out: Path, error: Exception) -> ReplayError:
-    return ReplayError(
-        f"{out} could not be written: {error}.\n"
-        "Nothing of it stays. Free some space, or give --out on another drive."
-    )
-
-
-def _parts(model: Any) -> Iterator[list[str]]:
-    """Names of weights that are written together: a block's, and those outside of blocks."""
-    streamer = model.ssdtune
-    streamed: set[str] = set()
-    for block in range(len(streamer.blocks)):
-        names = streamer.names(block)
-        streamed.update(names)
-        yield names
-    held = {id(w.placeholder) for w in streamer.weights}
-    outside = [name for name, p in model.named_parameters() if id(p) not in held]
-    state = model.state_dict(keep_vars=True)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    outside += [name for name in state if name not in parameters]  # persistent buffers
-    if outside:
-        yield outside
-
-
-def _in_files_form(model: Any, names: list[str]) -> dict[str, Any]:
-    """Values under the names, and in the shapes, that the hub's files have."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    state: Mapping[str, Any] = model.state_dict(keep_vars=True)
-    values = {name: state[name].detach().clone().cpu() for name in names}
-    return {name: t.contiguous() for name, t in revert_weight_conversion(model, values).items()}
-
-
-def _write_the_rest(model: Any, folder: Path) -> None:
-    """Config, generation config, tokenizer: whatever lies beside the base's weights. A GGUF file has its config in
-    itself, which the model has by now."""
-    copy_beside(model.ssdtune.checkpoint.folder, folder)
-    if not (folder / CONFIG).is_file():
-        model.config.save_pretrained(folder)

@@ -21,10 +21,10 @@ from ssdtune.durable import DurableError
 from ssdtune.packing.convert import header_bytes, most_bytes, pack
 from ssdtune.packing.layout import PackError, groups_of, shards
 from ssdtune.packing.shards import ShardError, ShardWriter
-from ssdtune.replay import ReplayError, write_weights
 from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
+from ssdtune.visit.saving import SaveError, write_weights
 
 FULL = Path("/dev/full")  # takes no byte, as a full drive does
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -231,6 +231,6 @@ def test_weights_that_can_not_be_written_whole_are_not_there(
 ) -> None:
     model = stream(source)
     (tmp_path / "out").mkdir()
-    with no_file_longer_than(20_000), pytest.raises(ReplayError, match="weights could not be"):
+    with no_file_longer_than(20_000), pytest.raises(SaveError, match="weights could not be"):
         write_weights(model, tmp_path / "out" / "weights")
     assert list((tmp_path / "out").iterdir()) == []

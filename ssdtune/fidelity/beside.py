@@ -78,6 +78,8 @@ def _loss(model: Any, variant: int, number: int, row: Mapping[str, Any]) -> floa
 class StandIn:
     """The packed model's weights, a block at a time, in memory of their own. Use as a context."""
 
+    trains_blocks = False
+
     def __init__(self, streamer: Streamer, packed: MetaModel, storage: Storage) -> None:
         self._engine = streamer.engine
         device = self._engine.slots.device

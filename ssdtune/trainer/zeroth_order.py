@@ -2,7 +2,8 @@
 
 All micro-batches of a step pass all variants of the weights in one visit of each block; there is no backward and no
 optimizer state. What trains is an adapter, where the model has one, or all weights: then the base files stay as they
-are and the run is its log, from which `ssdtune replay` makes the weights of any step.
+are and the run is its log, from which `ssdtune replay` makes the weights of any step; `model.save_pretrained(folder)`
+writes those that the model has now.
 
 Several processes deal the micro-batches out among them and exchange losses, nothing else: with the same seed each makes
 the same update, and the run is the one of a single process, bit for bit.
@@ -170,7 +171,8 @@ class ZOTrainer(SSDTrainer):
         if args.load_best_model_at_end and not any(p.requires_grad for p in model.parameters()):
             raise TrainerError(
                 "load_best_model_at_end: a checkpoint of all weights holds none to load; they are replayed.\n"
-                "Leave it out; `ssdtune replay` makes the weights of the best step from the log."
+                "Leave it out; the log makes those of any step: ssdtune.zeroth_order.replayed(model, log, num_steps=N) on "
+                "the model opened anew, then model.save_pretrained(folder), or `ssdtune replay` of what `ssdtune train` ran."
             )
 
     def _what_trains(self, packed: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.visit import front_door
+from ssdtune.visit.saving import write_weights
 from ssdtune.visit.streamer import Streamer
 
 
@@ -133,7 +135,7 @@ def stream_class(model: PreTrainedModel) -> None:
         "forward": _ForwardAttribute(plain.forward),
         "gradient_checkpointing_enable": _no_checkpointing,
         "activation_checkpointing_enable": _no_checkpointing,
-        "save_pretrained": _refuse_save,
+        "save_pretrained": _save_pretrained,
         "_ddp_params_and_buffers_to_ignore": property(_not_for_ddp),
     }
     inner = plain.forward.__get__(model)
@@ -146,12 +148,24 @@ def _no_checkpointing(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     """Nothing to do: every visit recomputes its block already. (Underneath, it would mean a third forward.)"""
 
 
-def _refuse_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    """The base weights are the user's own files; an adapter saves itself."""
-    raise SSDTuneError(
-        f"the base weights of a streamed model are not saved: they are, unchanged, the files in "
-        f"{self.config._name_or_path}.\nSave the adapter instead: peft_model.save_pretrained(folder)."
-    )
+def _save_pretrained(
+    self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **more: Any
+) -> None:
+    """The weights as they are now, where a method has moved them, to a new folder. Otherwise they are the user's own
+    files, and an adapter saves itself."""
+    streamer: Streamer = self.ssdtune  # type: ignore[assignment]
+    if streamer.method is None or not streamer.method.trains_blocks:
+        raise SSDTuneError(
+            f"the base weights of a streamed model are not saved: they are, unchanged, the files in "
+            f"{self.config._name_or_path}.\nSave the adapter instead: peft_model.save_pretrained(folder)."
+        )
+    if more:
+        raise SSDTuneError(
+            f"save_pretrained({', '.join(more)}): a streamed model is written a block to a file, as it is, and no "
+            "otherwise.\nGive the folder alone."
+        )
+    if is_main_process:
+        write_weights(self, Path(save_directory))
 
 
 def _not_for_ddp(self: PreTrainedModel) -> list[str]:

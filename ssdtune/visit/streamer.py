@@ -99,7 +99,12 @@ class Meeting:
 
 
 class Weights(Protocol):
-    """What a method makes of weights on their way from a slot to compute, and of those outside of blocks."""
+    """What a method makes of weights on their way from a slot to compute, and of those outside of blocks.
+
+    trains_blocks: whether streamed weights become others than their files hold.
+    """
+
+    trains_blocks: bool
 
     def refresh(self, block: int, slot: int) -> None:
         """Brings the block's tensors in a slot up to date, in place."""
