@@ -1,5 +1,6 @@
 """Objectives of generated text: each variant's answers are those of the same weights in memory, drawn ones too."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ssdtune.zeroth_order import MeZO
 from ssdtune.zeroth_order.rules import Term
 
 NEW = 4
+COLLATE = CausalCollator(0)
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +25,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save(tiny_runs.llama(vocab_size=60), tmp_path_factory.mktemp("model"))
 
 
-def rows() -> list[dict[str, list[int]]]:
+def rows() -> list[dict[str, Any]]:
     """Prompts of three to six tokens, each with a trained one behind, which nobody may see."""
     made = []
     for k in range(8):
         prompt = [5 + (k + j) % 50 for j in range(3 + k % 4)]
-        made.append({"input_ids": [*prompt, 9], "labels": [*[-100] * len(prompt), 9]})
+        row = {"input_ids": [*prompt, 9], "labels": [*[-100] * len(prompt), 9]}
+        made.append({**row, "answer": f"row {k}"})
     return made
 
 
-def made_trainer(model: Path, folder: Path, generation: Generation, objective: Any) -> Any:
-    arguments = tiny_runs.arguments(folder, per_device_train_batch_size=2, seed=3)
+def made_trainer(
+    model: Any,
+    folder: Path,
+    generation: Generation | None,
+    objective: Any,
+    collate: Any = COLLATE,
+    **more: Any,
+) -> Any:
+    """more: arguments that differ."""
+    arguments = tiny_runs.arguments(folder, per_device_train_batch_size=2, seed=3, **more)
     trainer = ZOTrainer(
-        streamed(model, micro_batch_size=None),
+        model,
         arguments,
-        CausalCollator(0),
+        collate,
         train_dataset=rows(),
         estimator=MeZO(eps=5e-2),
         objective=objective,
@@ -47,7 +58,7 @@ def made_trainer(model: Path, folder: Path, generation: Generation, objective: A
 
 
 def test_prompts_stand_before_the_labels_and_end_together() -> None:
-    batch = CausalCollator(0)(rows()[:2])
+    batch = COLLATE(rows()[:2])
     ids, mask = prompts(batch, 7)
     assert ids.tolist() == [[7, 5, 6, 7], [6, 7, 8, 9]]
     assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
@@ -69,16 +80,15 @@ def test_variants_answer_as_in_memory(temperature: float, model: Path, tmp_path:
         seen.append(found)
         return [float(sum(ids)) for ids in found]
 
-    trainer = made_trainer(model, tmp_path, how, objective)
+    trainer = made_trainer(streamed(model, micro_batch_size=None), tmp_path, how, objective)
     trainer.train()
     trainer.model.ssdtune.close()
     plain: Any = tiny_models.auto_class("llama").from_pretrained(model).eval()
     directions, parameters = trainer.method.weights.directions, dict(plain.named_parameters())
-    collate = CausalCollator(0)
     expected = []
     for step, update in enumerate(trainer.method.weights.updates):
         pristine = {n: p.clone() for n, p in parameters.items()}
-        groups = [collate(rows()[4 * step + 2 * k : 4 * step + 2 * k + 2]) for k in range(2)]
+        groups = [COLLATE(rows()[4 * step + 2 * k : 4 * step + 2 * k + 2]) for k in range(2)]
         for scale in (5e-2, -5e-2):
             for name, p in parameters.items():
                 directions.make(p.data, pristine[name], name, Term(step, 0, scale))
@@ -91,6 +101,47 @@ def test_variants_answer_as_in_memory(temperature: float, model: Path, tmp_path:
     assert len(seen) == 2 * 2 * 2
     assert sorted(seen) == sorted(expected)
     assert trainer.method.num_steps == 2
+
+
+@pytest.mark.parametrize("how", [None, Generation(max_new_tokens=2)], ids=["output", "answers"])
+def test_an_objective_sees_the_references_that_a_batch_has(
+    how: Generation | None, model: Path, tmp_path: Path
+) -> None:
+    """Texts and numbers that forward knows nothing of; nor does evaluation, by the model's own loss."""
+    asked: list[str] = []
+    taken: set[str] = set()
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        answers = [row["answer"] for row in rows]
+        gold = torch.tensor([[len(answer) for answer in answers]])
+        return {"answers": answers, "gold": gold, **COLLATE(rows)}
+
+    def objective(judged: Any, batch: Any) -> torch.Tensor:
+        assert batch["gold"].shape == (1, len(batch["answers"])) == (1, 2)
+        assert len(judged if how else judged.logits) == 2
+        asked.extend(batch["answers"])
+        return batch["gold"][0]
+
+    base: Any = streamed(model)
+    forward = base.forward.inner
+
+    @functools.wraps(forward)
+    def watched(*args: Any, **given: Any) -> Any:
+        taken.update(given)
+        return forward(*args, **given)
+
+    base.forward = watched
+    trainer = made_trainer(
+        base, tmp_path, how, objective, collate, remove_unused_columns=False, max_steps=1
+    )
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.train()
+    assert "eval_loss" in trainer.evaluate()
+    base.ssdtune.close()
+    assert sorted(asked) == sorted([f"row {k}" for k in range(4)] * 2), "of both variants"
+    assert trainer.last_step.loss == -len("row 0")
+    assert {"input_ids", "labels"} <= taken
+    assert not {"answers", "gold"} & taken
 
 
 def test_what_is_drawn_is_drawn_again_and_follows_the_softmax() -> None:

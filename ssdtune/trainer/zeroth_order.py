@@ -14,16 +14,19 @@ Learning-rate schedules, callbacks, evaluation, logging and resuming are the Tra
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import find_batch_size, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerState
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.utils.generic import TransformersKwargs
 
 from ssdtune.data import choose_pad_token
 from ssdtune.peft import fingerprint_of
@@ -102,7 +105,9 @@ class ZOTrainer(SSDTrainer):
         master: whether all weights of 16 bits train in float32.
         objective: (the model's output, a micro-batch) -> a value of each row, the more the better, [rows]: accuracy, a
             reward; it needs no gradient. With `generation` it gets the answers to the micro-batch's prompts instead of an
-            output: a list of texts, of lists of ids where there is no processing_class. None: the model's own loss.
+            output: a list of texts, of lists of ids where there is no processing_class. The micro-batch is the collator's,
+            whole; forward gets what it takes of it. So references may lie beside the ids: with
+            `args.remove_unused_columns=False`, without which Trainer strips rows of them. None: the model's own loss.
         generation: how answers are made for the objective.
 
     The rest is as in SSDTrainer. `args.optim` and `args.max_grad_norm` mean nothing here.
@@ -249,11 +254,13 @@ class ZOTrainer(SSDTrainer):
         # Of the whole step's loss: Trainer makes the mean over processes of what each has.
         scale, num_rows = 1 / self.args.world_size, None
         if self.objective is not None:
-            num_rows = sum(find_batch_size(inputs) for inputs in self._group)
+            rows: list[Any] = [find_batch_size(self._for_forward(each)) for each in self._group]
+            num_rows = sum(rows)
         elif not self._is_scaled_for_accumulation(num_items_in_batch):
             scale /= self.current_gradient_accumulation_steps
+        prepare = self._prepare_inputs if self.objective is None else self._prepare_input
         calls = [
-            partial(self._share, model, self._prepare_inputs(inputs), num_items_in_batch, scale)
+            partial(self._share, model, prepare(inputs), num_items_in_batch, scale)
             for inputs in self._group
         ]
         group = self.optimizer.param_groups[0]
@@ -274,11 +281,31 @@ class ZOTrainer(SSDTrainer):
 
     def _share(self, model: nn.Module, inputs: Any, num_items: Any, scale: float) -> torch.Tensor:
         if self.objective is not None:
-            judged = self._answers(model, inputs) if self.generation else model(**inputs)
+            if self.generation is not None:
+                judged: Any = self._answers(model, inputs)
+            else:
+                judged = model(**self._for_forward(inputs))
             value = torch.as_tensor(self.objective(judged, inputs))
             return -value.detach().double().sum()
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss * scale if scale != 1.0 else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """For evaluation Trainer's own, without what is there for an objective."""
+        prepared = super()._prepare_inputs(inputs)
+        is_whole = self.objective is None or self.has_options
+        return prepared if is_whole else self._for_forward(prepared)
+
+    def _for_forward(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What forward takes of a batch."""
+        return {name: value for name, value in inputs.items() if name in self._forward_names}
+
+    @cached_property
+    def _forward_names(self) -> frozenset[str]:
+        """Of its arguments; where it hands keywords on, of those that layers and losses know, too."""
+        parameters = inspect.signature(model_of(self.model).forward).parameters
+        hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return frozenset({*parameters, *(TransformersKwargs.__annotations__ if hands_on else ())})
 
     def _answers(self, model: nn.Module, inputs: Any) -> list[Any]:
         """Texts, or ids, of a variant's answers, padding left out."""
