@@ -9,6 +9,7 @@ import tiny_runs
 import torch
 from support import streamed, with_lora
 from tiny_runs import in_order, make_tokenizer, write_rows
+from tokenizers import normalizers
 from torch.nn import functional as F
 
 from ssdtune.config import ConfigError, load_config, to_yaml
@@ -112,6 +113,9 @@ def test_a_long_row_loses_its_beginning(tmp_path: Path) -> None:
         ("{film} {label}", WORDS, {}, "no field 'film'"),
         ("{label}", WORDS, {}, "nothing before {label}"),
         (TEMPLATE, {"0": "bad"}, {}, "two labels or more"),
+        (TEMPLATE, {"0": "bad", "1": "good", "2": "bad"}, {}, "0 and 2 are both 'bad'"),
+        (TEMPLATE, {"0": "bad", "1": " "}, {}, "1 has no words"),
+        (TEMPLATE, {"0": "", "1": "good"}, {}, "0 has no words"),
         (TEMPLATE, None, {}, "label_words is not given"),
         (TEMPLATE, WORDS, {"label": 2}, "line 1: label is '2', and label_words has 0, 1"),
         (TEMPLATE, WORDS, {"label": None}, "no field 'label'"),
@@ -126,6 +130,14 @@ def test_what_can_not_be_put_into_words_is_said(
     with pytest.raises(DataError) as error:
         tokenize_rows(load_dataset_rows(spec), make_tokenizer())
     assert told in str(error.value)
+
+
+def test_words_that_a_tokenizer_does_not_tell_apart_are_refused(data: Path) -> None:
+    spec = {"path": str(data), "template": TEMPLATE, "label_words": {"0": "Grey", "1": "grey"}}
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(DataError, match="line 1: two labels have the same tokens"):
+        tokenize_rows(load_dataset_rows(spec), tokenizer)
 
 
 def test_a_mixture_with_texts_is_refused(data: Path) -> None:

@@ -43,7 +43,7 @@ class LabelTemplate:
     def of(
         template: str, words: Mapping[str, str] | Sequence[tuple[str, str]], field: str
     ) -> LabelTemplate:
-        """Raises DataError for a template that is none."""
+        """Raises DataError for a template that is none, and for words that tell no labels apart."""
         pairs = tuple(words.items()) if isinstance(words, Mapping) else tuple(words)
         try:
             parts = list(string.Formatter().parse(template))
@@ -60,6 +60,7 @@ class LabelTemplate:
                 "dataset.label_words: one label leaves nothing to choose from\n"
                 "Give the words of two labels or more: {0: terrible, 1: great}."
             )
+        _check_words(pairs)
         return LabelTemplate(before, after, pairs, field)
 
     @property
@@ -113,6 +114,10 @@ def encode_options(
     """
     prompt, endings = template.texts(row)
     found = [encoder.encode_ending(prompt, ending) for ending in endings]
+    if len({tuple(ids) for ids, _ in found}) < len(found):
+        raise RowError(
+            "two labels have the same tokens", "Give label_words that the tokenizer tells apart."
+        )
     longest = max(len(ids) for ids, _ in found)
     lengths = [num for _, num in found]
     if max_length is not None and max(lengths) + 2 > max_length:
@@ -124,6 +129,20 @@ def encode_options(
     excess = 0 if max_length is None else max(0, longest - max_length)
     options = [_without(ids, head, excess) for ids, _ in found]
     return EncodedOptions(options, lengths, template.number(row), longest, excess > 0)
+
+
+def _check_words(pairs: Sequence[tuple[str, str]]) -> None:
+    """Raises DataError for a label without words, and for two with the same: then no option is likelier."""
+    label_of: dict[str, str] = {}
+    for label, word in pairs:
+        if not word.strip():
+            raise DataError(f"dataset.label_words: {label} has no words\nGive it some.")
+        if word in label_of:
+            raise DataError(
+                f"dataset.label_words: {label_of[word]} and {label} are both {word!r}, which leaves nothing to choose\n"
+                "Give each label words of its own."
+            )
+        label_of[word] = label
 
 
 def _without(ids: np.ndarray, head: int, count: int) -> np.ndarray:
