@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ssdtune.foreign_keys import translate
 from ssdtune.keys import DatasetSource, Offload, TrainConfig
+from ssdtune.keys.idle import idle_keys
 from ssdtune.settings import (
     Record,
     Setting,
@@ -76,7 +77,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Loade
             raise
         given = [sources[name] for name in error.keys if sources[name] != "default"]
         raise ConfigError(f"{given[0] if given else place}: {error}") from error
-    notes += _idle_keys(config, sources)
+    notes += _idle_notes(config, sources)
     return Loaded(
         config=config,
         notes=tuple(notes),
@@ -222,23 +223,11 @@ def _sources(entries: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
         yield key, "default" if node is None else node.place
 
 
-def _idle_keys(config: TrainConfig, sources: Mapping[str, str]) -> Iterator[str]:
-    """A note for each key that was given and has no effect beside the others."""
-    idle = {
-        "eval_steps": config.eval_strategy != "steps"
-        and f"eval_strategy is {config.eval_strategy}",
-        "save_steps": config.save_strategy != "steps"
-        and f"save_strategy is {config.save_strategy}",
-        "eval_dataset": bool(config.eval_dataset)
-        and config.eval_strategy == "no"
-        and not config.eval_on_start
-        and "eval_strategy is no: nothing is evaluated during training",
-        "num_train_epochs": config.max_steps > 0 and f"max_steps is {config.max_steps}",
-        "metric_for_best_model": not config.load_best_model_at_end
-        and "load_best_model_at_end is false",
-    }
-    for key, reason in idle.items():
-        if reason and sources[key] != "default":
+def _idle_notes(config: TrainConfig, sources: Mapping[str, str]) -> Iterator[str]:
+    """A note for each key that was given, as something else than its default, and has no effect beside the others."""
+    settings = settings_of(TrainConfig)
+    for key, reason in idle_keys(config):
+        if sources[key] != "default" and getattr(config, key) != settings[key].default:
             yield f"{sources[key]}: {key}: has no effect, because {reason}"
 
 

@@ -441,6 +441,49 @@ def test_what_is_read_otherwise_is_said_in_one_line(tmp_path, body, key, value, 
     assert note in only
 
 
+ZO = "method: zo\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "idle"),
+    [
+        ("zo_estimator: fzoo\nzo_eps: 1.0e-2\nzo_trains: adapters", "zo_estimator zo_eps"),
+        ("optim: sgd\nadam_beta2: 0.95\nmax_grad_norm: 2", "adam_beta2"),
+        ("loftq_source: m", "loftq_source"),
+        (ZO + "optim: sgd\nadam_beta1: 0.5\nmax_grad_norm: 2", "optim adam_beta1 max_grad_norm"),
+        (
+            ZO + "lora_dropout: 0.1\nlora_r: 4\nweight_decay: 0.1\nloftq_source: m",
+            "lora_dropout loftq_source",
+        ),
+        (
+            ZO + "zo_trains: all\nlora_r: 4\nlora_alpha: 32\nuse_dora: true\nzo_fold_steps: 5",
+            "lora_r use_dora",
+        ),
+        (ZO + "zo_rank: 4\nzo_window: 7\nzo_fold_steps: 5", "zo_fold_steps zo_rank zo_window"),
+        (ZO + "zo_estimator: lozo\nzo_rank: 4\nzo_window: 7", ""),
+        (ZO + "zo_momentum: 0.5\nzo_horizon: 3\nzo_beta2: 0.5", "zo_momentum zo_beta2 zo_horizon"),
+        (ZO + "zo_update: momentum\nzo_momentum: 0.5\nzo_horizon: 3\nzo_beta2: 0.5", "zo_beta2"),
+        (ZO + "zo_update: adam\nzo_momentum: 0.5\nzo_horizon: 3\nzo_beta2: 0.5", ""),
+        (ZO + "zo_mask_ratio: 0.5\nzo_clip: 3\nzo_num_directions: 2", "zo_mask_ratio"),
+        (ZO + "zo_mask: random\nzo_mask_ratio: 0.5", ""),
+    ],
+)
+def test_a_key_without_effect_is_said_with_the_reason(tmp_path, body, idle):
+    """Not where it says what it is by default."""
+    loaded = load_config(write(tmp_path, body))
+    assert [note.split(": ")[1] for note in loaded.notes] == idle.split()
+    for note in loaded.notes:
+        assert note.startswith(f"{loaded.path}:")
+        assert "has no effect, because" in note
+
+
+@pytest.mark.parametrize("body", ["", ZO, ZO + "zo_trains: all"])
+def test_a_run_that_goes_on_from_the_keys_that_it_wrote_has_nothing_to_say(tmp_path, body):
+    path = write(tmp_path, body)
+    path.write_text(to_yaml(load_config(path).config))
+    assert not load_config(path).notes
+
+
 @pytest.mark.parametrize("name", AS_WITHOUT)
 def test_a_key_that_asks_for_what_happens_anyway_changes_nothing(name):
     """Not a key of ours that would be overruled; one that is refused with any other value."""

@@ -25,7 +25,7 @@ from ssdtune.strict_yaml import ConfigError
 from ssdtune.trainer import TrainerError, train_from_config
 from ssdtune.trainer import run as run_module
 from ssdtune.trainer.zeroth_order import ZOTrainer
-from ssdtune.zeroth_order import FZOO
+from ssdtune.zeroth_order import FZOO, Fold
 from ssdtune.zeroth_order.log import Header, LogError, LogWriter, read_log
 from ssdtune.zeroth_order.method import replayed
 from ssdtune.zeroth_order.rules import Update
@@ -477,6 +477,32 @@ def test_arguments_that_need_a_backward_pass_or_files_are_refused(
         ZOTrainer(streamed, arguments)
     assert streamed.ssdtune.method is None, "the model is as it was"
     streamed.ssdtune.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "^optimizers and"),
+        (
+            {"optimizer_cls_and_kwargs": (torch.optim.SGD, {})},
+            "optimizer_cls_and_kwargs: there are",
+        ),
+        ({"fold": Fold(Path(), 2)}, "^fold: an adapter"),
+    ],
+    ids=["optimizers", "class", "fold"],
+)
+def test_arguments_that_would_do_nothing_are_refused(
+    more: dict[str, Any], told: str, model: Path, tmp_path: Path
+) -> None:
+    base: Any = support.streamed(model)
+    with pytest.raises(TrainerError, match=told):
+        ZOTrainer(
+            support.with_lora(base),
+            tiny_runs.arguments(tmp_path, per_device_train_batch_size=2),
+            **more,
+        )
+    assert base.ssdtune.method is None, "the model is as it was"
+    base.ssdtune.close()
 
 
 def test_more_rows_than_may_pass_at_once_are_refused(model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ nested under `offload`, so that one file moves between machines with `--offload.
 are Hugging Face's unless the help says why not. Importing this costs milliseconds: no torch here.
 
 A file for each group of keys; `train.py` puts them together, `conflicts.py` says which exclude each
-other.
+other, `idle.py` which have no effect beside others.
 """
 
 from ssdtune.keys.data import DatasetSource

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 def fold_of(config: TrainConfig) -> Fold | None:
     """As zo_fold_steps and offload.path say."""
-    if config.zo_fold_steps is None:
+    if config.zo_fold_steps is None or config.zo_trains == "adapters":
         return None
     return Fold(config.offload.path or config.output_dir, config.zo_fold_steps)
 
@@ -137,6 +137,7 @@ class ZOTrainer(SSDTrainer):
             raise TrainerError(
                 "ZOTrainer trains streamed models.\nOpen the model with ssdtune.stream(name)."
             )
+        self._check_idle(fold)
         self.args.max_grad_norm = 0.0  # there is no gradient to measure
         self.method = ZerothOrder(
             self.model,
@@ -178,6 +179,19 @@ class ZOTrainer(SSDTrainer):
                 "load_best_model_at_end: a checkpoint of all weights holds none to load; they are replayed.\n"
                 "Leave it out; the log makes those of any step: ssdtune.zeroth_order.replayed(model, log, num_steps=N) on "
                 "the model opened anew, then model.save_pretrained(folder), or `ssdtune replay` of what `ssdtune train` ran."
+            )
+
+    def _check_idle(self, fold: Fold | None) -> None:
+        """Refuses arguments that would do nothing."""
+        if (self.optimizer, self.lr_scheduler) != (None, None) or self.optimizer_cls_and_kwargs:
+            raise TrainerError(
+                "optimizers and optimizer_cls_and_kwargs: there are no gradients that an optimizer could step by.\n"
+                "Leave them out: args.learning_rate, args.lr_scheduler_type and args.weight_decay say how far a step goes, "
+                "rule=Rule(…) what it makes of estimates."
+            )
+        if fold is not None and that_train(self.model):
+            raise TrainerError(
+                "fold: an adapter lies in memory, and nothing of it is written back.\nLeave it out."
             )
 
     def _what_trains(self, packed: str) -> str:
