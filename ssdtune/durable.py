@@ -191,7 +191,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             pid = holder.decode() if holder.isdigit() else "unknown"
             raise DurableError(
                 f"{folder} is in use by another ssdtune process (pid {pid}).\n"
-                "Wait for it, stop it, or choose another output_dir."
+                "Wait for it, stop it, or choose another folder."
             ) from error
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)

@@ -160,7 +160,7 @@ def test_what_a_killed_packing_has_left_takes_no_room_from_the_next(
     free_are(monkeypatch, 0)
     with pytest.raises(PackError, match="are missing"):
         pack(meta, groups, out, storage=storage)
-    assert [path.name for path in out.iterdir()] == [".packing.json"]
+    assert {path.name for path in out.iterdir()} == {".packing.json", ".ssdtune-lock"}
 
 
 def test_a_config_that_can_not_be_written_whole_is_none(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support import LORA_TARGETS, Pair, assert_same_training, digests, num_misses, with_lora
 
 from ssdtune.cli import main
+from ssdtune.durable import LOCK_NAME, DurableError
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.lossless import Lossless
@@ -366,6 +367,27 @@ def test_another_packing_is_not_continued(source: Path, tmp_path: Path) -> None:
     (out / ".packing.json").write_text('{"key": "of something else"}')
     with pytest.raises(PackError, match="an unfinished packing of another kind"):
         packed(source, out, FORMATS["4"])
+
+
+def test_two_packings_of_one_folder_are_not_at_work_at_once(source: Path, tmp_path: Path) -> None:
+    """The second one would remove what the first is writing, and give its own half-written file the name."""
+    meta, out = build_meta(source), tmp_path / "packed"
+    groups = groups_of(meta, FORMATS["4"].chosen())
+    storage = choose_storage(source).storage
+
+    def meanwhile(num_bytes: int) -> None:
+        before = {path: path.stat().st_size for path in out.iterdir()}
+        with pytest.raises(DurableError, match="in use by another ssdtune process"):
+            pack(meta, groups, out, storage=storage)
+        assert before == {path: path.stat().st_size for path in out.iterdir()}
+        assert any(path.suffix == ".partial" for path in before)
+
+    pack(meta, groups, out, storage=storage, on_progress=meanwhile)
+    assert not (out / LOCK_NAME).exists()
+    with pytest.raises(PackError, match="holds a model already"):
+        pack(meta, groups, out, storage=storage)
+    assert digests(out) == digests(packed(source, tmp_path / "alone", FORMATS["4"]))
+    assert not (out / LOCK_NAME).exists()
 
 
 def test_a_full_disk_is_said_before_the_first_byte(

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from ssdtune.durable import DurableError, make_folder, remove_abandoned, write_file_atomically
+from ssdtune.durable import (
+    LOCK_NAME,
+    DurableError,
+    lock_folder,
+    make_folder,
+    remove_abandoned,
+    write_file_atomically,
+)
 from ssdtune.kernels import lossless
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
@@ -76,23 +83,23 @@ def pack(
 
     on_progress: told how many bytes of the source are done. encode: makes the parts; the quantizers here by default.
     Memory: two groups, and one as it is written. Raises SSDTuneError, before a byte is written where the disk has no
-    room for all.
+    room for all, and where another process packs into the folder.
     """
     parted = list(shards(groups))
     files = {f"model-{i:05d}-of-{len(parted):05d}.safetensors": s for i, s in enumerate(parted, 1)}
     key = key_of(meta.checkpoint, groups)
-    done = _begin(out, key, files, meta.checkpoint)
-    with ReaderPool(storage) as pool, _saying_what_is_missing(out, files):
-        reader = GroupReader(pool, storage.alignment)
-        encode = encode or encoded
-        for name, shard in files.items():
-            if name not in done:
-                _write_shard(out / name, shard, reader, key, encode, on_progress)
-            else:
-                on_progress(sum(t.num_bytes for g in shard for t in g.tensors))
-    meta.checkpoint.check_unchanged()
-    version = version_of(written_format(f) for g in groups for f in g.formats.values())
-    _finish(out, list(files), meta.checkpoint.folder, version)
+    with _begun(out, key, files, meta.checkpoint) as done:
+        with ReaderPool(storage) as pool, _saying_what_is_missing(out, files):
+            reader = GroupReader(pool, storage.alignment)
+            encode = encode or encoded
+            for name, shard in files.items():
+                if name not in done:
+                    _write_shard(out / name, shard, reader, key, encode, on_progress)
+                else:
+                    on_progress(sum(t.num_bytes for g in shard for t in g.tensors))
+        meta.checkpoint.check_unchanged()
+        version = version_of(written_format(f) for g in groups for f in g.formats.values())
+        _finish(out, list(files), meta.checkpoint.folder, version)
     entries = [t for g in groups for t in g.tensors]
     return Packed(
         num_bytes=sum((out / name).stat().st_size for name in files),
@@ -125,41 +132,56 @@ def is_packed_as(out: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> 
     return bool(found) and all(_is_whole(path, key) for path in found)
 
 
-def _begin(
+@contextlib.contextmanager
+def _begun(
     out: Path, key: str, files: Mapping[str, Sequence[Group]], checkpoint: Checkpoint
-) -> set[str]:
-    """Makes the folder, or finds which shards of it are whole. Raises PackError, and DurableError where nothing can be
-    written there."""
+) -> Iterator[set[str]]:
+    """Makes the folder, or finds which shards of it are whole; held against other processes, which would write under
+    the same names. Raises PackError, and DurableError where nothing can be written there."""
     if out.exists() and not out.is_dir():
         raise PackError(f"{out} is a file.\nGive a folder that is not there yet.")
-    present = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    is_new = not out.exists()
+    if is_new:
+        _check_room(out, files.values(), checkpoint)
+        make_folder(out)
+    _present(out, key)  # nothing is put into a folder of others
+    with lock_folder(out):
+        present = _present(out, key)  # another process may have had it until now
+        _clear(out)
+        done = {name for name in present if name in files and _is_whole(out / name, key)}
+        if not is_new:
+            missing = (shard for name, shard in files.items() if name not in done)
+            _check_room(out, missing, checkpoint)
+        told = json.dumps({"key": key, "source": str(checkpoint.folder)}) + "\n"
+        try:
+            write_file_atomically(out / MARKER, told.encode())
+        except DurableError:
+            if is_new:  # what could be written of it is gone again
+                with contextlib.suppress(OSError):
+                    (out / LOCK_NAME).unlink()
+                    out.rmdir()
+            raise
+        yield done
+
+
+def _present(out: Path, key: str) -> set[str]:
+    """Names of what a packing has left in the folder. Raises PackError where there is anything but this packing."""
+    present = {path.name for path in out.iterdir()} - {LOCK_NAME}
     if present and _marked(out) != key:
         what = "an unfinished packing of another kind" if MARKER in present else "other files"
         what = "a model already" if "config.json" in present else what
         raise PackError(f"{out} holds {what}.\nGive a folder that is not there yet, or remove it.")
-    if present:
-        _clear(out)
-    done = {
-        name for name in present if name.endswith(".safetensors") and _is_whole(out / name, key)
-    }
-    needed = most_bytes(shard for name, shard in files.items() if name not in done)
-    needed, free = needed + bytes_beside(checkpoint.folder), _free(out)
+    return present
+
+
+def _check_room(out: Path, missing: Iterable[Sequence[Group]], checkpoint: Checkpoint) -> None:
+    """Raises PackError where the disk has none for these shards and what lies beside them."""
+    needed, free = most_bytes(missing) + bytes_beside(checkpoint.folder), _free(out)
     if needed > free:
         raise PackError(
             f"{out}: {_room(needed, free)}. Nothing was written.\n"
             f"Free them, pack to fewer bits, or give --out on another drive."
         )
-    is_new = not out.exists()
-    make_folder(out)
-    told = json.dumps({"key": key, "source": str(checkpoint.folder)}) + "\n"
-    try:
-        write_file_atomically(out / MARKER, told.encode())
-    except DurableError:
-        if is_new:  # what could be written of it is gone again
-            with contextlib.suppress(OSError):
-                out.rmdir()
-        raise
-    return done
 
 
 def _clear(out: Path) -> None:
@@ -226,6 +248,7 @@ def _finish(out: Path, names: Sequence[str], source: Path, version: int) -> None
     told = {"quant_method": METHOD, "version": version, "source": str(source.absolute())}
     copy_beside(source, out, quantization=told)
     (out / MARKER).unlink()
+    (out / LOCK_NAME).unlink()  # whoever has opened it meanwhile finds a model, and leaves it alone
 
 
 # ------------------------------------------------------------------ one shard
