@@ -19,16 +19,18 @@ from support import LORA_TARGETS, Pair, assert_same_training, digests, num_misse
 from ssdtune.cli import main
 from ssdtune.durable import LOCK_NAME, DurableError
 from ssdtune.errors import SSDTuneError
+from ssdtune.kernels import quantize
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import E2M1
-from ssdtune.kernels.quantize import quantize_nibbles
+from ssdtune.kernels.quantize import encoder_of, quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
-from ssdtune.packing.convert import pack
+from ssdtune.packing.convert import encoded, pack
 from ssdtune.packing.layout import MIN_ELEMENTS, PackError, groups_of, imagined
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.sample import lossless_ratio
 from ssdtune.packing.shards import ShardWriter
+from ssdtune.packing.squares import Squares
 from ssdtune.packing.wanted import FIRST_NVFP4, Wanted
 from ssdtune.swap import storage as swap_storage
 from ssdtune.swap.beside import copy_beside
@@ -649,6 +651,77 @@ def test_the_key_packs_once_and_reads_what_it_packed(
         opened("nf4", first.folder)
     with pytest.raises(SSDTuneError, match="'nf5' is not known"):
         opened("nf5")
+
+
+def test_what_an_earlier_encoder_packed_is_not_taken_for_what_this_one_would(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Nor is it packed anew under a run that began on it, which would go on with other weights."""
+
+    def opened(quantization: str, model: Path = source) -> Any:
+        return build_packed(
+            model,
+            quantization=quantization,
+            beside=tmp_path,
+            choose_storage=lambda files: choose_storage(files[0]).storage,
+        )
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr("ssdtune.packing.convert.encoder_of", lambda format: 1)
+        older, nested = opened("3").folder, opened("3/8").folder
+    assert opened("3/8").folder == nested, "this one's encoder is still the first"
+    opened("8")  # of the nested file's name, but not its format
+    capsys.readouterr()
+    with pytest.raises(PackError, match="by an earlier version of ssdtune") as caught:
+        opened("3")
+    assert f"goes on with model_name_or_path: {older}." in str(caught.value)
+    assert not capsys.readouterr().out, "said before anything is read"
+    assert opened("3", older).folder == older
+    shutil.rmtree(older)
+    assert opened("3").folder not in (older, nested)
+
+
+ENCODERS = {  # the number of each one, and the relative squared error that it leaves
+    "1": (1, 0.3470444),
+    "2": (1, 0.1029258),
+    "3": (2, 0.0314174),
+    "4": (1, 0.00656310),
+    "5": (1, 0.00165754),
+    "8": (1, 2.757312e-5),
+    "3/8": (1, 2.959478e-5),
+    "rotated": (1, 0.0278032),
+    "nf4": (1, 0.00729559),
+    "mxfp4": (1, 0.0125129),
+    "nvfp4": (1, 0.00677754),
+    "fp4-ue5m3": (1, 0.00675729),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_that_makes_other_codes_has_another_number(kind: str) -> None:
+    """Where the error here is another: raise `encoder_of` for those formats, and write both down."""
+    values = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    wanted = FORMATS["rotated"] if kind == "rotated" else Wanted.of(kind)
+    made = encoded("weight", values, wanted.chosen())
+    assert made is not None
+    error = Squares.of(quantize.decoded(*made, tuple(values.shape)), values).relative
+    assert (encoder_of(made[0]), error) == (ENCODERS[kind][0], pytest.approx(ENCODERS[kind][1], rel=1e-4))  # fmt: skip
+
+
+def test_an_earlier_encoders_unfinished_packing_is_not_gone_on_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    meta, storage = build_meta(source), choose_storage(source).storage
+    groups = groups_of(meta, FORMATS["3"].chosen())
+    with monkeypatch.context() as earlier:
+        earlier.setattr("ssdtune.packing.convert.encoder_of", lambda format: 1)
+        with pytest.raises(KeyboardInterrupt):
+            pack(meta, groups, tmp_path / "packed", storage=storage, encode=stopped)
+    with pytest.raises(PackError, match="begun by another version of ssdtune"):
+        pack(meta, groups, tmp_path / "packed", storage=storage)
 
 
 def test_a_packed_folder_is_what_was_asked_for_or_refused(source: Path, tmp_path: Path) -> None:

@@ -30,7 +30,12 @@ from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles, Nvfp4
-from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles, quantize_nvfp4
+from ssdtune.kernels.quantize import (
+    encoder_of,
+    quantize_affine,
+    quantize_nibbles,
+    quantize_nvfp4,
+)
 from ssdtune.kernels.quantize_fp8 import quantize_fp8
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.memory import nearest_folder
@@ -115,13 +120,19 @@ def pack(
 
 
 def key_of(checkpoint: Checkpoint, groups: Sequence[Group]) -> str:
-    """A hash of what is packed and how. A hex digest."""
+    """A hash of what is packed and how, by which encoders too. A hex digest."""
     digest = hashlib.sha256(checkpoint.fingerprint().encode())
     for group in groups:
-        formats = {name: written_format(f) for name, f in group.formats.items()}
+        formats = {name: _encoding(f) for name, f in group.formats.items()}
         told = [group.label, [t.name for t in group.tensors], formats]
         digest.update(json.dumps(told, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _encoding(format: Format) -> dict[str, Any]:
+    """A format and, where it is not the first, its encoder's number."""
+    number = encoder_of(format)
+    return {**written_format(format), **({"encoder": number} if number > 1 else {})}
 
 
 def is_packed_as(out: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> bool:
@@ -168,7 +179,9 @@ def _present(out: Path, key: str) -> set[str]:
     """Names of what a packing has left in the folder. Raises PackError where there is anything but this packing."""
     present = {path.name for path in out.iterdir()} - {LOCK_NAME}
     if present and _marked(out) != key:
-        what = "an unfinished packing of another kind" if MARKER in present else "other files"
+        what = "other files"
+        if MARKER in present:
+            what = "an unfinished packing of another kind, or begun by another version of ssdtune"
         what = "a model already" if "config.json" in present else what
         raise PackError(f"{out} holds {what}.\nGive a folder that is not there yet, or remove it.")
     return present

@@ -22,6 +22,7 @@ from ssdtune.packing.by_block import (
     read_by_block,
 )
 from ssdtune.packing.convert import key_of
+from ssdtune.packing.earlier import refuse_second
 from ssdtune.packing.layout import PackError, groups_of, imagined
 from ssdtune.packing.progress import pack_aloud
 from ssdtune.packing.wanted import Wanted, bits_of, word_of
@@ -144,6 +145,7 @@ def build_packed(
     folder = folder_of(meta, quantization, beside)
     with _alone(folder):
         if not (folder / "config.json").is_file():
+            refuse_second(folder, meta.checkpoint.folder, format)
             pack_aloud(meta, groups, folder, format.label, choose_storage(meta.checkpoint.files))
     build.pop("revision", None)
     packed = _read(build_meta(folder, bits=bits_of(quantization), **build), quantization)
