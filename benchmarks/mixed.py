@@ -20,7 +20,6 @@ import ssdtune
 from benchmarks.held_out import language_model
 from benchmarks.machine import describe, print_result
 from benchmarks.off_grid import off_grid_model, tensors_of
-from ssdtune.api import choose
 from ssdtune.assets import prepare_text
 from ssdtune.cache import cache_folder
 from ssdtune.fidelity.fisher import fisher
@@ -105,7 +104,7 @@ def main() -> None:
     num_weights = sum(t.numel() for t in codes.source.values())
     model, loss = language_model(folder)
     groups = groups_of(meta, affine(2, GROUP))
-    found = sampled_errors(groups, GROUP, choose("auto", meta.checkpoint.files))
+    found = sampled_errors(groups, GROUP)
     ways: list[tuple[str, Chosen]] = [
         (f"{bits} bits", groups_of(meta, affine(bits, GROUP))) for bits in asked.uniform
     ]

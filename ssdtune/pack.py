@@ -11,14 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ssdtune.api import choose, stream
-from ssdtune.packing.convert import is_packed_as
-from ssdtune.packing.errors import WIDTHS, Sampled, affine, sampled_errors
+from ssdtune.packing.convert import is_packed_as, noted
+from ssdtune.packing.errors import WIDTHS, affine, sampled_errors
 from ssdtune.packing.layout import Group, PackError, groups_of
-from ssdtune.packing.mixed import shares, weights_of, within
+from ssdtune.packing.mixed import shares, weights_of, widths_in, with_widths, within
 from ssdtune.packing.progress import pack_aloud
 from ssdtune.packing.wanted import AFFINE, Wanted
 from ssdtune.report import duration, say
-from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel, build_meta
 
 
@@ -63,18 +62,35 @@ def run_pack(request: Request) -> int:
 
 def _pack(request: Request) -> None:
     meta = build_meta(request.model)
-    storage = choose("auto", meta.checkpoint.files)
-    groups, label = _groups(request, meta, storage)
+    asked = _asked(request, meta)
+    groups, label = _groups(request, meta, asked)
     if request.checks and is_packed_as(request.out, meta.checkpoint, groups):
         say(f"there is  {request.out}: packed like this already")
         return
-    pack_aloud(meta, groups, request.out, label, storage)
+    storage = choose("auto", meta.checkpoint.files)
+    note = {} if asked is None else {"asked": asked, "widths": widths_in(groups)}
+    pack_aloud(meta, groups, request.out, label, storage, note=note)
 
 
-def _groups(request: Request, meta: MetaModel, storage: Storage) -> tuple[Sequence[Group], str]:
-    """What is packed as what, and words for it."""
-    wanted = request.wanted or Wanted()
+def _asked(request: Request, meta: MetaModel) -> dict[str, Any] | None:
+    """What widths by tensor hang on; None where there is one width."""
     if request.target_bpw is None:
+        return None
+    group_size = (request.wanted or Wanted()).group_size
+    return {
+        "source": meta.checkpoint.fingerprint(),
+        "target_bpw": request.target_bpw,
+        "group": group_size,
+        "text": request.text,
+    }
+
+
+def _groups(
+    request: Request, meta: MetaModel, asked: dict[str, Any] | None
+) -> tuple[Sequence[Group], str]:
+    """What is packed as what, and words for it. asked: as `_asked` has it."""
+    wanted = request.wanted or Wanted()
+    if asked is None:
         format = wanted.chosen()
         return groups_of(meta, format), format.label
     if wanted.format != AFFINE:
@@ -83,27 +99,26 @@ def _groups(request: Request, meta: MetaModel, storage: Storage) -> tuple[Sequen
         )
     wanted.chosen()  # refuses a group size that is not possible
     groups = groups_of(meta, affine(WIDTHS[0], wanted.group_size))
-    fisher = None if request.text is None else _fisher(request.model, meta, groups, request.text)
-    found = _sampled(groups, wanted.group_size, storage)
-    weights = weights_of(groups, found, fisher)
-    mixed = within(groups, request.target_bpw, wanted.group_size, found, weights)
+    begun = noted(request.out)
+    if begun.get("asked") == asked:
+        say(f"going on  {request.out}: in the widths that were chosen when it was begun")
+        mixed = with_widths(groups, begun.get("widths", {}), wanted.group_size)
+    else:
+        mixed = _chosen(request, meta, groups, wanted.group_size)
     told = ", ".join(f"{words} {share:.1%}" for words, share in shares(mixed).items())
     return mixed, f"widths by tensor: {told} of the weights"
 
 
-def _sampled(groups: Sequence[Group], group_size: int, storage: Storage) -> dict[str, Sampled]:
-    """With a bar."""
-    with tqdm(
-        total=sum(t.num_bytes for g in groups for t in g.tensors),
-        unit="B",
-        unit_scale=True,
-        desc="what each width costs",
-    ) as bar:
-
-        def advance(num_bytes: int) -> None:
-            bar.update(num_bytes)
-
-        return sampled_errors(groups, group_size, storage, advance)
+def _chosen(
+    request: Request, meta: MetaModel, groups: Sequence[Group], group_size: int
+) -> Sequence[Group]:
+    """The widths that are best within the target."""
+    assert request.target_bpw is not None
+    fisher = None if request.text is None else _fisher(request.model, meta, groups, request.text)
+    num_tensors = sum(len(group.formats) for group in groups)
+    with tqdm(total=num_tensors, unit=" tensors", desc="what each width costs") as bar:
+        found = sampled_errors(groups, group_size, bar.update)
+    return within(groups, request.target_bpw, group_size, found, weights_of(groups, found, fisher))
 
 
 def _fisher(model: str, meta: MetaModel, groups: Sequence[Group], text: str) -> dict[str, float]:

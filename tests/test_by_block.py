@@ -23,10 +23,9 @@ from ssdtune.fidelity.record import checks_of
 from ssdtune.generate import GenerateError, generate_from_run
 from ssdtune.kernels.affine import Affine
 from ssdtune.packing.by_block import Block, best_widths, error_of, mean_bits, packed_file
-from ssdtune.packing.errors import runs_of
 from ssdtune.packing.layout import PackError
 from ssdtune.packing.once import build_packed, build_planned, listed
-from ssdtune.packing.sample import NUM_RUNS, sample_of
+from ssdtune.packing.sample import NUM_RUNS, runs_of, sample_of
 from ssdtune.packing.wanted import Wanted
 from ssdtune.packing.widths import is_by_block, mean_of, widths_of, written
 from ssdtune.planning.bits import bits_lines

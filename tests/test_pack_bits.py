@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import tiny_runs
 import torch
+from safetensors.torch import save_file
 from support import Pair, assert_same_training, digests, num_misses, streamed, with_lora
 from test_packing import batches, decoded, unpacked_twin
 
@@ -27,20 +28,21 @@ from ssdtune.jobs import Source, job_of
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.nibbles import NF4, Nibbles
 from ssdtune.packing.choice import Option, choose, smallest
-from ssdtune.packing.convert import pack
+from ssdtune.packing.convert import encoded, pack
 from ssdtune.packing.errors import (
+    NUM_RUNS,
     WIDTHS,
     Sampled,
     affine,
     errors_by_width,
     relative_error,
-    sampled,
     sampled_errors,
 )
 from ssdtune.packing.layout import groups_of
 from ssdtune.packing.mixed import weights_of, within
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.readings import BETWEEN, TABLE_WORTH
+from ssdtune.packing.sample import sample_of
 from ssdtune.planning.bits import bits_lines, chosen_for
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.bits import Chosen
@@ -48,6 +50,7 @@ from ssdtune.schedule.job import Job, Reading, job_from
 from ssdtune.schedule.machine import Drive, Machine
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
 from ssdtune.swap.packed import PackedEntry
+from ssdtune.swap.source import open_checkpoint
 from ssdtune.swap.storage import choose_storage
 from ssdtune.visit.build import build_meta
 
@@ -147,7 +150,7 @@ def test_nothing_is_left_that_could_be_used() -> None:
 def test_an_error_is_that_of_what_is_decoded(source: Path) -> None:
     meta = build_meta(source)
     groups = groups_of(meta, affine(2, 64))
-    found = sampled_errors(groups, 64, choose_storage(source).storage)
+    found = sampled_errors(groups, 64)
     errors = {name: each.errors for name, each in found.items()}
     values = decoded(meta.checkpoint, torch.float32)
     assert errors.keys() == {n for g in groups for n in g.formats}
@@ -161,9 +164,10 @@ def test_an_error_is_that_of_what_is_decoded(source: Path) -> None:
     assert odd > 1.2 * usual
 
 
-def test_a_sample_is_spread_over_the_tensor_and_says_what_all_of_it_says() -> None:
+def test_a_sample_is_spread_over_the_tensor_and_says_what_all_of_it_says(tmp_path: Path) -> None:
     values = torch.randn(700, 1000) * torch.linspace(0.5, 2, 700).unsqueeze(1)
-    sample = sampled(values)
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    sample = sample_of(open_checkpoint(tmp_path).tensors["w"], NUM_RUNS)
     assert sample.numel() < values.numel() / 9
     assert sample[:64].equal(values.flatten()[:64])
     assert sample[-64:].equal(values.flatten()[: 4096 * 170][-64:])
@@ -235,6 +239,49 @@ def test_what_loses_more_gets_more_bits(source: Path) -> None:
     formats = {n: f for g in chosen for n, f in g.formats.items()}
     bits = [format.bits for format in formats.values() if isinstance(format, Affine)]
     assert formats[names[3]].bits > sum(bits) / len(bits) + 2
+
+
+def test_what_other_threads_round_to_changes_no_width(source: Path) -> None:
+    """Tensors of one size and error: which of them gets the last bits must not hang on noise."""
+    meta = build_meta(source)
+    groups = groups_of(meta, affine(2, 64))
+    names = [n for g in groups for n in g.formats]
+    chance, chosen = Random(0), []
+    for noise in (0.0, 1e-9, 1e-9, 1e-9):
+        found = {
+            name: Sampled({b: 4.0**-b * chance.uniform(1 - noise, 1 + noise) for b in WIDTHS}, 1.0)
+            for name in names
+        }
+        chosen.append(within(groups, 5.5, 64, found, weights_of(groups, found)))
+    assert all(each == chosen[0] for each in chosen)
+
+
+def test_a_packing_goes_on_in_the_widths_that_were_chosen(
+    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Whatever they would be now: other threads round otherwise, gradients above all."""
+    out = tmp_path / "p"
+    command = ["pack", str(source), "--out", str(out), "--target_bpw"]
+
+    def stopping(name: str, *given: Any) -> Any:
+        if name == "lm_head.weight":
+            raise KeyboardInterrupt
+        return encoded(name, *given)
+
+    with monkeypatch.context() as first:
+        first.setattr("ssdtune.packing.convert.encoded", stopping)
+        assert main([*command, "5.5"]) == 130
+    assert not (out / "config.json").exists()
+    usual = sampled_errors(groups_of(build_meta(source), affine(2, 64)), 64)
+    turned = dict(zip(usual, reversed(usual.values()), strict=True))
+    monkeypatch.setattr("ssdtune.pack.sampled_errors", lambda *given: turned)
+    assert main([*command, "5.4"]) == 2
+    assert "an unfinished packing of another kind" in capsys.readouterr().err
+    assert main([*command, "5.5"]) == 0
+    assert "in the widths that were chosen when it was begun" in capsys.readouterr().out
+    assert digests(out) == digests(packed)
+    other = mixed(source, tmp_path / "other", 5.5)
+    assert digests(other) != digests(packed), "what is begun anew has the widths of now"
 
 
 def test_a_target_below_the_least_names_the_least(

@@ -59,7 +59,7 @@ TINY = 1e-30  # where it takes part, a sum of squares of numbers near 1 is zero
 def encoder_of(format: Format) -> int:
     """The number of such a file's encoder, raised whenever it makes other codes of the same weights: so a packing is not
     gone on with by another encoder than began it, nor taken for what this one would make. 2: whole zeros."""
-    has_whole_zeros = isinstance(format, Affine) and sum(format.order) in WHOLE_ZERO_BITS
+    has_whole_zeros = isinstance(format, Affine) and WHOLE_ZERO_BITS in widths(format.order)
     return 2 if has_whole_zeros else 1
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.nibbles import Nibbles
 from ssdtune.packing.choice import Option, choose
-from ssdtune.packing.errors import errors_by_width, widths_read
+from ssdtune.packing.errors import errors_by_width, rounded, widths_read
 from ssdtune.packing.layout import PackError, groups_of, imagined, tensors_by_block
 from ssdtune.packing.sample import sample_of
 from ssdtune.packing.squares import Squares
@@ -26,9 +26,6 @@ from ssdtune.swap import pack_header
 from ssdtune.swap.packed import PackedEntry, affine_of
 from ssdtune.swap.source import Checkpoint, open_checkpoint
 from ssdtune.visit.build import MetaModel
-
-DIGITS = 6  # of an error that count: what sums round to on another number of threads must not change a choice
-
 
 # ------------------------------------------------------------------ a file that can be read at several widths
 
@@ -138,7 +135,7 @@ def _lost(file: NestedFile, sizes: Mapping[str, int]) -> dict[int, float]:
         return {}
     for numel, errors in zip(sizes.values(), file.errors([*sizes]), strict=True):
         for bits in file.widths:
-            lost[bits] += numel * float(f"{errors[bits]:.{DIGITS}g}")
+            lost[bits] += numel * rounded(errors[bits])
     return lost
 
 

@@ -57,6 +57,7 @@ KEY_DIGITS = 64
 MAX_OFFSET = 10**15
 FULL = (errno.ENOSPC, errno.EDQUOT)
 Encoded = tuple[Format, Mapping[str, torch.Tensor]]
+Note = Mapping[str, Any]  # JSON
 Encoder = Callable[[str, torch.Tensor, Format], Encoded | None]  # name, values, the format wanted
 
 
@@ -75,7 +76,7 @@ class Packed:
         return 8 * self.num_bytes / max(self.num_weights, 1)
 
 
-def pack(
+def pack(  # noqa: PLR0913 - the last three have their defaults, and stand alone
     meta: MetaModel,
     groups: Sequence[Group],
     out: Path,
@@ -83,17 +84,18 @@ def pack(
     storage: Storage,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
     encode: Encoder | None = None,
+    note: Note | None = None,
 ) -> Packed:
     """Writes the packed model to `out`, a new folder or one that the same packing left unfinished.
 
     on_progress: told how many bytes of the source are done. encode: makes the parts; the quantizers here by default.
-    Memory: two groups, and one as it is written. Raises SSDTuneError, before a byte is written where the disk has no
+    note: what `noted` tells of the folder until it is finished. Memory: two groups, and one as it is written. Raises SSDTuneError, before a byte is written where the disk has no
     room for all, and where another process packs into the folder.
     """
     parted = list(shards(groups))
     files = {f"model-{i:05d}-of-{len(parted):05d}.safetensors": s for i, s in enumerate(parted, 1)}
     key = key_of(meta.checkpoint, groups)
-    with _begun(out, key, files, meta.checkpoint) as done:
+    with _begun(out, key, files, meta.checkpoint, note or {}) as done:
         with ReaderPool(storage) as pool, _saying_what_is_missing(out, files):
             reader = GroupReader(pool, storage.alignment)
             encode = encode or encoded
@@ -145,7 +147,11 @@ def is_packed_as(out: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> 
 
 @contextlib.contextmanager
 def _begun(
-    out: Path, key: str, files: Mapping[str, Sequence[Group]], checkpoint: Checkpoint
+    out: Path,
+    key: str,
+    files: Mapping[str, Sequence[Group]],
+    checkpoint: Checkpoint,
+    note: Note,
 ) -> Iterator[set[str]]:
     """Makes the folder, or finds which shards of it are whole; held against other processes, which would write under
     the same names. Raises PackError, and DurableError where nothing can be written there."""
@@ -163,9 +169,9 @@ def _begun(
         if not is_new:
             missing = (shard for name, shard in files.items() if name not in done)
             _check_room(out, missing, checkpoint)
-        told = json.dumps({"key": key, "source": str(checkpoint.folder)}) + "\n"
+        told = {"key": key, "source": str(checkpoint.folder), "note": note}
         try:
-            write_file_atomically(out / MARKER, told.encode())
+            write_file_atomically(out / MARKER, (json.dumps(told) + "\n").encode())
         except DurableError:
             if is_new:  # what could be written of it is gone again
                 with contextlib.suppress(OSError):
@@ -178,7 +184,7 @@ def _begun(
 def _present(out: Path, key: str) -> set[str]:
     """Names of what a packing has left in the folder. Raises PackError where there is anything but this packing."""
     present = {path.name for path in out.iterdir()} - {LOCK_NAME}
-    if present and _marked(out) != key:
+    if present and _marker(out).get("key") != key:
         what = "other files"
         if MARKER in present:
             what = "an unfinished packing of another kind, or begun by another version of ssdtune"
@@ -232,12 +238,19 @@ def _saying_what_is_missing(out: Path, files: Mapping[str, Sequence[Group]]) -> 
         raise ShardError(f"{error}\n{out}: {_room(needed, _free(out))}.") from error
 
 
-def _marked(out: Path) -> str | None:
-    """The key of the packing that was begun in the folder."""
+def noted(out: Path) -> Note:
+    """The note with which an unfinished packing of the folder was begun; empty where there is none."""
+    found = _marker(out).get("note")
+    return found if isinstance(found, dict) else {}
+
+
+def _marker(out: Path) -> Mapping[str, Any]:
+    """What was begun in the folder; empty where nothing was, or nobody can read it."""
     try:
-        return json.loads((out / MARKER).read_text())["key"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        told = json.loads((out / MARKER).read_text())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _is_whole(path: Path, key: str) -> bool:

@@ -11,15 +11,13 @@ from ssdtune.kernels.affine import ORDERS, Affine
 from ssdtune.kernels.nibbles import Nibbles
 from ssdtune.kernels.quantize import decoded, quantize_affine, quantize_nibbles
 from ssdtune.packing.layout import Group, PackError
-from ssdtune.packing.reading import GroupReader
+from ssdtune.packing.sample import sample_of
 from ssdtune.packing.squares import Squares
-from ssdtune.swap.readers import ReaderPool
-from ssdtune.swap.storage import Storage
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-# A sample is runs of neighbours, spread evenly: 65,536 squared errors, of 1,024 groups of 64, whose mean is known to
-# some percent. The next width has a quarter of it.
-RUN, NUM_RUNS = 4096, 16
+# 65,536 squared errors, of 1,024 groups of 64, whose mean is known to some percent. The next width has a quarter of it.
+NUM_RUNS = 16
+DIGITS = 6  # of an error that count: what sums round to on another number of threads must not change a choice
 Errors = Mapping[int, float]  # width -> |decoded - w|^2 / |w|^2
 
 
@@ -32,52 +30,33 @@ class Sampled:
 
 
 def sampled_errors(
-    groups: Sequence[Group],
-    group_size: int,
-    storage: Storage,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    groups: Sequence[Group], group_size: int, on_progress: Callable[[], object] = lambda: None
 ) -> dict[str, Sampled]:
-    """Of every tensor that `groups` would pack, at every one of WIDTHS; reads the model once, two groups in memory.
+    """Of every tensor that `groups` would pack, at every one of WIDTHS; reads samples alone.
 
-    group_size: elements that share a scale. on_progress: told how many bytes of the source are done. Raises PackError
-    that names a tensor whose values are no numbers.
+    group_size: elements that share a scale. on_progress: told of each tensor that is done. Raises PackError that names a
+    tensor whose values are no numbers.
     """
     found: dict[str, Sampled] = {}
-    with ReaderPool(storage) as pool:
-        for group, values in GroupReader(pool, storage.alignment).read(groups):
-            for name in group.formats:
-                sample = sampled(values[name])
-                try:
-                    errors = {
-                        bits: relative_error(sample, affine(bits, group_size)) for bits in WIDTHS
-                    }
-                except ValueError as error:
-                    raise PackError(f"{name} can't be packed: {error}") from error
-                found[name] = Sampled(errors, float(sample.double().square().mean()))
-            on_progress(sum(t.num_bytes for t in group.tensors))
+    for entry in (t for group in groups for t in group.tensors if t.name in group.formats):
+        sample = sample_of(entry, NUM_RUNS)
+        try:
+            errors = {bits: relative_error(sample, affine(bits, group_size)) for bits in WIDTHS}
+        except ValueError as error:
+            raise PackError(f"{entry.name} can't be packed: {error}") from error
+        found[entry.name] = Sampled(errors, float(sample.double().square().mean()))
+        on_progress()
     return found
+
+
+def rounded(error: float) -> float:
+    """To DIGITS."""
+    return float(f"{error:.{DIGITS}g}")
 
 
 def affine(bits: int, group_size: int) -> Affine:
     """The format of a file that is read at this width alone."""
     return Affine(bits, (8,) if bits == 8 else ORDERS[bits], group_size, is_nested=False)
-
-
-def runs_of(num_elements: int, num_runs: int) -> list[range]:
-    """Elements of a sample: so many runs of RUN, spread evenly, each beginning at a multiple of RUN; all of them where
-    there are no more."""
-    if num_elements <= RUN * num_runs:
-        return [range(num_elements)]
-    last = num_elements - RUN
-    firsts = [last * i // (num_runs - 1) // RUN * RUN for i in range(num_runs)]
-    return [range(first, first + RUN) for first in firsts]
-
-
-def sampled(values: torch.Tensor) -> torch.Tensor:
-    """NUM_RUNS runs of RUN elements, float32, flat; all where there are no more. values: any shape, contiguous."""
-    flat = values.reshape(-1)
-    runs = runs_of(flat.numel(), NUM_RUNS)
-    return torch.cat([flat[run.start : run.stop] for run in runs]).float()
 
 
 def relative_error(values: torch.Tensor, format: Affine) -> float:

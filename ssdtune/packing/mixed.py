@@ -14,10 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ssdtune.kernels.affine import Affine
-from ssdtune.kernels.formats import Format
 from ssdtune.packing.choice import Option, choose, smallest
 from ssdtune.packing.convert import header_bytes
-from ssdtune.packing.errors import WIDTHS, Errors, Sampled, affine
+from ssdtune.packing.errors import WIDTHS, Errors, Sampled, affine, rounded
 from ssdtune.packing.layout import Group, PackError, file_parts, part_bytes, shards
 from ssdtune.swap.header import TensorEntry
 
@@ -61,14 +60,25 @@ def within(
             f"--target_bpw {target_bpw:g}: {least:g} bits a weight are the least for this model: {WIDTHS[0]} bits with a "
             f"scale for every {group_size} weights, and what stays as it is.\nGive --target_bpw {least:g} or more."
         )
-    chosen = dict(
-        zip(
-            (e.name for e in entries),
-            choose(options, int(min(allowed, _most(options)))),
-            strict=True,
+    chosen = choose(options, int(min(allowed, _most(options))))
+    widths = {e.name: WIDTHS[i] for e, i in zip(entries, chosen, strict=True) if i < len(WIDTHS)}
+    return with_widths(groups, widths, group_size)
+
+
+def with_widths(groups: Sequence[Group], widths: Mapping[str, int], group_size: int) -> list[Group]:
+    """The groups with each tensor packed in the bits that it has there; tensors without any stay as they are."""
+    return [
+        dataclasses.replace(
+            g, formats={n: affine(widths[n], group_size) for n in g.formats if n in widths}
         )
-    )
-    return [dataclasses.replace(g, formats=_formats(g, chosen, group_size)) for g in groups]
+        for g in groups
+    ]
+
+
+def widths_in(groups: Sequence[Group]) -> dict[str, int]:
+    """What `with_widths` makes the same groups of again."""
+    formats = {name: format for group in groups for name, format in group.formats.items()}
+    return {name: f.bits for name, f in formats.items() if isinstance(f, Affine)}
 
 
 def _most(options: Sequence[Sequence[Option]]) -> int:
@@ -78,7 +88,10 @@ def _most(options: Sequence[Sequence[Option]]) -> int:
 
 def _options(entry: TensorEntry, group_size: int, errors: Errors, weight: float) -> list[Option]:
     """A width of WIDTHS each, and the tensor as it is."""
-    packed = [Option(_num_bytes(entry, bits, group_size), weight * errors[bits]) for bits in WIDTHS]
+    packed = [
+        Option(_num_bytes(entry, bits, group_size), rounded(weight * errors[bits]))
+        for bits in WIDTHS
+    ]
     return [*packed, Option(entry.num_bytes, 0.0)]
 
 
@@ -99,14 +112,6 @@ def _fixed_bytes(groups: Sequence[Group], group_size: int) -> int:
     # Packed groups fill no more shards than the same ones as they are.
     parted = shards([dataclasses.replace(g, formats={}) for g in groups])
     return kept + sum(header_bytes([longest[g.label] for g in shard]) for shard in parted)
-
-
-def _formats(group: Group, chosen: Mapping[str, int], group_size: int) -> dict[str, Format]:
-    return {
-        name: affine(WIDTHS[chosen[name]], group_size)
-        for name in group.formats
-        if chosen[name] < len(WIDTHS)
-    }
 
 
 def shares(groups: Sequence[Group]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from ssdtune.packing.convert import Packed, pack
+from ssdtune.packing.convert import Note, Packed, pack
 from ssdtune.packing.layout import Group
 from ssdtune.report import duration, say
 from ssdtune.sizes import format_size
@@ -17,10 +17,16 @@ from ssdtune.visit.build import MetaModel
 
 
 def pack_aloud(
-    meta: MetaModel, groups: Sequence[Group], out: Path, label: str, storage: Storage
+    meta: MetaModel,
+    groups: Sequence[Group],
+    out: Path,
+    label: str,
+    storage: Storage,
+    *,
+    note: Note | None = None,
 ) -> Packed:
-    """Packs the model of `meta` with a progress bar and a line before and after. label: of the groups' formats. Raises
-    SSDTuneError."""
+    """Packs the model of `meta` with a progress bar and a line before and after. label: of the groups' formats. note: as
+    for `pack`. Raises SSDTuneError."""
     total = sum(t.num_bytes for g in groups for t in g.tensors)
     expected = sum(g.num_bytes for g in groups)
     say(f"packing   {meta.folder}: {format_size(total)} to {format_size(expected)} ({label})")
@@ -30,7 +36,7 @@ def pack_aloud(
         def advance(num_bytes: int) -> None:
             bar.update(num_bytes)
 
-        done = pack(meta, groups, out, storage=storage, on_progress=advance)
+        done = pack(meta, groups, out, storage=storage, on_progress=advance, note=note)
     share = done.num_packed / max(done.num_weights, 1)
     say(
         f"written   {out}: {format_size(done.num_bytes)}, {done.bits_per_weight:.2f} bits a weight over the "

@@ -9,7 +9,6 @@ import torch
 from ssdtune.kernels import lossless
 from ssdtune.kernels.formats import Part
 from ssdtune.kernels.lossless import Lossless
-from ssdtune.packing.errors import RUN, runs_of
 from ssdtune.packing.layout import is_worth_packing, part_bytes
 from ssdtune.swap.header import TensorEntry, opened, pread_exactly
 from ssdtune.swap.packed import PackedEntry
@@ -18,7 +17,8 @@ from ssdtune.visit.placement import FILE_DTYPES
 
 NUM_TENSORS = 4  # spread over the model
 MOST_VALUES = 1 << 20  # of each, from its middle
-NUM_RUNS = 4  # of a tensor's sample: 256 groups of 64, a quarter of what packing looks at
+RUN = 4096  # neighbours that are looked at together
+NUM_RUNS = 4  # of a tensor's sample, spread evenly: 256 groups of 64
 
 
 def lossless_ratio(meta: MetaModel) -> float | None:
@@ -46,13 +46,23 @@ def _middle(entry: TensorEntry) -> torch.Tensor:
     return _read(entry, [range(first, first + num_bytes)])
 
 
-def sample_of(entry: TensorEntry | PackedEntry) -> torch.Tensor:
-    """NUM_RUNS runs of a tensor's values, decoded where it is packed, float32, flat; the same elements either way.
+def runs_of(num_elements: int, num_runs: int) -> list[range]:
+    """Elements of a sample: so many runs of RUN, spread evenly, each beginning at a multiple of RUN; all of them where
+    there are no more."""
+    if num_elements <= RUN * num_runs:
+        return [range(num_elements)]
+    last = num_elements - RUN
+    firsts = [last * i // (num_runs - 1) // RUN * RUN for i in range(num_runs)]
+    return [range(first, first + RUN) for first in firsts]
+
+
+def sample_of(entry: TensorEntry | PackedEntry, num_runs: int = NUM_RUNS) -> torch.Tensor:
+    """So many runs of a tensor's values, decoded where it is packed, float32, flat; the same elements either way.
 
     Reads just those. A packed tensor's parts are affine codes of any kind. Raises CheckpointError.
     """
     numel = torch.Size(entry.shape).numel()
-    runs = runs_of(numel, NUM_RUNS)
+    runs = runs_of(numel, num_runs)
     if isinstance(entry, TensorEntry):
         size = FILE_DTYPES[entry.dtype].itemsize
         return _read(entry, [range(run.start * size, run.stop * size) for run in runs]).float()
