@@ -376,6 +376,13 @@ def _pack_parser() -> "argparse.ArgumentParser":
         help="data file for --target_bpw, as `dataset` takes it: a tensor's error counts by its gradients there",
     )
     parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave tensors of such names as they are: '*.o_proj.weight'; may be given several times. Routers always are",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="say what packing costs: errors by block, the loss on a text; pack_check.json keeps it",
@@ -413,6 +420,7 @@ def _pack(words: list[str]) -> object:
             wanted=_wanted(arguments),
             target_bpw=arguments.target_bpw,
             text=arguments.text,
+            keep=tuple(arguments.keep),
             checks=arguments.check,
             check_text=arguments.check_text,
             check_bits=arguments.check_bits,

@@ -31,6 +31,7 @@ class Request:
         target_bpw: bits a weight over the whole model, with widths by tensor; None: one width. text: rows whose
             gradients tell how much the loss depends on a tensor, of any data file that trains; None: tensors count by
             their number of weights.
+        keep: patterns of names of tensors that stay as they are.
         checks: whether to compare the packed model with its source afterwards. check_text: rows for it, of any data
             file that trains; None: the quickstart's held-out text. check_bits: of nested codes, those that are read;
             None: all.
@@ -41,6 +42,7 @@ class Request:
     wanted: Wanted | None = None
     target_bpw: float | None = None
     text: str | None = None
+    keep: tuple[str, ...] = ()
     checks: bool = False
     check_text: str | None = None
     check_bits: str | None = None
@@ -49,7 +51,7 @@ class Request:
 def run_pack(request: Request) -> int:
     """Packs, checks, says what came of it. Raises SSDTuneError."""
     is_there = (request.out / "config.json").is_file()
-    is_free = request.wanted is None and request.target_bpw is None
+    is_free = request.wanted is None and request.target_bpw is None and not request.keep
     if not (request.checks and is_there and is_free):
         _pack(request)
     if request.checks:
@@ -82,6 +84,7 @@ def _asked(request: Request, meta: MetaModel) -> dict[str, Any] | None:
         "target_bpw": request.target_bpw,
         "group": group_size,
         "text": request.text,
+        "keep": list(request.keep),
     }
 
 
@@ -92,13 +95,13 @@ def _groups(
     wanted = request.wanted or Wanted()
     if asked is None:
         format = wanted.chosen()
-        return groups_of(meta, format), format.label
+        return groups_of(meta, format, keep=request.keep), format.label
     if wanted.format != AFFINE:
         raise PackError(
             f"--target_bpw mixes widths of affine codes; --format {wanted.format} has one.\nLeave one of them out."
         )
     wanted.chosen()  # refuses a group size that is not possible
-    groups = groups_of(meta, affine(WIDTHS[0], wanted.group_size))
+    groups = groups_of(meta, affine(WIDTHS[0], wanted.group_size), keep=request.keep)
     begun = noted(request.out)
     if begun.get("asked") == asked:
         say(f"going on  {request.out}: in the widths that were chosen when it was begun")

@@ -1,6 +1,7 @@
 """A packed model trains as its decoded twin does in memory, and a damaged one says what is wrong."""
 
 import json
+import math
 import shutil
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from ssdtune.kernels.nibbles import E2M1
 from ssdtune.kernels.quantize import encoder_of, quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.convert import encoded, pack
-from ssdtune.packing.layout import MIN_ELEMENTS, PackError, groups_of, imagined
+from ssdtune.packing.layout import MIN_ELEMENTS, PackError, groups_of, imagined, is_worth_packing
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.sample import lossless_ratio
 from ssdtune.packing.shards import ShardWriter
@@ -196,6 +197,39 @@ def test_what_is_not_worth_packing_is_kept_to_the_bit(source: Path, tmp_path: Pa
     for name in before.tensors.keys() - plain:
         error = (values[1][name].float() - values[0][name].float()).norm()
         assert 0 < error < 0.15 * values[0][name].float().norm(), name
+
+
+def test_routers_stay_as_they_are(tmp_path: Path) -> None:
+    """Of 64 experts, so that they are large enough to be packed; the experts themselves are."""
+    config = tiny_models.CONFIGS["qwen3_moe"]()
+    config.num_experts, config.moe_intermediate_size, config.num_hidden_layers = 64, 64, 1
+    model = tiny_models.auto_class("qwen3_moe").from_config(config, dtype=torch.bfloat16)
+    meta = build_meta(tiny_models.save(model, tmp_path / "source"))
+    router = "model.layers.0.mlp.gate.weight"
+    assert meta.checkpoint.tensors[router].shape == (64, 64)
+    for kind, is_kept in (("4", True), ("nf4", True), ("lossless", False)):
+        made = {n for g in groups_of(meta, FORMATS[kind].chosen()) for n in g.formats}
+        assert (router not in made) == is_kept
+        assert any(".experts." in name for name in made)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "is_packed"),
+    [
+        ("model.layers.0.block_sparse_moe.gate.weight", (8, 4096), False),
+        ("model.layers.0.mlp.router.weight", (128, 2880), False),
+        ("transformer.blocks.0.ffn.router.layer.weight", (16, 6144), False),
+        ("model.layers.0.mlp.shared_expert_gate.weight", (1, 8192), False),
+        ("model.layers.0.mlp.gate_proj.weight", (14336, 4096), True),
+        ("model.layers.0.mlp.gate.weight", (14336, 4096), True),
+        ("model.layers.0.mlp.experts.gate_up_proj", (8, 28672, 4096), True),
+    ],
+)
+def test_a_router_is_known_by_its_name_and_rows(
+    name: str, shape: tuple[int, ...], is_packed: bool
+) -> None:
+    entry = TensorEntry(name, Path("model.safetensors"), "BF16", shape, 0, 2 * math.prod(shape))
+    assert is_worth_packing(entry, FORMATS["4"].chosen()) == is_packed
 
 
 def test_what_lies_beside_weights_is_copied_with_a_config_that_is_true(tmp_path: Path) -> None:
@@ -572,9 +606,26 @@ def test_a_rotated_model_says_so_and_is_read_at_fewer_bits(source: Path, tmp_pat
         assert formats == {Rotated(Affine(bits, (4, 1)))}
 
 
+def test_tensors_are_kept_by_name(source: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["pack", str(source), "--out", str(tmp_path / "packed"), "--keep", "*.layers.0.*"]
+    assert main([*command, "--keep", "lm_?ead.weight"]) == 0
+    before, after = (build_meta(folder).checkpoint for folder in (source, tmp_path / "packed"))
+    usual = {n for g in groups_of(build_meta(source), FORMATS["4"].chosen()) for n in g.formats}
+    kept = {n for n in usual if ".layers.0." in n} | {"lm_head.weight"}
+    made = {n for n, e in after.tensors.items() if isinstance(e, PackedEntry)}
+    assert made == usual - kept
+    values = [decoded(checkpoint, torch.bfloat16) for checkpoint in (before, after)]
+    assert all(values[0][name].equal(values[1][name]) for name in kept)
+    assert main(command) == 2, "another packing"
+    assert "holds a model already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--keep", "*.o_prj.*"], "such as lm_head.weight"),
+        (["--keep", "*"], "leaves nothing to be packed"),
+        (["--target_bpw", "5", "--keep", "x"], "--keep x fits no tensor"),
         (["--bits", "9"], "1 to 8"),
         (["--group", "48"], "32, 64, 128"),
         (["--bits", "8", "--order", "3,5"], "slices of 1, 2, 4 or 8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import Affine
@@ -22,6 +23,10 @@ from ssdtune.visit.placement import place
 PACKED_DTYPES = frozenset({"F32", "BF16", "F16"})
 MIN_ELEMENTS = 4096  # of a tensor worth packing
 MIN_ROW = 32  # elements of its last dimension: convolutions of a few taps stay as they are
+# Names of a mixture's routers, and how many rows they have at most: an error there sends tokens to other experts, and they
+# are less than a thousandth of the weights. A layer's own gate has far more rows, whatever its name.
+ROUTERS = ("*.gate.*", "*.router.*", "*.shared_expert_gate.*")
+MOST_EXPERTS = 1024
 SHARD_BYTES = 4_000_000_000
 
 
@@ -54,8 +59,12 @@ class Group:
         return dataclasses.replace(self, formats=known).num_bytes
 
 
-def groups_of(meta: MetaModel, format: Format) -> list[Group]:
-    """The model's file tensors, a group for each block and one for the rest; those of blocks that are worth it packed."""
+def groups_of(meta: MetaModel, format: Format, *, keep: Sequence[str] = ()) -> list[Group]:
+    """The model's file tensors, a group for each block and one for the rest; those of blocks that are worth it packed.
+
+    keep: patterns (`*`, `?`) of names in the files that stay as they are. Raises PackError where nothing is left to be
+    packed, and for a pattern that keeps nothing.
+    """
     entries = _plain(meta.checkpoint)
     left = dict(entries)
     groups: list[Group] = []
@@ -68,8 +77,32 @@ def groups_of(meta: MetaModel, format: Format) -> list[Group]:
         raise PackError(
             f"{meta.folder} holds no tensor that can be packed as {format.label}: its weights are {kinds}."
         )
+    groups = _without(groups, keep)
     rest = tuple(left.values())
     return [*groups, Group("outside blocks", rest, {})] if rest else groups
+
+
+def _without(groups: Sequence[Group], keep: Sequence[str]) -> list[Group]:
+    """The groups, of which what some pattern fits stays as it is."""
+    names = [name for group in groups for name in group.formats]
+    for pattern in keep:
+        if not any(_fits(name, [pattern]) for name in names):
+            raise PackError(
+                f"--keep {pattern} fits no tensor that would be packed.\n"
+                f"Give names as the files have them, such as {names[-1]}; * stands for anything."
+            )
+    if all(_fits(name, keep) for name in names):
+        raise PackError(f"--keep {' '.join(keep)} leaves nothing to be packed.\nGive fewer names.")
+    return [
+        dataclasses.replace(
+            group, formats={n: f for n, f in group.formats.items() if not _fits(n, keep)}
+        )
+        for group in groups
+    ]
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def tensors_by_block(meta: MetaModel) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -96,13 +129,19 @@ def _plain(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
 
 
 def is_worth_packing(entry: TensorEntry, format: Format) -> bool:
-    """Matrices and stacks of them; not norms, biases and the taps of convolutions."""
+    """Matrices and stacks of them; not norms, biases and the taps of convolutions, nor routers, where bits are lost."""
+    is_lossless = isinstance(format, Lossless)
     return (
-        entry.dtype in ({"BF16"} if isinstance(format, Lossless) else PACKED_DTYPES)
+        entry.dtype in ({"BF16"} if is_lossless else PACKED_DTYPES)
         and len(entry.shape) >= 2
         and entry.shape[-1] >= MIN_ROW
         and math.prod(entry.shape) >= MIN_ELEMENTS
+        and (is_lossless or not _is_router(entry))
     )
+
+
+def _is_router(entry: TensorEntry) -> bool:
+    return min(entry.shape) <= MOST_EXPERTS and _fits(entry.name, ROUTERS)
 
 
 def file_parts(format: Format, shape: tuple[int, ...]) -> list[Part]:
