@@ -90,12 +90,12 @@ def make(llama, stream, tmp_path):
     """A trainer on the streamed model; every call is a new process's: model, adapter, random states."""
     num_processes = 0
 
-    def made(output_dir="run", *, folder=llama, **given):
+    def made(output_dir="run", *, folder=llama, dtype=torch.float32, **given):
         nonlocal num_processes
         num_processes += 1
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(num_processes)  # whatever a new process starts with
-        model = support.with_lora(stream(folder), **LORA)
+        model = support.with_lora(stream(folder, dtype=dtype), **LORA)
         return new_trainer(model, tmp_path / output_dir, **given)
 
     return made
@@ -217,7 +217,7 @@ def test_the_base_is_known_by_its_fingerprint_and_another_is_refused(make, llama
     assert "resume_from_checkpoint: false" in str(caught.value)
 
 
-def test_another_order_of_rows_is_refused(make):
+def test_another_order_of_rows_or_dtype_is_refused(make):
     make(max_steps=2).train()
     changes = [
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size was 2 and is 1"),
@@ -225,6 +225,7 @@ def test_another_order_of_rows_is_refused(make):
         ({"seed": 8}, "seed was 3 and is 8"),
         ({"rows": make_rows(13, seed=1)}, "the training rows are others"),
         ({"rows": make_rows(14)}, "num_rows was 13 and is 14"),
+        ({"dtype": torch.bfloat16}, "dtype was float32 and is bfloat16, float32"),  # of adapters
     ]
     for given, said in changes:
         with pytest.raises(CheckpointError, match=said):

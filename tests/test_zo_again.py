@@ -12,7 +12,8 @@ from test_zeroth_order import Stream
 from transformers import TrainerCallback
 
 from ssdtune.run_files import LOG_NAME
-from ssdtune.trainer import TrainerError
+from ssdtune.trainer import SSDTrainer, TrainerError
+from ssdtune.trainer.checkpoint import CheckpointError
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.visit.base import base_of
 from ssdtune.zeroth_order import LOZO, MeZO, Rule
@@ -184,8 +185,11 @@ def test_a_model_whose_weights_have_moved_is_none_to_begin_with(
     with pytest.raises(MovedError, match="Open the model anew"):
         replayed(streamed, log)
     support.assert_equal(before, weights_of(streamed), "weights")
+    adapted = support.with_lora(streamed)
     with pytest.raises(MovedError, match="Open the model anew"):
-        trainer_of(support.with_lora(streamed), tmp_path / "another", "adapters")
+        trainer_of(adapted, tmp_path / "another", "adapters")
+    with pytest.raises(MovedError, match="Open the model anew"):
+        SSDTrainer(adapted, tiny_runs.arguments(tmp_path / "another"))
     anew = opened(stream, model, trains)
     replayed(anew, log)
     support.assert_equal(before, weights_of(anew), "weights")
@@ -201,5 +205,5 @@ def test_a_log_of_another_dtype_is_refused(
     half = stream(model, dtype=torch.bfloat16)
     with pytest.raises(LogError, match="rounded to float32, and the model's weights are bfloat16"):
         replayed(half, read_log((folder / LOG_NAME).read_bytes(), "log"))
-    with pytest.raises(LogError, match="dtype: 'float32' in the log, 'bfloat16' here"):
+    with pytest.raises(CheckpointError, match="dtype was float32 and is bfloat16"):
         trainer_of(half, tmp_path, "all").train(resume_from_checkpoint=str(folder / "checkpoint-2"))

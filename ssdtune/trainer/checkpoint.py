@@ -57,13 +57,13 @@ class RunIdentity:
     """What must be the same for a resumed run to go on as if it had never stopped.
 
     base: fingerprint of the streamed model's files, None for a model in memory. reading: in how many bits its nested
-    codes are read, None for other weights. rows_digest: of up
-    to 64 rows, None where rows are made on the fly. The rest decides the order of rows and which of
-    them make a step.
+    codes are read, None for other weights. dtype: of the streamed model's weights. rows_digest: of up to 64 rows, None where
+    rows are made on the fly. The rest decides the order of rows and which of them make a step.
     """
 
     base: str | None
     reading: str | None
+    dtype: str | None
     num_rows: int | None
     rows_digest: str | None
     per_device_train_batch_size: int
@@ -73,12 +73,15 @@ class RunIdentity:
     data_seed: int | None
 
     @staticmethod
-    def of(trainer: Trainer, *, base: str | None, reading: str | None) -> RunIdentity:
+    def of(
+        trainer: Trainer, *, base: str | None, reading: str | None, dtype: str | None
+    ) -> RunIdentity:
         """That of a trainer as it is now."""
         args, rows = trainer.args, trainer.train_dataset
         return RunIdentity(
             base=base,
             reading=reading,
+            dtype=dtype,
             num_rows=len(rows) if hasattr(rows, "__len__") else None,  # type: ignore[arg-type]
             rows_digest=rows_digest(rows),
             per_device_train_batch_size=args.per_device_train_batch_size,

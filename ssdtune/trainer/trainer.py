@@ -32,6 +32,8 @@ from ssdtune.trainer.config import SSDConfig
 from ssdtune.trainer.interrupt import Interruption
 from ssdtune.trainer.lookahead import LookAhead
 from ssdtune.trainer.options import OptionsTrainer
+from ssdtune.visit.base import dtype_of
+from ssdtune.zeroth_order.weights import check_unmoved
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -260,8 +262,8 @@ class SSDTrainer(OptionsTrainer):
     def identity(self) -> RunIdentity:
         """What a checkpoint of this run must agree with to be resumed."""
         if self.streamer is None:
-            return RunIdentity.of(self, base=None, reading=None)
-        return RunIdentity.of(self, **weights_of(self.model))
+            return RunIdentity.of(self, base=None, reading=None, dtype=None)
+        return RunIdentity.of(self, **weights_of(self.model), dtype=dtype_of(self.model))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.checkpoints.save(model, trial)
@@ -338,6 +340,8 @@ def _check_streamed(model: Any, args: Any, streamer: Streamer, *, needs_gradient
             raise TrainerError(
                 f"{name} is not supported for a streamed model.\nLeave it out of the arguments."
             )
+    if needs_gradients:
+        check_unmoved(streamer)  # checkpoints name the files' weights
     if needs_gradients and not any(p.requires_grad for p in model.parameters()):
         raise TrainerError(
             "nothing to train: the weights of a streamed model are frozen.\n"

@@ -37,6 +37,7 @@ from ssdtune.trainer.checkpoint import STATE_NAME, base_of
 from ssdtune.trainer.generations import Generation, answers
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.base import base_of as model_of
+from ssdtune.visit.base import dtype_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
 from ssdtune.zeroth_order.log import (
     ADAPTERS,
@@ -52,7 +53,7 @@ from ssdtune.zeroth_order.log import (
     replace_log,
 )
 from ssdtune.zeroth_order.masks import NONE
-from ssdtune.zeroth_order.method import dtype_of, that_train
+from ssdtune.zeroth_order.method import that_train
 from ssdtune.zeroth_order.packed import DECODED, MOVED
 from ssdtune.zeroth_order.rules import ADAM, LOZO_M, MOMENTUM
 

@@ -8,3 +8,9 @@ from typing import Any
 def base_of(model: Any) -> Any:
     """The transformers model inside a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def dtype_of(model: Any) -> str:
+    """Of the streamed model's weights, as logs and checkpoints name it."""
+    dtypes = {p.dtype for p in base_of(model).parameters() if p.is_floating_point()}
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

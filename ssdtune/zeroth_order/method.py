@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ssdtune.schedule.cost import Moves, missed_steps
-from ssdtune.visit.base import base_of
+from ssdtune.visit.base import base_of, dtype_of
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.compatible import Place, check_estimator, check_place
 from ssdtune.zeroth_order.estimators import Estimator
@@ -282,12 +282,6 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
 def that_train(model: Any) -> dict[str, torch.Tensor]:
     """A model's parameters that require a gradient, by name: those of an adapter, where it has one."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def dtype_of(model: Any) -> str:
-    """Of the streamed model's weights, as a log names it."""
-    dtypes = {p.dtype for p in base_of(model).parameters() if p.is_floating_point()}
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def outside_of_blocks(model: Any, streamer: Streamer) -> dict[str, torch.Tensor]:

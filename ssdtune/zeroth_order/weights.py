@@ -319,6 +319,6 @@ def check_unmoved(streamer: Streamer) -> None:
     if isinstance(method, MovingWeights) and method.is_at_work:
         raise MovedError(
             "the model's weights are no longer those of its files: an earlier method, or a replayed log, works on them.\n"
-            "Open the model anew with ssdtune.stream; to begin with the weights as they are now, write them to a folder "
-            "first, and open that."
+            "Open the model anew with ssdtune.stream; to begin with the weights as they are now, "
+            "model.save_pretrained(folder) first, and open that folder."
         )
