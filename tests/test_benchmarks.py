@@ -14,12 +14,14 @@ import torch
 
 from ssdtune.kernels.ggml import KINDS
 from ssdtune.kernels.native import library
+from ssdtune.packing.wanted import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
     contest,
+    encoders,
     inputs,
     machine,
     measures,
@@ -374,3 +376,16 @@ def test_the_benchmark_of_a_device_runs_without_one(tmp_path: Path) -> None:
         assert row["misses"] == 0
         assert row["floor_s"] > 0
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_encoders_are_timed_in_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert encoders.main(["--millions", "1", "--rounds", "1", "--threads", "2"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    told = capsys.readouterr().out.splitlines()
+    rows = json.loads(told[-1])["rows"]
+    assert {"2", "4", "4/8", *FORMATS[1:]} < {row["format"] for row in rows}
+    assert all(row["weights_per_s"]["2"] > 0 for row in rows)
+    assert sum(line.startswith("| ") for line in told) == len(rows) + 2

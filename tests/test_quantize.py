@@ -3,12 +3,17 @@
 import dataclasses
 import itertools
 import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from ssdtune.kernels import quantize
+from ssdtune.kernels import lossless, quantize
 from ssdtune.kernels.affine import GROUPS, ORDERS, TILE, Affine, join_slices, widths, zero_of
+from ssdtune.kernels.apart import in_order
 from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles, Nvfp4, scale_of
 from ssdtune.kernels.quantize import (
     WHOLE_ZERO_BITS,
@@ -441,3 +446,55 @@ def test_nvfp4_refuses_what_is_no_number_and_takes_any_dtype() -> None:
     values[[3, 7]] = math.nan
     with pytest.raises(ValueError, match=r"^2 of 100 values"):
         quantize_nvfp4(values)
+
+
+# ---------------------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many torch computes with, for a test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["2,1", "4", "4,1,1,2", "nf4", "lossless"])
+def test_the_number_of_threads_changes_no_bit(
+    kind: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor how many elements each takes at a time."""
+    values, found = weights().bfloat16(), []
+    for number, chunk in ((1, quantize.CHUNK), (3, 1 << 12), (2, 1 << 13)):
+        threads(number)
+        monkeypatch.setattr(quantize, "CHUNK", chunk)
+        monkeypatch.setattr(lossless, "ENCODED", chunk)
+        if kind == "nf4":
+            made = [*quantize_nibbles(values, NF4, 64).values()]
+        elif kind == "lossless":
+            made = lossless.pack(values, 3)[1]
+        else:
+            made = [*quantize_affine(values, tuple(map(int, kind.split(",")))).values()]
+        found.append(made)
+    for other in found[1:]:
+        assert all(one.equal(two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_pieces_are_taken_by_threads_that_compute_alone(threads: Callable[[int], None]) -> None:
+    threads(3)
+
+    def told(item: int) -> tuple[int, int, str]:
+        time.sleep(0.01 * (item % 3))
+        return item, torch.get_num_threads(), threading.current_thread().name
+
+    done = list(in_order(told, range(12)))
+    assert [item for item, _, _ in done] == list(range(12))
+    assert {number for _, number, _ in done} == {1}
+    assert 1 < len({name for _, _, name in done}) <= 3
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 3
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda item: 1 // item, [1, 0, 1]))
+    threads(1)
+    assert {name for _, _, name in in_order(told, range(3))} == {"MainThread"}

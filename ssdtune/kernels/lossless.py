@@ -19,16 +19,19 @@ Exponents coded apart: DFloat11 (arXiv 2504.11651), ZipNN (2411.05239); at fixed
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.affine import LANES, ORDERS, TILE, join_slices, split_codes
+from ssdtune.kernels.apart import in_order
 from ssdtune.kernels.formats import Part, num_elements
 
 CHUNK = 8 * TILE  # elements whose escapes can be found without those before
-PIECE = 1 << 20  # elements that torch's operators take at a time, a multiple of CHUNK
+PIECE = 1 << 20  # elements that torch's operators decode at a time, a multiple of CHUNK
+ENCODED = 1 << 19  # elements that each thread encodes at a time, another one
 MOST_ESCAPES = 2**31 - 1  # what offsets can count
 NUM_BYTES = {"U8": 1, "I32": 4}  # of an element of a part
 
@@ -121,7 +124,7 @@ def encode(values: torch.Tensor, bits: int = 4) -> tuple[Lossless, list[torch.Te
     """The format and the parts of a tensor, flat, on the CPU; None where they would take as many bytes as the tensor.
 
     values: bfloat16; a copy is made of what is not contiguous. Beside the parts it takes some 40 bytes for each of
-    PIECE elements.
+    ENCODED elements, on each thread.
     """
     counts = _histogram(values)
     format = _format(counts, bits)
@@ -160,18 +163,25 @@ def _pack(values: torch.Tensor, format: Lossless, counts: torch.Tensor) -> list[
     ]
     lower, *slices, kept, escapes, offsets = made
     kept.copy_(dictionary)
-    offsets[0] = num_done = 0
-    for first, low, upper in _pieces(values):
-        lower[first : first + len(low)] = low
+
+    def code(piece: _Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes its lower bytes and its codes; its escapes, and how many each chunk of it has."""
+        low, upper = piece.halves()
+        lower[piece.first : piece.first + len(low)] = low
         codes = code_of.gather(0, upper.long())
-        tile = first // TILE * LANES
+        tile = piece.first // TILE * LANES
         packed = split_codes(codes, ORDERS[format.bits])
         for to, found, width in zip(slices, packed, ORDERS[format.bits], strict=True):
             to[tile * width :][: len(found)] = found
         is_escape = codes == format.escape
-        ends = num_done + _counts(is_escape).cumsum(0)
-        offsets[first // CHUNK + 1 :][: len(ends)] = ends
-        escapes[num_done : int(ends[-1])] = upper[is_escape]
+        return upper[is_escape], _counts(is_escape)
+
+    pieces = _pieces(values)
+    offsets[0] = num_done = 0
+    for piece, (found, counted) in zip(pieces, in_order(code, pieces), strict=True):
+        ends = num_done + counted.cumsum(0)
+        offsets[piece.first // CHUNK + 1 :][: len(ends)] = ends
+        escapes[num_done : int(ends[-1])] = found
         num_done = int(ends[-1])
     return made
 
@@ -180,17 +190,28 @@ def _histogram(values: torch.Tensor) -> torch.Tensor:
     """How often each upper byte is there, int64 [256]."""
     assert values.dtype == torch.bfloat16, values.dtype
     counts = torch.zeros(256, dtype=torch.int64)
-    for _, _, upper in _pieces(values):
-        counts += upper.bincount(minlength=256)
+    for found in in_order(lambda piece: piece.halves()[1].bincount(minlength=256), _pieces(values)):
+        counts += found
     return counts
 
 
-def _pieces(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The number of the first element, lower and upper bytes of PIECE elements, one piece after the other."""
+class _Piece(NamedTuple):
+    """first: number of the first element. values: bfloat16, flat."""
+
+    first: int
+    values: torch.Tensor
+
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper bytes, on the CPU."""
+        both = self.values.cpu().view(torch.uint8).view(-1, 2)
+        return both[:, 0], both[:, 1].contiguous()
+
+
+def _pieces(values: torch.Tensor) -> list[_Piece]:
+    """Of ENCODED elements, one after the other."""
     flat = values.detach().reshape(-1)
-    for first in range(0, flat.numel(), PIECE):
-        both = flat[first : first + PIECE].cpu().view(torch.uint8).view(-1, 2)
-        yield first, both[:, 0], both[:, 1].contiguous()
+    firsts = range(0, flat.numel(), ENCODED)
+    return [_Piece(first, flat[first : first + ENCODED]) for first in firsts]
 
 
 def _counts(is_escape: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import itertools
 
 import torch
 
+from ssdtune.kernels.apart import in_order
 from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.quantize import LARGEST, SMALLEST, refuse_what_is_no_number
 
@@ -44,7 +45,9 @@ def _encode(
     """One matrix, a row of blocks and some columns of it at a time."""
     tall, wide = block
     step = max(1, COLUMNS // wide)  # blocks
-    for row, first in itertools.product(range(scales.shape[0]), range(0, scales.shape[1], step)):
+
+    def encode(place: tuple[int, int]) -> None:
+        row, first = place
         rows = slice(row * tall, (row + 1) * tall)
         columns = slice(first * wide, (first + step) * wide)
         piece = matrix[rows, columns].float()
@@ -58,3 +61,7 @@ def _encode(
         scaled = blocks / torch.where(scale > 0, scale, torch.inf).unsqueeze(1)
         made = scaled.clamp_(-E4M3_LARGEST, E4M3_LARGEST).flatten(1)[:, : piece.shape[1]]
         codes[rows, columns] = made.to(torch.float8_e4m3fn)
+
+    places = [*itertools.product(range(scales.shape[0]), range(0, scales.shape[1], step))]
+    for _ in in_order(encode, places, matrix.device):
+        pass

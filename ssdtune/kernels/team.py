@@ -39,21 +39,36 @@ def run_by_all(function: Callable[..., None], job: ctypes.Structure, num_parts: 
         list(_threads().map(lambda _: function(address), range(num_threads)))
 
 
+def compute_alone() -> bool:
+    """Makes torch's operations on the calling thread take that thread and no other; whether that is so now.
+
+    `torch.set_num_threads` would say so to all threads to come, and change how the math library shares its work."""
+    torch.get_num_threads()  # a thread takes over the usual number when it first looks
+    runtime = _runtime()
+    if runtime is not None:
+        runtime.omp_set_num_threads(ctypes.c_int(1))
+    return torch.get_num_threads() == 1
+
+
 @cache
 def _parallel() -> Any:
-    """`GOMP_parallel(f, data, num_threads, flags)` of the runtime that torch has loaded; None where it is not to be had."""
+    """`GOMP_parallel(f, data, num_threads, flags)` of torch's runtime; None where it is not to be had."""
+    parallel = getattr(_runtime(), "GOMP_parallel", None)
+    if parallel is not None:
+        parallel.restype = None
+    return parallel
+
+
+@cache
+def _runtime() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch has loaded; None where nobody knows which it is."""
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     found = _runtimes()
     own = [path for path in found if "torch" in path.parts]
     if len(found) > 1:
         found = own
-    if len(found) != 1:
-        return None  # none, or nobody knows which is torch's
-    parallel = getattr(ctypes.CDLL(str(found[0])), "GOMP_parallel", None)
-    if parallel is not None:
-        parallel.restype = None
-    return parallel
+    return ctypes.CDLL(str(found[0])) if len(found) == 1 else None
 
 
 def _runtimes() -> list[Path]:

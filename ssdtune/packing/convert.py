@@ -89,8 +89,9 @@ def pack(  # noqa: PLR0913 - the last three have their defaults, and stand alone
     """Writes the packed model to `out`, a new folder or one that the same packing left unfinished.
 
     on_progress: told how many bytes of the source are done. encode: makes the parts; the quantizers here by default.
-    note: what `noted` tells of the folder until it is finished. Memory: two groups, and one as it is written. Raises SSDTuneError, before a byte is written where the disk has no
-    room for all, and where another process packs into the folder.
+    note: what `noted` tells of the folder until it is finished. Memory: two groups, one as it is written, and the
+    encoder's, 32 MB for each thread. Raises SSDTuneError, before a byte is written where the disk has no room for all,
+    and where another process packs into the folder.
     """
     parted = list(shards(groups))
     files = {f"model-{i:05d}-of-{len(parted):05d}.safetensors": s for i, s in enumerate(parted, 1)}
