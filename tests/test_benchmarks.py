@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -389,3 +390,18 @@ def test_encoders_are_timed_in_every_format(capsys: pytest.CaptureFixture[str]) 
     assert {"2", "4", "4/8", *FORMATS[1:]} < {row["format"] for row in rows}
     assert all(row["weights_per_s"]["2"] > 0 for row in rows)
     assert sum(line.startswith("| ") for line in told) == len(rows) + 2
+
+
+def test_the_readme_tells_the_newest_losses_of_widths_by_tensor() -> None:
+    told = re.search(
+        r"loss was ([\d.]+) with a text and ([\d.]+) without \(([\d.]+) with all bits",
+        (ROOT / "README.md").read_text(),
+    )
+    measured = re.search(
+        r"mixed\.py`, with all bits ([\d.]+)\).*?3\.5 by\s+errors of weights ([\d.]+), weighed by gradients \*\*([\d.]+)",
+        (ROOT / "benchmarks" / "README.md").read_text(),
+        re.DOTALL,
+    )
+    assert told is not None
+    assert measured is not None
+    assert [*told.groups()] == [f"{float(loss):.2f}" for loss in reversed(measured.groups())]
