@@ -719,8 +719,8 @@ def test_what_an_earlier_encoder_packed_is_not_taken_for_what_this_one_would(
 
     with monkeypatch.context() as earlier:
         earlier.setattr("ssdtune.packing.convert.encoder_of", lambda format: 1)
-        older, nested = opened("3").folder, opened("3/8").folder
-    assert opened("3/8").folder == nested, "this one's encoder is still the first"
+        older, nested = opened("3").folder, opened("4/8").folder
+    assert opened("4/8").folder == nested, "this one's encoder is still the first"
     opened("8")  # of the nested file's name, but not its format
     capsys.readouterr()
     with pytest.raises(PackError, match="by an earlier version of ssdtune") as caught:
@@ -739,12 +739,14 @@ ENCODERS = {  # the number of each one, and the relative squared error that it l
     "4": (1, 0.00656310),
     "5": (1, 0.00165754),
     "8": (1, 2.757312e-5),
-    "3/8": (1, 2.959478e-5),
+    "4/8": (1, 2.757312e-5),
+    "3/8": (2, 3.398502e-5),
     "rotated": (1, 0.0278032),
     "nf4": (1, 0.00729559),
     "mxfp4": (1, 0.0125129),
     "nvfp4": (1, 0.00677754),
     "fp4-ue5m3": (1, 0.00675729),
+    "fp8": (1, 6.821485e-4),
 }
 
 
