@@ -21,6 +21,7 @@ from ssdtune.kernels.quantize import (
     quantize_nibbles,
     quantize_nvfp4,
 )
+from ssdtune.kernels.quantize_fp8 import quantize_fp8
 
 NESTED = [ORDERS[bits] for bits in (3, 5, 6, 7, 8)] + [(2, 1, 1, 2, 2)]
 SINGLE = [(1,), (2,), (4,), (8,)]
@@ -459,7 +460,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["2,1", "4", "4,1,1,2", "nf4", "lossless"])
+@pytest.mark.parametrize("kind", ["2,1", "4", "4,1,1,2", "nf4", "fp8", "lossless"])
 def test_the_number_of_threads_changes_no_bit(
     kind: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +472,8 @@ def test_the_number_of_threads_changes_no_bit(
         monkeypatch.setattr(lossless, "ENCODED", chunk)
         if kind == "nf4":
             made = [*quantize_nibbles(values, NF4, 64).values()]
+        elif kind == "fp8":
+            made = [part.float() for part in quantize_fp8(values, (32, 32)).values()]
         elif kind == "lossless":
             made = lossless.pack(values, 3)[1]
         else:
