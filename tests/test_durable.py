@@ -348,7 +348,7 @@ def test_a_second_process_on_one_folder_is_refused_and_told_who_holds_it(tmp_pat
         refusal = answers.get(timeout=20)
         second.join(20)
     assert f"pid {os.getpid()}" in refusal
-    assert "output_dir" in refusal
+    assert "choose another folder" in refusal
     _try_lock(tmp_path, answers)
     assert answers.get(timeout=20) == "locked"
 
