@@ -18,6 +18,7 @@ import torch
 from ssdtune.kernels.team import compute_alone
 
 MOST_THREADS = 16  # each has temporaries of its own
+START_S = 60.0
 CPU = torch.device("cpu")
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -43,7 +44,7 @@ def _threads(number: int) -> ThreadPoolExecutor | None:
     all_there = threading.Barrier(number)
 
     def begin() -> bool:
-        all_there.wait()  # none takes another one's turn
+        all_there.wait(START_S)  # none takes another one's turn
         return compute_alone()
 
     begun = [threads.submit(begin) for _ in range(number)]
