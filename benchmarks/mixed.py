@@ -25,7 +25,8 @@ from ssdtune.cache import cache_folder
 from ssdtune.fidelity.fisher import fisher
 from ssdtune.fidelity.text import load_text
 from ssdtune.kernels.affine import Affine
-from ssdtune.kernels.quantize import decoded, quantize_affine
+from ssdtune.kernels.quantize import decoded
+from ssdtune.kernels.quantize_affine import quantize_affine
 from ssdtune.packing.errors import Sampled, affine, sampled_errors
 from ssdtune.packing.layout import Group, groups_of
 from ssdtune.packing.mixed import shares, weights_of, within

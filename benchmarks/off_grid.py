@@ -29,7 +29,8 @@ import torch  # noqa: E402
 from ssdtune.assets import built_beside, prepare_model, prepare_text  # noqa: E402
 from ssdtune.cache import cache_folder  # noqa: E402
 from ssdtune.kernels.affine import Affine  # noqa: E402
-from ssdtune.kernels.quantize import decoded, quantize_affine  # noqa: E402
+from ssdtune.kernels.quantize import decoded  # noqa: E402
+from ssdtune.kernels.quantize_affine import quantize_affine  # noqa: E402
 
 NAME = "smollm2-135m-off-grid"
 LENGTH = 128  # tokens a step

@@ -16,7 +16,9 @@ from ssdtune.kernels.affine import ORDERS, Affine, widths
 from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, Nibbles
+from ssdtune.kernels.quantize_affine import quantize_affine
 from ssdtune.kernels.quantize_fp8 import quantize_fp8
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.swap.pack_header import OWN_FP8
 
@@ -67,7 +69,7 @@ def _affine(order: tuple[int, ...], group: int, *, is_rotated: bool = False) -> 
     formats: list[Format] = [Rotated(format) if is_rotated else format for format in plain]
 
     def decoded(weight: torch.Tensor) -> list[torch.Tensor]:
-        made = quantize.quantize_affine(weight, order, group, is_rotated=is_rotated)
+        made = quantize_affine(weight, order, group, is_rotated=is_rotated)
         return [quantize.decoded(format, made, tuple(weight.shape)) for format in formats]
 
     readings = tuple((format.bits, format.bits + 24 / group) for format in plain)
@@ -91,7 +93,7 @@ def _table(name: str, format: Nibbles) -> Contestant:
     bits = 4 + 8 * SCALE_DTYPES[format.scale].itemsize / format.block
 
     def decoded(weight: torch.Tensor) -> list[torch.Tensor]:
-        made = quantize.quantize_nibbles(weight, format.table, format.block, format.scale)
+        made = quantize_nibbles(weight, format.table, format.block, format.scale)
         return [quantize.decoded(format, made, tuple(weight.shape))]
 
     return Contestant(f"{name}, blocks of {format.block}", format.block, ((4, bits),), decoded)

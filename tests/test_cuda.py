@@ -27,7 +27,7 @@ from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import E2M1, NF4, SCALE_DTYPES, NestedNibbles, Nibbles, Nvfp4
 from ssdtune.kernels.noise import GAUSSIAN, KINDS, Direction, add_directions
-from ssdtune.kernels.quantize import quantize_affine
+from ssdtune.kernels.quantize_affine import quantize_affine
 from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.transfer import format_of, pack

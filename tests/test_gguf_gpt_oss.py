@@ -18,7 +18,7 @@ from ssdtune.kernels import ggml_moved
 from ssdtune.kernels.ggml import Ggml
 from ssdtune.kernels.ggml_moved import TurnedExperts
 from ssdtune.kernels.nibbles import E2M1
-from ssdtune.kernels.quantize import quantize_nibbles
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.kernels.unpack import unpack
 from ssdtune.swap.gguf import open_gguf
 from ssdtune.swap.header import CheckpointError

@@ -21,7 +21,8 @@ from ssdtune.kernels.native import Library, library
 from ssdtune.kernels.nibbles import NF4, Nibbles
 from ssdtune.kernels.noise import KINDS as KINDS_OF_NOISE
 from ssdtune.kernels.noise import Direction, add_directions
-from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles
+from ssdtune.kernels.quantize_affine import quantize_affine
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.kernels.requantize import requantize
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.unpack import unpack

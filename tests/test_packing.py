@@ -24,7 +24,8 @@ from ssdtune.kernels import quantize
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import E2M1
-from ssdtune.kernels.quantize import encoder_of, quantize_nibbles
+from ssdtune.kernels.quantize_affine import encoder_of
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.packing.convert import encoded, pack
 from ssdtune.packing.layout import MIN_ELEMENTS, PackError, groups_of, imagined, is_worth_packing

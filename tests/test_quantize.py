@@ -12,16 +12,14 @@ import pytest
 import torch
 
 from ssdtune.kernels import lossless, quantize
+from ssdtune.kernels import quantize_affine as affine_encoder
+from ssdtune.kernels import quantize_nibbles as table_encoder
 from ssdtune.kernels.affine import GROUPS, ORDERS, TILE, Affine, join_slices, widths, zero_of
 from ssdtune.kernels.apart import in_order
 from ssdtune.kernels.nibbles import E2M1, NF4, Nibbles, Nvfp4, scale_of
-from ssdtune.kernels.quantize import (
-    WHOLE_ZERO_BITS,
-    quantize_affine,
-    quantize_nibbles,
-    quantize_nvfp4,
-)
+from ssdtune.kernels.quantize_affine import WHOLE_ZERO_BITS, quantize_affine
 from ssdtune.kernels.quantize_fp8 import quantize_fp8
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles, quantize_nvfp4
 
 NESTED = [ORDERS[bits] for bits in (3, 5, 6, 7, 8)] + [(2, 1, 1, 2, 2)]
 SINGLE = [(1,), (2,), (4,), (8,)]
@@ -206,7 +204,8 @@ def test_parts_of_a_tensor_make_the_whole(
 ) -> None:
     values = weights(40).view(-1)[: 2 * TILE + 77]
     affine_whole, nibble_whole = quantize_affine(values, order), nibbles(values, TABLES[0])
-    monkeypatch.setattr(quantize, "CHUNK", TILE)
+    for module in (affine_encoder, table_encoder):
+        monkeypatch.setattr(module, "CHUNK", TILE)
     again = quantize_affine(values, order)
     assert again.keys() == affine_whole.keys()
     assert all(torch.equal(again[suffix], affine_whole[suffix]) for suffix in again)
@@ -346,13 +345,13 @@ def test_ue5m3_scales_are_the_nearest_ones() -> None:
     """Every code comes back; halfway between two lies the even one; what is larger is the largest."""
     codes = torch.arange(255, dtype=torch.uint8)
     values = scale_of(codes, "UE5M3")
-    assert torch.equal(quantize._stored(values, "UE5M3"), codes)
+    assert torch.equal(table_encoder._stored(values, "UE5M3"), codes)
     halfway = (values[1:] + values[:-1]) / 2
     even = codes[:-1] + codes[:-1] % 2
-    assert torch.equal(quantize._stored(halfway, "UE5M3"), even)
-    assert torch.equal(quantize._stored(halfway.nextafter(values[1:]), "UE5M3"), codes[1:])
-    assert torch.equal(quantize._stored(halfway.nextafter(values[:-1]), "UE5M3"), codes[:-1])
-    assert quantize._stored(torch.tensor([1e6, 3e38]), "UE5M3").eq(254).all()
+    assert torch.equal(table_encoder._stored(halfway, "UE5M3"), even)
+    assert torch.equal(table_encoder._stored(halfway.nextafter(values[1:]), "UE5M3"), codes[1:])
+    assert torch.equal(table_encoder._stored(halfway.nextafter(values[:-1]), "UE5M3"), codes[:-1])
+    assert table_encoder._stored(torch.tensor([1e6, 3e38]), "UE5M3").eq(254).all()
 
 
 @pytest.mark.parametrize("largest", [1.0, 1.5, 6.0, 7.99, 8.0, 0.1, 1e-30, 1e30, 1e-39])
@@ -468,7 +467,8 @@ def test_the_number_of_threads_changes_no_bit(
     values, found = weights().bfloat16(), []
     for number, chunk in ((1, quantize.CHUNK), (3, 1 << 12), (2, 1 << 13)):
         threads(number)
-        monkeypatch.setattr(quantize, "CHUNK", chunk)
+        for module in (quantize, affine_encoder, table_encoder):
+            monkeypatch.setattr(module, "CHUNK", chunk)
         monkeypatch.setattr(lossless, "ENCODED", chunk)
         if kind == "nf4":
             made = [*quantize_nibbles(values, NF4, 64).values()]

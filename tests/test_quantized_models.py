@@ -18,7 +18,7 @@ from test_packing import unpacked_twin, write_aligned
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.nibbles import E2M1, NF4
-from ssdtune.kernels.quantize import quantize_nibbles
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.packing.once import build_planned
 from ssdtune.packing.wanted import Wanted

@@ -9,7 +9,7 @@ from test_unpack import DTYPES, STRETCH, SUFFIXES, differing, packed
 from ssdtune.kernels import decoding
 from ssdtune.kernels.affine import GROUPS, ORDERS, TILE, Affine
 from ssdtune.kernels.formats import Format
-from ssdtune.kernels.quantize import WHOLE_ZERO_BITS, quantize_affine
+from ssdtune.kernels.quantize_affine import WHOLE_ZERO_BITS, quantize_affine
 from ssdtune.kernels.rotated import Rotated, rotated
 from ssdtune.kernels.unpack import unpack
 

@@ -21,7 +21,8 @@ from ssdtune.kernels.affine import (
 )
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.nibbles import BNB_FP4, E2M1, NF4, SCALE_DTYPES, Nibbles, Nvfp4
-from ssdtune.kernels.quantize import quantize_affine, quantize_nibbles, quantize_nvfp4
+from ssdtune.kernels.quantize_affine import quantize_affine
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles, quantize_nvfp4
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.kernels.unpack import unpack
 

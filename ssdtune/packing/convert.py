@@ -30,13 +30,9 @@ from ssdtune.kernels.float8 import ScaledBytes
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles, Nvfp4
-from ssdtune.kernels.quantize import (
-    encoder_of,
-    quantize_affine,
-    quantize_nibbles,
-    quantize_nvfp4,
-)
+from ssdtune.kernels.quantize_affine import encoder_of, quantize_affine
 from ssdtune.kernels.quantize_fp8 import quantize_fp8
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles, quantize_nvfp4
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.memory import nearest_folder
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages

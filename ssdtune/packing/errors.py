@@ -9,7 +9,9 @@ import torch
 
 from ssdtune.kernels.affine import ORDERS, Affine
 from ssdtune.kernels.nibbles import Nibbles
-from ssdtune.kernels.quantize import decoded, quantize_affine, quantize_nibbles
+from ssdtune.kernels.quantize import decoded
+from ssdtune.kernels.quantize_affine import quantize_affine
+from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.packing.layout import Group, PackError
 from ssdtune.packing.sample import sample_of
 from ssdtune.packing.squares import Squares
