@@ -20,7 +20,7 @@ from ssdtune.schedule.job import Job, job_from
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
-    from ssdtune.opened import Opened
+    from ssdtune.opened.source import Opened
 
 FORMAT = 17  # of jobs in the cache; one more when their making changes
 KEPT_JOBS = 200
@@ -108,7 +108,8 @@ class Jobs:
                 return _as_it_is_now(job_from(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, KeyError, TypeError):
                 path.unlink(missing_ok=True)  # cut short, or another version's: made anew
-        from ssdtune.opened import job_from_opened, open_source
+        from ssdtune.opened.job import job_from_opened
+        from ssdtune.opened.source import open_source
 
         if self._opened is None:
             self._opened = open_source(source)

@@ -16,12 +16,12 @@ from support import Pair, assert_same_training, digests, num_misses, with_lora
 from test_pack_bits import a_job_with_readings, chosen_at, profile_at
 from test_packing import batches, decoded, packed, unpacked_twin
 
-from ssdtune import opened
 from ssdtune.cli import main
 from ssdtune.config import ConfigError, load_config
 from ssdtune.fidelity.record import checks_of
 from ssdtune.generate import GenerateError, generate_from_run
 from ssdtune.kernels.affine import Affine
+from ssdtune.opened import source as opened
 from ssdtune.packing.by_block import Block, best_widths, error_of, mean_bits, packed_file
 from ssdtune.packing.layout import PackError
 from ssdtune.packing.once import build_packed, build_planned, listed

@@ -21,11 +21,12 @@ import tiny_runs
 import torch
 from transformers import AutoTokenizer  # noqa: F401  (a tokenizer's own imports are slow; once)
 
-from ssdtune import cli, opened, planning
+from ssdtune import cli, planning
 from ssdtune.config import load_config
 from ssdtune.data import load_dataset_rows, tokenize_rows
 from ssdtune.jobs import Source, _key, job_of
 from ssdtune.machines import machine_from, own_machine
+from ssdtune.opened import rows as opened_rows
 from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.packing.wanted import Wanted
 from ssdtune.planning.lossless import Saving, saving
@@ -422,8 +423,8 @@ def test_a_large_data_set_is_estimated_from_its_first_rows_and_marked(
     two_sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From 2,000 of each data set, here 20; each counts by all of its rows."""
-    assert opened.SAMPLE_ROWS == 2000
-    monkeypatch.setattr(opened, "SAMPLE_ROWS", 20)
+    assert opened_rows.SAMPLE_ROWS == 2000
+    monkeypatch.setattr(opened_rows, "SAMPLE_ROWS", 20)
     config = load_config(two_sets, []).config
     tokenizer = load_tokenizer(config)
     entries = [load_dataset_rows(entry) for entry in config.dataset]
