@@ -20,11 +20,13 @@ from support import (
 )
 from test_exact import BF16, BF16_AT_ONCE, EXACT, Stream, batches
 
-from ssdtune.schedule.plan import BlockShape, Budgets, Direction, PlanError, Tier, validate
+from ssdtune.schedule.plan import BlockShape, Budgets, Direction, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.saved_plan import plan_from
 from ssdtune.schedule.search import search
 from ssdtune.schedule.shares import search_shares
 from ssdtune.schedule.simulate import Simulation, simulate
+from ssdtune.schedule.validate import validate
 from ssdtune.swap.recipe import view_of
 from ssdtune.visit.activations import Activations, saving
 from ssdtune.visit.rehearsal import rehearse
@@ -255,7 +257,7 @@ def test_a_plan_keeps_what_the_budget_holds() -> None:
     assert plan.activation_bytes == 30
     assert not any(v.keeps for v in plan.sequences["forward"].visits)
     assert not make_plan(request(0)).kept_blocks
-    assert type(plan).from_json(plan.to_json()) == plan
+    assert plan_from(plan.to_json()) == plan
 
 
 def test_where_bytes_are_not_known_all_may_and_the_budget_decides() -> None:

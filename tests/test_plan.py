@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.schedule.ops import make_ops
 from ssdtune.schedule.plan import (
     BlockShape,
     Budgets,
@@ -20,11 +21,11 @@ from ssdtune.schedule.plan import (
     StepPlan,
     Tier,
     Visit,
-    make_ops,
     reuse_distances,
-    validate,
 )
 from ssdtune.schedule.planner import Request, make_plan, plain_orders, smallest_budgets
+from ssdtune.schedule.saved_plan import plan_from
+from ssdtune.schedule.validate import validate
 
 F, B = Direction.FORWARD, Direction.BACKWARD
 
@@ -379,7 +380,7 @@ def test_ops_for_buffers_elsewhere_contradict_the_plan() -> None:
 @pytest.mark.parametrize("make", [small_plan, device_plan, direct_plan])
 def test_json_gives_back_an_equal_plan(make: Callable[[], Plan]) -> None:
     plan = make()
-    again = Plan.from_json(plan.to_json())
+    again = plan_from(plan.to_json())
     assert again == plan
     assert again.to_json() == plan.to_json()
     op = again.sequences["train"].ops[0]
@@ -403,9 +404,9 @@ def test_what_is_no_plan_is_refused() -> None:
         json.dumps({**raw, "sequences": {"train": {"visits": [1], "ops": []}}}),
     ):
         with pytest.raises(PlanError, match="no plan"):
-            Plan.from_json(text)
+            plan_from(text)
     with pytest.raises(PlanError, match="do not fit slot"):
-        Plan.from_json(json.dumps({**raw, "slots": [1, 1]}))
+        plan_from(json.dumps({**raw, "slots": [1, 1]}))
 
 
 def test_a_plan_reads_as_text() -> None:

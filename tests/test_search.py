@@ -21,7 +21,6 @@ from ssdtune.schedule.plan import (
     PlanError,
     StepPlan,
     Tier,
-    validate,
 )
 from ssdtune.schedule.planner import (
     Choice,
@@ -36,6 +35,7 @@ from ssdtune.schedule.planner import (
 )
 from ssdtune.schedule.search import Effort, search
 from ssdtune.schedule.simulate import Simulation, simulate
+from ssdtune.schedule.validate import validate
 
 MB = 10**6
 WITHIN = 1.01

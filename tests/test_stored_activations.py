@@ -22,7 +22,6 @@ from ssdtune.schedule.plan import (
     PlanError,
     StepPlan,
     Tier,
-    validate,
 )
 from ssdtune.schedule.planner import (
     Choice,
@@ -35,9 +34,11 @@ from ssdtune.schedule.planner import (
     room_for,
 )
 from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.saved_plan import plan_from
 from ssdtune.schedule.search import WORTH_WRITING, search
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_activations, with_stored_inputs, written_bytes
+from ssdtune.schedule.validate import validate
 
 MB = 10**6
 NUM = 6  # an embedding and layers
@@ -110,7 +111,7 @@ def test_a_plan_stores_what_the_budget_holds_and_comes_back_from_json() -> None:
     assert 0 not in plan.stored_blocks, "nothing goes back through an embedding"
     assert plan.nvme_activation_bytes == 30 * MB
     assert not any(v.keeps for v in plan.sequences["forward"].visits)
-    assert Plan.from_json(plan.to_json()) == plan
+    assert plan_from(plan.to_json()) == plan
     assert any("wait on NVMe for backward (30.0 MB), within 35.0 MB" in x for x in plan.lines())
 
 

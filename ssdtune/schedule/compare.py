@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ssdtune.schedule.plan import BLOCK_KINDS, Direction, Kind, Lane, Op, Plan, op_from
+from ssdtune.schedule.plan import BLOCK_KINDS, Direction, Kind, Lane, Op, Plan
+from ssdtune.schedule.saved_plan import op_from, plan_from
 from ssdtune.schedule.simulate import SimulatedOp, Simulation
 from ssdtune.schedule.stored import ACTIVATIONS_ON_NVME, INPUTS_ON_NVME
 from ssdtune.schedule.trace import UNPLANNED, TraceOp, covered_s
@@ -96,7 +97,7 @@ class Prediction:
     def from_json(text: str) -> Prediction:
         """Reads what `to_json` wrote. Raises PlanError, ValueError, KeyError or TypeError for anything else."""
         raw: dict[str, Any] = json.loads(text)
-        plan = Plan.from_json(json.dumps(raw["plan"]))
+        plan = plan_from(json.dumps(raw["plan"]))
         spans = tuple(map(_span_from, raw["spans"]))
         kind = str(raw.get("kind", "train"))
         if len(spans) != len(plan.sequences[kind].ops):

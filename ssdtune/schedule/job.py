@@ -13,7 +13,8 @@ from typing import Any
 
 from ssdtune.schedule.cost import Moves, Operator, StepWork, Work, missed_steps
 from ssdtune.schedule.memory import Fixed, Footprint
-from ssdtune.schedule.plan import BlockShape, Direction, blocks_from
+from ssdtune.schedule.plan import BlockShape, Direction
+from ssdtune.schedule.saved_plan import blocks_from
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
+from ssdtune.schedule.ops import make_ops, passes_buffer
 from ssdtune.schedule.plan import (
     BlockShape,
     Budgets,
@@ -22,11 +23,9 @@ from ssdtune.schedule.plan import (
     StepPlan,
     Tier,
     Visit,
-    make_ops,
-    passes_buffer,
     staging_bytes,
-    validate,
 )
+from ssdtune.schedule.validate import validate
 from ssdtune.sizes import format_size
 
 SAME_CLASS = 0.8  # sizes within this ratio share slots: less is lost than a class of its own costs

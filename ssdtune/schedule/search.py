@@ -26,15 +26,7 @@ from ssdtune.schedule.arrange import (
     storing,
 )
 from ssdtune.schedule.counts import BlockKind, Counts, best_counts
-from ssdtune.schedule.plan import (
-    BLOCK_KINDS,
-    Direction,
-    Lane,
-    Plan,
-    PlanError,
-    StepPlan,
-    validate,
-)
+from ssdtune.schedule.plan import BLOCK_KINDS, Direction, Lane, Plan, PlanError, StepPlan
 from ssdtune.schedule.planner import (
     Choice,
     Layout,
@@ -48,6 +40,7 @@ from ssdtune.schedule.planner import (
 )
 from ssdtune.schedule.simulate import Simulation, step_seconds
 from ssdtune.schedule.stored import written_bytes
+from ssdtune.schedule.validate import validate
 from ssdtune.sizes import format_size
 
 NUM_POLISHED = 3  # of the best candidates

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.schedule.plan import Direction, Kind, Lane, copy_of
+from ssdtune.schedule.ops import copy_of
+from ssdtune.schedule.plan import Direction, Kind, Lane
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
 from ssdtune.swap.device_clock import DeviceClock
 from ssdtune.swap.gds import GdsPool

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ssdtune.schedule.plan import Direction, Plan, validate
+from ssdtune.schedule.plan import Direction, Plan
 from ssdtune.schedule.planner import Layout, Request, make_plan, plan_of
+from ssdtune.schedule.validate import validate
 
 if TYPE_CHECKING:
     from ssdtune.visit.streamer import Streamer
