@@ -26,7 +26,8 @@ class Offload:
 
     path: Path | None = key(  # noqa: RUF009 - key() makes a dataclass field
         Or("auto", Text("a folder on a fast drive", is_folder=True)),
-        "folder for what ssdtune itself writes (block inputs and activations on NVMe); auto: in output_dir",
+        "folder for what ssdtune itself writes: block inputs and activations on NVMe, working copies, packed models; auto: "
+        "in output_dir, packed models in the cache",
         default=None,
         example="/nvme/ssdtune",
     )
