@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,7 @@ def shares(model: Any, batches: Batches) -> list[Callable[[], torch.Tensor]]:
 
 
 def stepper(model: Any, contender: Contender, seed: int) -> Callable[[Batches, float], float]:
-    """Takes a step on micro-batches at a rate, returns its loss."""
+    """Takes a step on micro-batches at a rate, returns its loss: infinite for one that float32 does not hold."""
     if contender.estimator is None:
         return _by_gradients(model)
     method = ZerothOrder(
@@ -112,7 +113,8 @@ def stepper(model: Any, contender: Contender, seed: int) -> Callable[[Batches, f
     )
 
     def by_losses(batches: Batches, rate: float) -> float:
-        return method.step(shares(model, batches), learning_rate=rate).loss
+        step = method.step(shares(model, batches), learning_rate=rate)
+        return math.inf if step.update is None else step.loss
 
     return by_losses
 

@@ -148,7 +148,7 @@ def test_each_run_takes_as_many_steps_as_its_forwards_hold(path: Path) -> None:
 
 
 def test_the_rate_of_the_grid_with_the_lowest_loss_is_taken(folder: Path, tmp_path: Path) -> None:
-    """One with which all weights become infinite is never it."""
+    """One whose steps are too large for float32 is never it."""
     path = tmp_path / "rows.jsonl"
     grid = ("--grid", "1e45", "1", "1e3")
     assert sst2.main(flags(folder, path, *grid, "--contenders", "mezo", "--seeds", "1")) == 0
