@@ -67,6 +67,29 @@ def stream(
         SSDTuneError: a file, key, budget or argument is wrong, or the architecture can't be
             streamed; the message says which and what to do.
     """
+    chosen = Offload.of(offload)
+    return streamed(
+        model_name_or_path,
+        chosen,
+        scratch=chosen.path,
+        micro_batch_size=micro_batch_size,
+        dtype=dtype,
+        quantization=quantization,
+        **from_pretrained_kwargs,
+    )
+
+
+def streamed(
+    model_name_or_path: str | os.PathLike[str],
+    offload: Offload,
+    *,
+    scratch: Path | None,
+    micro_batch_size: int | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantization: str | int = "none",
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """`stream`, where what a run writes for itself, `scratch`, may lie elsewhere than packed models do."""
     from ssdtune.cache import cache_folder
     from ssdtune.packing.once import build_packed
     from ssdtune.visit.assemble import assemble
@@ -74,18 +97,17 @@ def stream(
     from ssdtune.visit.libraries import bound_caches
 
     bound_caches()
-    chosen = Offload.of(offload)
-    _check_is_no_runs(chosen)
-    micro_batch_size = _rows_at_once(chosen, micro_batch_size)
+    _check_is_no_runs(offload)
+    micro_batch_size = _rows_at_once(offload, micro_batch_size)
     meta = build_packed(
         model_name_or_path,
         quantization=str(quantization),
-        beside=chosen.path,
-        choose_storage=partial(choose, chosen.storage),
+        beside=offload.path,
+        choose_storage=partial(choose, offload.storage),
         dtype=dtype,
         **from_pretrained_kwargs,
     )
-    options = _options(meta, chosen, micro_batch_size)
+    options = _options(meta, dataclasses.replace(offload, path=scratch), micro_batch_size)
     model_class = type(meta.model)  # assemble() puts a class of its own over it
     model = assemble(
         meta, options
@@ -94,7 +116,7 @@ def stream(
         ensure_checked(
             model_class,
             meta.config,
-            allow_unchecked=chosen.allow_unchecked,
+            allow_unchecked=offload.allow_unchecked,
             findings=cache_folder() / "checked",
             say=_say,
         )

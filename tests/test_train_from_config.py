@@ -29,6 +29,7 @@ from ssdtune.config import load_config
 from ssdtune.data import CausalCollator, DataError, load_dataset_rows, tokenize_rows
 from ssdtune.durable import DurableError, lock_folder
 from ssdtune.generate import GenerateError, generate_from_run
+from ssdtune.packing import once
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.report import duration
 from ssdtune.run_files import PLAN_NAME
@@ -339,6 +340,22 @@ def test_the_same_command_again_goes_on_to_the_same_bits(load, finished, interru
         row["step"] for row in lines_of(result.output_dir / "metrics.jsonl") if "loss" in row
     ]
     assert numbers == [1, 2, 3, 4, 5]
+
+
+def test_block_inputs_lie_in_output_dir_and_packed_models_in_the_cache(load, monkeypatch):
+    """Where offload.path names no folder for both."""
+    folders, build = [], once.build_packed
+
+    def build_packed(*args, beside, **more):
+        folders.append(beside)
+        return build(*args, beside=beside, **more)
+
+    monkeypatch.setattr(once, "build_packed", build_packed)
+    loaded = load("inputs", "--offload.block_inputs", "nvme")
+    model = opening.open_model(loaded.config)
+    model.ssdtune.close()
+    assert folders == [None], "as `ssdtune plan` has it: the cache"
+    assert model.ssdtune.input_store.file.folder == loaded.config.output_dir
 
 
 @pytest.mark.slow  # three runs

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,16 +68,15 @@ def trains_all(config: TrainConfig) -> bool:
 
 def open_model(config: TrainConfig) -> Any:
     """`ssdtune.stream` with a configuration's keys; no adapter. Raises SSDTuneError."""
-    from ssdtune.api import stream, stream_arguments
+    from ssdtune.api import stream_arguments, streamed
 
-    return stream(config.model_name_or_path, **stream_arguments(_with_folder(config)))
+    arguments = stream_arguments(config)
+    offload = arguments.pop("offload")
+    return streamed(config.model_name_or_path, offload, scratch=_scratch(config), **arguments)
 
 
-def _with_folder(config: TrainConfig) -> TrainConfig:
-    """Block inputs and activations on NVMe lie in output_dir where no folder was given."""
+def _scratch(config: TrainConfig) -> Path | None:
+    """Where block inputs and activations on NVMe lie: in output_dir where no folder was given."""
     offload = config.offload
     is_used = offload.block_inputs == "nvme" or offload.nvme_activations
-    if not is_used or offload.path is not None:
-        return config
-    offload = dataclasses.replace(offload, path=config.output_dir)
-    return dataclasses.replace(config, offload=offload)
+    return config.output_dir if is_used and offload.path is None else offload.path
