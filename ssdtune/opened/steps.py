@@ -77,7 +77,7 @@ def steps_of(source: Source, drafted: Draft, adapter: list[Any], outside_bytes: 
     inside = [[p for p in group if id(p) in held] for group in every]
     moved = [list({id(p): p for p in group}.values()) for group in (every if is_of_all else inside)]
     return Steps(
-        words=f"{config.zo_estimator.upper()} over {places.get(config.zo_trains, words)}",
+        words=f"{type(estimator).__name__} over {places.get(config.zo_trains, words)}",
         kind="forward",
         variants=len(shifts),
         fold_steps=_fold_steps(config),
