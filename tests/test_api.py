@@ -298,10 +298,11 @@ def test_the_plan_is_made_of_the_keywords_that_training_uses(
     from ssdtune.trainer.opening import open_model
 
     seen: list[Any] = []
-    monkeypatch.setattr(api, "stream", lambda *args, **kwargs: seen.append((args, kwargs)))
+    monkeypatch.setattr(api, "streamed", lambda *args, **kwargs: seen.append((args, kwargs)))
     flags = ("--attn_implementation", "eager", "--per_device_train_batch_size", "3")
     config = loaded(folder, tmp_path, *flags).config
     open_model(config)
     ((args, kwargs),) = seen
-    assert args == (config.model_name_or_path,)
-    assert kwargs == api.stream_arguments(config)
+    wanted = api.stream_arguments(config)
+    assert args == (config.model_name_or_path, wanted.pop("offload"))
+    assert kwargs == {**wanted, "scratch": config.offload.path}

@@ -40,7 +40,7 @@ def in_order(
 @cache
 def _threads(number: int) -> ThreadPoolExecutor | None:
     """So many, each of which computes by itself; None where that can't be had."""
-    threads = ThreadPoolExecutor(number, thread_name_prefix="ssdtune-apart")
+    threads = ThreadPoolExecutor(number, thread_name_prefix="apart")
     all_there = threading.Barrier(number)
 
     def begin() -> bool:
