@@ -676,18 +676,23 @@ def test_a_flag_may_say_what_a_format_is() -> None:
     assert Wanted("nf4", group=128).chosen() != Wanted("nf4").chosen()
 
 
+def packed_beside(model: Path, quantization: str, folder: Path) -> Any:
+    """As `ssdtune.stream(quantization=...)` and the key of a configuration do it."""
+    return build_packed(
+        model,
+        quantization=quantization,
+        beside=folder,
+        choose_storage=lambda files: choose_storage(files[0]).storage,
+    )
+
+
 def test_the_key_packs_once_and_reads_what_it_packed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """As `ssdtune.stream(quantization=...)` and the key of a configuration do it."""
 
     def opened(quantization: str, model: Path = source) -> Any:
-        return build_packed(
-            model,
-            quantization=quantization,
-            beside=tmp_path / "offload",
-            choose_storage=lambda files: choose_storage(files[0]).storage,
-        )
+        return packed_beside(model, quantization, tmp_path / "offload")
 
     first = opened("3")
     assert "packing" in capsys.readouterr().out
@@ -711,12 +716,7 @@ def test_what_an_earlier_encoder_packed_is_not_taken_for_what_this_one_would(
     """Nor is it packed anew under a run that began on it, which would go on with other weights."""
 
     def opened(quantization: str, model: Path = source) -> Any:
-        return build_packed(
-            model,
-            quantization=quantization,
-            beside=tmp_path,
-            choose_storage=lambda files: choose_storage(files[0]).storage,
-        )
+        return packed_beside(model, quantization, tmp_path)
 
     with monkeypatch.context() as earlier:
         earlier.setattr("ssdtune.packing.convert.encoder_of", lambda format: 1)

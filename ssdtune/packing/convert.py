@@ -24,16 +24,11 @@ from ssdtune.durable import (
     write_file_atomically,
 )
 from ssdtune.kernels import lossless
-from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.checksum import checksum
-from ssdtune.kernels.float8 import ScaledBytes
+from ssdtune.kernels.encode import quantized
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
-from ssdtune.kernels.nibbles import Nibbles, Nvfp4
-from ssdtune.kernels.quantize_affine import encoder_of, quantize_affine
-from ssdtune.kernels.quantize_fp8 import quantize_fp8
-from ssdtune.kernels.quantize_nibbles import quantize_nibbles, quantize_nvfp4
-from ssdtune.kernels.rotated import Rotated
+from ssdtune.kernels.quantize_affine import encoder_of
 from ssdtune.memory import nearest_folder
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
@@ -363,21 +358,7 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
         suffixes = (part.suffix for part in found.parts(tuple(values.shape)))
         return found, dict(zip(suffixes, parts, strict=True))
     try:
-        if isinstance(format, Affine):
-            return format, quantize_affine(
-                values, format.order, format.group, is_nested=format.is_nested
-            )
-        if isinstance(format, Rotated):
-            stored = format.stored
-            return format, quantize_affine(
-                values, stored.order, stored.group, is_nested=stored.is_nested, is_rotated=True
-            )
-        if isinstance(format, Nvfp4):
-            return format, quantize_nvfp4(values, format.num_stored)
-        if isinstance(format, ScaledBytes):
-            return format, quantize_fp8(values, format.block)
-        assert isinstance(format, Nibbles)
-        return format, quantize_nibbles(values, format.table, format.block, format.scale)
+        return format, quantized(values, format)
     except ValueError as error:
         raise PackError(f"{name} can't be packed: {error}") from error
 

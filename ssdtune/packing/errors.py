@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ssdtune.kernels.affine import ORDERS, Affine
+from ssdtune.kernels.encode import quantized
 from ssdtune.kernels.nibbles import Nibbles
 from ssdtune.kernels.quantize import decoded
-from ssdtune.kernels.quantize_affine import quantize_affine
-from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.packing.layout import Group, PackError
 from ssdtune.packing.sample import sample_of
 from ssdtune.packing.squares import Squares
@@ -82,10 +81,7 @@ def errors_by_width(
     group = format.group if is_affine else format.block
     filled = [torch.nn.functional.pad(s, (0, -s.numel() % group)) for s in samples]
     values = torch.cat(filled)
-    if is_affine:
-        parts = quantize_affine(values, format.order, group, is_nested=format.is_nested)
-    else:
-        parts = quantize_nibbles(values, format.table, group, format.scale)
+    parts = quantized(values, format)
     errors: list[dict[int, float]] = [{} for _ in samples]
     for bits in widths_read(format):
         reading = dataclasses.replace(format, bits=bits) if is_affine else format
