@@ -367,6 +367,22 @@ def test_a_finished_run_keeps_its_log(model: Path, tmp_path: Path) -> None:
     assert [path.read_bytes() for path in [*beside, log]] == kept
 
 
+def test_a_process_without_the_steps_saves_no_log(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer lets every process save, and all but the first have a log of no step."""
+    streamed, trainer = zo_trainer(model, tmp_path, max_steps=1)
+    trainer.train()
+    log = (tmp_path / LOG_NAME).read_bytes()
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer.log_writer = LogWriter(tmp_path / "nowhere", trainer.log_writer.header)
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "new"))
+    assert (tmp_path / LOG_NAME).read_bytes() == log
+    assert not (tmp_path / "new").exists()
+    streamed.ssdtune.close()
+
+
 def test_a_log_of_other_weights_is_refused(
     load: Any, tmp_path: Path, model: Path, capsys: Any
 ) -> None:

@@ -355,6 +355,10 @@ class ZOTrainer(SSDTrainer):
         if not self.method.trains_blocks:
             super()._save(output_dir, state_dict)
             return
+        if (
+            not self.args.should_save
+        ):  # Trainer calls this in every process, and one alone has the steps
+            return
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / LOG_NAME
