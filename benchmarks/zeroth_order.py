@@ -2,7 +2,7 @@
 
     python benchmarks/zeroth_order.py --packed
     python benchmarks/zeroth_order.py --reading 1 [--directions 4]
-    python benchmarks/zeroth_order.py [--model FOLDER] [--rows 2] [--length 512] [--rounds 5] [--json out.json]
+    python benchmarks/zeroth_order.py [--model FOLDER] [--dtype bfloat16] [--rows 2] [--length 512] [--json out.json]
 
 All in one process, taking turns: two forwards of the model in memory, and of the model with the adapter; MeZO in memory
 (normal numbers by torch, added and taken away in place); ours from the drive with no layer kept, over all weights, with
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import inputs, measures  # noqa: E402
+from benchmarks import inputs, machine, measures  # noqa: E402
 
 EPS, RATE = 1e-3, 1e-7
 STEP_BAR, NOISE_BAR = 1.10, 0.10
@@ -50,11 +50,10 @@ class Plain:
     """The model in memory: two forwards, or a MeZO step (arXiv 2305.17333, Alg. 1) with torch's generator."""
 
     def __init__(self, folder: Path, rows: Any, *, has_adapter: bool = False) -> None:
-        import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         if has_adapter:
             model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
         self.model: Any = model.eval()
@@ -112,7 +111,6 @@ class Streamed:
         low_rank: bool = False,
         can_slow: bool = False,
     ) -> None:
-        import torch
         from peft import LoraConfig, get_peft_model
 
         from benchmarks.contestants import streaming_options
@@ -121,7 +119,7 @@ class Streamed:
         from ssdtune.visit.build import build_meta
         from ssdtune.zeroth_order import ZerothOrder
 
-        meta = build_meta(folder, dtype=torch.float32)
+        meta = build_meta(folder)
         ahead = AHEAD if can_slow else 2
         spec = {"micro_rows": 1, "prefetch": ahead, "chunk_tokens": 4096}
         self.storage: Any = choose_storage(folder).storage
@@ -450,6 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     default = inputs.cache_folder() / "smollm2-135m-instruct"
     parser.add_argument("--model", type=Path, default=default)
+    parser.add_argument("--dtype", choices=machine.DTYPES, default="float32")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--packed", action="store_true", help="ways to have a packed base")
     kind.add_argument(
@@ -468,10 +467,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, told = measure_packed(options), packed_lines
         result["bars"] = []
     elif options.reading:
-        folder = inputs.in_dtype(options.model, "float32", lambda line: None)
+        folder = inputs.in_dtype(options.model, options.dtype, lambda line: None)
         result, told = measure_reading(folder, options), reading_lines
     else:
-        folder = inputs.in_dtype(options.model, "float32", lambda line: None)
+        folder = inputs.in_dtype(options.model, options.dtype, lambda line: None)
         result, told = measure(folder, inputs.cache_folder(), options), lines
         result["bars"] = bars(result)
     for line in told(result):
