@@ -19,7 +19,7 @@ def streamed_model(
     config: TrainConfig, args: SSDConfig, say: Say, *, begins_anew: bool
 ) -> Iterator[Any]:
     """The streamed model with its adapter; its threads end with the `with` block."""
-    from ssdtune.peft import announce
+    from ssdtune.peft import announce, replace_lora_weights_loftq
 
     base: Any = open_model(config)
     try:
@@ -33,7 +33,7 @@ def streamed_model(
         for line in announce(model):
             say(line)
         if config.init_lora_weights == "loftq" and begins_anew:
-            _begin_at_residual(config, args, model, say)
+            say(replace_lora_weights_loftq(model, config.loftq_source).line())
         yield model
     finally:
         base.ssdtune.close()
@@ -47,18 +47,6 @@ def attached(config: TrainConfig, base: Any, *, seed: int) -> Any:
 
     set_seed(seed)
     return attach(base, lora_config(config, base))
-
-
-def _begin_at_residual(config: TrainConfig, args: SSDConfig, model: Any, say: Say) -> None:
-    """LoftQ's first values of the adapter, the same in every process."""
-    from ssdtune.peft import replace_lora_weights_loftq
-
-    say(replace_lora_weights_loftq(model, config.loftq_source).line())
-    if args.world_size > 1:
-        from accelerate.utils import broadcast
-
-        # Libraries of linear algebra round as threads and addresses have it.
-        broadcast([p.data for p in model.parameters() if p.requires_grad], from_process=0)
 
 
 def trains_all(config: TrainConfig) -> bool:

@@ -5,8 +5,8 @@ optimizer state. What trains is an adapter, where the model has one, or all weig
 are and the run is its log, from which `ssdtune replay` makes the weights of any step; `model.save_pretrained(folder)`
 writes those that the model has now.
 
-Several processes deal the micro-batches out among them and exchange losses, nothing else: with the same seed each makes
-the same update, and the run is the one of a single process, bit for bit.
+Several processes deal the micro-batches out among them, begin with the first one's adapter and exchange losses, nothing
+else: with the same seed each makes the same update, and the run is the one of a single process, bit for bit.
 
 Learning-rate schedules, callbacks, evaluation, logging and resuming are the Trainer's own.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer_pt_utils import find_batch_size
@@ -35,6 +34,7 @@ from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
 from ssdtune.trainer.checkpoint import STATE_NAME, base_of
 from ssdtune.trainer.generations import Generation, answers
+from ssdtune.trainer.processes import begin_alike, check_alike, gathered
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.base import base_of as model_of
 from ssdtune.visit.base import dtype_of
@@ -139,6 +139,9 @@ class ZOTrainer(SSDTrainer):
                 "ZOTrainer trains streamed models.\nOpen the model with ssdtune.stream(name)."
             )
         self._check_idle(fold)
+        has_others = self.args.world_size > 1
+        if has_others:
+            begin_alike(that_train(self.model).values())
         self.args.max_grad_norm = 0.0  # there is no gradient to measure
         self.method = ZerothOrder(
             self.model,
@@ -147,12 +150,12 @@ class ZOTrainer(SSDTrainer):
             seed=self.args.seed,
             clip=clip,
             fold=fold,
-            exchange=_gathered if self.args.world_size > 1 else None,
+            exchange=gathered if has_others else None,
             packed=packed,
             low_rank=low_rank,
             master=master,
         )
-        if self.args.world_size > 1:  # there is no gradient that DistributedDataParallel could sum
+        if has_others:  # there is no gradient that DistributedDataParallel could sum
             self.accelerator.prepare_model = lambda model, **_: model  # type: ignore[method-assign]
         family = self.method.estimator.family
         header = Header(
@@ -164,6 +167,8 @@ class ZOTrainer(SSDTrainer):
             trains=self._what_trains(packed),
             adapter=None if self.method.trains_blocks else fingerprint_of(that_train(self.model)),
         )
+        if has_others:
+            check_alike(header)
         self.log_writer = LogWriter(Path(str(self.args.output_dir)) / LOG_NAME, header)
         self.last_step: Step | None = None
         self.num_skipped = 0  # steps that `Step` says left the weights alone
@@ -384,11 +389,6 @@ class ZOTrainer(SSDTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.method.resume(log.updates, log.num_steps)
         self.log_writer.go_on(content)
-
-
-def _gathered(shares: list[float]) -> list[list[float]]:
-    """Those of all processes, in their order."""
-    return gather_object([shares])
 
 
 def _check_steps(log: Log, path: Path) -> None:

@@ -66,13 +66,15 @@ class Header:
         """What the directions look like."""
         return Family(self.kind, self.rank, self.window, self.mask)
 
-    def differences(self, other: Header) -> list[str]:
+    def differences(
+        self, other: Header, *, there: str = "in the log", here: str = "here"
+    ) -> list[str]:
         """What is not as in another, in words. What an adapter begins with is not compared: whoever goes on has its values
-        of a later step."""
+        of a later step. there: where the other's are; here: where these are."""
         names = {"base": "the base model's files", "kind": "kind of directions"}
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return [
-            f"{names.get(name, name)}: {theirs[name]!r} in the log, {mine[name]!r} here"
+            f"{names.get(name, name)}: {theirs[name]!r} {there}, {mine[name]!r} {here}"
             for name in mine
             if name != "adapter" and mine[name] != theirs[name]
         ]

@@ -1,0 +1,71 @@
+"""What several processes of a run must do alike, and what one of them alone; this one plays each."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_runs
+import torch
+
+from ssdtune.peft import fingerprint_of
+from ssdtune.trainer import SSDConfig, TrainerError, ZOTrainer, processes
+
+Stream = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.save(tiny_runs.llama(), tmp_path_factory.mktemp("llama"))
+
+
+def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def zo_trainer(model: Any, folder: Path, **given: Any) -> ZOTrainer:
+    rows = [{name: [5, 6, 7, k] for name in ("input_ids", "labels")} for k in range(4)]
+    args = tiny_runs.arguments(folder, per_device_train_batch_size=2, **given)
+    return ZOTrainer(model, args, collate, train_dataset=rows)
+
+
+# ------------------------------------------------------------------ zeroth order
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """This process is the second of two; what it hands to the others is noted, and the first hands it 0.25 as every value
+    and what is in the list's last place."""
+    heard: list[Any] = []
+
+    def broadcast(tensors: Sequence[torch.Tensor], from_process: int) -> None:
+        for tensor in tensors:
+            tensor.fill_(0.25)
+
+    monkeypatch.setattr(SSDConfig, "world_size", 2)
+    monkeypatch.setattr(processes, "broadcast", broadcast)
+    monkeypatch.setattr(
+        processes, "gather_object", lambda told: [heard[-1] if heard else told[0], *told]
+    )
+    return heard
+
+
+def test_every_process_begins_with_the_first_ones_adapter(
+    second: list[Any], llama: Path, stream: Stream, tmp_path: Path
+) -> None:
+    """A random state of its own gives each another, whose steps would be none of the one that is saved."""
+    model = support.with_lora(stream(llama))
+    trainer = zo_trainer(model, tmp_path)
+    values = dict(support.trained(model))
+    assert all((value == 0.25).all() for value in values.values())
+    assert trainer.log_writer.header.adapter == fingerprint_of(values)
+
+
+def test_processes_that_would_take_other_steps_are_refused(
+    second: list[Any], llama: Path, stream: Stream, tmp_path: Path
+) -> None:
+    model = stream(llama)
+    second.append(zo_trainer(model, tmp_path, seed=7).log_writer.header)
+    with pytest.raises(TrainerError, match="same steps: seed: 7 in process 0, 8 in process 1"):
+        zo_trainer(model, tmp_path, seed=8)
