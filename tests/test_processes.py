@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from ssdtune.peft import fingerprint_of
 from ssdtune.trainer import SSDConfig, TrainerError, ZOTrainer, processes
+from ssdtune.trainer.interrupt import Interruption
 
 Stream = Callable[..., Any]
 
@@ -69,3 +71,27 @@ def test_processes_that_would_take_other_steps_are_refused(
     second.append(zo_trainer(model, tmp_path, seed=7).log_writer.header)
     with pytest.raises(TrainerError, match="same steps: seed: 7 in process 0, 8 in process 1"):
         zo_trainer(model, tmp_path, seed=8)
+
+
+# ------------------------------------------------------------------ stopping
+
+
+def test_a_signal_that_comes_while_processes_ask_one_another_is_heard_at_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others have left for the next step by then, and this one must, too."""
+    interruption = Interruption()
+    args: Any = SimpleNamespace(world_size=2, device="cpu")
+    state: Any = SimpleNamespace(global_step=1, max_steps=9)
+
+    def all_reduce(flag: torch.Tensor, op: Any) -> None:
+        interruption.is_requested = True  # as a handler does, after the flag was made
+
+    def stops_after_step() -> bool:
+        control: Any = SimpleNamespace(should_save=False, should_training_stop=False)
+        interruption.callback.on_step_end(args, state, control)
+        assert control.should_save == control.should_training_stop == interruption.has_stopped
+        return interruption.has_stopped
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert [stops_after_step(), stops_after_step()] == [False, True]

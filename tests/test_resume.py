@@ -172,6 +172,20 @@ def test_a_second_signal_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_after_the_last_step_has_interrupted_nothing(make):
+    class Ends(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+        def on_train_end(self, args, state, control, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+
+    trainer = make(callbacks=[Ends()])
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert not trainer.was_interrupted
+
+
 def test_without_saving_a_signal_is_what_it_always_is(make):
     trainer = make(save_strategy="no", callbacks=[SignalAt(2)])
     with pytest.raises(KeyboardInterrupt):

@@ -16,17 +16,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Notes that a signal came. `callback` makes the trainer save and stop at the step's end."""
+    """Notes that a signal came. `callback` makes the trainer save and stop at the step's end.
+
+    is_requested: whether one came to this process. has_stopped: whether training stops for one that came to any.
+    """
 
     def __init__(self) -> None:
-        self.is_requested = False
+        self.is_requested = self.has_stopped = False
         self.callback = _StopAtStepEnd(self)
         self._before: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def watched(self, *, is_enabled: bool) -> Iterator[None]:
         """Signals are noted for a `with` block; outside the main thread they can't be."""
-        self.is_requested = False
+        self.is_requested = self.has_stopped = False
         if not is_enabled or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -59,11 +62,17 @@ class _StopAtStepEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Between two steps: weights, optimizer and position belong together."""
-        if args.world_size > 1:
-            # Signals come to the processes at different moments; all must leave at the same step.
-            flag = torch.tensor(int(self.interruption.is_requested), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.interruption.is_requested = bool(flag.item())
-        if self.interruption.is_requested and state.global_step < state.max_steps:
+        if self._is_requested_anywhere(args) and state.global_step < state.max_steps:
+            self.interruption.has_stopped = True
             control.should_save = True
             control.should_training_stop = True
+
+    def _is_requested_anywhere(self, args: Any) -> bool:
+        """Signals come to the processes at different moments, and all must leave at the same step: one that comes while
+        they ask one another waits for the next."""
+        is_requested = self.interruption.is_requested
+        if args.world_size > 1:
+            flag = torch.tensor(int(is_requested), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            is_requested = bool(flag.item())
+        return is_requested

@@ -65,8 +65,7 @@ def result_of(
         trace=list(telemetry.streamer.engine.trace),
         output_dir=config.output_dir,
         steps=tuple(telemetry.engine_steps),
-        was_interrupted=trainer.was_interrupted
-        and trainer.state.global_step < trainer.state.max_steps,
+        was_interrupted=trainer.was_interrupted,
     )
 
 

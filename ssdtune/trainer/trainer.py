@@ -138,7 +138,7 @@ class SSDTrainer(OptionsTrainer):
     @property
     def was_interrupted(self) -> bool:
         """Whether the last `train()` ended early because of a signal, with everything saved."""
-        return self.interruption.is_requested
+        return self.interruption.has_stopped
 
     # ---- a step ----------------------------------------------------------------------------------
 
