@@ -10,8 +10,9 @@ from typing import Any
 
 from ssdtune.cache import cache_folder
 from ssdtune.durable import make_folder, write_file_atomically
-from ssdtune.schedule.profile import Profile, ProfileError, profile_from
+from ssdtune.schedule.profile import Profile, ProfileError
 from ssdtune.schedule.refit import refit_from
+from ssdtune.schedule.saved_profile import profile_from
 
 HEAD = "# Rates of a machine: [size, seconds]. FLOP for matmul and attention, bytes for the rest.\n"
 REFIT_HEAD = "# What runs found the profile beside this to be off by: factors on its seconds. A new probe discards them.\n"

@@ -13,7 +13,8 @@ from ssdtune.data import CausalCollator
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.memory import INPUTS, Peak
 from ssdtune.schedule.plan import Tier
-from ssdtune.schedule.profile import OPERATORS, profile_from
+from ssdtune.schedule.profile import OPERATORS
+from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.swap.scratch import ScratchError
 from ssdtune.trainer import SSDConfig, SSDTrainer
 from ssdtune.trainer import forecast as forecast_module

@@ -32,7 +32,8 @@ from ssdtune.schedule.memory import Fixed, Footprint
 from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.plan import BlockShape, Tier
 from ssdtune.schedule.planner import plain_orders
-from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, Profile
+from ssdtune.schedule.saved_profile import profile_from
 
 MB = 10**6
 NUM, ROWS = 4, 4

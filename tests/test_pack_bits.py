@@ -48,7 +48,8 @@ from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.bits import Chosen
 from ssdtune.schedule.job import Job, Reading, job_from
 from ssdtune.schedule.machine import Drive, Machine
-from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, Profile
+from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import open_checkpoint
 from ssdtune.swap.storage import choose_storage

@@ -48,8 +48,8 @@ from ssdtune.schedule.profile import (
     PERTURB_SIGNS,
     Profile,
     ProfileError,
-    profile_from,
 )
+from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.trainer.rows import load_tokenizer
 from ssdtune.visit.build import build_meta
 

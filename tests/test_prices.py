@@ -14,7 +14,8 @@ from ssdtune.planning.text import wear_line
 from ssdtune.planning.ways import Way
 from ssdtune.schedule.machine import Drive
 from ssdtune.schedule.outcome import Choices, Outcome, outcome
-from ssdtune.schedule.profile import ProfileError, profile_from
+from ssdtune.schedule.profile import ProfileError
+from ssdtune.schedule.saved_profile import profile_from
 
 JOB = a_job(1)
 PRICED = dataclasses.replace(

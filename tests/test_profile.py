@@ -11,7 +11,8 @@ from ssdtune.schedule.cost import Moves, Operator, Pricing, StepWork, Work, miss
 from ssdtune.schedule.curve import Curve, ProfileError
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
-from ssdtune.schedule.profile import OPERATORS, PERTURB, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, PERTURB, Profile
+from ssdtune.schedule.saved_profile import profile_from
 
 GOOD: dict[str, Any] = {
     "name": "a machine",

@@ -12,8 +12,9 @@ from ssdtune.profiles import keep_refit, own_profile, own_profile_path, refit_pa
 from ssdtune.schedule.cost import Operator, StepWork, Work, predict_step
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Lane
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
-from ssdtune.schedule.profile import OPERATORS, Profile, ProfileError, profile_from
+from ssdtune.schedule.profile import OPERATORS, Profile, ProfileError
 from ssdtune.schedule.refit import MOST, refitted, work_name
+from ssdtune.schedule.saved_profile import profile_from
 
 TRAIN = work_name("train", "float32", None)
 

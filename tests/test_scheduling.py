@@ -23,7 +23,8 @@ from ssdtune.schedule.machine import Drive, Machine
 from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.plan import Budgets, Lane, Tier
 from ssdtune.schedule.planner import Choice, layout_of, size_classes
-from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, Profile
+from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.trainer import SSDConfig, SSDTrainer, scheduling
 from ssdtune.trainer import forecast as forecast_module
 from ssdtune.trainer.forecast import Rehearsals, schedule_of

@@ -33,8 +33,9 @@ from ssdtune.schedule.planner import (
     plan_of,
     room_for,
 )
-from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, Profile
 from ssdtune.schedule.saved_plan import plan_from
+from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.schedule.search import WORTH_WRITING, search
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_activations, with_stored_inputs, written_bytes

@@ -15,7 +15,8 @@ from ssdtune.schedule.compare import BACK, Prediction, compare
 from ssdtune.schedule.cost import Moves, Operator, Pricing, StepWork, Work
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan, StepPlan, Tier
 from ssdtune.schedule.planner import Request, make_plan, plain_orders
-from ssdtune.schedule.profile import OPERATORS, Profile, profile_from
+from ssdtune.schedule.profile import OPERATORS, Profile
+from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.schedule.simulate import simulate
 from ssdtune.schedule.stores import with_stored_weights
 from ssdtune.schedule.trace import TraceOp, lane_seconds

@@ -354,7 +354,8 @@ def test_a_run_is_traced(
     import tiny_runs
 
     from ssdtune.config import load_config
-    from ssdtune.schedule.profile import OPERATORS, TRANSFERS, profile_from
+    from ssdtune.schedule.profile import OPERATORS, TRANSFERS
+    from ssdtune.schedule.saved_profile import profile_from
     from ssdtune.trainer import forecast, train_from_config
 
     rate = [[1, 1e-9], [10**9, 1.0]]
