@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from ssdtune.schedule import counts as counts_module
 from ssdtune.schedule import search as search_module
 from ssdtune.schedule.counts import BlockKind, best_counts
+from ssdtune.schedule.hunt import Effort
 from ssdtune.schedule.plan import (
     BlockShape,
     Budgets,
@@ -33,7 +35,7 @@ from ssdtune.schedule.planner import (
     skeletons,
     static_choice,
 )
-from ssdtune.schedule.search import Effort, search
+from ssdtune.schedule.search import search
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.validate import validate
 
@@ -222,7 +224,7 @@ def test_equal_requests_have_equal_plans() -> None:
 def test_without_the_solver_greedy_counts_do(monkeypatch: pytest.MonkeyPatch) -> None:
     case = a_case(3, 20, on_device=False, resident=0.4)
     with_solver = search(case.request, case)
-    monkeypatch.setattr(search_module, "best_counts", lambda *args, **more: None)
+    monkeypatch.setattr(counts_module, "best_counts", lambda *args, **more: None)
     without = search(case.request, case)
     assert without.simulation.step_s <= 1.02 * with_solver.simulation.step_s
 

@@ -11,6 +11,7 @@ import pytest
 
 from ssdtune.schedule.cost import Operator, Pricing, StepWork, Work
 from ssdtune.schedule.holding import levels_of
+from ssdtune.schedule.hunt import WORTH_WRITING
 from ssdtune.schedule.memory import STAGING_BYTES, STORED, Fixed, Footprint, Passes, predict_peak_of
 from ssdtune.schedule.plan import (
     BlockShape,
@@ -36,7 +37,7 @@ from ssdtune.schedule.planner import (
 from ssdtune.schedule.profile import OPERATORS, Profile
 from ssdtune.schedule.saved_plan import plan_from
 from ssdtune.schedule.saved_profile import profile_from
-from ssdtune.schedule.search import WORTH_WRITING, search
+from ssdtune.schedule.search import search
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_activations, with_stored_inputs, written_bytes
 from ssdtune.schedule.validate import validate

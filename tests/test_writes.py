@@ -27,6 +27,7 @@ from ssdtune.run_files import PLAN_NAME
 from ssdtune.schedule.changes import smallest_change
 from ssdtune.schedule.compare import Prediction
 from ssdtune.schedule.cost import Moves
+from ssdtune.schedule.hunt import WORTH_WRITING, WritesError
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.memory import COPY, INPUTS, PACKED, STORED
 from ssdtune.schedule.methods import foreseen
@@ -34,7 +35,7 @@ from ssdtune.schedule.outcome import Choices, Outcome, Refusal, outcome
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.planner import layout_of, plan_of
 from ssdtune.schedule.profile import Profile
-from ssdtune.schedule.search import WORTH_WRITING, WritesError, search
+from ssdtune.schedule.search import search
 from ssdtune.schedule.stored import written_bytes
 from ssdtune.schedule.writes import CHECKPOINTS, Writes, as_key
 from ssdtune.sizes import format_size

@@ -2,14 +2,14 @@
 
 Blocks of one kind are alike: bytes and seconds. A step is as long as its passes, a pass as long as its longest lane
 (the two-pass bound of `simulate.py`; FlexGen, arXiv 2303.06865, solves shares the same way). How many stay matters here, which
-ones is the arrangement's part (`search.py`). Solved by HiGHS; where `highspy` is missing there is no answer and the
-search goes on from greedy counts.
+ones is the arrangement's part (`search.py`). Solved by HiGHS; where `highspy` is missing there is no such answer, and
+the greedy ones do.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ssdtune.schedule.plan import Direction, Lane
@@ -52,6 +52,21 @@ class Counts:
 
     resident: tuple[int, ...]
     cached: tuple[int, ...]
+
+
+def promising_counts(
+    kinds: Sequence[BlockKind], room: tuple[int, int], *, on_device: bool
+) -> Iterator[Counts]:
+    """Yields the solver's counts, where there is one, and greedy ones from both ends.
+
+    room: bytes for slots and in RAM, beside the shared slots and buffers; one and the same without a device.
+    """
+    solved = best_counts(kinds, slot_room=room[0], ram_room=room[1], on_device=on_device)
+    if solved is not None:
+        yield solved
+    by_worth = sorted(range(len(kinds)), key=lambda k: -_worth(kinds[k]))
+    yield _greedy(kinds, by_worth, room, on_device=on_device)
+    yield _greedy(kinds, by_worth[::-1], room, on_device=on_device)
 
 
 def best_counts(
@@ -118,3 +133,24 @@ def _longest(kinds: Sequence[BlockKind]) -> float:
     """Seconds of the busiest lane in one pass."""
     keys = {key for kind in kinds for key in kind.streamed}
     return max((sum(k.num * k.streamed.get(key, 0.0) for k in kinds) for key in keys), default=1.0)
+
+
+def _greedy(
+    kinds: Sequence[BlockKind], order: Sequence[int], room: tuple[int, int], *, on_device: bool
+) -> Counts:
+    """As many as there is room for, kind after kind."""
+    slot_left, ram_left = room
+    resident, cached = [0] * len(kinds), [0] * len(kinds)
+    for k in order:
+        kind = kinds[k]
+        resident[k] = min(kind.num, slot_left // max(kind.slot_bytes, 1))
+        slot_left -= resident[k] * kind.slot_bytes
+        if on_device:
+            cached[k] = min(kind.num - resident[k], ram_left // max(kind.file_bytes, 1))
+            ram_left -= cached[k] * kind.file_bytes
+    return Counts(tuple(resident), tuple(cached))
+
+
+def _worth(kind: BlockKind) -> float:
+    """Seconds of reading that a byte saves."""
+    return kind.reading_s / max(kind.slot_bytes, 1)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from ssdtune.schedule.decisions import Full, Shape
 from ssdtune.schedule.grid import best_of
+from ssdtune.schedule.hunt import AT_LIMIT
 from ssdtune.schedule.outlook import Outlook, Rates, foresee_full
 from ssdtune.schedule.plan import Lane
-from ssdtune.schedule.search import AT_LIMIT
 
 COARSE, FINE = 8, 32  # parts of all blocks in which the search goes at first, and at last
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.holding import Level, levels_of
+from ssdtune.schedule.hunt import Effort, WritesError
 from ssdtune.schedule.job import Job
 from ssdtune.schedule.machine import Machine
 from ssdtune.schedule.memory import (
@@ -23,7 +24,6 @@ from ssdtune.schedule.memory import (
 )
 from ssdtune.schedule.plan import Budgets, Lane, Plan, PlanError, Tier
 from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
-from ssdtune.schedule.search import Effort, WritesError
 from ssdtune.schedule.shares import search_within
 from ssdtune.schedule.simulate import Simulation, step_seconds
 from ssdtune.schedule.stores import mean_bytes

@@ -19,20 +19,20 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.profiles import keep_refit, own_profile
 from ssdtune.report import LANE_LABELS, factor_words
 from ssdtune.schedule.cost import Pricing
+from ssdtune.schedule.hunt import Effort
 from ssdtune.schedule.plan import Lane, Tier
 from ssdtune.schedule.profile import BUSY_CORES
 from ssdtune.schedule.refit import refitted, work_name
-from ssdtune.schedule.search import Effort
 from ssdtune.schedule.shares import search_within
 from ssdtune.schedule.stored import written_bytes
 from ssdtune.sizes import format_size
 from ssdtune.trainer.summary import steady
 
 if TYPE_CHECKING:
+    from ssdtune.schedule.hunt import Found
     from ssdtune.schedule.memory import Passes
     from ssdtune.schedule.planner import Request
     from ssdtune.schedule.profile import Profile
-    from ssdtune.schedule.search import Found
     from ssdtune.schedule.simulate import Simulation
     from ssdtune.trainer.telemetry import StepRecord, Telemetry
     from ssdtune.visit.rehearsal import Rehearsed

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ssdtune.schedule.hunt import WritesError
 from ssdtune.schedule.memory import INPUTS
-from ssdtune.schedule.search import WritesError
 from ssdtune.schedule.stores import mean_bytes
 from ssdtune.schedule.writes import Writes, as_key
 from ssdtune.trainer.errors import RunError
