@@ -6,6 +6,8 @@ import itertools
 import pytest
 
 from ssdtune import report
+from ssdtune.report import pictures, timeline
+from ssdtune.report.steps import busy_seconds, training_steps
 
 # One step: (lane, block, direction, start, end, wait, bytes)
 STEP = [
@@ -84,7 +86,9 @@ def blue_rows(path):
     from matplotlib.image import imread
 
     image = (imread(path)[:, :, :3] * 255).round().astype(int)
-    return [i for i, row in enumerate(image) if (abs(row - rgb(report.FORWARD)).sum(1) < 90).any()]
+    return [
+        i for i, row in enumerate(image) if (abs(row - rgb(pictures.FORWARD)).sum(1) < 90).any()
+    ]
 
 
 def rgb(color):
@@ -92,7 +96,7 @@ def rgb(color):
 
 
 def test_a_step_lasts_until_the_next_one_begins():
-    windows = report.training_steps(trace_of(0, 10, 20))
+    windows = training_steps(trace_of(0, 10, 20))
     assert [w.seconds for w in windows] == [10, 10, 9]
 
 
@@ -100,23 +104,19 @@ def test_a_step_before_an_evaluation_ends_with_its_own_last_visit():
     trained = trace_of(0)
     evaluated = trace_of(30, directions="F", first_step=2)
     resumed = trace_of(60, first_step=3)
-    windows = report.training_steps(trained + evaluated + resumed)
+    windows = training_steps(trained + evaluated + resumed)
     assert [(w.step, w.seconds) for w in windows] == [(1, 9), (3, 9)]
-
-
-def busy(rows, lane, window):
-    return report._busy_seconds(rows, lane, window)
 
 
 def test_waiting_for_weights_is_not_computing():
     rows = trace_of(0, 10)
-    assert busy(rows, "compute", report.training_steps(rows)[0]) == pytest.approx(7)
+    assert busy_seconds(rows, "compute", training_steps(rows)[0]) == pytest.approx(7)
 
 
 def test_work_prefetched_for_the_next_step_is_counted_where_it_happened():
     rows = trace_of(0, 10, 20)
     rows.append(Record(90, "load", "nvme_read", "model.layers.0", "F", 17.0, 21.0, 7, 3))
-    seconds = [busy(rows, "nvme_read", window) for window in report.training_steps(rows)]
+    seconds = [busy_seconds(rows, "nvme_read", window) for window in training_steps(rows)]
     # By itself each step reads 4 s; of the early read 3 s fall into step 2, and the last second
     # into the time in which step 3 reads anyway.
     assert seconds == pytest.approx([4, 7, 4])
@@ -125,7 +125,7 @@ def test_work_prefetched_for_the_next_step_is_counted_where_it_happened():
 def test_reads_that_overlap_keep_a_lane_busy_once():
     rows = trace_of(0)
     rows.append(Record(50, "load", "nvme_read", "b", "F", 0.5, 2.5, 5, 1))
-    assert busy(rows, "nvme_read", report.training_steps(rows)[0]) == pytest.approx(4)
+    assert busy_seconds(rows, "nvme_read", training_steps(rows)[0]) == pytest.approx(4)
 
 
 def test_a_record_without_wait_is_as_good():
@@ -133,7 +133,7 @@ def test_a_record_without_wait_is_as_good():
         WithoutWait(lane, block, way, start, end, num_bytes, 1)
         for lane, block, way, start, end, _, num_bytes in STEP
     ]
-    assert busy(rows, "compute", report.training_steps(rows)[0]) == pytest.approx(9)
+    assert busy_seconds(rows, "compute", training_steps(rows)[0]) == pytest.approx(9)
     assert report.timeline_figure(rows).axes
 
 
@@ -147,7 +147,7 @@ def test_a_trace_without_training_is_refused(tmp_path):
 
 def test_steps_of_forward_passes_alone_are_drawn_without_a_turn():
     rows = trace_of(0, 10, 20, directions="F")
-    assert [w.seconds for w in report.training_steps(rows)] == [10, 10, 5]
+    assert [w.seconds for w in training_steps(rows)] == [10, 10, 5]
     figure = report.timeline_figure(rows)
     (axes,) = figure.axes
     assert axes.get_title(loc="left") == "Step 2: 2 blocks, forward, in 10 s"
@@ -221,12 +221,14 @@ def test_the_timeline_shows_waits_and_misses_only_where_there_were_some(tmp_path
     missed = [dataclasses.replace(r, is_miss=r.lane == "nvme_read") for r in rows]
     report.draw_timeline(missed, path)
     seen = pixels(path)
-    assert {rgb(c) for c in (report.FORWARD, report.BACKWARD, report.WAIT, report.IDLE)} <= seen
-    assert rgb(report.MISS) in seen
+    assert {
+        rgb(c) for c in (pictures.FORWARD, pictures.BACKWARD, timeline.WAIT, timeline.IDLE)
+    } <= seen
+    assert rgb(timeline.MISS) in seen
 
     report.draw_timeline([dataclasses.replace(r, wait_s=0.0) for r in rows], path)
     seen = pixels(path)
-    assert rgb(report.MISS) not in seen
+    assert rgb(timeline.MISS) not in seen
     labels = [t.get_text() for t in report.timeline_figure(rows).legends[0].get_texts()]
     assert labels == ["forward", "backward", "idle", "compute waits for weights"]
 
@@ -258,7 +260,7 @@ def test_no_two_texts_of_a_timeline_overlap(num_layers, slowdown):
     ],
 )
 def test_blocks_have_names_that_fit_a_bar(block, name):
-    assert report.short_block_name(block) == name
+    assert timeline.short_block_name(block) == name
 
 
 def test_the_loss_curve_needs_a_loss(tmp_path):
@@ -281,7 +283,7 @@ def test_short_work_is_still_seen(tmp_path):
 def test_the_loss_curve_shows_training_and_what_was_held_out(tmp_path):
     log = [{"step": i, "loss": 3.0 - i / 10} for i in range(1, 9)]
     report.draw_loss(log, tmp_path / "loss.png")
-    assert rgb(report.FORWARD) in pixels(tmp_path / "loss.png")
-    assert rgb(report.BACKWARD) not in pixels(tmp_path / "loss.png")
+    assert rgb(pictures.FORWARD) in pixels(tmp_path / "loss.png")
+    assert rgb(pictures.BACKWARD) not in pixels(tmp_path / "loss.png")
     report.draw_loss([*log, {"step": 8, "eval_loss": 2.4}], tmp_path / "loss.png")
-    assert rgb(report.BACKWARD) in pixels(tmp_path / "loss.png")
+    assert rgb(pictures.BACKWARD) in pixels(tmp_path / "loss.png")
