@@ -5,7 +5,7 @@
 
 Numbers keep their relations because a whole part (text, vision, …) is divided by two factors: head
 counts by one, head widths by the other, all other widths by their product. So whatever was heads ×
-head width, or a multiple of the hidden size, still is. What a number means is told by its name.
+head width, or a multiple of the hidden size, still is. What a number means is told by its name (`config_numbers.py`).
 
 Layers: a prefix, and the first two of each further kind. A layer's kind is what all per-layer lists
 say of it (`layer_types`), which index lists hold it (`mlp_only_layers`) and on which side of each
@@ -20,7 +20,22 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
+
+from ssdtune.visit.config_numbers import (
+    FROM_THE_END,
+    INDEX_LISTS,
+    PERIODS,
+    THRESHOLDS,
+    Part,
+    fields_of,
+    is_config,
+    is_count,
+    num_layers,
+    overrides_of,
+    parts_of,
+    role_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,62 +48,9 @@ PATCHES_A_SIDE = 8  # of an image
 HEAD_WIDTHS = (8, 16, 32)  # the narrowest heads to try, one candidate each
 OTHER_HEAD_WIDTH = 2  # state-space heads and the like, where no rotary table needs an even half
 MIN_HIDDEN = 32
-
-
-class ShrinkError(Exception):
-    """This config's numbers do not tell how it could be made small."""
-
-
-# ------------------------------------------------------------------ what a number means
-
-_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
-_TOP_K = r"(moe_)?(top_?k|k)|moe_topk|(num_)?(experts|selected)_per_tok(en)?|num_selected_experts|top_k_experts"
-ROLES: tuple[tuple[str, str], ...] = (  # the first that matches a whole name counts
-    (r".*token_(id|ids|index)|image_token|.*_token", "token"),
-    (r".*vocab_size.*|.*vocabulary.*", "vocabulary"),
-    (r"original_max_position_embeddings", "old_positions"),
-    (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length"
-        r"|max_(source|target)_positions|max_sequence_length",
-        "positions",
-    ),
-    (r"sliding_window(_size)?|attention_chunk_size|attention_window_size|window_size", "window"),
-    (_EXPERTS, "experts"),
-    (_TOP_K, "top_k"),
-    (r"n_group|num_expert_groups?", "expert_groups"),
-    (r"topk_group", "top_groups"),
-    (r"(mamba_)?chunk_size", "chunk"),
-    (r"(ssm_|mamba_)?(d_)?state(_size)?", "state"),
-    (
-        r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(encoder|decoder)_layers|num_blocks|depth",
-        "layers",
-    ),
-    (
-        r"(.*_)?(num|n)_(.*_)?heads?|(encoder|decoder)_attention_heads|n_head_kv|kv_n_heads"
-        r"|num_query_groups|(mamba_)?n_?groups|num_key_value_groups",
-        "heads",
-    ),
-    (r"head_dim|kv_channels|d_kv|d_head|attention_head_dim|rotary_dim", "head_width"),
-    (r"(.*_)?head_dim|(.*_)?d_head|.*headdim|.*head_size|qk_(nope|rope)_head_dim", "other_width"),
-    (r"hidden_size_per_layer_input", "width"),
-    (r".*(layer|block|position|kernel|theta|base|multiple|factor|scalar|num_).*", "other"),
-    (r"image_size", "image"),
-    (r"mm_tokens_per_image|image_seq_length", "image_tokens"),
-    (
-        r".*(hidden|intermediate|ffn|inner|embd|embed|emb_dim|width|rank|lru|mlp|d_model|d_ff|d_ssm"
-        r"|out_dim|output_dim|projection_dim|dim).*",
-        "width",
-    ),
-)
-THRESHOLDS = r"first_k_dense_replace|num_dense_layers|.*layer_(start|end)_index|max_window_layers"
-FROM_THE_END = r"num_kv_shared_layers"
-PERIODS = r".*(period|interval|every_n_layers|sparse_step|layer_step|layer_freq)"
-INDEX_LISTS = r".*(layers|idxs?|indices|indexes|layer_ids)"
 DROPOUT = r".*(dropout|pdrop|drop_rate|drop_path|layerdrop|jitter).*"
 HIDDEN_NAMES = ("embed_dim", "hidden_size", "d_model", "n_embd", "dim")
 HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-
-
 _AT_MOST = {
     "vocabulary": VOCABULARY,
     "positions": POSITIONS,
@@ -100,89 +62,12 @@ _AT_MOST = {
     "chunk": 16,
     "state": 16,
 }
-_LISTED = frozenset(
-    {"width", "heads", "experts", "top_k", "token", "image"}
-)  # also one by layer or axis
+# Roles that also come as a list, one by layer or axis.
+_LISTED = frozenset({"width", "heads", "experts", "top_k", "token", "image"})
 
 
-def role_of(name: str) -> str:
-    """What a whole number of that name is: one of the roles above, "other" where nothing is known."""
-    return next((role for pattern, role in ROLES if re.fullmatch(pattern, name)), "other")
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# ------------------------------------------------------------------ parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One tower's config and those that only continue it (no layers of their own)."""
-
-    configs: list[PretrainedConfig]
-
-    def numbers(self, *roles: str) -> Iterator[int]:
-        """Yields all whole numbers in these roles, those in lists too."""
-        for config in self.configs:
-            for name, value in _fields(config):
-                if role_of(name) in roles:
-                    yield from (v for v in _flat(value) if _is_count(v))
-            for overrides in _overrides(config).values():
-                yield from (v for name, v in overrides.items() if role_of(name) in roles)
-
-    def first(self, names: Sequence[str]) -> int | None:
-        """The value of the first of these names that is a number."""
-        values = (vars(config).get(name) for name in names for config in self.configs)
-        return next((v for v in values if _is_count(v)), None)
-
-
-def _fields(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
-    for name, value in list(vars(config).items()):
-        if not name.startswith("_") and value is not None:
-            yield name, value
-
-
-def _overrides(config: PretrainedConfig) -> Mapping[int, Mapping[str, Any]]:
-    """Layer -> values that it has in the place of the config's own (transformers' per_layer_config)."""
-    return getattr(vars(config).get("_heterogeneity_spec"), "per_layer_overrides", {})
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for member in value:
-            yield from _flat(member)
-    else:
-        yield value
-
-
-def _is_config(value: Any) -> bool:
-    return hasattr(value, "to_dict") and hasattr(value, "model_type")
-
-
-def _parts(config: PretrainedConfig) -> list[Part]:
-    """The towers of a config; one without layers belongs to the tower it sits in."""
-    own, parts = Part([config]), []
-    for _, value in _fields(config):
-        if _is_config(value):
-            below = _parts(value)
-            if len(below) == 1 and num_layers(value) is None:
-                own.configs.extend(below[0].configs)
-            else:
-                parts.extend(below)
-    return [own, *parts]
-
-
-def num_layers(config: PretrainedConfig) -> int | None:
-    """How many layers the tower has, None for a config without any."""
-    for name, value in _fields(config):
-        if role_of(name) == "layers" and _is_count(value):
-            return value
-    if any(_is_config(value) for _, value in _fields(config)):
-        return None
-    found = getattr(config, "num_hidden_layers", None)  # some compute it
-    return found if _is_count(found) else None
+class ShrinkError(Exception):
+    """This config's numbers do not tell how it could be made small."""
 
 
 # ------------------------------------------------------------------ widths
@@ -197,6 +82,7 @@ class Factors:
 
     @property
     def width(self) -> int:
+        """What all other widths are divided by."""
         return self.heads * self.head_width
 
 
@@ -250,7 +136,7 @@ class Layers:
             return type(value)(value[i] for i in self.kept) if is_per_layer else value
         if _is_pattern(name, value, self.total):
             return "".join(value[layer] for layer in self.kept)
-        if not _is_count(value):
+        if not is_count(value):
             return value
         if role_of(name) == "layers":
             return len(self.kept) if value == self.total else min(value, PREFIX_LAYERS)
@@ -269,17 +155,17 @@ def _is_pattern(name: str, value: Any, total: int) -> bool:
 def _is_index_list(name: str, value: Any, total: int) -> bool:
     if not re.fullmatch(INDEX_LISTS, name) or not len(value):
         return False
-    is_rising = all(_is_count(v) and 0 <= v < total for v in value)
+    is_rising = all(is_count(v) and 0 <= v < total for v in value)
     return is_rising and all(a < b for a, b in itertools.pairwise(value))
 
 
 def choose_layers(config: PretrainedConfig) -> Layers:
     """A prefix that spans every period, and the first two layers of each kind that it lacks."""
     total = num_layers(config) or 0
-    fields = list(_fields(config))
-    overrides = _overrides(config)
+    fields = list(fields_of(config))
+    overrides = overrides_of(config)
     kinds = [(_kind(fields, layer, total), repr(overrides.get(layer))) for layer in range(total)]
-    periods = [v for name, v in fields if re.fullmatch(PERIODS, name) and _is_count(v)]
+    periods = [v for name, v in fields if re.fullmatch(PERIODS, name) and is_count(v)]
     prefix = max([PREFIX_LAYERS, *(p + 1 for p in periods if 1 < p < MAX_LAYERS - 2)])
     kept = list(range(min(prefix, total)))
     for layer in range(len(kept), total):
@@ -295,9 +181,9 @@ def _kind(fields: Sequence[tuple[str, Any]], layer: int, total: int) -> tuple[An
             kind.append(layer in value)
         elif isinstance(value, (list, tuple)) or _is_pattern(name, value, total):
             kind.append(value[layer] if len(value) == total else None)
-        elif _is_count(value) and re.fullmatch(FROM_THE_END, name):
+        elif is_count(value) and re.fullmatch(FROM_THE_END, name):
             kind.append(layer >= total - value)
-        elif _is_count(value) and re.fullmatch(THRESHOLDS, name):
+        elif is_count(value) and re.fullmatch(THRESHOLDS, name):
             kind.append(layer < value)
     return tuple(map(repr, kind))
 
@@ -310,7 +196,7 @@ def candidates(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
     Raises ShrinkError where it has no layers or no hidden size.
     """
-    if not any(num_layers(part.configs[0]) for part in _parts(config)):
+    if not any(num_layers(part.configs[0]) for part in parts_of(config)):
         raise ShrinkError(f"{type(config).__name__} does not say how many layers it has")
     seen: list[Mapping[str, Any]] = []
     for narrowest in HEAD_WIDTHS:
@@ -335,7 +221,7 @@ def _shrink(config: PretrainedConfig, narrowest: int) -> None:
     """Changes all towers of a config in place, the language model's first: others hand it vectors."""
     tokens, links = _Tokens(), {}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for part in sorted(_parts(config), key=lambda part: text not in part.configs):
+    for part in sorted(parts_of(config), key=lambda part: text not in part.configs):
         factors = _factors(part, narrowest)
         hidden = part.first(HIDDEN_NAMES)
         for member in part.configs:
@@ -348,14 +234,14 @@ def _shrink(config: PretrainedConfig, narrowest: int) -> None:
 def _shrink_one(config: PretrainedConfig, scale: _Scale) -> None:
     before = dict(vars(config))
     layers, own = choose_layers(config), _own_width(config)
-    for name, value in _fields(config):
-        if _is_config(value):
+    for name, value in fields_of(config):
+        if is_config(value):
             continue
         small = _value(name, layers.resized(name, value), scale, before)
-        if role_of(name) == "width" and name != own and _is_count(value):
+        if role_of(name) == "width" and name != own and is_count(value):
             small = scale.links.get(value, small)
         vars(config)[name] = small
-    overrides = _overrides(config)
+    overrides = overrides_of(config)
     if overrides:
         kept = {
             index: {n: _value(n, v, scale, before) for n, v in overrides[layer].items()}
@@ -379,7 +265,7 @@ def _value(name: str, value: Any, scale: _Scale, fields: Mapping[str, Any]) -> A
         return _rope(value, scale.factors)
     if isinstance(value, (list, tuple)) and role_of(name) in _LISTED:
         return type(value)(_value(name, member, scale, fields) for member in value)
-    return _number(role_of(name), value, scale, fields) if _is_count(value) else value
+    return _number(role_of(name), value, scale, fields) if is_count(value) else value
 
 
 def _number(role: str, value: int, scale: _Scale, fields: Mapping[str, Any]) -> int:
@@ -442,8 +328,8 @@ class _Tokens:
     def place(self, config: PretrainedConfig) -> None:
         """Nothing of a tower may lie beyond a vocabulary that was smaller from the start."""
         size = vars(config).get("vocab_size")
-        if not _is_count(size):
+        if not is_count(size):
             return
-        for name, value in _fields(config):
-            if role_of(name) == "token" and _is_count(value) and value >= size:
+        for name, value in fields_of(config):
+            if role_of(name) == "token" and is_count(value) and value >= size:
                 vars(config)[name] = size - 1

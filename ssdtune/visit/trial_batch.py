@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ssdtune.visit.config_numbers import role_of
 from ssdtune.visit.front_door import accepts
-from ssdtune.visit.shrink import role_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
