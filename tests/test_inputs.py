@@ -18,7 +18,9 @@ from support import Pair, accumulate, assert_equal, assert_same_training, cut, m
 
 from ssdtune.schedule.plan import Kind, Lane, Tier
 from ssdtune.schedule.trace import TraceOp
-from ssdtune.swap.inputs import InputsError, NvmeInputs, RamInputs, make_input_store
+from ssdtune.swap.inputs import make_input_store
+from ssdtune.swap.kept import InputsError, RamInputs
+from ssdtune.swap.ring import NvmeInputs
 from ssdtune.swap.scratch import ScratchError, ScratchFile, Space
 
 CPU = torch.device("cpu")

@@ -25,8 +25,9 @@ from test_exact import Stream, batches
 
 from ssdtune.schedule.plan import Direction, Kind, Lane, Tier
 from ssdtune.schedule.trace import TraceOp
-from ssdtune.swap.inputs import InputsError, NvmeInputs, make_activation_store
-from ssdtune.swap.kept import ACTIVATIONS, INPUTS, Contents
+from ssdtune.swap.inputs import make_activation_store
+from ssdtune.swap.kept import ACTIVATIONS, INPUTS, Contents, InputsError
+from ssdtune.swap.ring import NvmeInputs
 from ssdtune.swap.scratch import ScratchError, ScratchFile
 from ssdtune.visit.leaving import Leaving
 

@@ -23,7 +23,7 @@ HOLES_SHARE, FORWARD_HOLES_SHARE = 0.10, 0.03
 # Of the optimizers that a configuration may name: states as large as the parameter. Adafactor's are its factors.
 NUM_STATES = {"adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 MOST_STATES = 2  # of all others
-# Of RAM, through which block inputs go to NVMe and back, and as much for activations (swap/inputs.py).
+# Of RAM, through which block inputs go to NVMe and back, and as much for activations (swap/ring.py).
 STAGING_BYTES = 32 * 2**20
 SMALL_SHARE = 0.02  # of a total: smaller parts are not told
 KEEP_FREE = 0.05  # of RAM and device memory: drivers, allocators, the desktop

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from ssdtune.schedule.plan import Budgets, Plan, Tier
-from ssdtune.swap.inputs import InputStore, Kept
+from ssdtune.swap.kept import InputStore, Kept
 from ssdtune.visit.leaving import InPiece, Leaving, Place
 
 

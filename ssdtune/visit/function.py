@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Tier
-from ssdtune.swap.inputs import Kept
+from ssdtune.swap.kept import Kept
 from ssdtune.visit import records
 from ssdtune.visit.activations import Activations, Graph, saving
 from ssdtune.visit.thread_state import ThreadState

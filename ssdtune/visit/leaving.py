@@ -21,8 +21,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ssdtune.swap.inputs import InputStore, Kept
-from ssdtune.swap.kept import span_of
+from ssdtune.swap.kept import InputStore, Kept, span_of
 from ssdtune.swap.recipe import address_of, view_of
 
 LINE_BYTES = 64  # torch's alignment on a CPU; on a device it is more

@@ -15,7 +15,7 @@ from torch import nn
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Plan, Tier
 from ssdtune.swap.engine import Engine
-from ssdtune.swap.inputs import InputStore, Kept
+from ssdtune.swap.kept import InputStore, Kept
 from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.source import Checkpoint
 from ssdtune.swap.storage import Storage
