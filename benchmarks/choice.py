@@ -68,7 +68,8 @@ def cases() -> Iterator[Case]:
 def layouts(request: Any) -> Iterator[tuple[str, Any]]:
     """The sweep: (name, layout) for each way to share slots, depth, number of blocks that stay and pattern that fits."""
     from ssdtune.schedule.arrange import first, last, spread
-    from ssdtune.schedule.planner import layout_of, room_for, skeletons, static_choice
+    from ssdtune.schedule.choices import room_for, skeletons, static_choice
+    from ssdtune.schedule.planner import layout_of
 
     deep = dataclasses.replace(request, prefetch=max(DEPTHS))
     seen = set()

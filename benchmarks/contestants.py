@@ -316,8 +316,8 @@ def streaming_options(meta: Any, storage: Any, spec: Spec) -> Any:
     Without it nothing is left for them: only blocks that their class's slots hold anyway, such as a tied embedding and
     head, which is a class of its own, stay.
     """
+    from ssdtune.schedule.choices import size_classes
     from ssdtune.schedule.plan import Budgets
-    from ssdtune.schedule.planner import size_classes
     from ssdtune.visit.draft import Options, draft
 
     options = Options(

@@ -120,8 +120,8 @@ def streamed(setting: Setting, folder: Path) -> Trainer:
     """Slots for the prefetch depth and not a byte more, so that no layer stays."""
     import torch
 
+    from ssdtune.schedule.choices import smallest_budgets
     from ssdtune.schedule.plan import Budgets
-    from ssdtune.schedule.planner import smallest_budgets
     from ssdtune.swap.storage import choose_storage
     from ssdtune.visit.assemble import assemble
     from ssdtune.visit.build import build_meta

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ssdtune.schedule.choices import Order, Request
 from ssdtune.schedule.plan import Budgets, Direction, Plan
-from ssdtune.schedule.planner import Order, Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.swap.engine import Engine
 from ssdtune.swap.fills import Pools
 from ssdtune.swap.gds import REQUEST_BYTES, GdsPool

@@ -20,8 +20,9 @@ from support import (
 )
 from test_exact import BF16, BF16_AT_ONCE, EXACT, Stream, batches
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, PlanError, Tier
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.saved_plan import plan_from
 from ssdtune.schedule.search import search
 from ssdtune.schedule.shares import search_shares

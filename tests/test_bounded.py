@@ -21,6 +21,7 @@ import torch
 from support import padded, with_lora
 from transformers import LlamaConfig
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.memory import (
     HOLES,
     HOLES_SHARE,
@@ -33,7 +34,7 @@ from ssdtune.schedule.memory import (
     room_for_weights,
 )
 from ssdtune.schedule.plan import BlockShape, Budgets, Tier
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.swap.inputs import staging_bytes
 from ssdtune.visit import memory
 from ssdtune.visit.live_bytes import LiveBytes

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.holding import Level, levels_of
 from ssdtune.schedule.memory import (
     ACTIVATIONS,
@@ -20,7 +21,7 @@ from ssdtune.schedule.memory import (
     predict_peak_of,
 )
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Plan, Tier
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.stored import with_stored_inputs
 

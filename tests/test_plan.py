@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ssdtune.errors import SSDTuneError
+from ssdtune.schedule.choices import Request, smallest_budgets
 from ssdtune.schedule.ops import make_ops
 from ssdtune.schedule.plan import (
     BlockShape,
@@ -23,7 +24,7 @@ from ssdtune.schedule.plan import (
     Visit,
     reuse_distances,
 )
-from ssdtune.schedule.planner import Request, make_plan, plain_orders, smallest_budgets
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.saved_plan import plan_from
 from ssdtune.schedule.validate import validate
 

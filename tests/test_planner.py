@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 
+from ssdtune.schedule.choices import Order, Request, size_classes, smallest_budgets
 from ssdtune.schedule.plan import (
     BlockShape,
     Budgets,
@@ -21,15 +22,7 @@ from ssdtune.schedule.plan import (
     StepPlan,
     Tier,
 )
-from ssdtune.schedule.planner import (
-    Order,
-    Request,
-    assign_slots,
-    make_plan,
-    plain_orders,
-    size_classes,
-    smallest_budgets,
-)
+from ssdtune.schedule.planner import assign_slots, make_plan, plain_orders
 from ssdtune.sizes import parse_size
 
 F, B = Direction.FORWARD, Direction.BACKWARD

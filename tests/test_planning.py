@@ -33,6 +33,7 @@ from ssdtune.planning.lossless import Saving, saving
 from ssdtune.planning.text import data_line, job_line, seconds, verdict
 from ssdtune.profiles import own_profile_path, save_profile
 from ssdtune.schedule.changes import smallest_change
+from ssdtune.schedule.choices import smallest_budgets
 from ssdtune.schedule.cost import Work
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.job import Job, in_proportion, job_from
@@ -40,7 +41,6 @@ from ssdtune.schedule.machine import Device, Drive, Machine
 from ssdtune.schedule.methods import foreseen, rates_of, shape_of
 from ssdtune.schedule.outcome import HIDDEN, Choices, Outcome, Refusal, outcome
 from ssdtune.schedule.plan import Lane, Tier
-from ssdtune.schedule.planner import smallest_budgets
 from ssdtune.schedule.profile import (
     DEVICE_DECODE,
     OPERATORS,

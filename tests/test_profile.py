@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.cost import Moves, Operator, Pricing, StepWork, Work, missed_steps
 from ssdtune.schedule.curve import Curve, ProfileError
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.profile import OPERATORS, PERTURB, Profile
 from ssdtune.schedule.saved_profile import profile_from
 

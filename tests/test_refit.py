@@ -9,9 +9,10 @@ import pytest
 
 from ssdtune import probe
 from ssdtune.profiles import keep_refit, own_profile, own_profile_path, refit_path, save_profile
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.cost import Operator, StepWork, Work, predict_step
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Lane
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.profile import OPERATORS, Profile, ProfileError
 from ssdtune.schedule.refit import MOST, refitted, work_name
 from ssdtune.schedule.saved_profile import profile_from

@@ -19,10 +19,11 @@ from ssdtune.config import load_config
 from ssdtune.data import CausalCollator
 from ssdtune.jobs import Source, job_of
 from ssdtune.profiles import own_profile_path, refit_path, save_profile
+from ssdtune.schedule.choices import Choice, size_classes
 from ssdtune.schedule.machine import Drive, Machine
 from ssdtune.schedule.outcome import Choices, Outcome, outcome
 from ssdtune.schedule.plan import Budgets, Lane, Tier
-from ssdtune.schedule.planner import Choice, layout_of, size_classes
+from ssdtune.schedule.planner import layout_of
 from ssdtune.schedule.profile import OPERATORS, Profile
 from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.trainer import SSDConfig, SSDTrainer, scheduling

@@ -11,6 +11,7 @@ import pytest
 
 from ssdtune.schedule import counts as counts_module
 from ssdtune.schedule import search as search_module
+from ssdtune.schedule.choices import Choice, Request, room_for, skeletons, static_choice
 from ssdtune.schedule.counts import BlockKind, best_counts
 from ssdtune.schedule.hunt import Effort
 from ssdtune.schedule.plan import (
@@ -24,17 +25,7 @@ from ssdtune.schedule.plan import (
     StepPlan,
     Tier,
 )
-from ssdtune.schedule.planner import (
-    Choice,
-    Request,
-    layout_of,
-    make_plan,
-    plain_orders,
-    plan_of,
-    room_for,
-    skeletons,
-    static_choice,
-)
+from ssdtune.schedule.planner import layout_of, make_plan, plain_orders, plan_of
 from ssdtune.schedule.search import search
 from ssdtune.schedule.simulate import Simulation, simulate
 from ssdtune.schedule.validate import validate

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from ssdtune.machines import machine_from
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.cost import Operator, Pricing, StepWork, Work
 from ssdtune.schedule.curve import Curve
 from ssdtune.schedule.fluid import simulate_fluid
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan, StepPlan, Tier
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.profile import LINK_MIXED, MIXED, OPERATORS, SUSTAINED, Profile
 from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.schedule.search import search

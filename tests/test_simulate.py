@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.plan import BlockShape, Budgets, Kind, Lane, Op, Plan
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.simulate import simulate
 
 MB = 10**6

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan, Tier
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.simulate import simulate
 from ssdtune.schedule.stored import with_stored_inputs
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ssdtune.schedule.choices import Choice, Request, first_choice, room_for
 from ssdtune.schedule.cost import Operator, Pricing, StepWork, Work
 from ssdtune.schedule.holding import levels_of
 from ssdtune.schedule.hunt import WORTH_WRITING
@@ -24,16 +25,7 @@ from ssdtune.schedule.plan import (
     StepPlan,
     Tier,
 )
-from ssdtune.schedule.planner import (
-    Choice,
-    Request,
-    first_choice,
-    layout_of,
-    make_plan,
-    plain_orders,
-    plan_of,
-    room_for,
-)
+from ssdtune.schedule.planner import layout_of, make_plan, plain_orders, plan_of
 from ssdtune.schedule.profile import OPERATORS, Profile
 from ssdtune.schedule.saved_plan import plan_from
 from ssdtune.schedule.saved_profile import profile_from

@@ -11,10 +11,11 @@ import pytest
 from support import cut, make_pair
 from test_zeroth_order import ESTIMATORS, SEED, batches, num_trained, streamed_step
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.compare import BACK, Prediction, compare
 from ssdtune.schedule.cost import Moves, Operator, Pricing, StepWork, Work
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Plan, StepPlan, Tier
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.profile import OPERATORS, Profile
 from ssdtune.schedule.saved_profile import profile_from
 from ssdtune.schedule.simulate import simulate

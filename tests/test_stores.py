@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.plan import Budgets, Direction, Kind, Lane
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.swap import engine as swap_engine
 from ssdtune.swap import stores
 from ssdtune.swap.engine import Engine

@@ -12,9 +12,10 @@ import pytest
 from ssdtune import cli
 from ssdtune.report import LANE_LABELS
 from ssdtune.run_files import PLAN_NAME, TRACE_NAME
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.compare import Prediction, Span, compare
 from ssdtune.schedule.plan import BlockShape, Budgets, Direction, Kind, Lane, Op, Plan
-from ssdtune.schedule.planner import Request, make_plan, plain_orders
+from ssdtune.schedule.planner import make_plan, plain_orders
 from ssdtune.schedule.simulate import simulate
 from ssdtune.schedule.stored import with_stored_inputs
 from ssdtune.schedule.trace import TraceOp, covered_s, json_lines, trace_from

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ssdtune.jobs import Source
     from ssdtune.opened.source import Opened
     from ssdtune.packing.once import Twin
+    from ssdtune.schedule.choices import Order
     from ssdtune.schedule.cost import StepWork
-    from ssdtune.schedule.planner import Order
 
 
 def job_from_opened(source: Source, opened: Opened) -> Job:

@@ -8,8 +8,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
+from ssdtune.schedule.choices import Choice, Request, able_to_keep, room_for, spread
 from ssdtune.schedule.counts import Counts
-from ssdtune.schedule.planner import Choice, Request, able_to_keep, room_for, spread
 
 NEAR = 3  # half of the moves look no further
 NUM_STAGES = 6  # how many numbers of blocks with activations that stay are tried

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ssdtune.schedule.choices import spread
 from ssdtune.schedule.plan import PlanError, Tier
-from ssdtune.schedule.planner import spread
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

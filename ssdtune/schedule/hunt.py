@@ -10,16 +10,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from ssdtune.schedule.choices import Choice, Request, room_for
 from ssdtune.schedule.counts import BlockKind, Counts, promising_counts
 from ssdtune.schedule.plan import BLOCK_KINDS, Direction, Lane, Plan, PlanError, StepPlan
-from ssdtune.schedule.planner import (
-    Choice,
-    Layout,
-    Request,
-    layout_of,
-    plan_of,
-    room_for,
-)
+from ssdtune.schedule.planner import Layout, layout_of, plan_of
 from ssdtune.schedule.simulate import Simulation, step_seconds
 from ssdtune.schedule.stored import written_bytes
 from ssdtune.schedule.validate import validate

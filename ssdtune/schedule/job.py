@@ -116,7 +116,7 @@ class Job:
 
     Attributes:
         model: its name. architecture: its class. dtype: of most weights. num_parameters, num_trained: counts.
-        blocks, orders: as a `planner.Request` has them.
+        blocks, orders: as a `choices.Request` has them.
         work: of one micro-batch of rows of `data.padded_tokens`; None where it can't be counted.
         footprint: of one micro-batch of the longest rows.
         fixed: bytes that do not depend on the batch; its `base_bytes` is an assumption.
@@ -130,7 +130,7 @@ class Job:
         readings: in how many bits the weights may be read, the most first, where that is to be chosen.
         packed_bytes: of the packed file that a run makes first; 0: of none. packed_folder: where. source_bytes: of the
             files that it is made from.
-        visits_vary: as `planner.Request` has it.
+        visits_vary: as `choices.Request` has it.
         file_dtype: of most bytes of the weights in the files, as safetensors names it; compute may go by another, `dtype`.
         lossless_ratio: bytes of the weights over those of a lossless packing, measured; None: it was not.
         directions: of a zeroth-order step; None: their number is no choice.

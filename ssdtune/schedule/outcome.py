@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 from collections.abc import Mapping
 
+from ssdtune.schedule.choices import Request, smallest_budgets
 from ssdtune.schedule.cost import Pricing
 from ssdtune.schedule.holding import Level, levels_of
 from ssdtune.schedule.hunt import Effort, WritesError
@@ -23,7 +24,7 @@ from ssdtune.schedule.memory import (
     room_for_weights,
 )
 from ssdtune.schedule.plan import Budgets, Lane, Plan, PlanError, Tier
-from ssdtune.schedule.planner import Request, make_plan, smallest_budgets
+from ssdtune.schedule.planner import make_plan
 from ssdtune.schedule.shares import search_within
 from ssdtune.schedule.simulate import Simulation, step_seconds
 from ssdtune.schedule.stores import mean_bytes

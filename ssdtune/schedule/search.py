@@ -24,15 +24,9 @@ from ssdtune.schedule.arrange import (
     moved,
     storing,
 )
+from ssdtune.schedule.choices import Choice, Request, able_to_keep, skeletons, static_choice
 from ssdtune.schedule.hunt import Effort, Found, Hunt, Priced, Skeleton, WritesError
 from ssdtune.schedule.plan import PlanError
-from ssdtune.schedule.planner import (
-    Choice,
-    Request,
-    able_to_keep,
-    skeletons,
-    static_choice,
-)
 
 NUM_POLISHED = 3  # of the best candidates
 HOPELESS = 1.1  # times as slow as the best of another budget: no arrangement makes up for it

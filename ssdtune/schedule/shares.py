@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from ssdtune.schedule.choices import Request, able_to_keep, least_of
 from ssdtune.schedule.hunt import Effort, Found, Priced
 from ssdtune.schedule.plan import Budgets, Plan, PlanError
-from ssdtune.schedule.planner import Request, able_to_keep, least_of
 from ssdtune.schedule.search import HOPELESS, explored, polished, search
 
 SHARES = (0.25, 0.5, 0.75)  # of the budget, for activations

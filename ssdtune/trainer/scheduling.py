@@ -29,9 +29,9 @@ from ssdtune.sizes import format_size
 from ssdtune.trainer.summary import steady
 
 if TYPE_CHECKING:
+    from ssdtune.schedule.choices import Request
     from ssdtune.schedule.hunt import Found
     from ssdtune.schedule.memory import Passes
-    from ssdtune.schedule.planner import Request
     from ssdtune.schedule.profile import Profile
     from ssdtune.schedule.simulate import Simulation
     from ssdtune.trainer.telemetry import StepRecord, Telemetry

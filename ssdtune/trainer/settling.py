@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ssdtune.memory import nearest_folder
+from ssdtune.schedule.choices import least_of
 from ssdtune.schedule.grid import UNMEASURED, best_of, words_of
 from ssdtune.schedule.hunt import AT_LIMIT
 from ssdtune.schedule.memory import INPUTS, room_for_weights
 from ssdtune.schedule.outcome import AUTO_DRIVE_SHARE
 from ssdtune.schedule.plan import Budgets, Lane, Plan, Tier
-from ssdtune.schedule.planner import least_of
 from ssdtune.schedule.profile import ProfileError
 from ssdtune.trainer.forecast import free_ram_share, free_vram, predicted, spare_vram
 from ssdtune.visit.memory import resident_set_bytes
@@ -22,7 +22,7 @@ from ssdtune.visit.memory import resident_set_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ssdtune.schedule.planner import Request
+    from ssdtune.schedule.choices import Request
     from ssdtune.trainer.forecast import Rehearsals
     from ssdtune.trainer.scheduling import Schedule
     from ssdtune.visit.streamer import Streamer

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ssdtune.schedule import planner
+from ssdtune.schedule.choices import Request, least_of
 from ssdtune.schedule.plan import Budgets, Direction, Tier
-from ssdtune.schedule.planner import Request
 from ssdtune.swap.gds import GdsPool
 from ssdtune.swap.recipe import BlockRecipe
 from ssdtune.swap.storage import Storage
@@ -111,12 +110,7 @@ def draft(meta: MetaModel, options: Options) -> Draft:
 
 def smallest_budgets(meta: MetaModel, options: Options) -> Budgets:
     """The least bytes with which the model can be streamed."""
-    shapes = [recipe.shape for recipe in draft(meta, options).recipes]
-    return planner.smallest_budgets(
-        shapes,
-        on_device=options.device.type != "cpu",
-        buffers_on_device=options.open_device_pool is not None,
-    )
+    return least_of(draft(meta, options).replanner.request)
 
 
 @dataclasses.dataclass(slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from ssdtune.schedule.choices import Request
 from ssdtune.schedule.plan import Direction, Plan
-from ssdtune.schedule.planner import Layout, Request, make_plan, plan_of
+from ssdtune.schedule.planner import Layout, make_plan, plan_of
 from ssdtune.schedule.validate import validate
 
 if TYPE_CHECKING:
