@@ -111,6 +111,20 @@ def test_nothing_that_is_there_is_written_over(stream: Stream, tmp_path: Path) -
     trainer.release()
 
 
+def test_of_several_processes_the_first_one_writes(
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them call `save_pretrained` with the same folder, as of any model of transformers."""
+    model = stream(base(tmp_path / "base", torch.float32))
+    trainer = train(model, tmp_path / "run")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        model.save_pretrained(tmp_path / "new")
+        assert (tmp_path / "new").exists() == (rank == 0)
+    trainer.release()
+
+
 def test_a_base_whose_adapter_was_trained_is_not_saved(stream: Stream, tmp_path: Path) -> None:
     model = support.with_lora(stream(base(tmp_path / "base", torch.float32)))
     train(model, tmp_path / "run")

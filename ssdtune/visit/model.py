@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ssdtune.errors import SSDTuneError
@@ -152,7 +153,7 @@ def _save_pretrained(
     self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **more: Any
 ) -> None:
     """The weights as they are now, where a method has moved them, to a new folder. Otherwise they are the user's own
-    files, and an adapter saves itself."""
+    files, and an adapter saves itself. Of several processes the first one writes, as in transformers."""
     streamer: Streamer = self.ssdtune  # type: ignore[assignment]
     if streamer.method is None or not streamer.method.trains_blocks:
         raise SSDTuneError(
@@ -164,7 +165,7 @@ def _save_pretrained(
             f"save_pretrained({', '.join(more)}): a streamed model is written a block to a file, as it is, and no "
             "otherwise.\nGive the folder alone."
         )
-    if is_main_process:
+    if is_main_process and not (dist.is_initialized() and dist.get_rank()):
         write_weights(self, Path(save_directory))
 
 
