@@ -394,6 +394,16 @@ def test_the_best_one_is_kept_and_loaded_at_the_end(make):
     assert trainer.evaluate()["eval_loss"] == max(losses.values())
 
 
+def test_an_interrupted_run_keeps_its_newest_checkpoint_beside_the_best(make):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = make(save_total_limit=1, callbacks=[SignalAt(5)], **best)
+    trainer.train()
+    assert trainer.was_interrupted
+    run = Path(trainer.args.output_dir)
+    assert newest(run) == run / "checkpoint-5"
+    assert Path(trainer.state.best_model_checkpoint) in steps_of(run).values()
+
+
 def test_a_model_in_memory_is_saved_and_resumed_the_same_way(llama, tmp_path):
     def made(output_dir, **given):
         given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **given}

@@ -268,6 +268,15 @@ class SSDTrainer(OptionsTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.checkpoints.save(model, trial)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, but with `save_total_limit: 1` it would remove the newest checkpoint where another is the best: of
+        an interrupted run the one that it was saved in."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainer's own, its pickled arguments replaced by JSON."""
         super()._save(output_dir, state_dict)
