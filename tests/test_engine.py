@@ -437,7 +437,7 @@ def test_memory_that_a_late_read_may_write_is_not_used_again(
     engine.begin_step("train")
     with pytest.raises(SwapError):
         engine.enter(0, F)
-    wait_for(lambda: all(fill.is_issued() for fill in engine._held.values()))
+    wait_for(lambda: all(fill.is_issued() for fill in engine._claims.held.values()))
     engine.begin_step("train")
     try:
         with pytest.raises(SwapError, match=r"layers\.3"):
@@ -585,8 +585,8 @@ def test_a_slots_content_is_never_given_away_by_a_failed_fill(
         with contextlib.suppress(SwapError):
             engine.enter(block, F)
     engine.leave()
-    wait_for(lambda: any(fill.has_failed() for fill in engine._held.values()))
-    failed = next(fill.block for fill in engine._held.values() if fill.has_failed())
+    wait_for(lambda: any(fill.has_failed() for fill in engine._claims.held.values()))
+    failed = next(fill.block for fill in engine._claims.held.values() if fill.has_failed())
     blocks.restore()
     assert torch.equal(engine.read(failed, 0), blocks.expected[failed][0])
 

@@ -429,7 +429,7 @@ def test_a_buffer_that_a_late_read_may_write_is_not_used_again(
     engine.begin_step("train")
     with pytest.raises(SwapError, match=r"layers\.0"):
         engine.enter(0, F)
-    wait_for(lambda: all(fill.is_issued() for fill in engine._held.values()))
+    wait_for(lambda: all(fill.is_issued() for fill in engine._claims.held.values()))
     engine.begin_step("train")
     with pytest.raises(SwapError, match=r"layers\.3"):
         engine.enter(3, F)
@@ -490,7 +490,7 @@ def test_a_slow_direct_read_does_not_hold_up_what_ram_keeps(make: MakeEngine) ->
     for _ in range(2):
         run_step(engine, blocks)
     kept = next(i for i, tier in enumerate(engine.plan.tiers) if tier is Tier.RAM)
-    wait_for(lambda: all(fill.is_issued() for fill in engine._held.values()))
+    wait_for(lambda: all(fill.is_issued() for fill in engine._claims.held.values()))
     kvikio.gate.clear()
     assert torch.equal(engine.read(kept, 0), blocks.expected[kept][0])
 

@@ -144,7 +144,7 @@ def test_a_block_that_another_slot_has_is_not_stored(engine: Engine) -> None:
         weight(engine, block)
     engine.leave()  # the next step's first blocks are read ahead now
     deadline = time.perf_counter() + 5
-    while not (slots := [s for s, fill in list(engine._held.items()) if fill.block == 0]):
+    while not (slots := [s for s, fill in list(engine._claims.held.items()) if fill.block == 0]):
         assert time.perf_counter() < deadline
         time.sleep(0.01)
     assert not engine.store(0, 1 - slots[0], nothing)

@@ -422,8 +422,8 @@ def test_a_weight_that_is_read_while_its_block_is_stored_takes_each_step_once(
 
     monkeypatch.setattr(stores, "write_all", slow)
     train_both(pair, method, reference, 1)
-    assert engine._storing, "some block's store is under way"
-    for block in list(engine._storing):
+    assert engine._claims.storing, "some block's store is under way"
+    for block in list(engine._claims.storing):
         name = pair.streamed.ssdtune.names(block)[0]
         assert torch.equal(
             pair.streamed.get_parameter(name).clone(), pair.plain.get_parameter(name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -20,7 +19,7 @@ import torch
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.plan import Direction, Kind, Lane, Plan, Tier
 from ssdtune.schedule.trace import UNPLANNED, TraceOp
-from ssdtune.schedule.walk import Walk
+from ssdtune.swap.claims import Claims
 from ssdtune.swap.device_clock import DeviceClock
 from ssdtune.swap.fills import Fill, Lanes, Pools, SwapError
 from ssdtune.swap.reading import read_tensors
@@ -85,11 +84,7 @@ class Engine:
         self.trace: list[TraceOp] = [] if succeeds is None else succeeds.trace
         self.slots = Slots(plan, self.recipes, device)
         self._changed = threading.Condition()  # guards what follows, up to `_is_closing`
-        self._homes = _homes(plan)
-        self._held: dict[int, Fill] = {}  # slot -> the fill that brought, or brings, what it holds
-        self._demands: deque[Fill] = deque()  # claimed by `enter`, to be started before all others
-        self._storing: dict[int, int] = {}  # block -> the slot from which it is being stored
-        self._walk = Walk(next(iter(plan.sequences.values())))
+        self._claims = Claims(plan, [recipe.name for recipe in self.recipes])
         self._step = 0 if succeeds is None else succeeds.step
         self._visiting: _Visiting | None = None
         self._is_closing = False
@@ -130,16 +125,7 @@ class Engine:
         with self._changed:
             self._leave()
             self._step += 1
-            steps = self.plan.sequences[kind]
-            if self._walk.steps is steps:
-                self._walk.begin_next()
-            else:
-                self._walk = Walk(steps)
-            failed = [slot for slot, fill in self._held.items() if fill.has_failed()]
-            for slot in failed:
-                del self._held[slot]
-            if failed:
-                self._walk.look_again()
+            self._claims.begin_step(self.plan.sequences[kind])
             if self._lanes.clock is not None:
                 self._lanes.clock.collect()
             self._trim_trace()
@@ -186,7 +172,7 @@ class Engine:
         """A fresh tensor with the block's tensor number `index`, outside any visit; from a slot that
         holds it, else from the file. Raises SwapError."""
         with self._changed, torch.inference_mode(False), torch.no_grad():
-            for fill in self._held.values():
+            for fill in self._claims.held.values():
                 # A device's slot may be in use by streams that know nothing of this read.
                 if fill.block == block and fill.is_present() and fill.event is None:
                     return self.slots.tensors(block, fill.slot)[index].clone()
@@ -202,7 +188,7 @@ class Engine:
     def content(self, slot: int) -> object:
         """Stands for what the slot holds: another object after every fill."""
         with self._changed:
-            return self._held[slot]
+            return self._claims.held[slot]
 
     def store(self, block: int, slot: int, done: Callable[[], None]) -> bool:
         """Begins to write a block of ours back to where it is read from, as the slot has it now.
@@ -212,10 +198,9 @@ class Engine:
         written, by another thread. A store that fails makes every later visit fail.
         """
         with self._changed:
-            elsewhere = any(f.block == block and f.slot != slot for f in self._held.values())
-            if elsewhere or block in self._storing:
+            if not self._claims.may_store(block, slot):
                 return False
-            self._storing[block] = slot
+            self._claims.storing[block] = slot
         try:
             self._stores.begin(block, slot, self._step, done, timeout_s=self.timeout_s)
         except BaseException:
@@ -227,17 +212,19 @@ class Engine:
         """What the slot holds is not what it should be: the visit under way did not take place, and whoever comes next
         has the block read anew."""
         with self._changed:
-            self._held.pop(slot, None)
+            self._claims.held.pop(slot, None)
             if self._visiting is not None and self._visiting.fill.slot == slot:
                 self._visiting = None
-                self._walk.give_up()
-            self._walk.look_again()
+                self._claims.walk.give_up()
+            self._claims.walk.look_again()
             self._changed.notify_all()
 
     def await_stored(self, block: int) -> None:
         """Waits until the block is not being stored. Raises SwapError."""
         with self._changed:
-            if not self._changed.wait_for(lambda: block not in self._storing, self.timeout_s):
+            if not self._changed.wait_for(
+                lambda: block not in self._claims.storing, self.timeout_s
+            ):
                 name = self.recipes[block].name
                 raise SwapError(f"{name} was not stored within {self.timeout_s:g} s")
 
@@ -255,8 +242,7 @@ class Engine:
         with self._changed:
             self._leave()
             self.plan = plan
-            self._homes = _homes(plan)
-            self._walk = Walk(next(iter(plan.sequences.values())))
+            self._claims.follow(plan)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -274,13 +260,13 @@ class Engine:
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSING_S)
         self._lanes.close(CLOSING_S)
-        for fill in [*self._held.values(), *self._demands]:
+        for fill in list(self._claims.fills()):
             fill.issue(SwapError("the engine was closed"))
 
     def free(self) -> None:
         """Gives slots, buffers and cached weights back, once closed; what others hold of them stays."""
         assert self._is_closing
-        self._held.clear()
+        self._claims.held.clear()
         self.slots.free()
         self._lanes.free()
         self._stores.free()
@@ -295,57 +281,13 @@ class Engine:
             visiting = self._visiting
             if visiting is None or (visiting.block, visiting.direction) != (block, direction):
                 self._leave()
-                visiting = self._visiting = self._arrive(block, direction, start)
+                fill, op_id, is_own = self._claims.arrive(block, direction, self._step)
+                visiting = _Visiting(block, direction, fill, op_id, is_own, start)
+                self._visiting = visiting
                 self._changed.notify_all()
             return visiting
 
     # From here on, methods are called with the lock held unless they say otherwise.
-
-    def _arrive(self, block: int, direction: Direction, start: float) -> _Visiting:
-        """The visit that begins, with the fill that holds its block, or will."""
-        position = self._walk.find(block, direction)
-        if position is None:
-            present = (f for f in self._held.values() if f.block == block and not f.has_failed())
-            found = next(present, None)
-            fill = found or self._demand(block, direction, self._home(block))
-            return _Visiting(block, direction, fill, UNPLANNED, found is None, start)
-        is_in_order = position == self._walk.done
-        self._walk.enter(position)
-        op_id, slot = self._walk.compute_op_id(position), self._walk.visit(position).slot
-        found = self._held.get(slot)
-        if found is not None and found.block == block:
-            return _Visiting(block, direction, found, op_id, False, start)
-        fill = self._demand(block, direction, slot)
-        if is_in_order:  # compute was faster than the walk: no miss, but the plan's own fill
-            fill.op_id, fill.is_miss = self._walk.fill_op_id(position), False
-        self._walk.filled(position)
-        return _Visiting(block, direction, fill, op_id, True, start)
-
-    def _home(self, block: int) -> int:
-        """Where to put a block that the plan does not expect: best where no fill is under way."""
-        homes = self._homes[block]
-        idle = (s for s in homes if s not in self._held or self._held[s].is_issued())
-        return next(idle, homes[0])
-
-    def _demand(self, block: int, direction: Direction, slot: int) -> Fill:
-        """A new fill of the slot, started before any other. What the slot was to hold is lost."""
-        fill = self._claim(block, slot, op_id=UNPLANNED, direction=direction, step=self._step)
-        fill.is_miss = True
-        self._demands.append(fill)
-        self._walk.look_again()
-        return fill
-
-    def _claim(self, block: int, slot: int, *, op_id: int, direction: Direction, step: int) -> Fill:
-        """The slot is promised to the block. The walk's thread starts the fill without the lock,
-        since starting may wait for a buffer."""
-        name = self.recipes[block].name
-        fill = Fill(block=block, name=name, slot=slot, op_id=op_id, step=step, direction=direction)
-        previous = self._held.get(slot)
-        if previous is not None and not previous.is_issued():
-            fill.behind = previous
-            fill.stage = f"waiting for {previous.name}, which is on its way into the same slot"
-        self._held[slot] = fill
-        return fill
 
     def _leave(self) -> None:
         """Ends the visit under way and records it."""
@@ -353,9 +295,9 @@ class Engine:
         if visiting is None:
             return
         if visiting.wait_s is None:  # interrupted while it waited
-            self._walk.give_up()
+            self._claims.walk.give_up()
             return
-        self._walk.leave()
+        self._claims.walk.leave()
         op = TraceOp(
             op_id=visiting.op_id,
             kind=Kind.COMPUTE,
@@ -387,9 +329,9 @@ class Engine:
         with self._changed:
             if self._visiting is visiting:
                 self._visiting = None
-                self._walk.give_up()
-            if fill.has_failed() and self._held.get(fill.slot) is fill:
-                del self._held[fill.slot]
+                self._claims.walk.give_up()
+            if fill.has_failed():
+                self._claims.forget(fill)
             self._changed.notify_all()
 
     def _wait_on_stream(self, visiting: _Visiting, clock: DeviceClock) -> None:
@@ -416,52 +358,16 @@ class Engine:
             del fill
 
     def _next_to_start(self) -> Fill | None:
-        """A fill that compute waits for, else the plan's next; None when there is nothing to do."""
+        """As the claims have it; None where the engine is being closed."""
         if self._is_closing:
             return None
-        for fill in self._demands:
-            if self._is_storing(fill.block, fill.slot):
-                continue
-            if fill.behind is None or fill.behind.is_issued():
-                self._demands.remove(fill)
-                fill.behind = None
-                return fill
-        return self._claim_next() if not self._demands else None
-
-    def _claim_next(self) -> Fill | None:
-        """The next fill, if its slot's last planned reader is done."""
-        while (position := self._walk.next_to_fill()) is not None:
-            visit = self._walk.visit(position)
-            held = self._held.get(visit.slot)
-            if held is None or held.block != visit.block:
-                if not self._walk.may_fill(position):
-                    return None
-                reading = self._visiting
-                if reading is not None and reading.fill.slot == visit.slot:
-                    return None  # by a visit that the plan did not expect there
-                if held is not None and not held.is_issued():
-                    return None
-                if self._is_storing(visit.block, visit.slot):
-                    return None
-                self._walk.filled(position)
-                return self._claim(
-                    visit.block,
-                    visit.slot,
-                    op_id=self._walk.fill_op_id(position),
-                    direction=visit.direction,
-                    step=self._step + self._walk.is_in_next_step(position),
-                )
-            self._walk.filled(position)
-        return None
-
-    def _is_storing(self, block: int, slot: int) -> bool:
-        """Whether a fill of the slot with the block would meet a store."""
-        return block in self._storing or slot in self._storing.values()
+        reading = None if self._visiting is None else self._visiting.fill.slot
+        return self._claims.next_to_start(self._step, reading)
 
     def _stored(self, block: int) -> None:
         """The block's store has ended; takes the lock itself."""
         with self._changed:
-            del self._storing[block]
+            del self._claims.storing[block]
             self._changed.notify_all()
 
     def _notify(self) -> None:
@@ -508,15 +414,3 @@ class Engine:
             )
         )
         return found.to(self.slots.device)
-
-
-def _homes(plan: Plan) -> list[tuple[int, ...]]:
-    """The slots of each block's visits, else all that fit: where it goes when fetched on demand."""
-    homes: list[dict[int, None]] = [{} for _ in plan.blocks]
-    for steps in plan.sequences.values():
-        for visit in steps.visits:
-            homes[visit.block][visit.slot] = None
-    for i, block in enumerate(plan.blocks):
-        if not homes[i]:
-            homes[i] = {s: None for s, n in enumerate(plan.slots) if n >= block.slot_bytes}
-    return [tuple(h) for h in homes]
