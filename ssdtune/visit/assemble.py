@@ -21,11 +21,12 @@ from ssdtune.visit.blocks import find_points
 from ssdtune.visit.build import MetaModel
 from ssdtune.visit.draft import Group, Options, draft
 from ssdtune.visit.head import install, refresh
+from ssdtune.visit.installed import Weight
 from ssdtune.visit.loss import HeadLoss
 from ssdtune.visit.model import stream_class
 from ssdtune.visit.placeholder import Placeholder
 from ssdtune.visit.placement import Placements
-from ssdtune.visit.streamer import Meeting, Streamer, Weight
+from ssdtune.visit.streamer import Meeting, Streamer
 from ssdtune.visit.whole import WholeReader
 
 
@@ -143,9 +144,8 @@ def _install_placeholders(
             )
             weights.append(weight)
         for weight in weights:
-            for owner, name in weight.owners:
-                owner._parameters[name] = weight.placeholder  # type: ignore[assignment]
-        streamer.add_block(weights)
+            weight.put_in(weight.placeholder)
+        streamer.installed.blocks.append(weights)
 
 
 def _load_resident(

@@ -23,38 +23,9 @@ from ssdtune.visit.accumulation import AccumulationWatch
 from ssdtune.visit.activations import Activations
 from ssdtune.visit.build import Origin
 from ssdtune.visit.function import visit
+from ssdtune.visit.installed import Installed, Weight
 from ssdtune.visit.meet import Hub
-from ssdtune.visit.placeholder import Placeholder
 from ssdtune.visit.replanner import Replanner
-
-
-@dataclasses.dataclass(eq=False)
-class Weight:
-    """A streamed parameter: where it is held, by every module that holds it (tied ones have several owners)."""
-
-    name: str
-    block: int
-    index: int  # in the block's recipe
-    owners: list[tuple[nn.Module, str]]
-    streamer: Streamer
-    placeholder: Placeholder | None = None
-    is_resident: bool = False  # became trainable: a real parameter for good
-
-    def read(self) -> torch.Tensor:
-        """The values, in fresh memory."""
-        streamer = self.streamer
-        if streamer.method is None:
-            return streamer.engine.read(self.block, self.index)
-        return streamer.method.read(self.block, self.index)
-
-    def make_trainable(self) -> None:
-        """From now on a real, trainable parameter in every owner."""
-        if self.is_resident:
-            return
-        self.is_resident = True
-        parameter = nn.Parameter(self.read())
-        for owner, name in self.owners:
-            owner._parameters[name] = parameter
 
 
 class Meeting:
@@ -140,7 +111,7 @@ class OpenEngine(Protocol):
 class Streamer:
     """Brings blocks' weights into their modules for their visits and takes them out again.
 
-    `blocks`: names of the engine's blocks. `add_block` gives the weights of each, in the engine's order.
+    `blocks`: names of the engine's blocks. `installed.blocks`: the weights of each, in the engine's order.
     """
 
     def __init__(self, blocks: Sequence[str]) -> None:
@@ -153,54 +124,39 @@ class Streamer:
         self.make_activation_store: Callable[..., InputStore]  # folder=…
         self.blocks = list(blocks)
         self.step = 0
-        self.micro_batch_size: int | None = (
-            None  # rows that the front door lets through at once; None: all
-        )
-        self.loss_counts_items = (
-            False  # whether this run's losses are shares of the batch's: they add up
-        )
+        # Rows that the front door lets through at once; None: all.
+        self.micro_batch_size: int | None = None
+        # Whether this run's losses are shares of the batch's: they add up.
+        self.loss_counts_items = False
         self.meetings: list[Meeting] = []
-        self.observed: list[
-            tuple[int, Direction]
-        ] = []  # visits of the step under way, as they came
-        self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = (
-            None  # told when a step is over
-        )
-        self.on_begin: Callable[[], None] | None = None  # told before a step begins
-        self.before_pass: Callable[[], None] | None = (
-            None  # called before each micro-batch's pass through a block
-        )
-        self.input_store: InputStore | None = (
-            None  # where block inputs wait for backward; None: on the device, with autograd
-        )
+        # Visits of the step under way, as they came.
+        self.observed: list[tuple[int, Direction]] = []
+        # Told when a step is over; before one begins; before each micro-batch's pass through a block.
+        self.on_step: Callable[[str, list[tuple[int, Direction]]], None] | None = None
+        self.on_begin: Callable[[], None] | None = None
+        self.before_pass: Callable[[], None] | None = None
+        # Where block inputs wait for backward; None: on the device, with autograd.
+        self.input_store: InputStore | None = None
         self.activations = Activations()
         self.gradless: dict[Any, tuple[int, ...]] = {}  # see visit/function.py
-        self._variants: dict[int, tuple[Any, ...]] = {}  # of the step under way, by block
         self.accumulation = AccumulationWatch()
         self.method: Weights | None = None  # what it makes of weights; None: they stay as stored
+        self.installed = Installed()
+        self._variants: dict[int, tuple[Any, ...]] = {}  # of the step under way, by block
         self._variant: int | None = None  # of the weights that the running micro-batch wants
         self._hub: Hub | None = None
         self._kind = "forward"
-        self._by_block: list[list[Weight]] = []
-        self._parameters: dict[tuple[int, int | None], list[nn.Parameter]] = {}
-        self._installed: tuple[int, int, int | None] | None = (
-            None  # block, slot and variant whose parameters are in the modules
-        )
         self._awaits_end = False
         self._interned: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
-    def add_block(self, weights: Sequence[Weight]) -> None:
-        """The weights of the next block, in its recipe's order."""
-        self._by_block.append(list(weights))
-
     def names(self, block: int) -> list[str]:
         """The block's weights, in its recipe's order."""
-        return [weight.name for weight in self._by_block[block]]
+        return [weight.name for weight in self.installed.blocks[block]]
 
     @property
     def weights(self) -> list[Weight]:
         """All streamed weights."""
-        return [weight for weights in self._by_block for weight in weights]
+        return [weight for weights in self.installed.blocks for weight in weights]
 
     # ---- runs ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +193,7 @@ class Streamer:
             return self._hub.run(calls)
         finally:
             self._hub = None
-            self._take_out()
+            self.installed.take_out()
             self._use(None)
             if self._kind == "forward":
                 self.engine.leave()
@@ -254,7 +210,7 @@ class Streamer:
         return self.blocks[self.meetings[point].block]
 
     def _begin(self, kind: str) -> None:
-        self._take_out()  # logits that were read after the last run brought their head in once more
+        self.installed.take_out()  # logits that were read after the last run brought their head in once more
         if self._kind == "forward":
             self._tell_order()
         self.step += 1
@@ -275,7 +231,7 @@ class Streamer:
 
     def _end(self) -> None:
         """Backward has come back: the step's last visit is over."""
-        self._take_out()
+        self.installed.take_out()
         self.engine.leave()
         self._awaits_end = False
         self._interned.clear()
@@ -309,43 +265,21 @@ class Streamer:
         if direction is Direction.BACKWARD and self.before_pass is not None:
             self.before_pass()
         slot = self.engine.enter(block, direction)
-        if self._installed == (block, slot, self._variant):
+        place = (block, slot, self._variant)
+        if self.installed.place == place:
             return
-        self._take_out()
-        for weight, parameter in zip(
-            self._by_block[block], self._slot_parameters(block, slot), strict=True
-        ):
-            if not weight.is_resident:
-                for owner, name in weight.owners:
-                    owner._parameters[name] = parameter
-        self._installed = (block, slot, self._variant)
-
-    def slot_memory(self) -> torch.Tensor:
-        """The slot whose block is present, uint8."""
-        assert self._installed is not None
-        return self.engine.slots.memory[self._installed[1]]
-
-    def _slot_parameters(self, block: int, slot: int) -> list[nn.Parameter]:
-        """The block's tensors in that slot, or what stands for them, as parameters; the same objects at every visit."""
+        self.installed.take_out()
         tensors: Sequence[torch.Tensor]
         tensors = in_slot = self.engine.slots.tensors(block, slot)
         if self.method is not None:
             self.method.refresh(block, slot)
             tensors = self.method.stand_in(block, tensors, self._variant)
-        key = (block, slot if tensors is in_slot else None)
-        if key not in self._parameters:
-            self._parameters[key] = [nn.Parameter(t, requires_grad=False) for t in tensors]
-        return self._parameters[key]
+        self.installed.put_in(place, tensors, are_in_slot=tensors is in_slot)
 
-    def _take_out(self) -> None:
-        """Placeholders again: what is read outside a visit must not see a slot's next content."""
-        if self._installed is None:
-            return
-        for weight in self._by_block[self._installed[0]]:
-            if not weight.is_resident:
-                for owner, name in weight.owners:
-                    owner._parameters[name] = weight.placeholder  # type: ignore[assignment]
-        self._installed = None
+    def slot_memory(self) -> torch.Tensor:
+        """The slot whose block is present, uint8."""
+        assert self.installed.place is not None
+        return self.engine.slots.memory[self.installed.place[1]]
 
     def variant(self, block: int) -> tuple[Any, ...]:
         """Which adapters of the block are in use in this step: peft's switches, of every module that has them."""
@@ -416,12 +350,12 @@ class Streamer:
         Raises SwapError, all as it was, where a block was not stored: the new engine would read what the drive has."""
         assert self._hub is None, "a forward is under way"
         assert not self._awaits_end, "a backward is under way"
-        self._take_out()
+        self.installed.take_out()
         before = self.engine
         before.await_stores()
         before.close()
         before.free()
-        self._parameters.clear()
+        self.installed.forget()
         self.engine = self.open_engine(plan, before)
 
     def read_from(self, recipes: Sequence[BlockRecipe], storage: Storage) -> None:
