@@ -528,6 +528,15 @@ def test_a_profile_that_was_measured_anew_meanwhile_is_not_refitted(measured) ->
     assert not refit_path().exists()
 
 
+def test_a_drive_that_several_processes_read_says_nothing_of_one_that_reads_alone(
+    measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = measured()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert witness(schedule, 1.04, WITNESSES)[1] == []
+    assert not refit_path().exists()
+
+
 def test_what_experts_took_says_nothing_of_the_machine(measured) -> None:
     schedule = measured()
     replanner = schedule.streamer.replanner

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from ssdtune.cores import cpu_seconds
 from ssdtune.errors import SSDTuneError
+from ssdtune.memory import processes_here
 from ssdtune.profiles import keep_refit, own_profile
 from ssdtune.report import LANE_LABELS, factor_words
 from ssdtune.schedule.cost import Pricing
@@ -230,9 +231,11 @@ class Watch(TrainerCallback):
 
     def _refitted(self) -> dict[str, float] | None:
         """Lane -> factor after this run, by the steps of its last plan; None where they were few or uneven, others used
-        the cores, or tokens chose experts: those times are the data's."""
+        the cores, other processes of the run the drive, or tokens chose experts: those times are the data's."""
         records = self.telemetry.records[self._plan_since :]
         if self.schedule.streamer.replanner.request.visits_vary or len(records) < WITNESSES:
+            return None
+        if processes_here() > 1:
             return None
         if any(r.num_misses or r.num_over for r in records):
             return None
