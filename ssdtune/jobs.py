@@ -6,6 +6,7 @@ needs neither torch nor transformers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ssdtune.cache import cache_folder
 from ssdtune.durable import write_file_atomically
+from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.job import Job, job_from
 
 if TYPE_CHECKING:
@@ -115,9 +117,7 @@ class Jobs:
             self._opened = open_source(source)
         job = job_from_opened(source, self._opened)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file_atomically(path, job.to_json().encode())
-            _forget_old(path.parent)
+            _keep(job, path)
         return _as_it_is_now(job)
 
 
@@ -164,6 +164,14 @@ def _states(paths: Iterator[Path] | Sequence[Path]) -> Iterator[str]:
     for path in paths:
         state = os.stat(path)
         yield f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+
+
+def _keep(job: Job, path: Path) -> None:
+    """For the next time. Where it can't be written it is made again, and what another process has removed is gone."""
+    with contextlib.suppress(OSError, SSDTuneError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file_atomically(path, job.to_json().encode())
+        _forget_old(path.parent)
 
 
 def _forget_old(folder: Path) -> None:

@@ -451,6 +451,17 @@ def test_a_cached_job_that_was_cut_short_is_made_anew(config_path: Path, tmp_pat
     assert a_job(config_path) == dataclasses.replace(job, fixed=a_job(config_path).fixed)
 
 
+def test_what_others_do_to_the_cache_fails_no_plan(config_path: Path, tmp_path: Path) -> None:
+    """Another process clears it of what is old, too: listed, and gone at the next look, as what a link leads to is here."""
+    jobs = tmp_path / "cache" / "jobs"
+    jobs.mkdir(parents=True)
+    (jobs / "gone.json").symlink_to(jobs / "nowhere")
+    a_job(config_path)
+    shutil.rmtree(jobs)
+    jobs.write_text("no folder")
+    a_job(config_path)
+
+
 # ------------------------------------------------------------------ outcomes
 
 
