@@ -234,7 +234,7 @@ def options_for(
     """
     import torch
 
-    from ssdtune.memory import free_ram
+    from ssdtune.memory import free_ram, processes_here
     from ssdtune.schedule.plan import Budgets
     from ssdtune.visit.draft import Options
 
@@ -248,7 +248,7 @@ def options_for(
     return Options(
         device=device,
         budgets=Budgets(
-            ram_bytes=offload.ram or int(free_ram() * AUTO_RAM_SHARE),
+            ram_bytes=offload.ram or int(free_ram() // processes_here() * AUTO_RAM_SHARE),
             device_bytes=vram,
             activation_bytes=offload.activations or 0,
             nvme_activation_bytes=offload.nvme_activations or 0,

@@ -5,6 +5,7 @@ A limit of a container or a batch system counts as well as the machine's own mem
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,11 @@ def nearest_folder(folder: Path) -> Path:
     """The folder, or where it is not made yet the nearest above it that is there: on the same drive."""
     folder = folder.expanduser().resolve()
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def processes_here() -> int:
+    """How many processes of the run share this machine, as launchers tell each of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def total_ram(proc: Path = PROC) -> int:

@@ -1,5 +1,6 @@
 """What several processes of a run must do alike, and what one of them alone; this one plays each."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ import support
 import tiny_runs
 import torch
 
+from ssdtune import Offload, memory
+from ssdtune.api import options_for
 from ssdtune.peft import fingerprint_of
 from ssdtune.trainer import SSDConfig, TrainerError, ZOTrainer, processes
 from ssdtune.trainer.interrupt import Interruption
+from ssdtune.trainer.settling import _with_drive
 
 Stream = Callable[..., Any]
 
@@ -95,3 +99,20 @@ def test_a_signal_that_comes_while_processes_ask_one_another_is_heard_at_the_nex
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     assert [stops_after_step(), stops_after_step()] == [False, True]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_processes_on_one_machine_share_what_is_free(
+    llama: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has said how much each may take: all of them together take what one would."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(memory, "free_ram", lambda: 8000)
+    usage = shutil.disk_usage(llama)._replace(free=8000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    files = list(llama.glob("*.safetensors"))
+    assert options_for(Offload(), files).budgets.ram_bytes == 1000
+    request = _with_drive(stream(llama).ssdtune.replanner.request, llama)
+    assert request.budgets.nvme_activation_bytes == 1000

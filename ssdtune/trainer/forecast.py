@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssdtune.memory import free_ram
+from ssdtune.memory import free_ram, processes_here
 from ssdtune.profiles import own_profile
 from ssdtune.schedule.job import mean_padded
 from ssdtune.schedule.memory import ACTIVATIONS, INPUTS, MOST_STATES, NUM_STATES, STORED
@@ -155,7 +154,7 @@ def to_come(peak: Peak) -> int:
 
 def free_ram_share() -> int:
     """This process's share."""
-    return free_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_ram() // processes_here()
 
 
 def free_vram(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ssdtune.memory import nearest_folder
+from ssdtune.memory import nearest_folder, processes_here
 from ssdtune.schedule.choices import least_of
 from ssdtune.schedule.grid import UNMEASURED, best_of, words_of
 from ssdtune.schedule.hunt import AT_LIMIT
@@ -260,7 +260,8 @@ class _Settling:
 
 
 def _with_drive(request: Request, folder: Path) -> Request:
-    """Activations may take a share of what is free there."""
-    num_bytes = int(AUTO_DRIVE_SHARE * shutil.disk_usage(nearest_folder(folder)).free)
+    """Activations may take a share of what is free there, those of all processes here together."""
+    free = shutil.disk_usage(nearest_folder(folder)).free // processes_here()
+    num_bytes = int(AUTO_DRIVE_SHARE * free)
     budgets = dataclasses.replace(request.budgets, nvme_activation_bytes=num_bytes)
     return dataclasses.replace(request, budgets=budgets)

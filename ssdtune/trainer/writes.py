@@ -6,11 +6,11 @@ A packed model that the run makes first is there by now: `planning/settle.py` co
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ssdtune.memory import processes_here
 from ssdtune.schedule.hunt import WritesError
 from ssdtune.schedule.memory import INPUTS
 from ssdtune.schedule.stores import mean_bytes
@@ -42,13 +42,12 @@ def writes_of(trainer: SSDTrainer, num_rows: int, most: int | None) -> Writes:
     assert trainer.streamer is not None
     assert trainer.model is not None
     moves = trainer.moves(num_rows)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Writes(
         num_steps=num_steps_of(trainer, num_rows),
         trained_bytes=sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
         every=0 if moves is None else moves.fold_steps,
         copy_bytes=trainer.streamer.engine.plan.model_bytes,
-        most=None if most is None else most // processes,
+        most=None if most is None else most // processes_here(),
     )
 
 
