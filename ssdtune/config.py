@@ -225,9 +225,11 @@ def _sources(entries: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
 
 def _idle_notes(config: TrainConfig, sources: Mapping[str, str]) -> Iterator[str]:
     """A note for each key that was given, as something else than its default, and has no effect beside the others."""
-    settings = settings_of(TrainConfig)
     for key, reason in idle_keys(config):
-        if sources[key] != "default" and getattr(config, key) != settings[key].default:
+        group, _, member = key.rpartition(".")
+        holder = getattr(config, group) if group else config
+        default = settings_of(type(holder))[member].default
+        if sources[key] != "default" and getattr(holder, member) != default:
             yield f"{sources[key]}: {key}: has no effect, because {reason}"
 
 

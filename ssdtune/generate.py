@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ssdtune.errors import SSDTuneError
 from ssdtune.report import say
 from ssdtune.run_files import CONFIG_NAME, LOG_NAME
-from ssdtune.trainer.checkpoint import differences, newest, read_identity, weights_of
+from ssdtune.trainer.checkpoint import differences, newest, read_identity
 from ssdtune.trainer.opening import open_model
 from ssdtune.trainer.rows import load_tokenizer
+from ssdtune.visit.base import weights_of
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
@@ -154,8 +155,13 @@ def _replayed(base: Any, config: TrainConfig, folder: Path) -> Any:
     path = folder / LOG_NAME
     log = read_log(path.read_bytes(), str(path))
     # A run that is not finished says it nowhere else.
-    _check_base({"base": log.header.base}, base, config, folder)
+    known = {"base": log.header.base, "reading": log.header.reading}
+    _check_base(known, base, config, folder)
     replayed(base, log)
+    say(
+        f"note: a block that is read takes all {log.num_steps:,} steps of the run again, for every token; `ssdtune replay` "
+        "writes the weights once"
+    )
     return base
 
 

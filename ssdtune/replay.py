@@ -17,18 +17,17 @@ from ssdtune.peft.loftq import LOFTQ
 from ssdtune.report import say
 from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
-from ssdtune.trainer.checkpoint import base_of
 from ssdtune.trainer.opening import attached, open_model
 from ssdtune.visit.saving import check_is_new, not_written, write_weights
 from ssdtune.zeroth_order.log import ADAPTERS, Log, read_log
-from ssdtune.zeroth_order.method import replayed, that_train
+from ssdtune.zeroth_order.method import check_weights, replayed, that_train
 
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
 
 
 class ReplayError(SSDTuneError):
-    """A run without a log, or of another base, or whose adapter begins elsewhere."""
+    """A run without a log, or whose adapter begins elsewhere."""
 
 
 def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
@@ -49,7 +48,7 @@ def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
     config = load_config(config_of(run, folder), []).config
     base: Any = open_model(config)
     try:
-        check_base(log, base_of(base), path)
+        check_weights(log.header, base, where=str(path))
         is_adapter = log.header.trains == ADAPTERS
         model = first_adapter(config, base, log, path) if is_adapter else base
         replayed(model, log, num_steps=num_steps)
@@ -71,15 +70,6 @@ def find_log(run: Path) -> Path:
             f"{run} holds no {LOG_NAME}.\nGive the output_dir of a run with method: zo."
         )
     return found
-
-
-def check_base(log: Log, base: str, path: Path) -> None:
-    """Raises ReplayError where the log belongs to other files."""
-    if log.header.base not in (None, base):
-        raise ReplayError(
-            f"{path} was written over other weights than those of this base model.\n"
-            "Give the right one: model_name_or_path in the run's configuration."
-        )
 
 
 def first_adapter(config: TrainConfig, base: Any, log: Log, path: Path) -> Any:

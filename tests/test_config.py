@@ -466,6 +466,11 @@ ZO = "method: zo\n"
         (ZO + "zo_update: adam\nzo_momentum: 0.5\nzo_horizon: 3\nzo_beta2: 0.5", ""),
         (ZO + "zo_mask_ratio: 0.5\nzo_clip: 3\nzo_num_directions: 2", "zo_mask_ratio"),
         (ZO + "zo_mask: random\nzo_mask_ratio: 0.5", ""),
+        (
+            ZO + "offload: {block_inputs: nvme, activations: 2GB, nvme_activations: 2GB, ram: 1GB}",
+            "offload.block_inputs offload.activations offload.nvme_activations",
+        ),
+        ("offload: {block_inputs: nvme, nvme_activations: 2GB}", ""),
     ],
 )
 def test_a_key_without_effect_is_said_with_the_reason(tmp_path, body, idle):

@@ -11,9 +11,9 @@ import torch
 from support import streamed
 
 from ssdtune.data import CausalCollator
-from ssdtune.trainer import ZOTrainer
+from ssdtune.trainer import TrainerError, ZOTrainer
 from ssdtune.trainer.generations import Drawn, Generation, GenerationError, answers, prompts
-from ssdtune.zeroth_order import MeZO
+from ssdtune.zeroth_order import FZOO, MeZO
 from ssdtune.zeroth_order.rules import Term
 
 NEW = 4
@@ -142,6 +142,49 @@ def test_an_objective_sees_the_references_that_a_batch_has(
     assert trainer.last_step.loss == -len("row 0")
     assert {"input_ids", "labels"} <= taken
     assert not {"answers", "gold"} & taken
+
+
+@pytest.mark.parametrize("name", tiny_models.SEQ2SEQ)
+def test_a_decoder_answers_all_that_its_encoder_reads(name: str, tmp_path: Path) -> None:
+    """Padded as it comes: not every encoder knows its positions by the mask. Of FZOO's variants the first is the model."""
+    folder = tiny_models.save(tiny_models.build(name), tmp_path / "model")
+    batch, seen = tiny_models.batch(name, 2, 7), []
+    batch["attention_mask"][0, 5:] = 0
+
+    def objective(found: list[list[int]], batch: Any) -> list[float]:
+        seen.append(found)
+        return [float(sum(ids)) for ids in found]
+
+    base: Any = streamed(folder, micro_batch_size=None)
+    trainer = ZOTrainer(
+        base,
+        tiny_runs.arguments(tmp_path / "run", per_device_train_batch_size=2, max_steps=1),
+        lambda rows: dict(batch),
+        train_dataset=rows()[:2],
+        estimator=FZOO(eps=5e-2, num_directions=2),
+        objective=objective,
+        generation=Generation(max_new_tokens=NEW),
+    )
+    trainer.train()
+    base.ssdtune.close()
+    plain: Any = tiny_models.auto_class(name).from_pretrained(folder).eval()
+    mask = batch["attention_mask"]
+    made = plain.generate(batch["input_ids"], attention_mask=mask, max_new_tokens=NEW)
+    assert made[:, 1:].tolist() in seen
+    assert len(seen) == 3
+
+
+def test_what_no_answer_is_made_of_is_refused(model: Path, tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        made = COLLATE(rows)
+        return {**made, "position_ids": made["attention_mask"].cumsum(1) - 1}
+
+    base: Any = streamed(model)
+    how, objective = Generation(max_new_tokens=2), lambda found, batch: [0.0] * len(found)
+    trainer = made_trainer(base, tmp_path, how, objective, collate, max_steps=1)
+    with pytest.raises(TrainerError, match="has position_ids besides"):
+        trainer.train()
+    base.ssdtune.close()
 
 
 def test_what_is_drawn_is_drawn_again_and_follows_the_softmax() -> None:

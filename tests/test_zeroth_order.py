@@ -1,6 +1,7 @@
 """Streamed zeroth-order training equals the published algorithm written plainly, in memory, bit for bit."""
 
 import dataclasses
+import decimal
 import errno
 import functools
 import itertools
@@ -8,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,34 @@ ESTIMATORS = {
 # ------------------------------------------------------------------ the algorithm, in memory
 
 
+def points(estimator: Any) -> list[Shift | None]:
+    """Where losses are wanted: both sides of each direction, of FZOO the weights and one side."""
+    count, eps = estimator.num_directions, estimator.eps
+    if isinstance(estimator, FZOO):
+        return [None] + [Shift(j, eps) for j in range(count)]
+    return [Shift(j, sign * eps) for j in range(count) for sign in (+1, -1)]
+
+
+def estimates(estimator: Any, losses: Sequence[float]) -> list[float]:
+    """g_j as the papers have it (MeZO's Definition 1, FZOO's equations, LOZO's Algorithm 1), rounded at each operation;
+    FZOO's deviation once, from fractions."""
+    count, eps = estimator.num_directions, estimator.eps
+    if isinstance(estimator, FZOO):
+        exact = [Fraction(loss) for loss in losses[1:]]
+        variance = sum((x - sum(exact) / count) ** 2 for x in exact) / (count - 1)
+        with decimal.localcontext(prec=60):
+            sigma = float((decimal.Decimal(variance.numerator) / variance.denominator).sqrt())
+        return [(loss - losses[0]) / (eps * count * sigma) for loss in losses[1:]]
+    found = [(losses[2 * j] - losses[2 * j + 1]) / (2 * eps) / count for j in range(count)]
+    return [g / estimator.rank for g in found] if isinstance(estimator, LOZO) else found
+
+
+def matrix(p: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns; experts' matrices lie below each other."""
+    rows = p.shape[0] * p.shape[1] if p.dim() == 3 else p.shape[0]
+    return rows, p.numel() // rows
+
+
 def terms(
     name: str, like: torch.Tensor, step: int, j: int, scale: float, family: Family
 ) -> Iterator[torch.Tensor]:
@@ -49,7 +79,7 @@ def terms(
     if not family.rank or like.dim() < 2:
         yield looked_up(key, like.numel(), scale, family.kind).view(like.shape)
         return
-    rows, columns = like.shape[0], like.numel() // like.shape[0]
+    rows, columns = matrix(like)
     u = looked_up(key, family.rank * rows, scale, GAUSSIAN).view(family.rank, rows)
     window = philox.key_of(SEED, step // family.window, philox.number_of(name + " of the window"))
     v = looked_up(window, family.rank * columns, 1.0, GAUSSIAN).view(family.rank, columns)
@@ -113,10 +143,10 @@ class InMemory:
     def step(self, pieces: Sequence[dict[str, Any]], items: int) -> list[float]:
         pristine = {name: p.clone() for name, p in self.parameters.items()}
         losses = []
-        for shift in self.estimator.variants:
+        for shift in points(self.estimator):
             self.shift(pristine, shift)
             losses.append(math.fsum(float(self.loss(piece, items)) for piece in pieces))
-        self.update(pristine, self.estimator.gradients(losses))
+        self.update(pristine, estimates(self.estimator, losses))
         self.num_steps += 1
         return losses
 

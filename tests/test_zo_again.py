@@ -1,5 +1,6 @@
 """A trainer, or a model, that is used once more in the same process: a run that goes on, or a refusal by name."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,46 @@ def test_a_model_whose_weights_have_moved_is_none_to_begin_with(
     support.assert_equal(before, weights_of(anew), "weights")
     with pytest.raises(MovedError, match="Open the model anew"):
         trainer_of(anew, tmp_path / "another", trains)
+
+
+def test_a_log_of_other_weights_is_refused(
+    model: Path, tmp_path: Path, stream: Stream, whole: Callable[[str], Ended]
+) -> None:
+    """Other files, the same codes in other bits, an adapter that begins elsewhere: each would come to other weights."""
+    other = stream(tiny_runs.save(tiny_runs.llama(2), tmp_path / "other"))
+    logs = {t: read_log((whole(t)[0] / LOG_NAME).read_bytes(), "log") for t in ("all", "adapters")}
+    with pytest.raises(LogError, match=r"over other weights than those .*: other files"):
+        replayed(other, logs["all"])
+    for num_steps in (-1, 5):
+        with pytest.raises(LogError, match="has 4 steps, and num_steps is"):
+            replayed(stream(model), logs["all"], num_steps=num_steps)
+    in_bits = dataclasses.replace(logs["all"].header, reading="4")
+    with pytest.raises(LogError, match="codes were read in 4 bits"):
+        replayed(stream(model), dataclasses.replace(logs["all"], header=in_bits))
+    with pytest.raises(LogError, match="other files"):
+        replayed(support.with_lora(other), logs["adapters"])
+    adapted = support.with_lora(stream(model))
+    replayed(adapted, logs["adapters"])
+    support.assert_equal(whole("adapters")[1], weights_of(adapted), "weights")
+    with pytest.raises(LogError, match="has not the values that the log's run began with"):
+        replayed(adapted, logs["adapters"])
+
+
+def test_gradients_do_not_go_on_where_losses_have_stopped(
+    model: Path, stream: Stream, whole: Callable[[str], Ended]
+) -> None:
+    """The adapter is there, what an optimizer would go on with is not."""
+    folder, _ = whole("adapters")
+    adapted = support.with_lora(stream(model))
+    trainer = SSDTrainer(
+        adapted,
+        tiny_runs.arguments(
+            folder, per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=6
+        ),
+        train_dataset=[{key: [5, 6, 7, k] for key in ("input_ids", "labels")} for k in range(8)],
+    )
+    with pytest.raises(CheckpointError, match="method was zo and is gradients"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_a_log_of_another_dtype_is_refused(

@@ -15,6 +15,7 @@ from test_full_disk import no_file_longer_than
 from test_zeroth_order import SEED, Stream, all_weights, batches
 
 from ssdtune.run_files import LOG_NAME
+from ssdtune.trainer import TrainerError
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.zeroth_order import FZOO, LOZO, MeZO, Rule, ZerothOrder
 from ssdtune.zeroth_order.log import LogError, read_log
@@ -57,6 +58,25 @@ def test_equal_accuracies_are_equal_however_micro_batches_share_them(
     support.assert_equal(before, {n: p.clone() for n, p in all_weights(model).items()}, "weights")
 
 
+@pytest.mark.parametrize(
+    "values", [torch.tensor(0.5), torch.rand(2, 1), torch.rand(3)], ids=["mean", "matrix", "more"]
+)
+def test_an_objective_gives_a_value_for_each_row(
+    values: torch.Tensor, tmp_path: Path, stream: Stream
+) -> None:
+    """A mean would count once where its rows do."""
+    model = stream(tiny_runs.save(tiny_runs.llama(), tmp_path / "model"))
+    trainer = ZOTrainer(
+        model,
+        tiny_runs.arguments(tmp_path / "run", per_device_train_batch_size=2, max_steps=1),
+        lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+        train_dataset=[{"input_ids": [5, 6, 7]}] * 4,
+        objective=lambda output, batch: values,
+    )
+    with pytest.raises(TrainerError, match=r"micro-batch of 2 rows.*\n.*one of each row, \[2\]"):
+        trainer.train()
+
+
 def step_of(method: ZerothOrder, losses: Sequence[float], **how: Any) -> Any:
     """A step whose variants have these losses."""
     batch = batches("llama", 1)[0]
@@ -65,7 +85,7 @@ def step_of(method: ZerothOrder, losses: Sequence[float], **how: Any) -> Any:
         method.model(**batch)
         return losses[method.streamer._variant or 0]
 
-    return method.step([call], learning_rate=1e-2, **how)
+    return method.step([call], **{"learning_rate": 1e-2, **how})
 
 
 def test_a_mean_is_over_the_rows_of_all_processes(tmp_path: Path, stream: Stream) -> None:
@@ -92,6 +112,16 @@ def test_a_step_beyond_float32_is_skipped(rule: str, tmp_path: Path, stream: Str
     for name, p in all_weights(model).items():
         assert p.clone().isfinite().all(), name
         assert not torch.equal(p.clone(), before[name]), name
+
+
+@pytest.mark.parametrize("rule", ["sgd", "sign"])
+def test_a_step_beyond_float16_is_skipped(rule: str, tmp_path: Path, stream: Stream) -> None:
+    """Whose largest number is 65504: weights of it would be infinite, and all later steps skipped."""
+    folder = tiny_runs.save(tiny_runs.llama(dtype=torch.float16), tmp_path)
+    method = ZerothOrder(stream(folder), MeZO(eps=1e-3), rule=Rule(kind=rule), seed=SEED)
+    assert step_of(method, [0.0, 1.0], learning_rate=1e5).update is None
+    assert step_of(method, [1.0, 1.0 - 1e-3], learning_rate=1e-2).update is not None
+    assert all(p.clone().isfinite().all() for p in all_weights(method.model).values())
 
 
 def test_what_float32_holds_of_a_step_hangs_on_its_directions_and_its_rule() -> None:

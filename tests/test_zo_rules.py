@@ -1,5 +1,6 @@
 """Masks and rules: streamed runs equal the published algorithms written plainly in memory, bit for bit."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class Ruled(InMemory):
         if rule.kind == "momentum":
             for age, (step, gradients) in window:
                 for j, g in enumerate(gradients):
-                    scale = -(LEARNING_RATE * (rule.beta1**age * g))
+                    scale = -(LEARNING_RATE * (math.prod([rule.beta1] * age) * g))
                     total = total + self.z(name, p, step, j, scale)
             return total
         estimates = [(age, self.estimate(name, p, *past)) for age, past in window]
@@ -106,8 +107,8 @@ class Ruled(InMemory):
             return total + -LEARNING_RATE * estimates[-1][1].sign()
         m = v = torch.zeros_like(total)
         for age, found in estimates:
-            m = m + found * ((1 - rule.beta1) * rule.beta1**age)
-            v = v + found * found * ((1 - rule.beta2) * rule.beta2**age)
+            m = m + found * ((1 - rule.beta1) * math.prod([rule.beta1] * age))
+            v = v + found * found * ((1 - rule.beta2) * math.prod([rule.beta2] * age))
         return total + m / (v + rule.epsilon).sqrt() * -LEARNING_RATE
 
     def estimate(
@@ -268,6 +269,28 @@ def test_a_parameter_without_elements_is_moved_by_nothing(shape: tuple[int, ...]
             directions.make(weight, weight, "w", term)
         directions.apply(weight, "w", [update])
         assert weight.shape == shape
+
+
+def test_a_direction_of_low_rank_is_so_for_each_expert() -> None:
+    """Of a stack of matrices, which have a U of their own each."""
+    directions = Directions(SEED, LOZO(rank=2, window=3).family)
+    made = torch.empty(3, 6, 8)
+    directions.make(made, torch.zeros_like(made), "experts", Term(4, 0, 1.0))
+    assert torch.linalg.matrix_rank(made, rtol=1e-5).tolist() == [2, 2, 2]
+    assert torch.linalg.matrix_rank(made.view(3, 48), rtol=1e-5) == 3, "none is another's multiple"
+
+
+def test_what_earlier_steps_count_is_a_product() -> None:
+    """Which no C library's pow rounds as it likes: it has other bits on processors without fused multiply-add."""
+    earlier = tuple(Update(step, (1.0,), 1.0) for step in range(300))
+    update = Update(300, (1.0,), 1.0, earlier=earlier)
+    for beta in (0.9, 0.7):
+        terms = Rule(kind="momentum", beta1=beta, horizon=301).terms(update)
+        share = 1.0
+        for term in reversed(terms):
+            assert term.scale == -share
+            share *= beta
+        assert len(terms) == 301
 
 
 def test_what_makes_no_step_is_refused(tmp_path: Path, stream: Stream) -> None:

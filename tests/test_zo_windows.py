@@ -22,6 +22,7 @@ from test_zeroth_order import (
     all_weights,
     batches,
     looked_up,
+    matrix,
     num_trained,
     rounded,
     streamed_step,
@@ -64,12 +65,12 @@ class WindowsInMemory(InMemory):
         self.last_window = 0  # that had steps
 
     def rows(self, p: torch.Tensor) -> tuple[int, ...]:
-        return tuple(p.shape) if p.dim() < 2 else (RANK, p.shape[0])
+        return tuple(p.shape) if p.dim() < 2 else (RANK, matrix(p)[0])
 
     def v(self, name: str, p: torch.Tensor, window: int) -> torch.Tensor:
         if (name, window) not in self.drawn:
             key = philox.key_of(SEED, window, philox.number_of(name + " of the window"))
-            numel = RANK * (p.numel() // p.shape[0])
+            numel = RANK * matrix(p)[1]
             self.drawn[name, window] = looked_up(key, numel, 1.0, GAUSSIAN).view(RANK, -1)
         return self.drawn[name, window]
 

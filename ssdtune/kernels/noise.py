@@ -189,8 +189,8 @@ def add_low_rank(
     """to = round(base * decay + sum over factors (U, V) and k of U_k V_k^T), element by element; `to` may be `base`.
     Dtypes and suffix as `add_directions` has them, but that there is no kernel.
 
-    base: as a matrix [first dimension, all others]. U: float32 [rank, rows]; V: float32 [rank, columns]. Products and
-    sums are rounded to float32 one by one, from left to right: no matrix product, whose order of sums is its library's.
+    base: as a matrix [rows, columns]. U: float32 [rank, rows]; V: float32 [rank, columns]. Products and sums are rounded to
+    float32 one by one, from left to right: no matrix product, whose order of sums is its library's.
     """
     native = _native_for(to, base, suffix) if factors and base.numel() else None
     if native is not None:
@@ -199,7 +199,7 @@ def add_low_rank(
         noise.add_factors(left, right)
         noise.run(native, to, base)
         return
-    matrix = base.reshape(base.shape[0], -1)
+    matrix = base.reshape(factors[0][0].shape[1] if factors else base.shape[0], -1)
     out = to.view(matrix.shape) if to.is_contiguous() else torch.empty_like(matrix, dtype=to.dtype)
     rows, columns = matrix.shape
     # Parts begin where a tile of fields for rounding does.

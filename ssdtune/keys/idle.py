@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _LORA = tuple(f.name for f in dataclasses.fields(AdapterKeys) if f.name != "method")
+_FOR_BACKWARD = tuple(f"offload.{n}" for n in ("block_inputs", "activations", "nvme_activations"))
 _ZO = tuple(f.name for f in dataclasses.fields(ZerothOrderKeys))
 _RULES = {  # what some of zo_update's rules alone make use of
     "zo_momentum": ("momentum", "adam", "lozo_m"),
@@ -54,6 +55,8 @@ def _of_the_run(config: TrainConfig) -> Iterator[tuple[str, str]]:
 def _beside_zo(config: TrainConfig) -> Iterator[tuple[str, str]]:
     for name in ("optim", *_ADAM, "max_grad_norm"):
         yield name, "method is zo: there are no gradients, and zo_update is the rule"
+    for name in _FOR_BACKWARD:
+        yield name, "method is zo: nothing waits for a backward"
     if config.zo_trains == "adapters":
         yield "lora_dropout", "method is zo: all variants pass without dropout"
         yield "zo_fold_steps", "zo_trains is adapters: nothing is written back"

@@ -30,7 +30,6 @@ from ssdtune.durable import (
     write_file_atomically,
 )
 from ssdtune.errors import SSDTuneError
-from ssdtune.swap.packed import reading_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -58,9 +57,11 @@ class RunIdentity:
 
     base: fingerprint of the streamed model's files, None for a model in memory. reading: in how many bits its nested
     codes are read, None for other weights. dtype: of the streamed model's weights. rows_digest: of up to 64 rows, None where
-    rows are made on the fly. The rest decides the order of rows and which of them make a step.
+    rows are made on the fly. method: "zo" or "gradients": neither goes on with what the other has saved. The rest decides the
+    order of rows and which of them make a step.
     """
 
+    method: str
     base: str | None
     reading: str | None
     dtype: str | None
@@ -79,6 +80,7 @@ class RunIdentity:
         """That of a trainer as it is now."""
         args, rows = trainer.args, trainer.train_dataset
         return RunIdentity(
+            method="gradients" if getattr(trainer, "needs_gradients", True) else "zo",
             base=base,
             reading=reading,
             dtype=dtype,
@@ -318,16 +320,6 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ what a run is made of
-
-
-def base_of(model: Any) -> str:
-    """Fingerprint of the files that a streamed model reads; milliseconds (see swap/source.py)."""
-    return model.ssdtune.checkpoint.fingerprint()
-
-
-def weights_of(model: Any) -> dict[str, str | None]:
-    """What an identity says of a streamed model's weights: `base` and `reading`."""
-    return {"base": base_of(model), "reading": reading_of(model.ssdtune.checkpoint.tensors)}
 
 
 def rows_digest(rows: Any) -> str | None:

@@ -20,6 +20,9 @@ from ssdtune.data.collate import IGNORED_LABEL
 from ssdtune.errors import SSDTuneError
 from ssdtune.kernels.philox import key_of
 
+# What answers are made of, and what tells prompts from answers. Of anything else generate would know nothing.
+READ = frozenset({"input_ids", "attention_mask", "labels", "decoder_input_ids"})
+
 
 class GenerationError(SSDTuneError):
     """Answers that can't be made."""
@@ -72,8 +75,13 @@ def answers(
     step: int,
     pad_token_id: int,
 ) -> torch.Tensor:
-    """Ids of the answers to a batch's prompts, [rows, at most max_new_tokens]."""
-    ids, mask = prompts(batch, pad_token_id)
+    """Ids of the answers to a batch's prompts, [rows, at most max_new_tokens]. An encoder's prompts are its inputs as they
+    are, labels or not."""
+    if model.config.is_encoder_decoder:
+        ids, mask, first = batch["input_ids"], batch.get("attention_mask"), 1  # a decoder's start
+    else:
+        ids, mask = prompts(batch, pad_token_id)
+        first = ids.shape[1]
     drawing = LogitsProcessorList()
     if how.temperature:
         # By what is asked, so that it doesn't matter which process asks it.
@@ -88,7 +96,7 @@ def answers(
         pad_token_id=pad_token_id,
         logits_processor=drawing,
     )
-    return made[:, ids.shape[1] :]
+    return made[:, first:]
 
 
 class Drawn(LogitsProcessor):

@@ -27,12 +27,12 @@ from transformers import TrainerCallback
 from ssdtune.errors import SSDTuneError
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
-from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity, weights_of
+from ssdtune.trainer.checkpoint import Checkpoints, RunIdentity
 from ssdtune.trainer.config import SSDConfig
 from ssdtune.trainer.interrupt import Interruption
 from ssdtune.trainer.lookahead import LookAhead
 from ssdtune.trainer.options import OptionsTrainer
-from ssdtune.visit.base import dtype_of
+from ssdtune.visit.base import dtype_of, weights_of
 from ssdtune.zeroth_order.weights import check_unmoved
 
 if TYPE_CHECKING:

@@ -32,12 +32,12 @@ from ssdtune.peft import fingerprint_of
 from ssdtune.run_files import LOG_NAME
 from ssdtune.schedule.cost import Moves
 from ssdtune.schedule.memory import Passes
-from ssdtune.trainer.checkpoint import STATE_NAME, base_of
-from ssdtune.trainer.generations import Generation, answers
+from ssdtune.trainer.checkpoint import STATE_NAME
+from ssdtune.trainer.generations import READ, Generation, answers
 from ssdtune.trainer.processes import begin_alike, check_alike, gathered
 from ssdtune.trainer.trainer import SSDTrainer, TrainerError
 from ssdtune.visit.base import base_of as model_of
-from ssdtune.visit.base import dtype_of
+from ssdtune.visit.base import dtype_of, weights_of
 from ssdtune.zeroth_order import FZOO, LOZO, Estimator, Fold, Mask, MeZO, Rule, Step, ZerothOrder
 from ssdtune.zeroth_order.log import (
     ADAPTERS,
@@ -159,7 +159,7 @@ class ZOTrainer(SSDTrainer):
             self.accelerator.prepare_model = lambda model, **_: model  # type: ignore[method-assign]
         family = self.method.estimator.family
         header = Header(
-            base=base_of(model_of(self.model)),
+            **weights_of(self.model),
             dtype=dtype_of(self.model),
             seed=self.args.seed,
             **{f.name: getattr(family, f.name) for f in dataclasses.fields(family)},
@@ -305,8 +305,14 @@ class ZOTrainer(SSDTrainer):
                 judged: Any = self._answers(model, inputs)
             else:
                 judged = model(**self._for_forward(inputs))
-            value = torch.as_tensor(self.objective(judged, inputs))
-            return -value.detach().double().sum()
+            values = torch.as_tensor(self.objective(judged, inputs))
+            rows = find_batch_size(self._for_forward(inputs))
+            if values.shape != (rows,):
+                raise TrainerError(
+                    f"the objective gave values of the shape {list(values.shape)} for a micro-batch of {rows} rows.\n"
+                    f"It must give one of each row, [{rows}]: their mean is taken over the whole step."
+                )
+            return -values.detach().double().sum()
         loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return loss * scale if scale != 1.0 else loss
 
@@ -330,6 +336,12 @@ class ZOTrainer(SSDTrainer):
     def _answers(self, model: nn.Module, inputs: Any) -> list[Any]:
         """Texts, or ids, of a variant's answers, padding left out."""
         assert self.generation is not None
+        unread = sorted(self._for_forward(inputs).keys() - READ)
+        if unread:
+            raise TrainerError(
+                f"generation: answers are made of input_ids alone, and the batch has {', '.join(unread)} besides.\n"
+                "Leave that out, or let the objective judge the model's output, without generation."
+            )
         tokenizer: Any = self.processing_class
         pad = 0 if tokenizer is None else choose_pad_token(tokenizer).token_id
         step = self.method.num_steps

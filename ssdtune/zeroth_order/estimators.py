@@ -132,6 +132,7 @@ class LOZO(MeZO):
     U_j [rows, rank] and V [columns, rank] Gaussian, U_j new at every step, V at every window's beginning; parameters of
     one dimension as in MeZO (Chen et al., "Enhancing zeroth-order fine-tuning for language models with low-rank
     structures", arXiv 2410.07698, Alg. 1). The authors' code leaves / rank out: its learning rates times rank are ours.
+    Of parameters of three dimensions, experts' weights, neither says anything: `updates.as_matrix` does.
     """
 
     rank: int = 2

@@ -1,7 +1,7 @@
 """The log of a zeroth-order run: a line for each step, and from them and the base any step's weights again.
 
-    {"format": ..., "generator": ..., "base": ..., "dtype": ..., "seed": ..., "kind": ..., "rank": ..., "window": ...,
-     "mask": {...}, "rule": {...}, "trains": ..., "adapter": ..., "crc": ...}
+    {"format": ..., "generator": ..., "base": ..., "reading": ..., "dtype": ..., "seed": ..., "kind": ..., "rank": ...,
+     "window": ..., "mask": {...}, "rule": {...}, "trains": ..., "adapter": ..., "crc": ...}
     {"step": 0, "loss": ..., "gradients": [...], "rate": ..., "decay": ..., "crc": ...}
     {"step": 1, "loss": ..., "skipped": true, "crc": ...}
 
@@ -28,7 +28,7 @@ from ssdtune.zeroth_order.masks import ALL_MOVE, Mask
 from ssdtune.zeroth_order.rules import FOLLOW, Rule, Update
 from ssdtune.zeroth_order.updates import Family
 
-FORMAT = "ssdtune zeroth-order log 3"
+FORMAT = "ssdtune zeroth-order log 4"
 # What z and rounding are made from: another would make other weights from the same log.
 GENERATOR = "philox4x32-10, 64 lanes, 256 quantiles, BLAKE2b keys"
 # What trains; codes: all weights, those of packed ones; masters: all weights, those of 16 bits in float32; low_rank: all
@@ -45,12 +45,13 @@ class LogError(SSDTuneError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown. dtype: the
-    weights', which steps are rounded to: "bfloat16", or all that the model has: "bfloat16, float32". kind, rank, window,
+    """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown. reading: in
+    how many bits their nested codes are read; None: there are none. dtype: the weights', which steps are rounded to: "bfloat16", or all that the model has: "bfloat16, float32". kind, rank, window,
     mask: of the directions' family. rule: what steps make of estimates. trains: one of TRAINS. adapter: fingerprint of the
     values that an adapter begins with; None: all weights train, or it is unknown."""
 
     base: str | None
+    reading: str | None = None
     dtype: str
     seed: int
     kind: str

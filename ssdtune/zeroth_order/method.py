@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ssdtune.schedule.cost import Moves, missed_steps
-from ssdtune.visit.base import base_of, dtype_of
+from ssdtune.visit.base import base_of, dtype_of, weights_of
 from ssdtune.visit.streamer import Streamer
 from ssdtune.zeroth_order.compatible import Place, check_estimator, check_place
 from ssdtune.zeroth_order.estimators import Estimator
-from ssdtune.zeroth_order.log import ADAPTERS, CODES, LOW_RANK, MASTERS, Log, LogError
+from ssdtune.zeroth_order.log import ADAPTERS, CODES, LOW_RANK, MASTERS, Header, Log, LogError
 from ssdtune.zeroth_order.packed import DECODED, MOVED
 from ssdtune.zeroth_order.rules import Rule, Update
 from ssdtune.zeroth_order.updates import Directions
@@ -42,7 +42,7 @@ class Fold:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
     """What a step came to. loss: the mean over the variants. update: None where a loss was infinite or no number, or the
-    step too large for float32, and it left the weights alone."""
+    step too large for float32 or for their dtype, and it left the weights alone."""
 
     loss: float
     losses: tuple[float, ...]
@@ -120,11 +120,12 @@ class ZerothOrder:
         self.packed = packed
         # Steps that change together what is stored.
         self._window = estimator.family.window if low_rank else 1
-        self.num_trained = sum(p.numel() for p in trained.values()) + (
-            sum(w.placeholder.numel() for w in self.streamer.weights if w.placeholder is not None)
-            if trains_blocks
-            else 0
-        )
+        moved = [*trained.values()]
+        if trains_blocks:
+            moved += [w.placeholder for w in self.streamer.weights if w.placeholder is not None]
+        self.num_trained = sum(p.numel() for p in moved)
+        # Half of what their dtype holds, since a step is added to something.
+        self._most = min(torch.finfo(p.dtype).max / 2 for p in moved if p.dtype.is_floating_point)
         self.streamer.method = self.weights
         self.num_steps = 0
         self.fold = fold.whole(self._window) if fold is not None and trains_blocks else None
@@ -240,7 +241,7 @@ class ZerothOrder:
         decay = 1.0 - learning_rate * weight_decay
         update = Update(number, tuple(gradients), learning_rate, decay)
         linked = self.rule.after(update, self._taken)
-        if not self.rule.fits(linked, self.estimator.family.reach):
+        if not self.rule.fits(linked, self.estimator.family.reach, self._most):
             return None
         self.weights.take(linked)
         self._taken.append(update)
@@ -249,9 +250,17 @@ class ZerothOrder:
 
 def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     """From now on the streamed model has the weights after so many steps of a log; None: all. Of an adapter's log the
-    model has that adapter, in the values that the run began with. Raises LogError where it has none or weights are of
-    another dtype, MovedError where they are no longer those of the model's files."""
+    model has that adapter, in the values that the run began with. Raises LogError where it has none or another, where the
+    log has fewer steps, is of other files or of another dtype, MovedError where the weights are no longer the files'."""
+    from ssdtune.peft import fingerprint_of
+
     linked, header = log.header.rule.linked(log.updates), log.header
+    num_steps = log.num_steps if num_steps is None else num_steps
+    if not 0 <= num_steps <= log.num_steps:
+        raise LogError(
+            f"the log has {log.num_steps} steps, and num_steps is {num_steps}.\nGive one of 0 to {log.num_steps}."
+        )
+    check_weights(header, model)
     trains_blocks, streamer = header.trains != ADAPTERS, base_of(model).ssdtune
     check_unmoved(streamer)
     trained = outside_of_blocks(model, streamer) if trains_blocks else that_train(model)
@@ -259,12 +268,16 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
         raise LogError(
             "the log is of an adapter: its steps are not those of the model's weights.\nLoad the adapter."
         )
+    if not trains_blocks and header.adapter not in (None, fingerprint_of(trained)):
+        raise LogError(
+            "the model's adapter has not the values that the log's run began with: its steps would come to others.\n"
+            "Give it those; `ssdtune replay` makes them again of what `ssdtune train` ran."
+        )
     if trains_blocks and dtype_of(model) != header.dtype:
         raise LogError(
             f"the log's steps were rounded to {header.dtype}, and the model's weights are {dtype_of(model)}: they would come "
             "to others.\nOpen the model with the dtype that the run had."
         )
-    num_steps = log.num_steps if num_steps is None else num_steps
     updates = [u for u in linked if u.step < num_steps]
     kind = Windows if header.trains == LOW_RANK else Directions
     weights = MovingWeights(
@@ -277,6 +290,21 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     )
     weights.replay(updates, num_steps)
     streamer.method = weights
+
+
+def check_weights(header: Header, model: Any, where: str = "the log") -> None:
+    """Raises LogError where a log was written over other weights than those that a streamed model begins with. where: the
+    log's file."""
+    here = weights_of(model)
+    if header.base is None or (header.base, header.reading) == (here["base"], here["reading"]):
+        return
+    what = "other files"
+    if header.base == here["base"]:
+        what = f"its codes were read in {header.reading} bits and are in {here['reading']}"
+    raise LogError(
+        f"{where} was written over other weights than those of this base model: {what}.\n"
+        "Open the one that the run had: model_name_or_path and quantization in its configuration."
+    )
 
 
 def that_train(model: Any) -> dict[str, torch.Tensor]:

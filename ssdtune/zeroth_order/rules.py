@@ -20,6 +20,8 @@ Ages i count steps that were taken; one that was skipped is none.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -92,14 +94,16 @@ class Rule:
         num = min(self.num_earlier, len(earlier))
         return dataclasses.replace(update, earlier=tuple(earlier[len(earlier) - num :]))
 
-    def fits(self, update: Update, reach: float) -> bool:
-        """Whether float32 holds all that a step is made of. reach: `Family.reach`."""
+    def fits(self, update: Update, reach: float, most: float = LARGEST) -> bool:
+        """Whether float32 holds all that a step is made of, and the weights what comes of it. reach: `Family.reach`. most:
+        what the weights may move by."""
         if self.is_linear:
-            largest = reach * sum(abs(term.scale) for term in self.terms(update))
+            largest = change = reach * sum(abs(term.scale) for term in self.terms(update))
         else:
             largest = reach * max(sum(map(abs, past.gradients)) for _, past in _aged(update))
+            change = update.rate * (largest if self.kind == LOZO_M else 1.0)  # of adam about
             largest *= max(1.0, largest if self.kind == ADAM else update.rate)
-        return largest <= LARGEST  # NaN is not
+        return largest <= LARGEST and change <= most  # NaN is not
 
     def linked(self, updates: Sequence[Update]) -> list[Update]:
         """Updates as a log has them, each with those that it hangs on."""
@@ -109,8 +113,9 @@ class Rule:
     def terms(self, update: Update) -> list[Term]:
         """What is added to theta x decay, in this order; of a linear rule."""
         beta = self.beta1 if self.kind == MOMENTUM else 0.0
+        shares = powers(beta, 1 + len(update.earlier))
         return [
-            Term(past.step, j, -(update.rate * (beta**age * g)))
+            Term(past.step, j, -(update.rate * (shares[age] * g)))
             for age, past in _aged(update)
             for j, g in enumerate(past.gradients)
             if g
@@ -123,11 +128,13 @@ class Rule:
         """
         if self.kind == SIGN:
             return estimate(update).sign_().mul_(-update.rate)
+        num = 1 + len(update.earlier)
+        firsts, seconds = powers(self.beta1, num), powers(self.beta2, num)
         first = second = None
         for age, past in _aged(update):
             found = estimate(past)
-            v = (found * found).mul_((1 - self.beta2) * self.beta2**age)
-            m = found.mul_((1 - self.beta1) * self.beta1**age)
+            v = (found * found).mul_((1 - self.beta2) * seconds[age])
+            m = found.mul_((1 - self.beta1) * firsts[age])
             first = m if first is None else first.add_(m)
             second = v if second is None else second.add_(v)
         assert first is not None
@@ -136,6 +143,13 @@ class Rule:
 
 
 FOLLOW = Rule()  # the estimates as they are
+
+
+@functools.lru_cache(maxsize=64)
+def powers(beta: float, num: int) -> tuple[float, ...]:
+    """beta^0 ... beta^(num - 1), each the one before it times beta. The C library's pow has other last bits on a processor
+    without fused multiply-add."""
+    return tuple(itertools.accumulate(range(1, num), lambda power, _: power * beta, initial=1.0))
 
 
 def estimate_terms(update: Update) -> list[Term]:

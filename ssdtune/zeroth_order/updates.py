@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ class Family:
     """What random directions look like.
 
     kind: of their numbers, as in `kernels.noise`. rank: 0 for a number of its own for each element; else parameters of
-    two and more dimensions, as matrices [first dimension, all others], move along U V^T with so many columns. window:
-    for how many steps V stays the same. mask: where they are 0.
+    two and more dimensions, as matrices (`as_matrix`), move along U V^T with so many columns. window: for how many steps V
+    stays the same. mask: where they are 0.
     """
 
     kind: str
@@ -177,7 +178,7 @@ class Directions:
         self, base: torch.Tensor, name: str, term: Term
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """scale x U [rank, rows] of a step and V [rank, columns] of its window."""
-        rows = base.shape[0]
+        rows, _ = as_matrix(base.shape)
         (left,) = self._directions(name, [term])
         return (
             values(left, self.family.rank * rows, base.device).view(-1, rows),
@@ -187,8 +188,18 @@ class Directions:
     def _right(self, base: torch.Tensor, name: str, window: int) -> torch.Tensor:
         """V [rank, columns] of a window."""
         key, rank = key_of(self.seed, window, number_of(name + WINDOW)), self.family.rank
-        numel = rank * (base.numel() // base.shape[0])
-        return values(Direction(key, 1.0, self.family.kind), numel, base.device).view(rank, -1)
+        _, columns = as_matrix(base.shape)
+        made = values(Direction(key, 1.0, self.family.kind), rank * columns, base.device)
+        return made.view(rank, columns)
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a parameter that moves along U V^T. Of three dimensions it is a stack of matrices, the experts' of a
+    layer, which lie below each other: so the direction of each is of low rank, with a U of its own. Of more it is
+    [first dimension, all others], as convolutions are unfolded."""
+    if len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return shape[0], math.prod(shape[1:])
 
 
 def decay_of(update: Update, dim: int) -> float:

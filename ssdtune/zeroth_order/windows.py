@@ -29,7 +29,7 @@ import torch
 
 from ssdtune.kernels.noise import add_directions, add_low_rank, add_values
 from ssdtune.zeroth_order.rules import FOLLOW, LOZO_M, Rule, Term, Update
-from ssdtune.zeroth_order.updates import Directions, Family, decay_of
+from ssdtune.zeroth_order.updates import Directions, Family, as_matrix, decay_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def sums_bytes(shapes: Iterable[Sequence[int]], family: Family, rule: Rule) -> i
 
 def _num_sums(shape: Sequence[int], rank: int) -> int:
     """Numbers of A."""
-    return rank * shape[0] if len(shape) > 1 else math.prod(shape)
+    return rank * as_matrix(shape)[0] if len(shape) > 1 else math.prod(shape)
 
 
 def _step(update: Update) -> int:

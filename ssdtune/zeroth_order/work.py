@@ -16,7 +16,7 @@ from ssdtune.swap.recipe import BlockRecipe, PackedView, Unpacking
 from ssdtune.zeroth_order.estimators import Estimator
 from ssdtune.zeroth_order.packed import KEPT
 from ssdtune.zeroth_order.rules import FOLLOW, SIGN, Rule
-from ssdtune.zeroth_order.updates import Family
+from ssdtune.zeroth_order.updates import Family, as_matrix
 
 
 class Passes(NamedTuple):
@@ -147,7 +147,7 @@ def _moved(tensors: Sequence[tuple[int, ...]], family: Family, num: int) -> dict
         if not family.rank or len(shape) < 2:
             counts[_perturb(family, numel)] += num
             continue
-        counts[_perturb(family, family.rank * (shape[0] + numel // shape[0]))] += num
+        counts[_perturb(family, family.rank * sum(as_matrix(shape)))] += num
         # Products and sums of all ranks in one pass (`noise.add_low_rank`, native).
         counts[Operator("pointwise", PASS_BYTES * numel)] += num
     return dict(counts)
@@ -157,7 +157,7 @@ def _drawn(tensors: Sequence[tuple[int, ...]], family: Family, num: int) -> dict
     """Adding so many directions to the sums of a window."""
     counts: Counter[Operator] = Counter()
     for shape in tensors:
-        numel = family.rank * shape[0] if len(shape) > 1 else math.prod(shape)
+        numel = family.rank * as_matrix(shape)[0] if len(shape) > 1 else math.prod(shape)
         counts[_perturb(family, numel)] += num
     return dict(counts)
 
