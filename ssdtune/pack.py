@@ -52,12 +52,16 @@ def run_pack(request: Request) -> int:
     """Packs, checks, says what came of it. Raises SSDTuneError."""
     is_there = (request.out / "config.json").is_file()
     is_free = request.wanted is None and request.target_bpw is None and not request.keep
-    if not (request.checks and is_there and is_free):
+    is_only_checked = request.checks and is_there and is_free
+    if not request.checks:
         _pack(request)
-    if request.checks:
-        from ssdtune.fidelity.check import check_aloud
+    else:
+        from ssdtune.fidelity.check import check_aloud, open_text
 
-        check_aloud(request.model, request.out, text=request.check_text, bits=request.check_bits)
+        rows = open_text(request.check_text, request.model)  # refused before hours of packing
+        if not is_only_checked:
+            _pack(request)
+        check_aloud(request.model, request.out, rows, bits=request.check_bits)
     say(f"train it  model_name_or_path: {request.out}")
     return 0
 

@@ -38,7 +38,7 @@ from ssdtune.packing.errors import (
     relative_error,
     sampled_errors,
 )
-from ssdtune.packing.layout import groups_of
+from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.packing.mixed import weights_of, within
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.readings import BETWEEN, TABLE_WORTH
@@ -297,14 +297,16 @@ def test_a_target_below_the_least_names_the_least(
     assert bits_per_weight(mixed(source, out, float(least))) <= float(least)
 
 
-def test_a_target_above_all_widths_keeps_what_would_gain_nothing(
-    source: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("target", [40.0, math.inf])
+def test_a_target_at_which_nothing_would_be_packed_is_refused(target: float, source: Path) -> None:
     meta = build_meta(source)
     groups = groups_of(meta, affine(2, 64))
     found = {n: Sampled(dict.fromkeys(WIDTHS, 0.1), 1.0) for g in groups for n in g.formats}
     weights = weights_of(groups, found)
-    assert not any(g.formats for g in within(groups, 40.0, 64, found, weights))
+    stored = 8 * sum(t.num_bytes for g in groups for t in g.tensors)
+    stored /= sum(math.prod(t.shape) for g in groups for t in g.tensors)
+    with pytest.raises(PackError, match=f"the model has {stored:g} bits a weight"):
+        within(groups, target, 64, found, weights)
 
 
 @pytest.mark.parametrize(

@@ -60,17 +60,19 @@ def paired(losses: tuple[Sequence[float], Sequence[float]], counts: Sequence[int
     return Costs(source, packed, math.sqrt(spread) / total)
 
 
-def check_aloud(
-    model: str, folder: Path, *, text: str | None = None, bits: str | None = None
-) -> None:
+def open_text(path: str | None, model: str) -> Text:
+    """The rows that `model` is checked on. path: of a data file, None: the quickstart's held-out text. Raises SSDTuneError
+    as `load_text` does."""
+    return load_text(path or _default_text(), model)
+
+
+def check_aloud(model: str, folder: Path, rows: Text, *, bits: str | None = None) -> None:
     """Compares the packed model in `folder` with `model`, prints a table, keeps it in `folder`/pack_check.json.
 
-    text: a data file, None: the quickstart's held-out text. bits: of nested codes, those that are read, "4", "4.5/8" or
-    "5,28x4,6/8"; None: all.
-    Raises SSDTuneError for a folder that holds no packing of this model, and for data as training would.
+    rows: as `open_text` has them. bits: of nested codes, those that are read, "4", "4.5/8" or "5,28x4,6/8"; None: all.
+    Raises SSDTuneError for a folder that holds no packing of this model.
     """
     packed, reading = _opened(folder, bits)
-    rows = load_text(text or _default_text(), model)
     say(
         f"checking  {reading} against {model} on {len(rows.counts)} rows, {sum(rows.counts):,} tokens of {rows.name}"
     )

@@ -195,7 +195,7 @@ def num_groups(width: int, group: int) -> int:
 
 def row_slices(num_rows: int, per_row: int, most: int = CHUNK) -> Iterator[slice]:
     """A few rows at a time, beginning at multiples of RUN. per_row: numbers of which at most so many are wanted."""
-    step = max(1, most // (RUN * per_row)) * RUN
+    step = max(1, most // (RUN * max(per_row, 1))) * RUN
     return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))
 
 

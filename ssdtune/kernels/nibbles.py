@@ -44,6 +44,7 @@ SCALE_DTYPES = {
     "UE5M3": torch.uint8,
 }
 NVFP4_BLOCK = 16
+LARGEST_BLOCK = 4096  # of NF4 and FP4, as bitsandbytes has it
 CHUNK = 1 << 20  # elements that torch's operators take at a time
 SLAB = (
     1 << 22

@@ -30,20 +30,25 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.quantize_affine import encoder_of
 from ssdtune.memory import nearest_folder
-from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
+from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages, unpackable
 from ssdtune.packing.reading import GroupReader
 from ssdtune.packing.shards import PARTIAL, ShardError, ShardWriter, data_offset
 from ssdtune.sizes import format_size
 from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.header import CheckpointError, TensorEntry, read_header
-from ssdtune.swap.pack_header import METADATA_KEY, METHOD, version_of, written_format
+from ssdtune.swap.pack_header import (
+    METADATA_KEY,
+    METHOD,
+    SOURCE_KEY,
+    version_of,
+    written_format,
+)
 from ssdtune.swap.readers import ReaderPool
 from ssdtune.swap.source import INDEX_FILE, Checkpoint
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel
 
 MARKER = ".packing.json"  # in a folder that is not finished
-KEY = "ssdtune.source"  # in a shard's header: of what it was made
 KEY_DIGITS = 64
 MAX_OFFSET = 10**15
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -247,7 +252,7 @@ def _marker(out: Path) -> Mapping[str, Any]:
 
 def _is_whole(path: Path, key: str) -> bool:
     try:
-        return read_header(path)[0].metadata.get(KEY) == key
+        return read_header(path)[0].metadata.get(SOURCE_KEY) == key
     except CheckpointError:
         return False
 
@@ -295,7 +300,7 @@ def _nothing_told() -> dict[str, Any]:
 
 def _metadata(key: str, told: Mapping[str, Any]) -> dict[str, str]:
     told = {"version": version_of(told["formats"]), **told}
-    return {"format": "pt", KEY: key, METADATA_KEY: json.dumps(told, separators=(",", ":"))}
+    return {"format": "pt", SOURCE_KEY: key, METADATA_KEY: json.dumps(told, separators=(",", ":"))}
 
 
 def _write_group(
@@ -360,7 +365,7 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
     try:
         return format, quantized(values, format)
     except ValueError as error:
-        raise PackError(f"{name} can't be packed: {error}") from error
+        raise unpackable(name, error) from error
 
 
 def header_bytes(shard: Sequence[Group]) -> int:

@@ -11,7 +11,7 @@ from ssdtune.kernels.affine import ORDERS, Affine
 from ssdtune.kernels.encode import quantized
 from ssdtune.kernels.nibbles import Nibbles
 from ssdtune.kernels.quantize import decoded
-from ssdtune.packing.layout import Group, PackError
+from ssdtune.packing.layout import Group, unpackable
 from ssdtune.packing.sample import sample_of
 from ssdtune.packing.squares import Squares
 
@@ -44,7 +44,7 @@ def sampled_errors(
         try:
             errors = {bits: relative_error(sample, affine(bits, group_size)) for bits in WIDTHS}
         except ValueError as error:
-            raise PackError(f"{entry.name} can't be packed: {error}") from error
+            raise unpackable(entry.name, error) from error
         found[entry.name] = Sampled(errors, float(sample.double().square().mean()))
         on_progress()
     return found

@@ -13,6 +13,7 @@ from ssdtune.kernels.formats import Format, Part
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.rotated import Rotated
 from ssdtune.swap.header import DTYPE_BITS, TensorEntry
+from ssdtune.swap.pack_header import PACKED_DTYPES
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint
 from ssdtune.visit.blocks import find_points
@@ -20,7 +21,6 @@ from ssdtune.visit.build import MetaModel
 from ssdtune.visit.draft import group_weights
 from ssdtune.visit.placement import place
 
-PACKED_DTYPES = frozenset({"F32", "BF16", "F16"})
 MIN_ELEMENTS = 4096  # of a tensor worth packing
 MIN_ROW = 32  # elements of its last dimension: convolutions of a few taps stay as they are
 # Names of a mixture's routers, and how many rows they have at most: an error there sends tokens to other experts, and they
@@ -32,6 +32,14 @@ SHARD_BYTES = 4_000_000_000
 
 class PackError(SSDTuneError):
     """A model that can't be packed, a folder that can't be written to, too little room."""
+
+
+def unpackable(name: str, why: object) -> PackError:
+    """What is raised where an encoder refuses a tensor's values."""
+    return PackError(
+        f"{name} can't be packed: {why}\n"
+        f"Mend the model, or leave the tensor as it is: `ssdtune pack --keep '{name}'`."
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +71,7 @@ def groups_of(meta: MetaModel, format: Format, *, keep: Sequence[str] = ()) -> l
     """The model's file tensors, a group for each block and one for the rest; those of blocks that are worth it packed.
 
     keep: patterns (`*`, `?`) of names in the files that stay as they are. Raises PackError where nothing is left to be
-    packed, and for a pattern that keeps nothing.
+    packed, for a pattern that keeps nothing, and for a GGUF file.
     """
     entries = _plain(meta.checkpoint)
     left = dict(entries)
@@ -74,8 +82,11 @@ def groups_of(meta: MetaModel, format: Format, *, keep: Sequence[str] = ()) -> l
         groups.append(Group(label, tensors, formats))
     if not any(group.formats for group in groups):
         kinds = ", ".join(sorted({entry.dtype for entry in entries.values()}))
+        way_out = "Matrices of F32, BF16 and F16 with 4,096 elements can be."
+        if isinstance(format, Lossless):
+            way_out = "Matrices of BF16 can be. Others are packed in fewer bits alone: --bits 8, for instance."
         raise PackError(
-            f"{meta.folder} holds no tensor that can be packed as {format.label}: its weights are {kinds}."
+            f"{meta.folder} holds no tensor that can be packed as {format.label}: its weights are {kinds}.\n{way_out}"
         )
     groups = _without(groups, keep)
     rest = tuple(left.values())
@@ -119,6 +130,12 @@ def tensors_by_block(meta: MetaModel) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _plain(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """The checkpoint's tensors, which must not be packed already."""
+    if checkpoint.files[0].suffix == ".gguf":
+        raise PackError(
+            f"{checkpoint.files[0]} is a GGUF file, without the config.json and the tokenizer that packed weights need "
+            "beside them.\nGive the model's folder in Hugging Face format; or a GGUF file of fewer bits, which is read in "
+            "place."
+        )
     for entry in checkpoint.tensors.values():
         if not isinstance(entry, TensorEntry):
             raise PackError(
@@ -132,7 +149,7 @@ def is_worth_packing(entry: TensorEntry, format: Format) -> bool:
     """Matrices and stacks of them; not norms, biases and the taps of convolutions, nor routers, where bits are lost."""
     is_lossless = isinstance(format, Lossless)
     return (
-        entry.dtype in ({"BF16"} if is_lossless else PACKED_DTYPES)
+        entry.dtype in (("BF16",) if is_lossless else PACKED_DTYPES)
         and len(entry.shape) >= 2
         and entry.shape[-1] >= MIN_ROW
         and math.prod(entry.shape) >= MIN_ELEMENTS

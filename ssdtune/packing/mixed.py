@@ -44,7 +44,8 @@ def within(
     """The groups with the formats that are best within the target.
 
     groups: as `groups_of` makes them for any affine format: what they pack may be packed. Tensors may also stay as they
-    are, without an error. found: their errors. weights: as `weights_of` has them. Raises PackError where even the smallest is larger, naming its bits a weight.
+    are, without an error. found: their errors. weights: as `weights_of` has them. Raises PackError where even the
+    smallest is larger, naming its bits a weight, and where all would stay as it is.
     """
     entries = [t for g in groups for t in g.tensors if t.name in g.formats]
     options = [
@@ -62,6 +63,12 @@ def within(
         )
     chosen = choose(options, int(min(allowed, _most(options))))
     widths = {e.name: WIDTHS[i] for e, i in zip(entries, chosen, strict=True) if i < len(WIDTHS)}
+    if not widths:
+        stored = 8 * sum(t.num_bytes for g in groups for t in g.tensors) / num_weights
+        raise PackError(
+            f"--target_bpw {target_bpw:g}: the model has {stored:g} bits a weight, and nothing would be packed.\n"
+            "Give fewer."
+        )
     return with_widths(groups, widths, group_size)
 
 

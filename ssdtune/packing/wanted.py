@@ -12,6 +12,7 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import (
     E2M1,
+    LARGEST_BLOCK,
     NF4,
     NVFP4_BLOCK,
     NVFP4_BLOCKS,
@@ -117,8 +118,10 @@ class Wanted:
         """The same for --group."""
         blocks = BLOCKS.get(self.format)
         if blocks is None:
-            if self.group_size < 1:
-                raise SSDTuneError(f"--group {self.group}: 1 or more weights share a scale.")
+            if not 1 <= self.group_size <= LARGEST_BLOCK:
+                raise SSDTuneError(
+                    f"--group {self.group}: 1 to {LARGEST_BLOCK} weights share a scale."
+                )
         elif self.group not in (None, *blocks):
             own = f"shares a scale among {blocks[0]} weights" if blocks else "has no scales"
             raise SSDTuneError(f"--group {self.group}: {self.format} {own}.\nLeave out --group.")

@@ -153,9 +153,9 @@ def _entry(path: Path, name: str, described: Any, data_start: int) -> TensorEntr
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         refuse(path, f"unknown dtype {quoted(dtype)}.", tensor=name)
-    if not _is_counts(shape) or len(shape) > MAX_RANK:
+    if not is_counts(shape) or len(shape) > MAX_RANK:
         refuse(path, f"shape {quoted(shape)} is not a list of counts.", tensor=name)
-    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         refuse(path, f"data_offsets {quoted(offsets)} are not [begin, end].", tensor=name)
     # Zeros are left out first, so that [2**62, 2**62, 0] overflows in any order of multiplication.
     if math.prod(dim for dim in shape if dim) > MAX_NUMEL:
@@ -173,7 +173,7 @@ def _entry(path: Path, name: str, described: Any, data_start: int) -> TensorEntr
     return TensorEntry(name, path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _is_counts(value: Any) -> bool:
+def is_counts(value: Any) -> bool:
     """A list of non-negative 64-bit integers; True is no integer here."""
     return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_NUMEL for v in value)
 

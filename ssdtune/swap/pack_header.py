@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +18,13 @@ from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
 from ssdtune.kernels.nibbles import Nibbles, Nvfp4
 from ssdtune.kernels.rotated import Rotated
-from ssdtune.swap.header import FileState, TensorEntry, quoted, refuse
+from ssdtune.swap.header import FileState, TensorEntry, is_counts, quoted, refuse
 from ssdtune.swap.packed import PackedEntry
 from ssdtune.swap.source import Checkpoint
 
 METHOD: Final = "ssdtune"  # quantization_config's quant_method in config.json
 METADATA_KEY: Final = "ssdtune.packed"
+SOURCE_KEY: Final = "ssdtune.source"  # a hash of what a shard was made of, and how
 VERSION: Final = 3  # the newest that is read
 ROTATED: Final = "rotated affine"
 NVFP4: Final = "nvfp4"
@@ -32,6 +33,7 @@ SINCE: Final = {NVFP4: 2, FP8: 3}  # the version that a kind came with, where th
 # The scale of all fills a cache line, so that what lies behind it still begins on one.
 OWN_NVFP4: Final = Nvfp4(is_divided=False, num_stored=16)
 OWN_FP8: Final = ScaledBytes((128, 128))
+PACKED_DTYPES: Final = ("F32", "BF16", "F16")  # of what can be packed
 TABLES: Final = {"nf4": nibbles.NF4, "fp4": nibbles.E2M1}
 
 
@@ -64,6 +66,8 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
 
     Raises ValueError that says what is wrong.
     """
+    if not isinstance(written, Mapping):
+        raise ValueError(f"a format is {quoted(written)}")
     kind = written.get("kind")
     if kind in ("affine", ROTATED):
         order, group = tuple(written["order"]), written["group"]
@@ -81,7 +85,8 @@ def read_format(written: Mapping[str, Any], bits: int | None) -> Format:
         return Rotated(affine) if kind == ROTATED else affine
     if kind in TABLES:
         block, scale = written["block"], written["scale"]
-        if type(block) is not int or block < 1 or scale not in nibbles.SCALE_DTYPES:
+        is_block = type(block) is int and 1 <= block <= nibbles.LARGEST_BLOCK
+        if not is_block or scale not in nibbles.SCALE_DTYPES:
             raise ValueError(f"{kind} in blocks of {block} with scales {scale}")
         return Nibbles(TABLES[kind], block, is_high_first=False, scale=scale)
     if kind == NVFP4:
@@ -107,8 +112,10 @@ def _readable(whole: Affine, bits: int | None) -> int:
 def unpacked(checkpoint: Checkpoint, *, bits: int | None = None) -> Checkpoint:
     """The tensors that a packed folder stands for. bits: to be read of nested codes, at most; None: all.
 
-    Raises CheckpointError for a newer version, and where header and parts contradict each other.
+    Raises CheckpointError for a newer version, for shards of several packings, and where header and parts contradict each
+    other.
     """
+    _check_one_packing(checkpoint.states)
     tensors: dict[str, TensorEntry | PackedEntry] = dict(checkpoint.tensors)
     for state in checkpoint.states:
         described = _described(state)
@@ -120,6 +127,24 @@ def unpacked(checkpoint: Checkpoint, *, bits: int | None = None) -> Checkpoint:
             for suffix in written["checksums"]:
                 tensors.pop(f"{name}.{suffix}", None)
     return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """Whether a shard says so in its header, whatever config.json says."""
+    return any(METADATA_KEY in state.metadata for state in checkpoint.states)
+
+
+def _check_one_packing(states: Sequence[FileState]) -> None:
+    """Refuses shards of several packings, such as one copied over another: each may be whole, the model is a mixture."""
+    first: FileState | None = None
+    for state in (s for s in states if SOURCE_KEY in s.metadata):
+        first = first or state
+        if state.metadata[SOURCE_KEY] != first.metadata[SOURCE_KEY]:
+            refuse(
+                state.path,
+                f"it is of another packing than {quoted(first.path.name)}.",
+                way_out="Copy all files of one packing into a folder of their own, or pack the model again.",
+            )
 
 
 def _described(state: FileState) -> Mapping[str, Any]:
@@ -175,8 +200,12 @@ def _entry(
     bits: int | None,
 ) -> PackedEntry:
     try:
-        format = read_format(formats[written["format"]], bits)
-        shape, dtype = tuple(written["shape"]), str(written["dtype"])
+        number, shape, dtype = written["format"], written["shape"], written["dtype"]
+        if type(number) is not int or number < 0 or not is_counts(shape):
+            raise ValueError(f"format {quoted(number)}, shape {quoted(shape)}")
+        if dtype not in PACKED_DTYPES:
+            raise ValueError(f"dtype {quoted(dtype)}")
+        format, shape = read_format(formats[number], bits), tuple(shape)
         wanted = format.parts(shape)
         checksums = [int(written["checksums"][part.suffix], 16) for part in wanted]
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssdtune.swap import foreign, pack_header
+from ssdtune.swap.beside import QUANTIZATION
 from ssdtune.swap.foreign.sidecars import described_beside
 from ssdtune.swap.gguf import open_gguf
 from ssdtune.swap.header import TensorEntry
@@ -105,7 +106,7 @@ def build_meta(
     folder = find_folder(model_name_or_path, with_code=trust_remote_code, **hub)
     config = read_config(folder, kwargs, trust_remote_code=trust_remote_code)
     origin = Origin(_noted_source(config), again)
-    if getattr(config, "quantization_config", None) is not None:
+    if any(vars(part).get(QUANTIZATION) is not None for part in _parts(config)):
         config = copy.deepcopy(config)  # it may be the caller's, and loses that
     checkpoint = _unpacked(config, open_checkpoint(folder), bits)
     check_layer_counts(config, len(checkpoint.tensors))
@@ -146,7 +147,10 @@ def _meta(
 def _unpacked(config: PretrainedConfig, checkpoint: Checkpoint, bits: int | None) -> Checkpoint:
     """The tensors that quantized ones stand for; takes the quantization out of the config, for the model that is built
     has plain weights."""
-    quantization = vars(config).pop("quantization_config", None)
+    said = [vars(part).pop(QUANTIZATION, None) for part in _parts(config)]
+    quantization = next((one for one in said if one is not None), None)
+    if quantization is None and pack_header.is_packed(checkpoint):  # the config has lost it
+        return pack_header.unpacked(checkpoint, bits=bits)
     if quantization is None:
         beside = described_beside(checkpoint)
         if beside is None:
@@ -165,8 +169,14 @@ def _unpacked(config: PretrainedConfig, checkpoint: Checkpoint, bits: int | None
     return dataclasses.replace(checkpoint, tensors=foreign.recognise(described, plain, path))
 
 
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Where a config may say how weights are quantized, as transformers looks for it: itself, that of its text model."""
+    text = config.get_text_config(decoder=True)
+    return [config] if text is config else [config, text]
+
+
 def _noted_source(config: PretrainedConfig) -> str | None:
     """What the folder was packed from, as `ssdtune pack` noted it (docs/format.md)."""
-    quantization = vars(config).get("quantization_config")
+    quantization = vars(config).get(QUANTIZATION)
     found = quantization.get("source") if isinstance(quantization, dict) else None
     return found if isinstance(found, str) else None
