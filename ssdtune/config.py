@@ -47,13 +47,15 @@ class Loaded:
     """A checked configuration and how it came about.
 
     notes: lines to print, each naming file:line. sources: dotted key -> "train.yaml:12",
-    "command line" or "default". path: the YAML file, None where flags gave everything.
+    "command line" or "default". path: the YAML file, None where flags gave everything. flags: as
+    they were typed.
     """
 
     config: TrainConfig
     notes: tuple[str, ...]
     sources: Mapping[str, str]
     path: Path | None
+    flags: tuple[str, ...] = ()
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Loaded:
@@ -83,6 +85,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Loade
         notes=tuple(notes),
         sources=sources,
         path=None if path is None else Path(path),
+        flags=tuple(overrides),
     )
 
 

@@ -44,6 +44,12 @@ def good(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------ what is made wrong, and the name that must be said
 
 
+def change_key(key: str, value: str) -> None:
+    path = Path("train.yaml")
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*lines, f"{key}: {value}\n"]))
+
+
 def shard_of(name: str) -> Path:
     return Path("model", json.loads(Path("model", INDEX).read_text())["weight_map"][name])
 
@@ -53,6 +59,26 @@ def change_index(name: str, shard: str) -> None:
     index = json.loads(path.read_text())
     index["weight_map"][name] = shard
     path.write_text(json.dumps(index))
+
+
+def missing_model() -> str:
+    change_key("model_name_or_path", "./models/model")
+    return "no such folder or file: ./models/model"
+
+
+def missing_gguf() -> str:
+    change_key("model_name_or_path", "model.gguf")
+    return "no such folder or file: model.gguf"
+
+
+def file_as_model() -> str:
+    change_key("model_name_or_path", "rows.jsonl")
+    return "rows.jsonl is a file"
+
+
+def model_that_was_never_fetched() -> str:
+    change_key("model_name_or_path", "nobody/nothing")
+    return "HF_HUB_OFFLINE"
 
 
 def missing_shard() -> str:
@@ -116,6 +142,10 @@ def all_labels_masked() -> str:
 
 
 CASES: list[Callable[[], str]] = [
+    missing_model,
+    missing_gguf,
+    file_as_model,
+    model_that_was_never_fetched,
     missing_shard,
     truncated_file,
     lying_header,

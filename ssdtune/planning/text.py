@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +74,9 @@ def lines_of(answer: Answer, loaded: Loaded) -> Iterator[str]:
     yield from _of_one(answer, LETTERS[place], found)
     yield from profile_notes(machine)
     yield from assumed_lines(job, machine)
-    path = "" if loaded.path is None else f" {loaded.path}"
-    yield f"next: ssdtune train{path} {ways[place].flags}".rstrip()
+    given = [*([] if loaded.path is None else [str(loaded.path)]), *loaded.flags]
+    # Of a flag that stands twice the last one counts: what is proposed.
+    yield f"next: ssdtune train {shlex.join(given)} {ways[place].flags}".rstrip()
 
 
 def _of_one(answer: Answer, letter: str, found: Outcome) -> Iterator[str]:

@@ -62,10 +62,15 @@ def load_tokenizer(config: TrainConfig, folder: Path | None = None) -> Any:
 
 def open_tokenizer(name: str, **keywords: Any) -> Any:
     """The tokenizer of a folder, a hub id or a GGUF file. keywords: of `from_pretrained`. Raises RunError."""
+    from huggingface_hub import is_offline_mode
     from transformers import AutoTokenizer
+
+    from ssdtune.visit.asked import absent, may_be_hub_id
 
     if name.endswith(".gguf"):
         path = Path(name).expanduser()
+        if not path.is_file():
+            raise absent(name)
         has_own = (path.parent / "tokenizer.json").is_file()
         trusts = {k: v for k, v in keywords.items() if k == "trust_remote_code"}
         name = str(path.parent)
@@ -73,6 +78,10 @@ def open_tokenizer(name: str, **keywords: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **keywords)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        path = Path(name).expanduser()
+        is_fetched = may_be_hub_id(name) and not isinstance(error, OSError)
+        if not path.is_dir() and (path.is_file() or not is_fetched):
+            raise absent(name, error, is_offline=is_offline_mode()) from error
         reason = " ".join(str(error).split())[:200]
         raise RunError(
             f"model_name_or_path: {name} has no tokenizer that could be loaded: {reason}\n"

@@ -55,12 +55,8 @@ def find_folder(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise BuildError(
-            f"{name} is a file; give the folder that holds config.json, or a .gguf file."
-        )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise BuildError(f"no such folder: {name}")
+    if folder.exists() or not may_be_hub_id(name):
+        raise absent(name)
     from huggingface_hub import is_offline_mode, snapshot_download
 
     hub["local_files_only"] = hub.get("local_files_only", False) or is_offline_mode()
@@ -70,12 +66,37 @@ def find_folder(
             name, allow_patterns=files, ignore_patterns=HUB_FILES_LEFT_OUT, **hub
         )
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        where = "in the hub's cache (offline)" if hub["local_files_only"] else "on the hub"
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise BuildError(
-            f"{name} is no folder here, and no model that could be fetched {where}:\n{reason}"
-        ) from error
+        raise absent(name, error, is_offline=hub["local_files_only"]) from error
     return Path(found)
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether it is written as the hub writes names: `owner/name`, no longer path, no file."""
+    is_path = name.startswith(".") or name.endswith((".json", ".gguf", ".safetensors"))
+    return not is_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+def absent(name: str, error: Exception | None = None, *, is_offline: bool = False) -> BuildError:
+    """The error of a model that is neither a folder here nor to be had from the hub. error: what the hub's client said."""
+    path = Path(name).expanduser()
+    if path.is_file() or not may_be_hub_id(name):
+        here = "" if path.is_absolute() else f" (working folder: {Path.cwd()})"
+        what = f"{name} is a file" if path.is_file() else f"no such folder or file: {name}{here}"
+        return BuildError(
+            f"model_name_or_path: {what}.\n"
+            "Give a folder with config.json and safetensors files, a .gguf file, or a hub id."
+        )
+    if is_offline:
+        return BuildError(
+            f"model_name_or_path: {name} is no folder here, and is not in the hub's cache, where alone it is looked for "
+            "offline.\nCorrect the name, give the model's folder, or fetch it once without HF_HUB_OFFLINE. "
+            "`ssdtune plan --model config.json` needs no weights."
+        )
+    reason = (str(error or "").strip() or repr(error)).splitlines()[0][:300]
+    return BuildError(
+        f"model_name_or_path: {name} is no folder here, and could not be fetched from the hub: {reason}\n"
+        "Correct the name, or give the model's folder. A gated model wants `hf auth login` first."
+    )
 
 
 # Arguments and config
