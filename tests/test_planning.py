@@ -132,7 +132,9 @@ def test_without_a_profile_it_says_what_fits_and_how_to_get_times(
     assert "every row is taken to be 32 tokens long" in text
     assert "measure this machine with `ssdtune probe`" in text
     assert "as configured" in text
-    assert text.endswith("train.yaml --offload.ram 2MB\n")  # the command that trains what was planned
+    assert text.endswith(
+        "train.yaml --offload.ram 2MB\n"
+    )  # the command that trains what was planned
     assert support.digests(folder) == before
     assert not (tmp_path / "run").exists(), "a plan writes nothing"
 
