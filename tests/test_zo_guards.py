@@ -77,6 +77,22 @@ def test_an_objective_gives_a_value_for_each_row(
         trainer.train()
 
 
+def test_what_no_checkpoint_would_hold_is_refused(tmp_path: Path, stream: Stream) -> None:
+    """Weights that train and are no adapter's; without checkpoints they do."""
+    model = stream(tiny_runs.save(tiny_runs.llama(), tmp_path / "model"), micro_batch_size=None)
+    model.model.norm.weight.requires_grad_(True)
+    before = model.model.norm.weight.detach().clone()
+    rows = [{key: [5, 6, 7] for key in ("input_ids", "labels")}] * 8
+    arguments = tiny_runs.arguments(tmp_path / "run", max_steps=1)
+    arguments.save_strategy = "steps"
+    with pytest.raises(TrainerError, match=r"norm.weight trains outside of an adapter"):
+        ZOTrainer(model, arguments)
+    arguments.save_strategy = "no"
+    collate = lambda rows: {n: torch.tensor([row[n] for row in rows]) for n in rows[0]}  # noqa: E731
+    ZOTrainer(model, arguments, collate, train_dataset=rows).train()
+    assert not torch.equal(model.model.norm.weight, before)
+
+
 def step_of(method: ZerothOrder, losses: Sequence[float], **how: Any) -> Any:
     """A step whose variants have these losses."""
     batch = batches("llama", 1)[0]

@@ -314,9 +314,12 @@ def test_a_run_that_trains_an_adapter_answers_by_its_checkpoint_until_it_is_fini
     streamed.ssdtune.close()
 
 
-def test_a_run_of_all_weights_answers(load: Any, tmp_path: Path) -> None:
+def test_a_run_of_all_weights_answers(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train_from_config(load("run", "all", *SHORT))
     found = generate_from_run(tmp_path / "run", ["the sky is"], max_new_tokens=3)
+    assert "takes all 2 steps of the run again, for every token" in capsys.readouterr().out
     assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     tokenizer = make_tokenizer()

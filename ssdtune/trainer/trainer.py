@@ -356,6 +356,12 @@ def _check_streamed(model: Any, args: Any, streamer: Streamer, *, needs_gradient
             "nothing to train: the weights of a streamed model are frozen.\n"
             "Pass peft_config=LoraConfig(…), or a model with an adapter."
         )
+    loose = next((name for name, p in model.named_parameters() if p.requires_grad), None)
+    if loose and args.save_strategy != "no" and not hasattr(model, "peft_config"):
+        raise TrainerError(
+            f"{loose} trains outside of an adapter, and no checkpoint would hold it.\n"
+            'Let peft have it, LoraConfig(modules_to_save=[…]), or pass save_strategy="no" and save it yourself.'
+        )
     rows, most = args.per_device_train_batch_size, streamer.micro_batch_size
     steps = args.gradient_accumulation_steps
     # One micro-batch alone comes to the front door, which cuts it. Several, or variants of one, are in a run by then.
