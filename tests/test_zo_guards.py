@@ -17,7 +17,7 @@ from test_zeroth_order import SEED, Stream, all_weights, batches
 from ssdtune.run_files import LOG_NAME
 from ssdtune.trainer import TrainerError
 from ssdtune.trainer.zeroth_order import ZOTrainer
-from ssdtune.zeroth_order import FZOO, LOZO, MeZO, Rule, ZerothOrder
+from ssdtune.zeroth_order import FZOO, LOZO, EstimatorError, MeZO, Rule, ZerothOrder
 from ssdtune.zeroth_order.log import LogError, read_log
 from ssdtune.zeroth_order.rules import LARGEST, Update
 
@@ -128,6 +128,14 @@ def test_a_step_beyond_float32_is_skipped(rule: str, tmp_path: Path, stream: Str
     for name, p in all_weights(model).items():
         assert p.clone().isfinite().all(), name
         assert not torch.equal(p.clone(), before[name]), name
+
+
+def test_weights_that_hold_more_than_float32_are_refused(tmp_path: Path, stream: Stream) -> None:
+    """A step of rate 0 would cut them."""
+    model = stream(tiny_runs.save(tiny_runs.llama(dtype=torch.float64), tmp_path))
+    with pytest.raises(EstimatorError, match="cut weights of float64"):
+        ZerothOrder(model, MeZO())
+    assert model.ssdtune.method is None, "the model is as it was"
 
 
 @pytest.mark.parametrize("rule", ["sgd", "sign"])

@@ -484,9 +484,14 @@ def test_keys_that_do_not_go_together_are_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("fp16", "bf16=True"), ("load_best_model_at_end", "ssdtune replay")]
+    ("name", "told"),
+    [
+        ("fp16", "bf16=True"),
+        ("load_best_model_at_end", "ssdtune replay"),
+        ("neftune_noise_alpha", "eval mode"),
+    ],
 )
-def test_arguments_that_need_a_backward_pass_or_files_are_refused(
+def test_arguments_that_a_forward_alone_can_not_honour_are_refused(
     name: str, told: str, model: Path, tmp_path: Path
 ) -> None:
     streamed = support.streamed(model)

@@ -174,11 +174,15 @@ class ZOTrainer(SSDTrainer):
         self.num_skipped = 0  # steps that `Step` says left the weights alone
 
     def check_arguments(self, model: Any, args: Any) -> None:
-        """Refuses what needs a backward pass, and of all weights what needs their files."""
+        """Refuses what needs a backward pass or training mode, and of all weights what needs their files."""
         if args.fp16:
             raise TrainerError(
                 "fp16 scales losses for a backward pass, and ZOTrainer has none.\n"
                 "Pass bf16=True, or open the model with dtype=torch.bfloat16."
+            )
+        if args.neftune_noise_alpha is not None:
+            raise TrainerError(
+                "neftune_noise_alpha: its noise is for training mode, and all variants pass in eval mode.\nLeave it out."
             )
         if args.load_best_model_at_end and not any(p.requires_grad for p in model.parameters()):
             raise TrainerError(

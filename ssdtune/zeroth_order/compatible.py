@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+
+import torch
 
 from ssdtune.zeroth_order.estimators import Estimator, EstimatorError
 from ssdtune.zeroth_order.masks import MAGNITUDE
@@ -37,6 +40,15 @@ def check_estimator(estimator: Estimator, rule: Rule, *, low_rank: bool) -> None
         raise EstimatorError(f"LOZO goes with the rule {SGD}, not with {rule.kind}{more}.")
     if rule.kind == LOZO_M and not has_windows:
         raise EstimatorError(f"{LOZO_M} is LOZO's momentum: take LOZO, or another rule.")
+
+
+def check_dtypes(dtypes: Iterable[torch.dtype]) -> None:
+    """Raises EstimatorError for weights that hold more than float32, in which all steps are made."""
+    if torch.float64 in dtypes:
+        raise EstimatorError(
+            "steps and variants are made in float32, and would cut weights of float64.\n"
+            "Open the model with dtype=torch.float32."
+        )
 
 
 def check_place(place: Place) -> None:

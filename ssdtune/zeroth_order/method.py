@@ -14,7 +14,7 @@ import torch
 from ssdtune.schedule.cost import Moves, missed_steps
 from ssdtune.visit.base import base_of, dtype_of, weights_of
 from ssdtune.visit.streamer import Streamer
-from ssdtune.zeroth_order.compatible import Place, check_estimator, check_place
+from ssdtune.zeroth_order.compatible import Place, check_dtypes, check_estimator, check_place
 from ssdtune.zeroth_order.estimators import Estimator
 from ssdtune.zeroth_order.log import ADAPTERS, CODES, LOW_RANK, MASTERS, Header, Log, LogError
 from ssdtune.zeroth_order.packed import DECODED, MOVED
@@ -108,6 +108,14 @@ class ZerothOrder:
             trained = outside_of_blocks(model, self.streamer)
             if fold is not None:
                 check_folder(fold.folder)
+        moved = [*trained.values()]
+        if trains_blocks:
+            moved += [w.placeholder for w in self.streamer.weights if w.placeholder is not None]
+        dtypes = {p.dtype for p in moved if p.dtype.is_floating_point}
+        check_dtypes(dtypes)
+        self.num_trained = sum(p.numel() for p in moved)
+        # Half of what their dtype holds, since a step is added to something.
+        self._most = min(torch.finfo(dtype).max / 2 for dtype in dtypes)
         self.weights = MovingWeights(
             self.streamer,
             trained,
@@ -120,12 +128,6 @@ class ZerothOrder:
         self.packed = packed
         # Steps that change together what is stored.
         self._window = estimator.family.window if low_rank else 1
-        moved = [*trained.values()]
-        if trains_blocks:
-            moved += [w.placeholder for w in self.streamer.weights if w.placeholder is not None]
-        self.num_trained = sum(p.numel() for p in moved)
-        # Half of what their dtype holds, since a step is added to something.
-        self._most = min(torch.finfo(p.dtype).max / 2 for p in moved if p.dtype.is_floating_point)
         self.streamer.method = self.weights
         self.num_steps = 0
         self.fold = fold.whole(self._window) if fold is not None and trains_blocks else None
