@@ -56,9 +56,10 @@ def run_pack(request: Request) -> int:
     if not request.checks:
         _pack(request)
     else:
-        from ssdtune.fidelity.check import check_aloud, open_text
+        from ssdtune.fidelity.check import check_aloud, open_text, refuse_bits
 
-        rows = open_text(request.check_text, request.model)  # refused before hours of packing
+        refuse_bits(request.check_bits)  # before hours of packing
+        rows = open_text(request.check_text, request.model)
         if not is_only_checked:
             _pack(request)
         check_aloud(request.model, request.out, rows, bits=request.check_bits)

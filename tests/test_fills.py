@@ -218,7 +218,7 @@ def summed(blocks: Blocks) -> Blocks:
         sums = tuple(
             Summed(
                 name=view.name,
-                file=blocks.path.name,
+                path=blocks.path,
                 offset=view.offset,
                 num_bytes=view.num_bytes,
                 checksum=checksum(content[start + view.offset :][: view.num_bytes]),

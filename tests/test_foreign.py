@@ -695,6 +695,7 @@ LIES: dict[str, tuple[Mapping[str, Any], Tensors, str]] = {
     "GPTQ: there twice": (gptq_config(), GPTQ_4 | {".weight": torch.ones(2)}, "both quantized"),
     "AWQ: gemv": (AWQ | {"version": "gemv"}, AWQ_4, '"gemv"; AutoAWQ'),
     "AWQ: 3 bits": (AWQ | {"bits": 3}, AWQ_4, "bits 3; 4 is"),
+    "AWQ: groups that fill no row": (AWQ | {"group_size": 40}, AWQ_4, "40.*96 columns, not a mul"),
     "AWQ: other groups": (AWQ | {"group_size": 48}, AWQ_4, "needs I32"),
     "compressed: another layout": (compressed_config("marlin-24"), PACKED_4, "marlin-24"),
     "compressed: sparse": (
@@ -717,6 +718,11 @@ LIES: dict[str, tuple[Mapping[str, Any], Tensors, str]] = {
         compressed_config(num_bits=8),
         PACKED_4,
         "none of the config",
+    ),
+    "compressed: groups that fill no row": (
+        compressed_config(group_size=40),
+        PACKED_4,
+        "none of the config's schemes",
     ),
     "compressed: other groups": (
         compressed_config(group_size=64),

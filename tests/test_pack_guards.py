@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_gguf
 import tiny_models
+import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 from support import digests
@@ -80,11 +81,16 @@ def test_weights_that_lossless_packing_has_no_use_for_leave_a_way_out(tmp_path: 
         groups_of(build_meta(tmp_path), FORMATS["lossless"].chosen())
 
 
-def test_a_text_to_check_on_is_looked_for_before_anything_is_packed(
-    source: Path, tmp_path: Path, capsys: Any
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--check_text", "gone.jsonl"], "gone.jsonl"), (["--check_bits", "9"], "--check_bits 9")],
+)
+def test_what_is_checked_is_refused_before_anything_is_packed(
+    flags: list[str], message: str, tmp_path: Path, capsys: Any
 ) -> None:
-    flags = ["--check", "--check_text", tmp_path / "rows.jsonl"]
-    refused(capsys, source, "--bits", "4", *flags, "--out", tmp_path / "packed")
+    source = tiny_runs.save(tiny_runs.llama(), tmp_path / "source")
+    said = refused(capsys, source, "--bits", "4", "--check", *flags, "--out", tmp_path / "packed")
+    assert message in said
     assert not (tmp_path / "packed").exists()
 
 

@@ -90,6 +90,12 @@ def check_aloud(model: str, folder: Path, rows: Text, *, bits: str | None = None
     say(f"kept      {folder / CHECK_NAME}, in {duration(perf_counter() - started)}")
 
 
+def refuse_bits(bits: str | None) -> None:
+    """Raises PackError for what `check_aloud` takes for none."""
+    if bits is not None and not is_by_block(bits):
+        _whole(bits)
+
+
 def _opened(folder: Path, bits: str | None) -> tuple[MetaModel, str]:
     """The packed model, and how it is read, in words: as `reading_of`, or the bits of blocks."""
     if bits is not None and is_by_block(bits):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -85,11 +86,11 @@ def address_of(tensor: torch.Tensor) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Summed:
-    """A file's tensor inside a buffer, `offset` in bytes from its start, whose checksum its header has. file: where it is
-    from."""
+    """A file's tensor inside a buffer, `offset` in bytes from its start, whose checksum its header has. path: of the
+    file."""
 
     name: str
-    file: str
+    path: Path
     offset: int
     num_bytes: int
     checksum: int
@@ -98,8 +99,9 @@ class Summed:
         """Raises StorageError where the bytes, in RAM, are not those that were written."""
         if checksum(memory[self.offset : self.offset + self.num_bytes]) != self.checksum:
             raise StorageError(
-                f"{self.name} in {self.file} is damaged: its checksum is not the one that was written.\n"
-                "Pack the model again, or restore the file; if it happens again, the drive or the memory fails."
+                f"{self.name} in {self.path} is damaged: its checksum is not the one that was written.\n"
+                f"Remove {self.path.parent} and pack the model again (a run with `quantization` does so by itself), or "
+                "restore the file; if it happens again, the drive or the memory fails."
             )
 
 

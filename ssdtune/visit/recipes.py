@@ -74,7 +74,7 @@ def _summed(stored: Sequence[TensorEntry], where: ExtentMap) -> Iterator[Summed]
         if entry.checksum is not None and entry.num_bytes:
             yield Summed(
                 name=entry.name,
-                file=entry.path.name,
+                path=entry.path,
                 offset=where.offsets[entry.name],
                 num_bytes=entry.num_bytes,
                 checksum=entry.checksum,

@@ -61,6 +61,8 @@ class Scheme:
         if not self.is_integer or self.strategy not in ("group", "channel"):
             return False
         group = self.blocks(1, width)[1]
+        if width % group:  # the library makes none; as many scales may fit all the same
+            return False
         return num_words(width, self.bits) == num_packed and num_groups(width, group) == num_scales
 
 

@@ -72,6 +72,10 @@ def read_awq(config: Mapping[str, Any], pile: Pile) -> None:
         scales = pile.take(base + ".scales", of=base, rank=2, dtypes=FLOAT_DTYPES)
         key = "q_group_size" if "q_group_size" in config else "group_size"
         group = _group(pile, config, key, words.shape[0])
+        if words.shape[0] % group:  # AutoAWQ makes none; as many scales may fit all the same
+            pile.refuse_config(
+                f"has {key} {group}, and {quoted(base)} has {words.shape[0]} columns, not a multiple"
+            )
         pile.put(
             base + ".weight",
             weight_dtype(config, scales.dtype),
