@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from ssdtune.data import CausalCollator
 from ssdtune.durable import MARKER_NAME, remove_abandoned
-from ssdtune.trainer import SSDConfig, SSDTrainer, checkpoint
+from ssdtune.trainer import SSDConfig, SSDTrainer, ZOTrainer, checkpoint
 from ssdtune.trainer.checkpoint import CheckpointError, fault_of, newest, read_identity, steps_of
 from ssdtune.trainer.interrupt import Interruption
 
@@ -90,12 +90,12 @@ def make(llama, stream, tmp_path):
     """A trainer on the streamed model; every call is a new process's: model, adapter, random states."""
     num_processes = 0
 
-    def made(output_dir="run", *, folder=llama, dtype=torch.float32, **given):
+    def made(output_dir="run", *, folder=llama, dtype=torch.float32, lora=LORA, **given):
         nonlocal num_processes
         num_processes += 1
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(num_processes)  # whatever a new process starts with
-        model = support.with_lora(stream(folder, dtype=dtype), **LORA)
+        model = support.with_lora(stream(folder, dtype=dtype), **lora)
         return new_trainer(model, tmp_path / output_dir, **given)
 
     return made
@@ -246,11 +246,32 @@ def test_another_order_of_rows_or_dtype_is_refused(make):
             make(max_steps=4, **given).train(resume_from_checkpoint=True)
 
 
-def test_more_steps_and_another_rate_may_be_asked_for(make):
+def test_another_adapter_or_optimizer_is_refused(make, llama, tmp_path):
     make(max_steps=2).train()
+    changes = [
+        ({"lora": {**LORA, "lora_alpha": 3}}, r"the adapter's lora_alpha was \d+ and is 3"),
+        ({"lora": {**LORA, "use_dora": True}}, "the adapter's use_dora was False and is True"),
+        ({"lora": {**LORA, "targets": ["q_proj"]}}, "the adapter's target_modules was"),
+        ({"optim": "sgd"}, r"optim was \w+ and is sgd"),
+    ]
+    for given, said in changes:
+        with pytest.raises(CheckpointError, match=said) as caught:
+            make(max_steps=4, **given).train(resume_from_checkpoint=True)
+        assert ";" not in str(caught.value), "nothing else"
+    model = support.with_lora(support.streamed(llama), **LORA)
+    args = arguments(SSDConfig, tmp_path / "run", max_steps=4, gradient_accumulation_steps=3)
+    trainer = ZOTrainer(model, args, CausalCollator(0), make_rows())
+    with pytest.raises(CheckpointError, match="it was trained by gradients"):
+        trainer.train(resume_from_checkpoint=True)
+    model.ssdtune.close()
+
+
+def test_more_steps_may_be_asked_for_and_another_rate_is_not_taken_in_silence(make, capsys):
+    make(max_steps=2, learning_rate=2e-3).train()
     trainer = make(max_steps=3, learning_rate=1e-3)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
+    assert "note: learning_rate stays 0.002, and 0.001 is for" in capsys.readouterr().err
 
 
 def test_what_no_whole_checkpoint_is_named_and_the_one_before_is_taken(make, straight, capsys):

@@ -399,7 +399,9 @@ def test_a_finished_run_started_again_changes_nothing(load, capsys):
     first = adapter(train_from_config(loaded).output_dir)
     result = train_from_config(loaded)
     assert result.metrics["global_step"] == 2
-    assert "3/2" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3/2" not in told
+    assert "note: all 2 steps had been made" in told
     support.assert_equal(first, adapter(result.output_dir), "weights")
 
 
@@ -415,8 +417,11 @@ def test_resuming_with_other_data_is_refused(load, interrupt, data, tmp_path):
     train_from_config(load("other"))
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(data.read_text().splitlines(keepends=True)[:12]))
+    record = load("other").config.output_dir / "ssdtune.yaml"
+    before = record.read_bytes()
     with pytest.raises(CheckpointError, match="num_rows was 16 and is 12"):
         train_from_config(load("other", data=fewer))
+    assert record.read_bytes() == before, "it is still that of the run"
 
 
 def test_a_second_process_on_the_same_folder_is_refused(load):

@@ -234,7 +234,7 @@ def test_gradients_do_not_go_on_where_losses_have_stopped(
         ),
         train_dataset=[{key: [5, 6, 7, k] for key in ("input_ids", "labels")} for k in range(8)],
     )
-    with pytest.raises(CheckpointError, match="method was zo and is gradients"):
+    with pytest.raises(CheckpointError, match="it was trained with method: zo"):
         trainer.train(resume_from_checkpoint=True)
 
 

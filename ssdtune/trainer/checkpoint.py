@@ -30,15 +30,18 @@ from ssdtune.durable import (
     write_file_atomically,
 )
 from ssdtune.errors import SSDTuneError
+from ssdtune.trainer.adapted import adapter_of
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from ssdtune.trainer.trainer import SSDTrainer
 
 PREFIX = "checkpoint-"
 IDENTITY_NAME = "ssdtune.json"
 STATE_NAME = "trainer_state.json"
 ARGUMENTS_NAME = "training_args.json"
 PICKLED_ARGUMENTS = "training_args.bin"
+OPTIMIZER_NAME = "optimizer.pt"
+RATES = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 MAX_IDENTITY_BYTES = 1 << 20
 DIGEST_ROWS = 64
 WAYS_OUT = (
@@ -56,15 +59,17 @@ class RunIdentity:
     """What must be the same for a resumed run to go on as if it had never stopped.
 
     base: fingerprint of the streamed model's files, None for a model in memory. reading: in how many bits its nested
-    codes are read, None for other weights. dtype: of the streamed model's weights. rows_digest: of up to 64 rows, None where
-    rows are made on the fly. method: "zo" or "gradients": neither goes on with what the other has saved. The rest decides the
-    order of rows and which of them make a step.
+    codes are read, None for other weights. dtype: of the streamed model's weights. adapter: its configuration, None without
+    one. needs_gradients: False for method: zo. optim: whose states a checkpoint has, None where there are none. rows_digest:
+    of up to 64 rows, None where rows are made on the fly. The rest decides the order of rows and which of them make a step.
     """
 
-    method: str
     base: str | None
     reading: str | None
     dtype: str | None
+    adapter: dict[str, Any] | None
+    needs_gradients: bool
+    optim: str | None
     num_rows: int | None
     rows_digest: str | None
     per_device_train_batch_size: int
@@ -75,15 +80,19 @@ class RunIdentity:
 
     @staticmethod
     def of(
-        trainer: Trainer, *, base: str | None, reading: str | None, dtype: str | None
+        trainer: SSDTrainer, *, base: str | None, reading: str | None, dtype: str | None
     ) -> RunIdentity:
         """That of a trainer as it is now."""
         args, rows = trainer.args, trainer.train_dataset
         return RunIdentity(
-            method="gradients" if getattr(trainer, "needs_gradients", True) else "zo",
             base=base,
             reading=reading,
             dtype=dtype,
+            adapter=adapter_of(trainer.model),
+            needs_gradients=trainer.needs_gradients,
+            optim=str(getattr(args.optim, "value", args.optim))
+            if trainer.needs_gradients
+            else None,
             num_rows=len(rows) if hasattr(rows, "__len__") else None,  # type: ignore[arg-type]
             rows_digest=rows_digest(rows),
             per_device_train_batch_size=args.per_device_train_batch_size,
@@ -100,18 +109,27 @@ class RunIdentity:
 
 def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Where some fields of an identity, `mine`, are not as in a saved one, in words."""
-    return [
-        _told(name, value, saved[name])
-        for name, value in mine.items()
-        if name in saved and value != saved[name]
-    ]
+    said = []
+    for name, value in mine.items():
+        if name not in saved or value == saved[name]:
+            continue
+        if isinstance(value, Mapping) and isinstance(saved[name], Mapping):
+            said += [f"the {name}'s {each}" for each in differences(value, saved[name])]
+        else:
+            said.append(_told(name, value, saved[name]))
+    return said
 
 
 def _told(name: str, mine: Any, theirs: Any) -> str:
     if name == "base":
         return "the base model's files are not those that the adapter was trained on"
     if name == "reading":
-        return f"the base's weights were read in {theirs} bits and are in {mine}"
+        before = "as stored" if theirs is None else f"in {theirs} bits"
+        return f"the base's weights were read {before} and are {'as stored' if mine is None else f'in {mine}'}"
+    if name == "adapter":
+        return "it trains an adapter" if mine else "it trained an adapter, and this run has none"
+    if name == "needs_gradients":
+        return f"it was trained {'by gradients' if theirs else 'with method: zo'}"
     if name == "rows_digest":
         return "the training rows are others (or cut or tokenized otherwise)"
     return f"{name} was {theirs} and is {mine}"
@@ -247,6 +265,19 @@ class Checkpoints:
         said = identity.differences(read_identity(folder))
         if said:
             raise CheckpointError(f"can't resume from {folder}: {'; '.join(said[:3])}.\n{WAYS_OUT}")
+
+    def kept(self, folder: Path) -> list[str]:
+        """What was asked for and stays as it was: an optimizer's state has its own rates, and is taken as it is."""
+        arguments = folder / ARGUMENTS_NAME
+        if not arguments.is_file() or not (folder / OPTIMIZER_NAME).is_file():
+            return []
+        before, args = json.loads(arguments.read_bytes()), self.trainer.args
+        return [
+            f"note: {name} stays {before[name]:g}, and {getattr(args, name):g} is for a run that begins: "
+            "resume_from_checkpoint: false"
+            for name in RATES
+            if name in before and before[name] != getattr(args, name)
+        ]
 
 
 # ------------------------------------------------------------------ folders

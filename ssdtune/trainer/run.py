@@ -24,7 +24,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ssdtune import report
-from ssdtune.durable import lock_folder, remove_abandoned, write_file_atomically
+from ssdtune.durable import lock_folder, remove_abandoned
 from ssdtune.run_files import CONFIG_NAME, METRICS_NAME
 from ssdtune.trainer.checkpoint import newest
 from ssdtune.trainer.errors import RunError
@@ -61,7 +61,6 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
     """
     from transformers.utils import logging
 
-    from ssdtune.config import to_yaml
     from ssdtune.trainer.config import training_arguments
     from ssdtune.trainer.summary import summary_lines
     from ssdtune.visit.memory import settled_bytes
@@ -78,9 +77,6 @@ def train_from_config(loaded: Loaded, *, tells_summary: bool = True) -> TrainRes
         logging.set_verbosity_error()  # what a run says is said here
         report.hush_libraries()
         rows = load_rows(config, args, say)
-        if args.process_index == 0:
-            content = to_yaml(config).encode()
-            write_file_atomically(config.output_dir / CONFIG_NAME, content)
         import peft  # noqa: F401 (its code is the process's own, no part of the model's)
 
         start = Start(base_bytes=settled_bytes(), resume_from=_resume_from(config, args) or None)
@@ -129,6 +125,10 @@ def _train(
         output = trainer.train(resume_from_checkpoint=wanted)
     finally:
         trainer.release()
+    if not telemetry.records and trainer.state.global_step >= trainer.state.max_steps:
+        say(
+            f"note: all {trainer.state.global_step} steps had been made; max_steps or num_train_epochs asks for more"
+        )
     metrics = {**output.metrics, "predicted_peak_bytes": peak.ram_bytes}
     if watch is not None:
         metrics["predicted_and_measured"] = watch.compared()
@@ -250,10 +250,15 @@ def _make_trainer(
     from transformers import PrinterCallback
 
     from ssdtune.config import to_yaml
-    from ssdtune.trainer.telemetry import MetricsFile, Progress, Telemetry
+    from ssdtune.trainer.telemetry import ConfigFile, MetricsFile, Progress, Telemetry
 
-    telemetry = Telemetry(model.ssdtune)
-    callbacks = [telemetry, Progress(telemetry), MetricsFile(config.output_dir / METRICS_NAME)]
+    telemetry, content = Telemetry(model.ssdtune), to_yaml(config).encode()
+    callbacks = [
+        ConfigFile(config.output_dir / CONFIG_NAME, content),
+        telemetry,
+        Progress(telemetry),
+        MetricsFile(config.output_dir / METRICS_NAME),
+    ]
     trainer = _trainer_of(config)(
         model,
         args,
@@ -264,7 +269,7 @@ def _make_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.checkpoints.extra_files[CONFIG_NAME] = to_yaml(config).encode()
+    trainer.checkpoints.extra_files[CONFIG_NAME] = content
     return trainer, telemetry
 
 

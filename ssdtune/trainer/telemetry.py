@@ -209,7 +209,18 @@ def progress_line(
     return "  ".join(parts)
 
 
-# ------------------------------------------------------------------ metrics.jsonl
+# ------------------------------------------------------------------ files of the run
+
+
+class ConfigFile(TrainerCallback):
+    """Writes the run's configuration when training begins: not over another run's, whose checkpoint was refused."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self.content = path, content
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_file_atomically(self.path, self.content)
 
 
 class MetricsFile(TrainerCallback):

@@ -16,6 +16,7 @@ On a model that isn't streamed this is a plain Trainer that saves durably.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -255,6 +256,8 @@ class SSDTrainer(OptionsTrainer):
         found = self.checkpoints.find(resume_from_checkpoint)
         if found is not None:
             self.checkpoints.check(found, self.identity())
+            if self.args.process_index == 0:
+                sys.stderr.writelines(f"{line}\n" for line in self.checkpoints.kept(found))
         may_save = self.args.save_strategy != "no" and getattr(self.args, "save_on_interrupt", True)
         with self.interruption.watched(is_enabled=may_save):
             return super().train(None if found is None else str(found), trial, ignore_keys_for_eval)
