@@ -18,7 +18,7 @@ from ssdtune.report import say
 from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
 from ssdtune.trainer.opening import attached, open_model
-from ssdtune.visit.saving import check_is_new, not_written, write_weights
+from ssdtune.visit.saving import check_is_new, not_written, unstreamed_state, write_weights
 from ssdtune.zeroth_order.log import ADAPTERS, Log, read_log
 from ssdtune.zeroth_order.method import check_weights, replayed, that_train
 
@@ -103,7 +103,7 @@ def write_adapter(model: Any, out: Path) -> int:
 
     folder = new_temporary_folder(out)
     try:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=unstreamed_state(model))
         commit_folder(folder, out)
     except (OSError, SafetensorError) as error:
         raise not_written(out, error) from error

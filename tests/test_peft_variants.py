@@ -9,6 +9,7 @@ import peft
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from support import (
     ROUNDING,
     accumulate_means,
@@ -232,6 +233,24 @@ def test_an_adapter_saves_and_loads_in_pefts_format(tmp_path: Path, stream: Stre
             loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
             logits = torch.cat([loaded(**piece).logits for piece in cut(batch, 3)])
             assert torch.equal(logits, expected)
+
+
+def test_an_adapter_on_embedding_and_head_is_saved_without_them(
+    tmp_path: Path, stream: Stream
+) -> None:
+    """peft would write the base's matrices beside it, which are not in memory: it is told how not to."""
+    config = EXACT["lora on embedding and head"]
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda m: with_adapter(m, config()))
+    with pytest.raises(SSDTuneError, match="save_embedding_layers=False"):
+        pair.streamed.save_pretrained(tmp_path / "adapter")
+    pair.streamed.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == sum(1 for _ in trained(pair.streamed))
+    plain = type(pair.plain.get_base_model()).from_pretrained(tmp_path / "model")
+    loaded, batch = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval(), batches()[0]
+    with torch.no_grad():
+        logits = torch.cat([loaded(**piece).logits for piece in cut(batch, 3)])
+        assert torch.equal(logits, pair.streamed.eval()(**batch).logits)
 
 
 @pytest.mark.parametrize("has_grad", [False, True])

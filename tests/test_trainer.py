@@ -14,7 +14,8 @@ import support
 import tiny_models
 import tiny_runs
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_runs import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -420,6 +421,25 @@ def test_a_name_a_budget_and_a_peft_config_are_enough(llama, tmp_path):
         trainer.streamer.close()
     targets = set(trainer.model.peft_config["default"].target_modules)
     assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_an_adapter_on_embedding_and_head_is_saved_and_goes_on(llama, stream, tmp_path):
+    """Without those matrices, which a streamed model has on the drive."""
+    adapters = []
+    for folder in ("whole", "resumed"):
+        torch.manual_seed(0)
+        targets = ["embed_tokens", "lm_head", "q_proj"]
+        model = get_peft_model(stream(llama), LoraConfig(r=4, target_modules=targets))
+        args = arguments(SSDConfig, tmp_path / folder, save_strategy="steps", save_steps=2)
+        trainer = SSDTrainer(model, args, CausalCollator(0), make_rows())
+        if folder == "resumed":
+            trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        else:
+            trainer.train()
+        saved = load_file(tmp_path / folder / "checkpoint-3" / "adapter_model.safetensors")
+        assert all("lora_" in name for name in saved)
+        adapters.append(saved)
+    support.assert_equal(*adapters, "adapters")
 
 
 def test_texts_of_a_formatting_func_are_tokenized_to_their_end(llama, stream, tmp_path):

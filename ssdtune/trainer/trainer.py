@@ -34,6 +34,7 @@ from ssdtune.trainer.interrupt import Interruption
 from ssdtune.trainer.lookahead import LookAhead
 from ssdtune.trainer.options import OptionsTrainer
 from ssdtune.visit.base import dtype_of, weights_of
+from ssdtune.visit.saving import unstreamed_state
 from ssdtune.zeroth_order.weights import check_unmoved
 
 if TYPE_CHECKING:
@@ -282,6 +283,8 @@ class SSDTrainer(OptionsTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainer's own, its pickled arguments replaced by JSON."""
+        if state_dict is None and self.streamer is not None:
+            state_dict = unstreamed_state(self.model)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.checkpoints.replace_pickled_arguments(str(output_dir or self.args.output_dir))

@@ -86,6 +86,14 @@ class Placeholder(torch.Tensor):
             self.source, self.shape, stride=self.stride(), dtype=self.dtype, device=self.device
         )
 
+    def storage(self) -> Any:
+        """safetensors asks for it before it writes."""
+        raise PlaceholderError(
+            f"{self.source.name} is streamed, and has no memory that could be written.\n"
+            "With an adapter on the head or the embedding peft writes those beside it: give its save_pretrained "
+            "save_embedding_layers=False, and the adapter alone is written."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """A copy is real: `modules_to_save` copies a module in order to train it."""
         copied = nn.Parameter(self.source.read(), requires_grad=False)

@@ -19,6 +19,7 @@ from ssdtune.durable import (
 )
 from ssdtune.errors import SSDTuneError
 from ssdtune.swap.beside import CONFIG, copy_beside
+from ssdtune.visit.placeholder import Placeholder
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -31,6 +32,13 @@ def check_is_new(out: Path) -> None:
     """Raises SaveError where something is there already: the base, it may be."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise SaveError(f"{out} is there already.\nGive a folder that is not.")
+
+
+def unstreamed_state(model: Any) -> dict[str, Any]:
+    """A model's state without its streamed weights: of one with an adapter on its head or embedding, peft would write
+    the base's matrix beside the adapter."""
+    state: dict[str, Any] = model.state_dict()
+    return {name: value for name, value in state.items() if not isinstance(value, Placeholder)}
 
 
 def write_weights(model: Any, out: Path) -> int:
