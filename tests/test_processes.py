@@ -14,11 +14,13 @@ import torch
 from ssdtune import Offload, memory
 from ssdtune.api import options_for
 from ssdtune.peft import fingerprint_of
-from ssdtune.trainer import SSDConfig, TrainerError, ZOTrainer, processes
+from ssdtune.trainer import SSDConfig, SSDTrainer, TrainerError, ZOTrainer, checkpoint, processes
 from ssdtune.trainer.interrupt import Interruption
 from ssdtune.trainer.settling import _with_drive
+from ssdtune.trainer.together import ProcessError, together
 
 Stream = Callable[..., Any]
+ROWS: Any = [{name: [5, 6, 7, k] for name in ("input_ids", "labels")} for k in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,8 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def zo_trainer(model: Any, folder: Path, **given: Any) -> ZOTrainer:
-    rows = [{name: [5, 6, 7, k] for name in ("input_ids", "labels")} for k in range(4)]
     args = tiny_runs.arguments(folder, per_device_train_batch_size=2, **given)
-    return ZOTrainer(model, args, collate, train_dataset=rows)
+    return ZOTrainer(model, args, collate, train_dataset=ROWS)
 
 
 # ------------------------------------------------------------------ zeroth order
@@ -116,3 +117,41 @@ def test_processes_on_one_machine_share_what_is_free(
     assert options_for(Offload(), files).budgets.ram_bytes == 1000
     request = _with_drive(stream(llama).ssdtune.replanner.request, llama)
     assert request.budgets.nvme_activation_bytes == 1000
+
+
+# ------------------------------------------------------------------ together
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """This process is the first of two: what it tells the other, whose part fails at its second act."""
+    heard: list[Any] = []
+
+    def gather(mine: list[Any]) -> list[Any]:
+        heard.extend(mine)
+        return [*mine, [None, "OSError: no room" if len(heard) == 2 else None]]
+
+    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+    monkeypatch.setattr(checkpoint, "together", lambda act, what, num: together(act, what, 2))
+    return heard
+
+
+def test_a_checkpoint_that_another_process_could_not_fill_is_none(
+    told: list[Any], llama: Path, stream: Stream, tmp_path: Path
+) -> None:
+    model, run = support.with_lora(stream(llama)), tmp_path / "run"
+    args = tiny_runs.arguments(run, save_strategy="steps", per_device_train_batch_size=2)
+    trainer = SSDTrainer(model, args, collate, ROWS)
+    with pytest.raises(ProcessError, match=r"process 1 could not save .*checkpoint-2: OSError: no"):
+        trainer.train()
+    assert list(run.iterdir()) == []
+
+
+def test_what_fails_in_this_process_is_told_to_the_others(told: list[Any]) -> None:
+    def fails() -> None:
+        raise OSError("no room here")
+
+    assert together(lambda: 5, "count", 2) == 5
+    with pytest.raises(OSError, match="no room here"):
+        together(fails, "save", 2)
+    assert told == [[5, None], [None, "OSError: no room here"]]

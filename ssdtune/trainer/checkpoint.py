@@ -13,8 +13,9 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from ssdtune.durable import (
 )
 from ssdtune.errors import SSDTuneError
 from ssdtune.trainer.adapted import adapter_of
+from ssdtune.trainer.together import together
 
 if TYPE_CHECKING:
     from ssdtune.trainer.trainer import SSDTrainer
@@ -150,7 +152,8 @@ class Checkpoints:
     # ---- saving ------------------------------------------------------------------------------
 
     def save(self, model: Any, trial: Any = None) -> None:
-        """Writes `checkpoint-<step>` of the trainer's state. Raises DurableError, old ones intact."""
+        """Writes `checkpoint-<step>` of the trainer's state. Raises DurableError, old ones intact; ProcessError where it
+        failed in another process."""
         trainer, started = self.trainer, perf_counter()
         run_folder = Path(trainer._get_output_dir(trial=trial))
         final = run_folder / f"{PREFIX}{trainer.state.global_step}"
@@ -158,26 +161,29 @@ class Checkpoints:
             trainer.store_flos()
         folder = self._temporary_of_all(final)
         try:
-            self._fill(folder, final)
-            trainer.accelerator.wait_for_everyone()  # all processes' files -> the rename
-            if trainer.args.should_save:
-                commit_folder(folder, final)
-                self._prune(run_folder)
+            self._together(partial(self._fill, folder, final), final)  # all files -> the rename
+            self._together(partial(self._commit, folder, final), final)
         except Exception:
             if trainer.args.should_save:
                 remove_folder_we_made(folder)
             raise
-        trainer.accelerator.wait_for_everyone()
         self.last_saved = (final, perf_counter() - started)
 
     def _temporary_of_all(self, final: Path) -> Path:
         """One temporary folder, made by the main process, known to all."""
-        named = [str(new_temporary_folder(final)) if self.trainer.args.should_save else ""]
-        if self.trainer.args.world_size > 1:
-            from accelerate.utils import broadcast_object_list
 
-            broadcast_object_list(named, from_process=0)
-        return Path(named[0])
+        def make() -> Path | None:
+            return new_temporary_folder(final) if self.trainer.args.should_save else None
+
+        return self._together(make, final)
+
+    def _together(self, act: Callable[[], Any], final: Path) -> Any:
+        return together(act, f"save its part of {final}", self.trainer.args.world_size)
+
+    def _commit(self, folder: Path, final: Path) -> None:
+        if self.trainer.args.should_save:
+            commit_folder(folder, final)
+            self._prune(final.parent)
 
     def _fill(self, folder: Path, final: Path) -> None:
         trainer, args = self.trainer, self.trainer.args

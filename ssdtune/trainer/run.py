@@ -31,6 +31,7 @@ from ssdtune.trainer.errors import RunError
 from ssdtune.trainer.opening import streamed_model
 from ssdtune.trainer.results import TrainResult, result_of, save_result, write_trace
 from ssdtune.trainer.rows import Rows, check_sizes, load_rows
+from ssdtune.trainer.together import together
 
 if TYPE_CHECKING:
     from ssdtune.config import Loaded, TrainConfig
@@ -151,8 +152,12 @@ def _resume_from(config: TrainConfig, args: SSDConfig) -> Any:
     wanted: Any = config.resume_from_checkpoint
     if wanted != "auto":
         return wanted
-    found = newest(config.output_dir) if args.process_index == 0 else None
-    return _shared(str(found) if found else None, args)
+
+    def look() -> str | None:
+        found = newest(config.output_dir) if args.process_index == 0 else None
+        return None if found is None else str(found)
+
+    return together(look, "look for a checkpoint", args.world_size)
 
 
 def _settled(
@@ -293,17 +298,6 @@ def _trainer_of(config: TrainConfig) -> Callable[..., SSDTrainer]:
         low_rank=config.zo_trains == "low_rank",
         master=config.zo_master,
     )
-
-
-def _shared(value: str | None, args: SSDConfig) -> str | None:
-    """The main process's value, in every process."""
-    if args.world_size < 2:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    values = [value]
-    broadcast_object_list(values, from_process=0)
-    return values[0]
 
 
 def _job_line(trainer: SSDTrainer, rows: Rows) -> str:
