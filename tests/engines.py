@@ -8,6 +8,7 @@ different in every block.
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ CPU = torch.device("cpu")
 PAGE = 4096
 ROWS, COLUMNS = 64, 80  # five pages and a bit: all blocks are of one class
 F, B = Direction.FORWARD, Direction.BACKWARD
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Returns when it holds, which takes as long as threads of a busy machine make it."""
+    deadline = time.perf_counter() + timeout_s
+    while not condition():
+        assert time.perf_counter() < deadline, "it did not come about"
+        time.sleep(0.002)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from engines import (
     make_engine,
     make_small_plan,
     run_step,
+    wait_for,
     write_blocks,
 )
 
@@ -86,13 +87,6 @@ def plain_blocks(folder: Path, num: int = 7) -> Blocks:
 
 def misses(engine: Engine) -> list[TraceOp]:
     return [op for op in engine.trace if op.is_miss]
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.perf_counter() + timeout_s
-    while not condition():
-        assert time.perf_counter() < deadline, "it did not come about"
-        time.sleep(0.002)
 
 
 # ------------------------------------------------------------------ the plan's order

@@ -3,7 +3,6 @@ recorded under the plan's ids. One level below the engine."""
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from engines import (
     GatedStorage,
     gated,
     make_small_plan,
+    wait_for,
     write_blocks,
 )
 
@@ -239,8 +239,7 @@ def test_more_fills_than_buffers_take_turns(tmp_path: Path, run: MakeLanes) -> N
     fills = [a_fill(block, slot=block) for block in range(6)]
     starter = threading.Thread(target=lambda: [running.lanes.start(f) for f in fills])
     starter.start()
-    time.sleep(0.05)
-    assert fills[2].stage == "waiting for a staging buffer"
+    wait_for(lambda: fills[2].stage == "waiting for a staging buffer")
     running.storage.gate.set()
     for fill in fills:
         fill.wait(10)

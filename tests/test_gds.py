@@ -29,6 +29,7 @@ from engines import (
     gated,
     make_engine,
     run_step,
+    wait_for,
     write_blocks,
 )
 
@@ -60,13 +61,6 @@ KINDS = {
 }
 ONE_SLOT = {"num_slots": 0.0, "device_slots": 1.0, "prefetch": 0}
 MakeEngine = Callable[..., tuple[Engine, Blocks, FakeKvikio]]
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.perf_counter() + timeout_s
-    while not condition():
-        assert time.perf_counter() < deadline, "it did not come about"
-        time.sleep(0.002)
 
 
 # ------------------------------------------------------------------ the pool

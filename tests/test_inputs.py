@@ -308,13 +308,16 @@ class SlowDrive(ScratchFile):
         self.may_go = threading.Event()
         self.may_go.set()
         self.fails_with: int | None = None
+        self.num_written = 0
         super().__init__(folder)
+        self.num_written = 0  # what it tried itself was none of a store's
 
     def write(self, offset: int, content: memoryview) -> None:
         self.may_go.wait()
         if self.fails_with is not None:
             raise OSError(self.fails_with, os.strerror(self.fails_with))
         super().write(offset, content)
+        self.num_written += 1
 
     def read(self, offset: int, buffer: memoryview) -> None:
         self.may_go.wait()
@@ -340,6 +343,7 @@ def test_a_full_ring_waits_for_the_drive_and_not_for_ever(tmp_path: Path) -> Non
         store.keep(hidden(CHUNK))
     assert 0.1 < time.perf_counter() - start < 5
     file.may_go.set()
+    store.timeout_s = 20  # its thread has yet to be given a core
     kept.append(store.keep(hidden(CHUNK, seed=3)))
     assert all(same_bits(k.take(), hidden(CHUNK, seed=i)) for i, k in enumerate(kept) if k)
     assert store.waited_s > 0.1
@@ -368,9 +372,8 @@ def test_a_failed_write_reaches_the_caller_and_the_next_step_is_free_of_it(tmp_p
 def test_a_failed_read_reaches_the_one_who_takes(tmp_path: Path) -> None:
     store, file = slow_store(tmp_path, timeout_s=5)
     kept = [store.keep(hidden(CHUNK, seed=i), f"layers.{i}") for i in range(9)]
-    while store._jobs.qsize():
+    while file.num_written < len(kept):
         time.sleep(0.01)
-    time.sleep(0.05)
     file.fails_with = errno.EIO
     assert kept[0] is not None
     with pytest.raises(InputsError, match=r"(?s)cannot read 16,384 bytes.*layers\.0.*errno 5"):

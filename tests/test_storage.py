@@ -32,6 +32,9 @@ from ssdtune.swap.storage import (
 
 PAGE = 4096
 FILE_BYTES = 3 * MIB + 1234  # the tail is no multiple of anything
+SLACK = (
+    3  # times slower than its rate a drive may seem where others use the cores; never much faster
+)
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +486,7 @@ def test_a_throttled_drive_gives_its_rate_to_all_threads_together(path, num_thre
             ticket.wait(20)
         assert time.thread_time() - cpu < 0.1, "waiting is asleep"
     seconds = tickets[1].finished - tickets[0].started
-    assert seconds == pytest.approx(2 * FILE_BYTES / rate, rel=0.2)
+    assert 0.8 * 2 * FILE_BYTES / rate < seconds < SLACK * 2 * FILE_BYTES / rate
     assert bytes(buffer.numpy())[:FILE_BYTES] == path.read_bytes()
 
 
@@ -495,13 +498,13 @@ def test_an_idle_drive_saves_nothing_up(path):
     start = time.perf_counter()
     for _ in range(2):
         storage.read(fd, 0, memory)
-    assert time.perf_counter() - start == pytest.approx(2 * MIB / 10e6, rel=0.2)
+    assert 0.8 * 2 * MIB / 10e6 < time.perf_counter() - start < SLACK * 2 * MIB / 10e6
     storage.close(fd)
 
 
 def test_the_measured_rate_is_that_of_the_drive(path):
     slow = ThrottledStorage(choose_storage(path).storage, 50e6)
-    assert measure_read_rate(slow, path, seconds=0.5) == pytest.approx(0.05, rel=0.25)
+    assert 0.05 / SLACK < measure_read_rate(slow, path, seconds=0.5) < 1.25 * 0.05
     assert measure_read_rate(BufferedStorage(), path, seconds=0.05) > 0.05
 
 
