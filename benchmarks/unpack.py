@@ -6,8 +6,8 @@
 Time: of this thread on its processor. Contestants take turns with one `memcpy` of as many bytes as they write, both
 into memory that has been written before; each by the median of its rates beside the memcpy right before it. A memcpy
 goes past the caches, as decoding so much does. What is slow decodes a sixteenth in its turn: torch's operators, and the
-peers, which give new memory for each output. Two threads take turns with one, by the wall clock. Peers are imported
-where they can be, from `--peers` too:
+peers, which give new memory for each output. Two threads take turns with one, by the wall clock; what this machine's
+memory takes from two, memcpy and memset say. Peers are imported where they can be, from `--peers` too:
 
     python -m pip install --no-deps --target FOLDER bitsandbytes torchao hqq termcolor
 
@@ -26,6 +26,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -295,23 +296,44 @@ def beside(
     }
 
 
-def by_two_threads(out: Any, num_rounds: int) -> Iterator[dict[str, Any]]:
-    """Yields a row for each of THREADED: two threads beside one, by the wall clock, in turns."""
+def threaded(out: Any) -> Iterator[tuple[str, Callable[[int], object], float | None]]:
+    """Name, what so many threads do, and the bar of two beside one: what the memory takes from them, by memcpy and by
+    memset of the output, a part in one piece each, then each of THREADED."""
+    import torch
+
     from ssdtune.kernels import decoding
     from ssdtune.kernels.unpack import unpack
 
-    def by(num_threads: int, run: Callable[[], object]) -> None:
-        decoding.set_threads(num_threads)
-        run()
+    source = torch.ones_like(out)
+    acts: dict[str, Callable[[int, int], object]] = {
+        "memcpy": lambda at, n: ctypes.memmove(out.data_ptr() + at, source.data_ptr() + at, n),
+        "memset": lambda at, n: ctypes.memset(out.data_ptr() + at, 1, n),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        for name, act in acts.items():
 
+            def share(num_threads: int, act: Callable[[int, int], object] = act) -> None:
+                size = out.nbytes // num_threads
+                list(pool.map(act, range(0, size * num_threads, size), [size] * num_threads))
+
+            yield name, share, None
     for name, format, _ in formats():
-        if name not in THREADED:
-            continue
-        run = partial(unpack, format, random_parts(format, tuple(out.shape)), out)
-        one, two = partial(by, 1, run), partial(by, 2, run)
-        row = beside(one, two, out, num_rounds, clock=perf_counter, bar=THREADS_BAR)
-        yield {"contestant": f"{name}, two threads beside one, wall clock", **row}
+        if name in THREADED:
+            run = partial(unpack, format, random_parts(format, tuple(out.shape)), out)
+
+            def by(num_threads: int, run: Callable[[], object] = run) -> None:
+                decoding.set_threads(num_threads)
+                run()
+
+            yield name, by, THREADS_BAR
     decoding.set_threads(1)
+
+
+def by_two_threads(out: Any, num_rounds: int) -> Iterator[dict[str, Any]]:
+    """Yields a row for each of `threaded`: two threads beside one, by the wall clock, in turns."""
+    for name, by, bar in threaded(out):
+        row = beside(partial(by, 1), partial(by, 2), out, num_rounds, clock=perf_counter, bar=bar)
+        yield {"contestant": f"{name}, two threads beside one, wall clock", **row}
 
 
 def with_signs(out: Any, num_rounds: int, suffix: str) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ SUFFIXES: tuple[str, ...] = () if native is None else native.suffixes
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # and of their bits
 STRETCH = 8 * TILE  # elements that unpack.c prepares at a time
 SIZES = (1, 31, 33, 65, TILE - 1, TILE, TILE + 1, STRETCH - 1, STRETCH, 3 * STRETCH + 77)
+SMALL = (0.0, -0.0, 2**-133, -(2**-126), 2**-111, 2**-110)  # scales
 BLOCKS = (1, 2, 7, 16, 32, 48, 64, 96, 100, 128, 4096)  # odd, and no powers of two, too
 LOPSIDED = tuple(0.1 * i * i - 3 for i in range(16))
 GUARD = 64  # elements on either side of an output, which nobody may touch
@@ -229,20 +230,21 @@ def test_all_codes_with_all_zeros(bits: int, suffix: str, dtype: torch.dtype) ->
     number = torch.arange(num_elements // 32)
     parts[-1] = (number % 256).to(torch.uint8)
     fractions = 0x3C00 + (number * 37 // 8) % 128
-    parts[-2] = (
-        torch.where(number % 3 == 0, fractions - 0x8000, fractions).short().view(torch.bfloat16)
-    )
-    expected = decoded(format, parts, num_elements, dtype, "")
-    assert torch.equal(decoded(format, parts, num_elements, dtype, suffix), expected)
+    for every in (3, num_elements):  # scales that are negative; with none, 8 bits take another way
+        bits_of = torch.where(number % every == 0, fractions - 0x8000, fractions)
+        parts[-2] = bits_of.short().view(torch.bfloat16)
+        expected = decoded(format, parts, num_elements, dtype, "")
+        assert torch.equal(decoded(format, parts, num_elements, dtype, suffix), expected), every
 
 
 @every_dtype
 @every_suffix
-@pytest.mark.parametrize("scale", [0.0, -0.0, 2**-133, -(2**-126), 3.3e38, math.inf, math.nan])
+@pytest.mark.parametrize("scale", [*SMALL, 2.0**98, 2.0**99, 3.3e38, math.inf, math.nan])
 def test_scales_at_the_ends_of_the_range(scale: float, suffix: str, dtype: torch.dtype) -> None:
     for bits, order in ORDERS.items():
         format = Affine(bits, order)
         parts = packed(format, 1000)
+        parts[-2].abs_()
         parts[-2][3] = scale
         expected = decoded(format, parts, 1000, dtype, "")
         assert torch.equal(decoded(format, parts, 1000, dtype, suffix), expected), bits

@@ -132,23 +132,26 @@ def test_scales_that_are_computed_first(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("step", [-0.03, 1.7e-38], ids=["usual", "tiny"])
+@pytest.mark.parametrize("step", [-0.03, 1.7e-38, 2**-10], ids=["usual", "tiny", "a bfloat16"])
 @pytest.mark.parametrize(
     "format", SIGNED, ids=lambda format: f"{format.label} {format.parts((1,))[1].dtype}"
 )
 def test_signs_are_added_while_codes_are_decoded(
     format: Affine | Nibbles, step: float, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all scales of a piece are finite, and where not; stored past the caches or through them. Sums may be below
-    the least normal number."""
+    """Where no product of a piece is infinite, and where some are; stored past the caches or through them. Sums may be
+    below the least normal number, or 0 where the step is a bfloat16 number."""
     monkeypatch.setattr(decoding, "STREAM_BYTES", 0)
     size = 2 * TILE + 777
     block = format.group if isinstance(format, Affine) else format.block
     move = Move((Direction(2**63 + 5, step, RADEMACHER),))
     parts = parts_of(format, (size,))
     scales = parts[-2] if isinstance(format, Affine) else parts[-1]
-    scales[1] = torch.finfo(scales.dtype).max  # some of its products are infinite
+    most = torch.finfo(scales.dtype).max
+    scales[1] = min(most, 2.0**98)
     scales[2:5] = 1.3e-38
+    scales[5:20] = 2**-10
+    scales[2 * TILE // block + 1] = most  # some of its products are infinite
     for scale in (1.0, math.inf):
         scales[TILE // block + 3] = scale
         expected = by_hand(format, parts, torch.empty(size, dtype=torch.bfloat16), [move])
@@ -174,6 +177,7 @@ def test_signs_are_added_while_codes_are_decoded(
         (SIGNED[0], UPDATE, False),
         (SIGNED[0], Move(shift(RADEMACHER).directions, 0.5), False),
         (SIGNED[0], Move(shift(RADEMACHER).directions, 1.0, 77), False),
+        (SIGNED[0], Move((Direction(5, 0.0, RADEMACHER),)), False),
         (Nibbles(NF4, 256, True), shift(RADEMACHER), False),
     ],
 )

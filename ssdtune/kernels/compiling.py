@@ -55,7 +55,7 @@ VARIANTS = {
             "-mavx512dq",
             "-mprefer-vector-width=512",
         ),
-        "_avx2": ("-mavx2",),
+        "_avx2": ("-mavx2", "-mfma"),
         "_plain": (),
     },
     "aarch64": {"_neon": ()},  # which all of them have; by the compiler's own vectors

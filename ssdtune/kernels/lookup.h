@@ -16,10 +16,11 @@ INLINE uint16_t nearest(float value, uint16_t nan)
     return (bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : (uint16_t)rounded;
 }
 
-/* What signs add, finite. at_once: whether sums may be rounded by an instruction (rounds_at_once). */
+/* What signs add, finite, not 0. is_large: 2^-100 or more. at_once: whether sums may be made the fast way
+ * (rounds_at_once, moves_at_once). */
 struct step {
     float unset, set;
-    int at_once;
+    int is_large, at_once;
 };
 
 /* What each instruction set has:
@@ -30,13 +31,15 @@ struct step {
  *     lookup           16 bfloat16, ready to be found by code
  *     make_two         two groups' lookups, of (entry - zero) * scale; scales are finite
  *     look_up          STEP codes in the low halves of bytes, of one group, and as many in the high halves, of another
- *     both             two lookups, to be found by codes of five bits: of the first, then of the second
- *     look_up_32       STEP codes of one group, the last five bits of a byte each
  *     look_up_nibbles  STEP or HALF_STEP codes of one group, one after the other
  *     compute_words    (code - zero) * scale for STEP codes, a byte each; the scale is finite
- *     compute_floats   the same, to float32
+ *     compute_fused    the same by one operation, code * scale - less, for scales as struct groups has them; line_of: the
+ *                      scale and what is less
+ *     compute_floats   as compute_words, to float32
  *     look_up_floats   HALF_STEP codes, one after the other, in a table of 16
  *     LOOKUP_BITS      codes with more bits are not looked up
+ *     rounds_at_once   whether the processor rounds numbers to bfloat16 by an instruction, to which those below 2^-126
+ *                      are 0
  *     CAN_STREAM       whether stores can go past the caches to memory; such ones are aligned
  *
  * and those with vectors, for signs that are added on the way:
@@ -44,9 +47,9 @@ struct step {
  *     five             of each byte the last four bits of a and the fifth of b, for look_up_32
  *     in_order         BYTES codes, one after the other as look_up_nibbles has them, to the last four bits of a byte each
  *     make_moved       for each of two groups its values, rounded, and what signs add to them
- *     compute_moved    as compute_words, and what a bit of a byte of signs adds
- *     rounds_at_once   whether the processor rounds numbers to bfloat16 by an instruction, to which those below 2^-126
- *                      are 0 */
+ *     look_up_32       STEP codes of one group, the last five bits of a byte each
+ *     compute_moved    as compute_fused, rounded, and what that bit of signs adds; widened: the signs, from 64 bytes
+ *     moves_at_once    whether compute_moved has a faster way for such a step */
 #if defined(__AVX512F__)
 #include "lookup_avx512.h"
 #elif defined(__AVX2__)

@@ -2,12 +2,14 @@
 #ifndef SSDTUNE_LOOKUP_AVX2_H
 #define SSDTUNE_LOOKUP_AVX2_H
 
-enum { BYTES = 32, LOOKUP_BITS = 5, CAN_STREAM = 1 };
+enum { BYTES = 32, LOOKUP_BITS = 4, CAN_STREAM = 1 };
 typedef __m256i bytes;
 typedef struct { __m256 every4th[4]; } entries; /* 0, 4, 8, 12; then 1, 5, 9, 13; ...: in both halves */
-typedef struct { __m128i low, high; } lookup;   /* bytes. Half as wide as could be: nothing crosses the halves */
+typedef struct { __m256i low, high; } lookup;   /* bytes, in both halves */
 typedef struct { lookup of[2]; } lookup_32;
 typedef struct { __m256 first, second; } floats16;
+typedef struct { __m256i of[LANES / 16]; } sign_words;
+typedef struct { __m256 scale, less; } line;
 
 INLINE bytes get(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
 INLINE void keep(uint8_t *to, bytes a) { _mm256_storeu_si256((__m256i *)to, a); }
@@ -79,8 +81,8 @@ INLINE void split(lookup *first, lookup *second, __m256i a, __m256i b)
     const __m256i upper = _mm256_set1_epi16((short)0xFF00);
     const __m256i low = _mm256_blendv_epi8(a, _mm256_slli_epi16(b, 8), upper);
     const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi16(a, 8), b, upper);
-    *first = (lookup){_mm256_castsi256_si128(low), _mm256_castsi256_si128(high)};
-    *second = (lookup){_mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
+    *first = (lookup){_mm256_permute4x64_epi64(low, 0x44), _mm256_permute4x64_epi64(high, 0x44)};
+    *second = (lookup){_mm256_permute4x64_epi64(low, 0xEE), _mm256_permute4x64_epi64(high, 0xEE)};
 }
 
 INLINE void make_two(lookup to[2], entries of, float zero, float scale, float next_zero, float next_scale)
@@ -91,6 +93,7 @@ INLINE void make_two(lookup to[2], entries of, float zero, float scale, float ne
 }
 
 INLINE int rounds_at_once(void) { return 0; }
+INLINE int moves_at_once(struct step by) { return by.is_large; }
 
 /* words, even and odd, and so much more. */
 INLINE __m256i moved(__m256i words, __m256 even_by, __m256 odd_by)
@@ -111,48 +114,46 @@ INLINE void make_moved(lookup_32 to[2], entries of, float zero, float scale, flo
     }
 }
 
+INLINE __m256i twice(__m128i a) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), a, 1); }
+
 INLINE lookup of_words(const uint16_t *words)
 {
     const __m128i a = _mm_loadu_si128((const __m128i *)words), b = _mm_loadu_si128((const __m128i *)(words + 8));
     const __m128i low = _mm_set1_epi16(255);
-    return (lookup){_mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)),
-                    _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
+    return (lookup){twice(_mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low))),
+                    twice(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)))};
 }
 
-INLINE void put_joined(uint16_t *to, __m128i low, __m128i high, int is_streamed)
+/* The middle two quarters change places: unpacking, which stays in the halves, then joins bytes in order. */
+INLINE bytes crossed(bytes a) { return _mm256_permute4x64_epi64(a, 0xD8); }
+
+INLINE void put_joined(uint16_t *to, bytes low, bytes high, int is_streamed)
 {
-    put_half(to, _mm_unpacklo_epi8(low, high), is_streamed);
-    put_half(to + 8, _mm_unpackhi_epi8(low, high), is_streamed);
+    put(to, _mm256_unpacklo_epi8(low, high), is_streamed);
+    put(to + 16, _mm256_unpackhi_epi8(low, high), is_streamed);
 }
 
-INLINE void look_up_16(uint16_t *to, __m128i codes, lookup in, int is_streamed)
+/* 32 codes below 16, crossed. */
+INLINE void look_up_crossed(uint16_t *to, bytes codes, lookup in, int is_streamed)
 {
-    put_joined(to, _mm_shuffle_epi8(in.low, codes), _mm_shuffle_epi8(in.high, codes), is_streamed);
+    put_joined(to, _mm256_shuffle_epi8(in.low, codes), _mm256_shuffle_epi8(in.high, codes), is_streamed);
 }
 
 INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int is_streamed)
 {
-    const __m128i mask = _mm_set1_epi8(15);
-    for (int i = 0; i < STEP; i += 16) {
-        const __m128i byte = _mm_loadu_si128((const __m128i *)(codes + i));
-        look_up_16(to + i, _mm_and_si128(byte, mask), in[0], is_streamed);
-        look_up_16(to + LANES + i, _mm_and_si128(_mm_srli_epi16(byte, 4), mask), in[1], is_streamed);
-    }
+    const bytes byte = crossed(get(codes)), mask = _mm256_set1_epi8(15);
+    look_up_crossed(to, _mm256_and_si256(byte, mask), in[0], is_streamed);
+    look_up_crossed(to + LANES, _mm256_and_si256(_mm256_srli_epi16(byte, 4), mask), in[1], is_streamed);
 }
-
-INLINE lookup_32 both(const lookup in[2]) { return (lookup_32){{in[0], in[1]}}; }
 
 INLINE void look_up_32(uint16_t *to, const uint8_t *codes, lookup_32 in, int is_streamed)
 {
-    for (int i = 0; i < STEP; i += 16) {
-        const __m128i code = _mm_loadu_si128((const __m128i *)(codes + i));
-        const __m128i fifth = _mm_slli_epi16(code, 3); /* as the uppermost of each byte, which chooses */
-        const __m128i low = _mm_blendv_epi8(
-            _mm_shuffle_epi8(in.of[0].low, code), _mm_shuffle_epi8(in.of[1].low, code), fifth);
-        const __m128i high = _mm_blendv_epi8(
-            _mm_shuffle_epi8(in.of[0].high, code), _mm_shuffle_epi8(in.of[1].high, code), fifth);
-        put_joined(to + i, low, high, is_streamed);
-    }
+    const bytes code = crossed(get(codes)), fifth = _mm256_slli_epi16(code, 3); /* the uppermost of a byte chooses */
+    const bytes low = _mm256_blendv_epi8(
+        _mm256_shuffle_epi8(in.of[0].low, code), _mm256_shuffle_epi8(in.of[1].low, code), fifth);
+    const bytes high = _mm256_blendv_epi8(
+        _mm256_shuffle_epi8(in.of[0].high, code), _mm256_shuffle_epi8(in.of[1].high, code), fifth);
+    put_joined(to, low, high, is_streamed);
 }
 
 INLINE bytes five(bytes a, bytes b)
@@ -169,13 +170,18 @@ INLINE bytes in_order(const uint8_t *codes, int is_high_first)
 
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
 {
-    const __m128i *from = (const __m128i *)codes, mask = _mm_set1_epi8(15);
-    const __m128i byte = step == STEP ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
-    const __m128i below = _mm_and_si128(byte, mask), above = _mm_and_si128(_mm_srli_epi16(byte, 4), mask);
-    const __m128i even = is_high_first ? above : below, odd = is_high_first ? below : above;
-    look_up_16(to, _mm_unpacklo_epi8(even, odd), in, is_streamed);
-    if (step == STEP)
-        look_up_16(to + 16, _mm_unpackhi_epi8(even, odd), in, is_streamed);
+    if (step == STEP) {
+        const bytes code = _mm256_and_si256(in_order(codes, is_high_first), _mm256_set1_epi8(15));
+        look_up_crossed(to, crossed(code), in, is_streamed);
+    } else {
+        const __m128i byte = _mm_loadl_epi64((const __m128i *)codes), mask = _mm_set1_epi8(15);
+        const __m128i below = _mm_and_si128(byte, mask), above = _mm_and_si128(_mm_srli_epi16(byte, 4), mask);
+        const __m128i code = is_high_first ? _mm_unpacklo_epi8(above, below) : _mm_unpacklo_epi8(below, above);
+        const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(in.low), code);
+        const __m128i high = _mm_shuffle_epi8(_mm256_castsi256_si128(in.high), code);
+        put_half(to, _mm_unpacklo_epi8(low, high), is_streamed);
+        put_half(to + 8, _mm_unpackhi_epi8(low, high), is_streamed);
+    }
 }
 
 /* 16 bytes as the second lowest of 32-bit words. */
@@ -205,22 +211,58 @@ INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float 
         put(to + i, computed(codes + i, zero, scale), is_streamed);
 }
 
-/* by, its sign turned where the uppermost bits are not set. */
-INLINE __m256 with_signs(__m256 by, __m256i is_set)
+INLINE line line_of(float scale, float less) { return (line){_mm256_set1_ps(scale), _mm256_set1_ps(less)}; }
+
+/* Of 16 codes, even and odd ones. */
+INLINE void fused(__m256 to[2], const uint8_t *codes, line on)
 {
-    return _mm256_xor_ps(by, _mm256_andnot_ps(_mm256_castsi256_ps(is_set), _mm256_set1_ps(-0.0f)));
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes));
+    const __m256i even = _mm256_and_si256(words, _mm256_set1_epi32(0xFFFF)), odd = _mm256_srli_epi32(words, 16);
+    to[0] = _mm256_fmsub_ps(_mm256_cvtepi32_ps(even), on.scale, on.less);
+    to[1] = _mm256_fmsub_ps(_mm256_cvtepi32_ps(odd), on.scale, on.less);
 }
 
-INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
+INLINE void compute_fused(uint16_t *to, const uint8_t *codes, line on, int at_once, int is_streamed)
+{
+    for (int i = 0; i < STEP; i += 16) {
+        __m256 value[2];
+        fused(value, codes + i, on);
+        put(to + i, rounded(value[0], value[1]), is_streamed);
+    }
+}
+
+INLINE sign_words widened(const uint8_t signs[LANES])
+{
+    sign_words to;
+    for (int i = 0; i < LANES / 16; i++)
+        to.of[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)signs + i));
+    return to;
+}
+
+/* Numbers below 2^111 to the nearest ones that bfloat16 has; those below 2^-126 may stay as they are. Beside 2^16 times its
+ * first bit a number's steps are bfloat16's. */
+INLINE __m256 nearest_floats(__m256 value)
+{
+    const __m256 times = _mm256_set1_ps(0x1p16f), upper = _mm256_castsi256_ps(_mm256_set1_epi32((int)0xFF800000u));
+    const __m256 first = _mm256_and_ps(value, upper);
+    return _mm256_fnmadd_ps(first, times, _mm256_fmadd_ps(first, times, value));
+}
+
+INLINE void compute_moved(uint16_t *to, const uint8_t *codes, line on, const sign_words *signs, int from, int bit,
                           struct step by, int is_streamed)
 {
-    const __m256 set = _mm256_set1_ps(by.set);
+    const __m256 unset = _mm256_set1_ps(by.unset), set = _mm256_set1_ps(by.set);
     for (int i = 0; i < STEP; i += 16) {
-        __m256i even, odd;
-        widen(signs + i, &even, &odd);
-        even = _mm256_slli_epi32(even, 23 - bit);
-        odd = _mm256_slli_epi32(odd, 23 - bit);
-        put(to + i, moved(computed(codes + i, zero, scale), with_signs(set, even), with_signs(set, odd)), is_streamed);
+        const __m256i sign = signs->of[(from + i) / 16];
+        const __m256 is_even_set = _mm256_castsi256_ps(_mm256_slli_epi32(sign, 31 - bit)); /* as uppermost bits, which */
+        const __m256 is_odd_set = _mm256_castsi256_ps(_mm256_slli_epi32(sign, 15 - bit));  /* choose */
+        const __m256 even = _mm256_blendv_ps(unset, set, is_even_set), odd = _mm256_blendv_ps(unset, set, is_odd_set);
+        __m256 value[2];
+        fused(value, codes + i, on);
+        const __m256i words = by.at_once
+            ? rounded(_mm256_add_ps(nearest_floats(value[0]), even), _mm256_add_ps(nearest_floats(value[1]), odd))
+            : moved(rounded(value[0], value[1]), even, odd);
+        put(to + i, words, is_streamed);
     }
 }
 

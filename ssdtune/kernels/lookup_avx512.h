@@ -2,12 +2,14 @@
 #ifndef SSDTUNE_LOOKUP_AVX512_H
 #define SSDTUNE_LOOKUP_AVX512_H
 
-enum { BYTES = 64, LOOKUP_BITS = 5, CAN_STREAM = 1 };
+enum { BYTES = 64, LOOKUP_BITS = 4, CAN_STREAM = 1 };
 typedef __m512i bytes;
 typedef struct { __m512 all, even, odd; } entries; /* 16; eight of each, twice */
 typedef __m512i lookup;                            /* twice */
 typedef __m512i lookup_32;
 typedef __m512 floats16;
+typedef struct { __m512i of[LANES / STEP]; } sign_words;
+typedef struct { __m512 scale, less; } line;
 
 INLINE bytes get(const uint8_t *from) { return _mm512_loadu_si512(from); }
 INLINE void keep(uint8_t *to, bytes a) { _mm512_storeu_si512(to, a); }
@@ -75,10 +77,20 @@ INLINE __m512i rounded_at_once(__m512 first, __m512 then)
     __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(first), "v"(then));
     return words;
 }
+/* sum + bfloat16 numbers, of each pair the first one or the other. */
+INLINE __m512 plus(__m512 sum, __m512i words, uint32_t ones)
+{
+    __asm__("vdpbf16ps %1, %2, %0" : "+v"(sum) : "v"(_mm512_set1_epi32((int)ones)), "v"(words));
+    return sum;
+}
 #else
 INLINE int rounds_at_once(void) { return 0; }
 INLINE __m512i rounded_at_once(__m512 first, __m512 then) { return _mm512_setzero_si512(); }
+INLINE __m512 plus(__m512 sum, __m512i words, uint32_t ones) { return sum; }
 #endif
+
+/* No sum is then 0: no bfloat16 number is the step or its negative. */
+INLINE int moves_at_once(struct step by) { return rounds_at_once() && by.is_large && (bits_of(by.set) & 0xFFFFu); }
 
 /* Finite numbers to bfloat16, the first 16 and then the others. */
 INLINE __m512i rounded_in_order(__m512 first, __m512 then, int at_once)
@@ -126,8 +138,6 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
     put(to + LANES, _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), in[1]), is_streamed);
 }
 
-INLINE lookup_32 both(const lookup in[2]) { return _mm512_mask_blend_epi64(0xF0, in[0], in[1]); }
-
 INLINE void look_up_32(uint16_t *to, const uint8_t *codes, lookup_32 in, int is_streamed)
 {
     const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
@@ -171,24 +181,62 @@ INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float 
     put(to, scaled(_mm512_cvtepi32_ps(even), _mm512_cvtepi32_ps(odd), zero, scale), is_streamed);
 }
 
-INLINE __m512 moved(__m512i code, float zero, float scale, __m512i is_set, float step)
+INLINE line line_of(float scale, float less) { return (line){_mm512_set1_ps(scale), _mm512_set1_ps(less)}; }
+
+/* Of 16 codes. */
+INLINE __m512 fused(const uint8_t *codes, line on)
 {
-    const __m512 value = _mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(zero));
-    const __m512i by = _mm512_castps_si512(_mm512_set1_ps(step)), sign = _mm512_set1_epi32((int)0x80000000u);
-    const __m512i signed_step = _mm512_ternarylogic_epi32(by, is_set, sign, 0xD2); /* by ^ (~is_set & sign) */
-    return _mm512_add_ps(nearest_floats(_mm512_mul_ps(value, _mm512_set1_ps(scale))), _mm512_castsi512_ps(signed_step));
+    const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+    return _mm512_fmsub_ps(code, on.scale, on.less);
 }
 
-INLINE void compute_moved(uint16_t *to, const uint8_t *codes, float zero, float scale, const uint8_t *signs, int bit,
+INLINE void compute_fused(uint16_t *to, const uint8_t *codes, line on, int at_once, int is_streamed)
+{
+    put(to, rounded_in_order(fused(codes, on), fused(codes + 16, on), at_once), is_streamed);
+}
+
+INLINE sign_words widened(const uint8_t signs[LANES])
+{
+    sign_words to;
+    for (int i = 0; i < LANES / STEP; i++)
+        to.of[i] = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)signs + i));
+    return to;
+}
+
+/* The values' signs are turned where step's would be, and back: sums are in two pairs' halves, and none is 0. */
+INLINE __m512i moved_at_once(__m512 first, __m512 then, __m512i sign, float step)
+{
+    const __m512i uppermost = _mm512_set1_epi16((short)0x8000), in_turn = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+        16, 0);
+    const __m512i words = _mm512_ternarylogic_epi32(rounded_at_once(first, then), sign, uppermost, 0xD2);
+    const __m512 even = plus(_mm512_set1_ps(step), words, 0x3F80), odd = plus(_mm512_set1_ps(step), words, 0x3F800000);
+    const __m512i sums = _mm512_permutexvar_epi16(in_turn, rounded_at_once(even, odd));
+    return _mm512_ternarylogic_epi32(sums, sign, uppermost, 0xD2); /* sums ^ (~sign & uppermost) */
+}
+
+INLINE __m512 moved(__m512 value, __m512i sign, float step)
+{
+    const __m512i by = _mm512_castps_si512(_mm512_set1_ps(step)), uppermost = _mm512_set1_epi32((int)0x80000000u);
+    const __m512i signed_step = _mm512_ternarylogic_epi32(by, sign, uppermost, 0xD2); /* by ^ (~sign & uppermost) */
+    return _mm512_add_ps(nearest_floats(value), _mm512_castsi512_ps(signed_step));
+}
+
+INLINE void compute_moved(uint16_t *to, const uint8_t *codes, line on, const sign_words *signs, int from, int bit,
                           struct step by, int is_streamed)
 {
+    const __m512 first = fused(codes, on), then = fused(codes + 16, on);
+    const __m512i sign = _mm512_slli_epi16(signs->of[from / STEP], (unsigned)(15 - bit));
+    if (by.at_once) {
+        put(to, moved_at_once(first, then, sign, by.set), is_streamed);
+        return;
+    }
     __m512 sum[2];
     for (int i = 0; i < 2; i++) {
-        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes + i));
-        const __m512i sign = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)signs + i));
-        sum[i] = moved(code, zero, scale, _mm512_slli_epi32(sign, (unsigned)(31 - bit)), by.set);
+        const __m256i half = i ? _mm512_extracti64x4_epi64(sign, 1) : _mm512_castsi512_si256(sign);
+        sum[i] = moved(i ? then : first, _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16), by.set);
     }
-    put(to, rounded_in_order(sum[0], sum[1], by.at_once), is_streamed);
+    put(to, rounded_in_order(sum[0], sum[1], 0), is_streamed);
 }
 
 INLINE void compute_floats(float *to, const uint8_t *codes, float zero, float scale, int is_streamed)

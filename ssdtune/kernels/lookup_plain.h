@@ -6,8 +6,8 @@ enum { BYTES = 8, LOOKUP_BITS = 0, CAN_STREAM = 0 };
 typedef uint64_t bytes;
 typedef struct { float values[16]; } entries;
 typedef struct { uint16_t values[16]; } lookup;
-typedef struct { lookup of[2]; } lookup_32;
 typedef entries floats16;
+typedef struct { float scale, less; } line;
 
 INLINE bytes get(const uint8_t *from)
 {
@@ -59,14 +59,6 @@ INLINE void look_up(uint16_t *to, const uint8_t *codes, const lookup in[2], int 
     }
 }
 
-INLINE lookup_32 both(const lookup in[2]) { return (lookup_32){{in[0], in[1]}}; }
-
-INLINE void look_up_32(uint16_t *to, const uint8_t *codes, lookup_32 in, int is_streamed)
-{
-    for (int i = 0; i < STEP; i++)
-        to[i] = in.of[codes[i] >> 4].values[codes[i] & 15];
-}
-
 INLINE void look_up_nibbles(uint16_t *to, const uint8_t *codes, lookup in, int step, int is_high_first, int is_streamed)
 {
     for (int i = 0; i < step; i += 2) {
@@ -79,6 +71,15 @@ INLINE void compute_words(uint16_t *to, const uint8_t *codes, float zero, float 
 {
     for (int i = 0; i < STEP; i++)
         to[i] = nearest(((float)codes[i] - zero) * scale, 0);
+}
+
+INLINE int rounds_at_once(void) { return 0; }
+INLINE line line_of(float scale, float less) { return (line){scale, less}; }
+
+INLINE void compute_fused(uint16_t *to, const uint8_t *codes, line on, int at_once, int is_streamed)
+{
+    for (int i = 0; i < STEP; i++)
+        to[i] = nearest((float)codes[i] * on.scale - on.less, 0);
 }
 
 INLINE void compute_floats(float *to, const uint8_t *codes, float zero, float scale, int is_streamed)

@@ -28,7 +28,10 @@ from ssdtune.kernels.compiling import (
 )
 
 # What a processor must have to run the functions with these endings.
-NEEDS = {"_avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "_avx2": {"avx2"}}
+NEEDS = {
+    "_avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "_avx2": {"avx2", "fma"},
+}
 
 
 class SlowKernelsWarning(UserWarning):

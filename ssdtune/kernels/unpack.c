@@ -41,11 +41,20 @@ INLINE float bfloat16_at(const uint8_t *from, int64_t i)
 enum { MAX_GROUPS = STRETCH / 32 };
 static const float COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-/* Scales and zeros of a stretch as numbers; 0 where the tensor has no more. */
+/* Scales and zeros of a stretch as numbers; 0 where the tensor has no more.
+ *
+ * A code less its zero has nine bits at most, and so has the zero; a scale has eight: where scales are bounded, code * scale
+ * and zero * scale are exact, so that one operation, code * scale - less, has the bits of the two of the definition. Only
+ * a zero may have another sign. Where scales are usual, positive among other things, it has not, and no other product is
+ * below 2^-126. */
 struct groups {
-    float zero[MAX_GROUPS], scale[MAX_GROUPS];
-    int is_finite;
+    float zero[MAX_GROUPS], scale[MAX_GROUPS], less[MAX_GROUPS];
+    int are_bounded, are_usual;
 };
+
+enum { LEAST_USUAL = 0x08800000, BOUND = 0x71000000 }; /* bits of 2^-110 and 2^99 */
+INLINE int is_bounded(float scale) { return (bits_of(scale) & 0x7FFFFFFFu) < BOUND; }
+INLINE int is_usual(float scale) { return bits_of(scale) - LEAST_USUAL < (uint32_t)BOUND - LEAST_USUAL; }
 
 /* num: groups of whole tiles, whether or not the tensor goes on so far. first: its number. */
 static void get_groups(struct groups *to, const struct affine *job, int64_t first, int64_t num)
@@ -53,16 +62,19 @@ static void get_groups(struct groups *to, const struct affine *job, int64_t firs
     const int64_t all = (job->n + job->group - 1) / job->group, here = all - first < num ? all - first : num;
     const uint8_t *zeros = job->zeros + first, *scales = job->scales + 2 * first;
     const float step = float_of((uint32_t)(127 + job->bits - 8) << 23); /* 2^(bits - 8) */
-    int not_finite = 0;
+    int not_bounded = 0, not_usual = 0;
     for (int64_t g = 0; g < here; g++)
         to->zero[g] = ((float)zeros[g] + 0.5f) * step - 0.5f;
     for (int64_t g = 0; g < here; g++) {
         to->scale[g] = bfloat16_at(scales, g);
-        not_finite |= !is_finite(to->scale[g]);
+        to->less[g] = to->zero[g] * to->scale[g];
+        not_bounded |= !is_bounded(to->scale[g]);
+        not_usual |= !is_usual(to->scale[g]);
     }
     for (int64_t g = here; g < num; g++)
-        to->zero[g] = to->scale[g] = 0;
-    to->is_finite = !not_finite;
+        to->zero[g] = to->scale[g] = to->less[g] = 0;
+    to->are_bounded = !not_bounded;
+    to->are_usual = !not_usual;
 }
 
 /* Codes of tiles, a byte each. packed: the tiles' part of each slice. What says how wide slices are is constant where
@@ -202,16 +214,14 @@ INLINE void affine_looked_up(uint16_t *to, const uint8_t *codes, const struct gr
         }
 }
 
-/* codes: of five bits, a byte each. */
-INLINE void affine_looked_up_32(uint16_t *to, const uint8_t *codes, const struct groups *of, int64_t n, int64_t group,
-                                int is_streamed)
+/* Scales are usual. */
+INLINE void affine_fused(uint16_t *to, const uint8_t *codes, const struct groups *of, int64_t n, int64_t group,
+                         int at_once, int is_streamed)
 {
-    const entries values = spread(COUNT);
     for (int64_t at = 0, g = 0; at < n; at += group, g++) {
-        lookup in[2];
-        make_two(in, values, of->zero[g], of->scale[g], of->zero[g] - 16, of->scale[g]);
+        const line on = line_of(of->scale[g], of->less[g]);
         for (int64_t i = at; i < at + group; i += STEP)
-            look_up_32(to + i, codes + i, both(in), is_streamed);
+            compute_fused(to + i, codes + i, on, at_once, is_streamed);
     }
 }
 
@@ -228,8 +238,8 @@ INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int6
     _Alignas(64) uint8_t space[STRETCH];
     struct groups of;
     get_groups(&of, job, first / job->group, n / job->group);
-    const int is_looked_up = dtype == BFLOAT16 && job->bits <= LOOKUP_BITS && of.is_finite;
-    if (is_looked_up && job->bits <= 4) {
+    const int is_looked_up = dtype == BFLOAT16 && job->bits <= LOOKUP_BITS && of.are_bounded;
+    if (is_looked_up) {
         const uint8_t *codes = halves_of(job, first / TILE, n / TILE, space);
         switch (job->group) {
         case 32: affine_looked_up(to, codes, &of, n, 32, is_streamed); break;
@@ -239,11 +249,14 @@ INLINE void affine_tiles(const struct affine *job, void *to, int64_t first, int6
         return;
     }
     const uint8_t *codes = bytes_of(job, first / TILE, n / TILE, space);
-    if (is_looked_up)
-        affine_looked_up_32(to, codes, &of, n, job->group, is_streamed);
+    const int is_fused = dtype == BFLOAT16 && of.are_usual;
+    if (is_fused && rounds_at_once())
+        affine_fused(to, codes, &of, n, job->group, 1, is_streamed);
+    else if (is_fused)
+        affine_fused(to, codes, &of, n, job->group, 0, is_streamed);
     else if (dtype == FLOAT32)
         affine_floats(to, codes, &of, n, job->group, is_streamed);
-    else if (of.is_finite)
+    else if (of.are_bounded)
         affine_computed(to, codes, &of, n, job->group, is_streamed);
     else
         affine_slowly(to, codes, &of, n, job->group, (uint16_t)job->nan);
@@ -526,19 +539,23 @@ int NAME(ssdtune_nibbles_signs, SUFFIX)(const void *packed, const struct noise *
 }
 #else
 
+/* Zeros have signs too, which sums with them keep. */
+INLINE int is_step(float value) { return is_finite(value) && value != 0; }
+
 /* The one direction that a move consists of, if it is one of signs and nothing else is done; 0: it is not so. */
 static const struct direction *signs_alone(const struct noise *move)
 {
     const struct direction *along = move->directions;
     const int is_one = move->num_directions == 1 && !move->rank && !move->values && !move->is_stochastic;
-    return is_one && move->decay == 1.0f && along->kind == RADEMACHER && is_finite(along->table[1]) ? along : 0;
+    return is_one && move->decay == 1.0f && along->kind == RADEMACHER && is_step(along->table[1]) ? along : 0;
 }
 
-/* A sum of a bfloat16 number and one of 2^-100 or more is a multiple of 2^-123: 0, or not below 2^-126. */
+/* A sum of a bfloat16 number and one of 2^-100 or more is a multiple of 2^-123: 0, or not below 2^-126. And whatever is
+ * below 2^-126 makes no difference to it. */
 static struct step step_of(const struct direction *along)
 {
     const float unset = along->table[0], set = along->table[1], size = set < 0 ? -set : set;
-    return (struct step){unset, set, size >= 0x1p-100f};
+    return (struct step){unset, set, size >= 0x1p-100f, 0};
 }
 
 /* A piece's signs: of a tile's run r of 64 elements bits r of 64 bytes. position: the first one's in the tensor. */
@@ -579,71 +596,83 @@ INLINE void join_signs_in_order(uint8_t codes[TILE], const uint8_t *halves, cons
         }
 }
 
-/* codes: of five bits, a byte each: the uppermost says which way the value moves. first: the first group. values: what
- * codes stand for before zero and scale. */
-INLINE void put_groups(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
-                       int64_t first, int64_t group, struct step by, int is_streamed)
+/* A tile that is to be decoded and moved. codes: a byte each. values: 16 that codes stand for before zero and scale, a
+ * fifth bit of codes says then which way the value moves; 0: any codes. first: the first group. */
+struct tile {
+    const uint8_t *codes;
+    const float *values;
+    const struct groups *of;
+    int64_t first, group;
+    const uint8_t *signs;
+    struct step by;
+};
+
+INLINE void put_groups(uint16_t *to, const struct tile *tile, int64_t group, struct step by, int is_streamed)
 {
-    const entries all = spread(values);
-    for (int64_t at = 0, g = first; at < TILE; at += 2 * group, g += 2) {
+    const entries all = spread(tile->values);
+    const float *zero = tile->of->zero + tile->first, *scale = tile->of->scale + tile->first;
+    for (int64_t at = 0, g = 0; at < TILE; at += 2 * group, g += 2) {
         lookup_32 in[2];
-        make_moved(in, all, of->zero[g], of->scale[g], of->zero[g + 1], of->scale[g + 1], by);
+        make_moved(in, all, zero[g], scale[g], zero[g + 1], scale[g + 1], by);
         for (int64_t i = at; i < at + group; i += STEP)
-            look_up_32(to + i, codes + i, in[0], is_streamed);
+            look_up_32(to + i, tile->codes + i, in[0], is_streamed);
         for (int64_t i = at + group; i < at + 2 * group; i += STEP)
-            look_up_32(to + i, codes + i, in[1], is_streamed);
+            look_up_32(to + i, tile->codes + i, in[1], is_streamed);
     }
 }
 
-/* Any codes, a byte each. signs: of the tile. */
-INLINE void put_computed(uint16_t *to, const uint8_t codes[TILE], const struct groups *of, int64_t first, int64_t group,
-                         const uint8_t signs[LANES], struct step by, int is_streamed)
+INLINE void put_computed(uint16_t *to, const struct tile *tile, int64_t group, struct step by, int is_streamed)
 {
-#pragma GCC unroll 8
-    for (int run = 0; run < TILE / LANES; run++)
-        for (int i = 0; i < LANES; i += STEP) {
-            const int at = run * LANES + i;
-            const int64_t g = first + at / group;
-            compute_moved(to + at, codes + at, of->zero[g], of->scale[g], signs + i, run, by, is_streamed);
-        }
+    const sign_words signs = widened(tile->signs);
+    const float *scale = tile->of->scale + tile->first, *less = tile->of->less + tile->first;
+    const uint8_t *codes = tile->codes;
+#pragma GCC unroll 16
+    for (int at = 0; at < TILE; at += group) {
+        const line on = line_of(*scale++, *less++);
+#pragma GCC unroll 4
+        for (int i = at; i < at + group; i += STEP)
+            compute_moved(to + i, codes + i, on, &signs, i % LANES, i / LANES, by, is_streamed);
+    }
 }
 
-/* Either of any group. values: 0: codes are computed. at_once: whether there is that instruction. */
-INLINE void put_any(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of, int64_t first,
-                    int64_t group, const uint8_t signs[LANES], struct step by, int at_once, int is_streamed)
+INLINE void put_of(uint16_t *to, const struct tile *tile, int64_t group, struct step by, int is_streamed)
 {
+    if (tile->values)
+        put_groups(to, tile, group, by, is_streamed);
+    else
+        put_computed(to, tile, group, by, is_streamed);
+}
+
+INLINE void put_any(uint16_t *to, const struct tile *tile, int at_once, int is_streamed)
+{
+    struct step by = tile->by;
     by.at_once = at_once;
-    if (!values) {
-        put_computed(to, codes, of, first, group, signs, by, is_streamed);
-        return;
-    }
-    switch (group) {
-    case 32: put_groups(to, codes, values, of, first, 32, by, is_streamed); break;
-    case 64: put_groups(to, codes, values, of, first, 64, by, is_streamed); break;
-    default: put_groups(to, codes, values, of, first, 128, by, is_streamed);
+    switch (tile->group) {
+    case 32: put_of(to, tile, 32, by, is_streamed); break;
+    case 64: put_of(to, tile, 64, by, is_streamed); break;
+    default: put_of(to, tile, 128, by, is_streamed);
     }
 }
 
 /* The first n elements. */
-static void put_moved(uint16_t *to, const uint8_t codes[TILE], const float *values, const struct groups *of,
-                      int64_t first, int64_t group, const uint8_t signs[LANES], struct step by, int64_t n,
-                      int64_t is_streamed)
+static void put_moved(uint16_t *to, const struct tile *tile, int64_t n, int64_t is_streamed)
 {
     if (n < TILE) {
         _Alignas(64) uint16_t made[TILE];
-        put_moved(made, codes, values, of, first, group, signs, by, TILE, 0);
+        put_moved(made, tile, TILE, 0);
         memcpy(to, made, (size_t)(2 * n));
         return;
     }
-    switch ((CAN_STREAM && is_streamed) + (rounds_at_once() && by.at_once ? 2 : 0)) {
-    case 0: put_any(to, codes, values, of, first, group, signs, by, 0, 0); break;
-    case 1: put_any(to, codes, values, of, first, group, signs, by, 0, 1); break;
-    case 2: put_any(to, codes, values, of, first, group, signs, by, 1, 0); break;
-    default: put_any(to, codes, values, of, first, group, signs, by, 1, 1);
+    const int at_once = tile->values ? rounds_at_once() && tile->by.is_large : moves_at_once(tile->by);
+    switch ((CAN_STREAM && is_streamed) + 2 * (at_once != 0)) {
+    case 0: put_any(to, tile, 0, 0); break;
+    case 1: put_any(to, tile, 0, 1); break;
+    case 2: put_any(to, tile, 1, 0); break;
+    default: put_any(to, tile, 1, 1);
     }
 }
 
-/* Decodes and moves a stretch; back: whether its scales are finite. signs: of each of its tiles. */
+/* Decodes and moves a stretch; back: whether its scales are bounded. signs: of each of its tiles. */
 typedef int stretch_decoder(const void *packed, const uint8_t signs[][LANES], struct step by, uint16_t *to, int64_t first,
                             int64_t n);
 
@@ -662,6 +691,16 @@ static int by_stretches(stretch_decoder *decode, const void *packed, const struc
     return 1;
 }
 
+/* Asks for the codes of a tile. */
+INLINE void find_codes(const struct affine *job, int64_t tile)
+{
+    const uint8_t *packed[MAX_SLICES];
+    find_slices(packed, job, tile);
+    for (int s = 0; s < job->num_slices; s++)
+        for (int v = 0; v < (int)(job->widths >> (4 * s) & 15); v++)
+            __builtin_prefetch(packed[s] + v * LANES);
+}
+
 static int affine_signs_stretch(const void *packed, const uint8_t signs[][LANES], struct step by, uint16_t *to,
                                 int64_t first, int64_t n)
 {
@@ -670,20 +709,25 @@ static int affine_signs_stretch(const void *packed, const uint8_t signs[][LANES]
     struct groups of;
     const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->group;
     get_groups(&of, job, first / job->group, num_tiles * per_tile);
-    if (!of.is_finite)
+    if (!of.are_bounded)
         return 0;
     if (job->is_streamed)
         find_pages(to, 2 * n);
-    if (job->bits > 4) {
-        const uint8_t *all = bytes_of(job, first / TILE, num_tiles, space);
-        for (int64_t tile = 0; tile < num_tiles; tile++, all += TILE, to += TILE, n -= TILE)
-            put_moved(to, all, 0, &of, tile * per_tile, job->group, signs[tile], by, n, job->is_streamed);
-        return 1;
-    }
-    const uint8_t *halves = halves_of(job, first / TILE, num_tiles, space);
-    for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
-        join_signs(codes, halves, signs[tile]);
-        put_moved(to, codes, COUNT, &of, tile * per_tile, job->group, signs[tile], by, n, job->is_streamed);
+    const int is_looked_up = job->bits <= 4;
+    const uint8_t *from = is_looked_up ? halves_of(job, first / TILE, num_tiles, space)
+                                       : bytes_of(job, first / TILE, num_tiles, space);
+    struct tile tile = {codes, COUNT, &of, 0, job->group, 0, by};
+    for (int64_t t = 0; t < num_tiles; t++, to += TILE, n -= TILE) {
+        tile.first = t * per_tile;
+        tile.signs = signs[t];
+        if (is_looked_up) {
+            join_signs(codes, from + t * (TILE / 2), signs[t]);
+        } else {
+            find_codes(job, first / TILE + t + STRETCH / TILE); /* of the next stretch, while this one is computed */
+            tile.codes = from + t * TILE;
+            tile.values = 0;
+        }
+        put_moved(to, &tile, n, job->is_streamed);
     }
     return 1;
 }
@@ -702,11 +746,11 @@ int NAME(ssdtune_affine_signs, SUFFIX)(const void *packed, const struct noise *m
 static void get_blocks(struct groups *to, const struct nibbles *job, int64_t first, int64_t num)
 {
     const int64_t all = (job->n + job->block - 1) / job->block, here = all - first < num ? all - first : num;
-    to->is_finite = 1;
+    to->are_bounded = 1;
     for (int64_t b = 0; b < num; b++) {
         to->zero[b] = 0;
         to->scale[b] = b < here ? scale_at(job->scales, job->scale_kind, first + b) : 0;
-        to->is_finite &= is_finite(to->scale[b]);
+        to->are_bounded &= is_bounded(to->scale[b]);
     }
 }
 
@@ -718,19 +762,19 @@ static int nibbles_signs_stretch(const void *packed, const uint8_t signs[][LANES
     struct groups of;
     const int64_t num_tiles = (n + TILE - 1) / TILE, per_tile = TILE / job->block;
     get_blocks(&of, job, first / job->block, num_tiles * per_tile);
-    if (!of.is_finite)
+    if (!of.are_bounded)
         return 0;
     if (job->is_streamed)
         find_pages(to, 2 * n);
     const uint8_t *halves = job->codes + first / 2;
-    for (int64_t tile = 0; tile < num_tiles; tile++, halves += TILE / 2, to += TILE, n -= TILE) {
+    for (int64_t t = 0; t < num_tiles; t++, halves += TILE / 2, to += TILE, n -= TILE) {
         if (n < TILE)
             halves = memcpy(rest, halves, (size_t)((n + 1) / 2));
         if (job->is_high_first)
-            join_signs_in_order(codes, halves, signs[tile], 1);
+            join_signs_in_order(codes, halves, signs[t], 1);
         else
-            join_signs_in_order(codes, halves, signs[tile], 0);
-        put_moved(to, codes, job->table, &of, tile * per_tile, job->block, signs[tile], by, n, job->is_streamed);
+            join_signs_in_order(codes, halves, signs[t], 0);
+        put_moved(to, &(struct tile){codes, job->table, &of, t * per_tile, job->block, signs[t], by}, n, job->is_streamed);
     }
     return 1;
 }
