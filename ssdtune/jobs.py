@@ -128,11 +128,6 @@ def _as_it_is_now(job: Job) -> Job:
     return job
 
 
-def job_of(source: Source) -> Job:
-    """The job as configured."""
-    return Jobs(source)()
-
-
 # ------------------------------------------------------------------ the cache
 
 

@@ -14,7 +14,7 @@ import torch
 from test_grid import MB, NUM, a_machine, a_profile, saved
 
 from ssdtune.config import load_config
-from ssdtune.jobs import Source, job_of
+from ssdtune.jobs import Jobs, Source
 from ssdtune.planning import settle
 from ssdtune.planning.settle import settled
 from ssdtune.planning.ways import DIRECTIONS, decide
@@ -252,7 +252,7 @@ def test_real_jobs_of_any_number_are_those_that_are_made_for_it(
 
     def made(*more: str) -> Any:
         config = load_config(path, [*flags, *more]).config
-        return job_of(Source.of(config, None, on_device=False))
+        return Jobs(Source.of(config, None, on_device=False))()
 
     left, fixed = made(), made("--zo_num_directions", "13")
     assert job_from(left.to_json()) == left

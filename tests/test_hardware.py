@@ -13,7 +13,7 @@ import pytest
 
 from ssdtune import cli
 from ssdtune.config import load_config
-from ssdtune.jobs import Source, job_of
+from ssdtune.jobs import Jobs, Source
 from ssdtune.machines import (
     MachineError,
     devices_known,
@@ -22,7 +22,7 @@ from ssdtune.machines import (
     hosts_known,
     machine_from,
 )
-from ssdtune.planning.ways import ways_of
+from ssdtune.planning.ways import decide
 from ssdtune.profiles import save_profile
 from ssdtune.schedule.cost import Operator
 from ssdtune.schedule.machine import DTYPES, MODEL_SHARE, PASS_SHARE, curve
@@ -249,7 +249,8 @@ def test_a_shipped_configuration_fits_the_card_in_its_name(
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**MODELS[name], "dtype": "bfloat16"}))
     config = load_config(ROOT / "configs" / f"{name}.yaml", []).config
-    job = job_of(Source.of(config, str(path), on_device=True))
+    source = Source.of(config, str(path), on_device=True)
+    job = Jobs(source)()
     billions = float(name.split("-")[1].removesuffix("b"))
     assert job.num_parameters == pytest.approx(billions * 1e9, rel=0.03)
     card = int(name.split("-")[-1].removesuffix("gb"))
@@ -258,7 +259,7 @@ def test_a_shipped_configuration_fits_the_card_in_its_name(
     assert machine.device is not None
     card_device = dataclasses.replace(machine.device, memory_bytes=free)
     machine = dataclasses.replace(machine, device=card_device)
-    first = next(ways_of(job, machine, config)).found
+    first = decide(Jobs(source), machine, config).points[0].found
     assert isinstance(first, Outcome), first
     assert first.peak.device_bytes <= free
     assert first.is_hidden, "so many tokens a step hide the drive"

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssdtune.visit.chunked_loss import chunk_bytes
-from ssdtune.visit.head import find_head, install, refresh, uninstall
+from ssdtune.visit.head import find_head, install, refresh
 from ssdtune.visit.lazy_logits import LazyLogits
 from ssdtune.visit.loss import HeadLoss, LogitsError
 
@@ -175,15 +175,6 @@ def test_a_deep_copy_of_the_model_is_an_ordinary_model() -> None:
     assert type(out.logits) is torch.Tensor
     assert type(copied.loss_function) is type(plain.loss_function)
     assert copied.lm_head.forward.__self__ is copied.lm_head
-
-
-def test_uninstall_leaves_no_trace() -> None:
-    plain = build("llama")
-    ours, _ = deferred(plain)
-    uninstall(ours, owner_of(ours))
-    assert type(ours(**masked_batch()).logits) is torch.Tensor
-    assert "forward" not in ours.lm_head.__dict__
-    assert "_loss_function" not in ours.__dict__
 
 
 @pytest.mark.parametrize("num_items", [7, torch.tensor(7), torch.tensor([7.0])], ids=str)

@@ -14,7 +14,6 @@ from ssdtune.schedule.outlook import (
     Outlook,
     Rates,
     endurance_share,
-    energy_joules,
     foresee_forward,
     foresee_full,
     full_memory,
@@ -391,13 +390,6 @@ def test_wear_is_what_is_written_over_what_the_drive_is_rated_for() -> None:
     found = full_175b(8)
     assert found.written_bytes == pytest.approx(2.44e12, rel=0.01)
     assert endurance_share(found.written_bytes, 490, 1200e12) == pytest.approx(1.0, rel=0.01)
-
-
-def test_energy_is_idle_power_all_the_time_and_each_lane_while_it_works() -> None:
-    found = full_175b(8).simulation
-    watts = {Lane.COMPUTE: 350.0, Lane.CPU: 60.0}
-    work = 350 * found.busy_s[Lane.COMPUTE] + 60 * found.busy_s[Lane.CPU]
-    assert energy_joules(found, watts, 90.0) == pytest.approx(90 * found.step_s + work)
 
 
 def test_spread_is_even() -> None:

@@ -24,7 +24,7 @@ from ssdtune.fidelity.beside import measure
 from ssdtune.fidelity.check import paired, reading_of
 from ssdtune.fidelity.record import checks_of, keep
 from ssdtune.fidelity.text import load_text
-from ssdtune.jobs import Source, job_of
+from ssdtune.jobs import Jobs, Source
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.nibbles import NF4, Nibbles
 from ssdtune.packing.choice import Option, choose, smallest
@@ -469,7 +469,7 @@ def planned(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def a_job_with_readings(config_path: Path, *flags: str) -> Job:
     config = load_config(config_path, flags).config
-    return job_of(Source.of(config, None, on_device=False))
+    return Jobs(Source.of(config, None, on_device=False))()
 
 
 def chosen_at(job: Job, config_path: Path, read_rate: float, **drive: Any) -> Chosen:
@@ -621,7 +621,7 @@ def test_four_bits_are_those_that_lose_less_for_their_bytes(
 def test_four_bits_of_headers_alone_are_nf4(config_path: Path, source: Path) -> None:
     """Whose weights nobody knows; as on the models that were measured."""
     config = load_config(config_path, []).config
-    job = job_of(Source.of(config, str(source / "config.json"), on_device=False))
+    job = Jobs(Source.of(config, str(source / "config.json"), on_device=False))()
     assert [r.quantization for r in job.readings if r.bits == 4] == ["nf4"]
 
 

@@ -13,15 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers import core_model_loading as library
 
-from ssdtune.swap.header import TensorEntry
 from ssdtune.swap.source import open_checkpoint
 from ssdtune.visit.build import build_meta
 from ssdtune.visit.moves import NotAMove, Traced, boxes
 from ssdtune.visit.placement import (
     Piece,
-    Placement,
     PlacementError,
-    contiguous_copies,
     fill,
     is_identity,
     place,
@@ -53,10 +50,6 @@ def one_file(folder: Path, change) -> Path:
     return folder
 
 
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
 @pytest.mark.parametrize("name", tiny_models.CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_parameter_and_buffer_equals_from_pretrained(name, dtype, tmp_path):
@@ -75,10 +68,7 @@ def test_every_parameter_and_buffer_equals_from_pretrained(name, dtype, tmp_path
         value = filled(placement, tensors)
         assert value.dtype == expected[key].dtype, key
         assert torch.equal(value, expected[key]), key
-        check_byte_moves(placement, meta.checkpoint.tensors, tensors, value)
     assert placements.unused == ()
-    cast = {k for k, p in placements.items() if tensors[p.pieces[0].source].dtype != p.dtype}
-    assert set(placements.casts) == cast
 
     made = dict(meta.model.named_buffers())
     for key, buffer in loaded.named_buffers():
@@ -87,26 +77,14 @@ def test_every_parameter_and_buffer_equals_from_pretrained(name, dtype, tmp_path
             assert made[key].dtype == buffer.dtype
 
 
-def check_byte_moves(placement, entries, tensors, value):
-    copies = contiguous_copies(placement, entries)
-    if is_identity(placement, entries):
-        assert copies == [(placement.pieces[0].source, 0, 0, value.nbytes)]
-    if copies is not None:
-        out = bytearray(value.nbytes)
-        for source, at, to, count in copies:
-            out[to : to + count] = raw(tensors[source])[at : at + count]
-        assert bytes(out) == raw(value)
-        assert sum(count for *_, count in copies) == value.nbytes
-
-
-def test_experts_are_byte_moves_and_the_rest_is_used_as_it_lies(tmp_path):
+def test_experts_are_put_together_and_the_rest_is_used_as_it_lies(tmp_path):
     meta = build_meta(tiny_models.save(tiny_models.build("mixtral"), tmp_path))
     entries = meta.checkpoint.tensors
     placements = place(meta.model, entries)
     gate_up = placements["model.layers.1.mlp.experts.gate_up_proj"]
     assert len(gate_up.pieces) == 8  # gate and up of 4 experts
-    copies = contiguous_copies(gate_up, entries) or []
-    assert sorted(to for _, _, to, _ in copies) == [i * 128 * 64 * 4 for i in range(8)]
+    places = sorted(piece.target_slices for piece in gate_up.pieces)
+    assert places == [((e, e + 1), (at, at + 128), (0, 64)) for e in range(4) for at in (0, 128)]
     assert is_identity(placements["model.layers.1.self_attn.q_proj.weight"], entries)
 
 
@@ -137,15 +115,12 @@ def test_another_dtype_casts_as_from_pretrained_does(name, tmp_path):
     placements = place(meta.model, meta.checkpoint.tensors)
     tensors, expected = read_all(folder), loaded.state_dict()
     kept = [key for key in placements if expected[key].dtype == torch.float32]
-    assert set(placements.casts) == set(placements) - set(kept)
     assert bool(kept) == (name == "deepseek_v3")  # its routers' bias stays in float32
     for key, placement in placements.items():
         value = filled(placement, tensors)
         assert value.dtype == expected[key].dtype
         assert torch.equal(value, expected[key]), key
-    cast = placements[placements.casts[0]]
-    assert contiguous_copies(cast, meta.checkpoint.tensors) is None
-    assert not is_identity(cast, meta.checkpoint.tensors)
+        assert key in kept or not is_identity(placement, meta.checkpoint.tensors)
 
 
 def test_what_must_stay_in_float32_does(tmp_path):
@@ -156,7 +131,6 @@ def test_what_must_stay_in_float32_does(tmp_path):
     placements = place(meta.model, meta.checkpoint.tensors)
     wide = [key for key, placement in placements.items() if placement.dtype == torch.float32]
     assert len(wide) == 8
-    assert set(placements.casts) == set(wide)
     assert wide == [key for key in placements if expected[key].dtype == torch.float32]
 
 
@@ -265,30 +239,7 @@ def test_permuted_weights_are_filled_as_the_library_converts_them(tmp_path, monk
             .values()
         )
         assert torch.equal(filled(placements[name], tensors), expected)
-        assert contiguous_copies(placements[name], meta.checkpoint.tensors) is None
         assert not is_identity(placements[name], meta.checkpoint.tensors)
-
-
-STRIPED = [  # pieces whose bytes are not one run on both sides
-    Piece("w", source_slices=((0, 4), (0, 3)), target_slices=((0, 4), (0, 3))),
-    Piece("w", source_slices=((0, 2), (0, 3)), target_slices=((0, 1), (0, 6))),
-    Piece("w", permute=(1, 0)),
-]
-RUNS = {  # first byte in the source, in the target, number of bytes
-    Piece("w", source_slices=((1, 3), (0, 6)), target_slices=((2, 4), (0, 6))): (12, 24, 24),
-    Piece("w", source_slices=((2, 3), (1, 5)), target_slices=((0, 1), (2, 6))): (26, 4, 8),
-    Piece("w"): (0, 0, 48),
-}
-
-
-def test_byte_moves_are_given_only_where_both_sides_are_one_run():
-    entries = {"w": TensorEntry("w", Path("f"), "BF16", (4, 6), 100, 48)}
-
-    def copies(piece, shape=(4, 6)):
-        return contiguous_copies(Placement("w", shape, torch.bfloat16, (piece,)), entries)
-
-    assert [copies(piece) for piece in STRIPED] == [None] * 3
-    assert {piece: copies(piece) for piece in RUNS} == {p: [("w", *run)] for p, run in RUNS.items()}
 
 
 def test_absent_buffers_that_the_class_can_do_without_keep_their_value(tmp_path):

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer  # noqa: F401  (a tokenizer's own imports
 from ssdtune import cli, planning
 from ssdtune.config import load_config
 from ssdtune.data import load_dataset_rows, tokenize_rows
-from ssdtune.jobs import Source, _key, job_of
+from ssdtune.jobs import Jobs, Source, _key
 from ssdtune.machines import machine_from, own_machine
 from ssdtune.opened import rows as opened_rows
 from ssdtune.packing.layout import PackError, groups_of
@@ -111,7 +111,7 @@ def run(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 def a_job(config_path: Path, *flags: str, **more: Any) -> Job:
     """With a process of a fixed size: that of the tests grows."""
     config = load_config(config_path, flags).config
-    job = job_of(Source.of(config, None, **{"on_device": False, **more}))
+    job = Jobs(Source.of(config, None, **{"on_device": False, **more}))()
     return dataclasses.replace(job, fixed=dataclasses.replace(job.fixed, base_bytes=300 * MB))
 
 
@@ -434,7 +434,7 @@ def test_a_large_data_set_is_estimated_from_its_first_rows_and_marked(
     whole = tokenize_rows(entries, tokenizer, max_length=config.max_length)
     lengths = whole.lengths(len(whole))
     assert whole.lengths(13) == lengths[::5], "each has its share of a few"
-    job = job_of(Source.of(config, None, on_device=False))
+    job = Jobs(Source.of(config, None, on_device=False))()
     assert job.data.is_estimate
     assert job.data.num == 65
     assert job.data.mean_tokens == pytest.approx(sum(lengths) / 65, rel=1e-3)

@@ -17,7 +17,7 @@ import torch
 
 from ssdtune.config import load_config
 from ssdtune.data import CausalCollator
-from ssdtune.jobs import Source, job_of
+from ssdtune.jobs import Jobs, Source
 from ssdtune.profiles import own_profile_path, refit_path, save_profile
 from ssdtune.schedule.choices import Choice, size_classes
 from ssdtune.schedule.machine import Drive, Machine
@@ -218,7 +218,7 @@ def test_a_run_takes_the_budget_that_was_planned(
         f"max_length: {LENGTH}\nper_device_train_batch_size: {ROWS}\n"
         f"gradient_accumulation_steps: {MICRO}\n"
     )
-    job = job_of(Source.of(load_config(path).config, None, on_device=False))
+    job = Jobs(Source.of(load_config(path).config, None, on_device=False))()
     job = dataclasses.replace(job, fixed=dataclasses.replace(job.fixed, base_bytes=base))
     machine = Machine(name="this one", ram_bytes=free, drive=Drive(name="/nvme"), profile=profile)
     planned = outcome(job, machine, Choices(micro_batches=MICRO))

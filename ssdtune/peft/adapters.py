@@ -50,15 +50,13 @@ NAMED_AS_EXPERTS = "dense layers and shared experts"
 
 @dataclass(frozen=True)
 class Targets:
-    """What an adapter goes on, in peft's terms, and what was left out of `all-linear`.
+    """What an adapter goes on, in peft's terms.
 
     modules: last parts of names. excluded: a pattern of full names, None where there are none.
-    left_out: what it is -> how many layers or parameters.
     """
 
     modules: tuple[str, ...]
     excluded: str | None
-    left_out: dict[str, int]
 
 
 def lora_config(config: TrainConfig, model: PreTrainedModel) -> LoraConfig:
@@ -168,14 +166,13 @@ def fingerprint_of(trained: Mapping[str, torch.Tensor]) -> str:
 
 def resolve_all_linear(model: PreTrainedModel) -> Targets:
     """Which layers `all-linear` names in this model; see the module's docstring."""
-    taken: dict[str, list[str]] = {}
-    refused: dict[str, str] = {}
+    taken: set[str] = set()
+    refused: list[str] = []
     for name, module in _linear_layers(model):
-        reason = _why_left_out(model, name, module)
-        if reason is None:
-            taken.setdefault(_leaf(name), []).append(name)
+        if _is_left_out(model, name, module):
+            refused.append(name)
         else:
-            refused[name] = reason
+            taken.add(_leaf(name))
     if not taken:
         raise AdapterError(
             f"all-linear finds no linear layer in {type(model).__name__}.\n"
@@ -183,7 +180,7 @@ def resolve_all_linear(model: PreTrainedModel) -> Targets:
         )
     # A suffix such as `q_proj` would match a tower's layer too.
     shadowed = [n for n in refused if _leaf(n) in taken]
-    return Targets(tuple(sorted(taken)), _pattern(shadowed), dict(Counter(refused.values())))
+    return Targets(tuple(sorted(taken)), _pattern(shadowed))
 
 
 def stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -205,20 +202,19 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _why_left_out(model: PreTrainedModel, name: str, module: nn.Module) -> str | None:
+def _is_left_out(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    """Whether `all-linear` leaves the layer alone: the head, other modalities, routers, what Mamba's kernels read, what
+    peft would take for experts."""
     leaf = _leaf(name)
     text = _language_model_name(model)
-    if module is model.get_output_embeddings():
-        return "head"
-    if text is not None and not name.startswith(f"{text}."):
-        return "layers of other modalities"
-    if leaf in ROUTERS or (leaf == "gate" and _has_experts(model)):
-        return "routers"
-    if leaf in MAMBA_KERNELS and "mamba" in str(model.config.model_type):
-        return "layers that Mamba's kernels read"
-    if leaf in TAKEN_FOR_EXPERTS and _peft_converts(model):
-        return NAMED_AS_EXPERTS
-    return None
+    return (
+        module is model.get_output_embeddings()
+        or (text is not None and not name.startswith(f"{text}."))
+        or leaf in ROUTERS
+        or (leaf == "gate" and _has_experts(model))
+        or (leaf in MAMBA_KERNELS and "mamba" in str(model.config.model_type))
+        or (leaf in TAKEN_FOR_EXPERTS and _peft_converts(model))
+    )
 
 
 def _language_model_name(model: PreTrainedModel) -> str | None:

@@ -122,16 +122,6 @@ def _tier_line(best: Point, points: Sequence[Point]) -> str:
     return f"{line} ({words_of({str(p.tier): _told([p]) for p in points})})"
 
 
-def ways_of(job: Job, machine: Machine, config: TrainConfig) -> Iterator[Way]:
-    """The ways of a job whose rows at once are as configured."""
-    tiers = (_tier(config, machine),)
-    if config.offload.block_inputs == "auto":
-        tiers = tiers_for(machine)
-    points = list(grid([job], machine, configured(job, machine, config), tiers))
-    best = best_point(points) or points[0]
-    yield from alternatives(job, machine, [best, *(p for p in points if p is not best)])
-
-
 def alternatives(job: Job, machine: Machine, points: Sequence[Point]) -> Iterator[Way]:
     """Yields the first point as the way that is configured, then what may be better: fewer or more tokens a step,
     inputs elsewhere. points: of this job, those after the first were compared with it already."""

@@ -262,7 +262,7 @@ def forward_memory(shape: Shape, decision: ForwardOnly) -> Memory:
     )
 
 
-# ------------------------------------------------------------------ wear and energy
+# ------------------------------------------------------------------ wear
 
 
 def endurance_share(written_bytes: float, num_steps: int, rated_bytes: float) -> float:
@@ -271,11 +271,3 @@ def endurance_share(written_bytes: float, num_steps: int, rated_bytes: float) ->
     Bytes as the host writes them: ratings are in these, with the drive's own amplification allowed for.
     """
     return written_bytes * num_steps / rated_bytes
-
-
-def energy_joules(
-    simulation: Simulation, busy_watts: Mapping[Lane, float], idle_watts: float
-) -> float:
-    """Of a step. busy_watts: what a lane at work draws beyond idle; idle_watts: the whole machine's, all the time."""
-    work = sum(watts * simulation.busy_s.get(lane, 0.0) for lane, watts in busy_watts.items())
-    return idle_watts * simulation.step_s + work

@@ -63,13 +63,6 @@ class TensorEntry:
     def stop(self) -> int:
         return self.start + self.num_bytes
 
-    @property
-    def is_element_aligned(self) -> bool:
-        """Whether a page-aligned buffer that keeps file alignment can be viewed as this dtype.
-
-        False for a header of odd length: such a tensor needs a copy to an aligned place."""
-        return self.start % max(1, DTYPE_BITS[self.dtype] // 8) == 0
-
 
 @dataclass(frozen=True, slots=True)
 class FileState:

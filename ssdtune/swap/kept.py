@@ -239,7 +239,7 @@ class InputStore:
             del self._live[record]
             self._give_up(record)
 
-    def _leave_device(self, record: Record, content: torch.Tensor) -> None:
+    def _leave_device(self, content: torch.Tensor) -> None:
         """Before copies out of device memory: the copying stream waits for what makes it; it stays until copied."""
         if self._out is not None:
             self._out.wait_event(torch.cuda.current_stream(self.device).record_event())
@@ -298,7 +298,7 @@ class RamInputs(InputStore):
     def _put(self, record: Record, content: torch.Tensor) -> None:
         num_bytes = -(-record.num_bytes // 256) * 256
         record.place = self._room(num_bytes)
-        self._leave_device(record, content)
+        self._leave_device(content)
         if self._out is None:
             self._bytes_of(record).copy_(content)
             return

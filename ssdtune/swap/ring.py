@@ -140,7 +140,7 @@ class NvmeInputs(InputStore):
         record.place = (0, start, num_bytes)
         self._reserve_up_to(self._space.end)
         self._waiting.append(record)
-        self._leave_device(record, content)
+        self._leave_device(content)
         for piece in range(self._num_pieces(record)):
             chunk = self._claim(record, piece)
             part = self._part(record, piece)

@@ -47,17 +47,6 @@ def install(model: Any, owner: HeadLoss) -> None:
         base.loss_function = HintedLoss(base.loss_function)
 
 
-def uninstall(model: Any, owner: HeadLoss) -> None:
-    """Give head and model back what `install` replaced."""
-    base = base_of(model)
-    _restore_forward(owner)
-    if isinstance(getattr(base, "_loss_function", None), HintedLoss):
-        original = base._loss_function.original
-        del base._loss_function
-        if base.loss_function is not original:
-            base.loss_function = original
-
-
 def _restore_forward(owner: HeadLoss) -> None:
     forward = owner.head.forward
     if isinstance(forward, DeferringForward):

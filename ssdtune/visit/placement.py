@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,11 +86,9 @@ class Placements(dict[str, Placement]):
     """By parameter name, in the model's order; tied parameters once, under the first name.
 
     unused: file tensors that the model has no place for and does not declare as harmless.
-    casts: names of those whose file tensors have another dtype than the parameter.
     """
 
     unused: tuple[str, ...] = ()
-    casts: tuple[str, ...] = ()
 
 
 def place(model: PreTrainedModel, tensors: Mapping[str, TensorEntry | PackedEntry]) -> Placements:
@@ -119,7 +116,6 @@ def place(model: PreTrainedModel, tensors: Mapping[str, TensorEntry | PackedEntr
             _check_sources(name, needed[name], (found_as, tensor), tensors)
             placements[name] = _placement(name, needed[name], tensor, tensors)
     placements.unused = tuple(unused)
-    placements.casts = tuple(n for n, p in placements.items() if _is_cast(p, tensors))
     return placements
 
 
@@ -164,40 +160,6 @@ def is_identity(placement: Placement, entries: Mapping[str, TensorEntry | Packed
     is_whole = placement.pieces[0] == Piece(entry.name)
     same_dtype = FILE_DTYPES.get(entry.dtype) == placement.dtype
     return is_whole and same_dtype and tuple(entry.shape) == placement.shape
-
-
-def contiguous_copies(
-    placement: Placement, entries: Mapping[str, TensorEntry | PackedEntry]
-) -> list[tuple[str, int, int, int]] | None:
-    """The placement as plain byte moves, or None where one is strided, permuted or casts.
-
-    Each is (source name, first byte in the source tensor, first byte in the target, num_bytes).
-    """
-    moves = []
-    width = placement.dtype.itemsize
-    for piece in placement.pieces:
-        entry = entries[piece.source]
-        if piece.permute is not None or FILE_DTYPES.get(entry.dtype) != placement.dtype:
-            return None
-        source = _run_of_elements(entry.shape, piece.source_slices)
-        target = _run_of_elements(placement.shape, piece.target_slices)
-        if source is None or target is None:
-            return None
-        moves.append((piece.source, source[0] * width, target[0] * width, target[1] * width))
-    return moves
-
-
-def _run_of_elements(shape: Sequence[int], slices: Ranges | None) -> tuple[int, int] | None:
-    """(first, number) of elements that a box takes in row-major order; None if they are apart."""
-    if slices is None:
-        return 0, math.prod(shape)
-    first, is_started = 0, False
-    for (start, stop), extent in zip(slices, shape, strict=True):
-        if is_started and stop - start != extent:
-            return None
-        is_started = is_started or stop - start != 1
-        first = first * extent + start
-    return first, math.prod(stop - start for start, stop in slices)
 
 
 # The library's mapping, run on names
@@ -370,11 +332,6 @@ def _check_dtype(name: str, dtype: torch.dtype, entry: TensorEntry | PackedEntry
         "This looks like a quantized checkpoint whose config.json lacks its quantization_config.\n"
         "Use the config.json that belongs to it, or the unquantized model, by `ssdtune pack`."
     )
-
-
-def _is_cast(placement: Placement, tensors: Mapping[str, TensorEntry | PackedEntry]) -> bool:
-    stored = {tensors[piece.source].dtype for piece in placement.pieces}
-    return any(FILE_DTYPES[dtype] != placement.dtype for dtype in stored)
 
 
 def _first_names(needed: Mapping[str, torch.Tensor]) -> dict[str, str]:
