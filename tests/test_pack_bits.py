@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from support import Pair, assert_same_training, digests, num_misses, streamed, with_lora
 from test_packing import batches, decoded, unpacked_twin
 
-from ssdtune.cli import main
+from ssdtune.cli import EXIT_USER_ERROR, main
 from ssdtune.config import load_config
 from ssdtune.fidelity.beside import measure
 from ssdtune.fidelity.check import paired, reading_of
@@ -756,3 +756,25 @@ def test_auto_among_several_processes_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", str(config_path)]) == 2
     assert "Give the bits that `ssdtune plan` prints" in capsys.readouterr().err
+
+
+def test_a_plan_is_refused_as_training_is_where_an_earlier_version_packed(
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_config(tmp_path, source, text)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("ssdtune.packing.convert.encoder_of", lambda format: 1)
+        older = build_packed(
+            source,
+            quantization="3",
+            beside=tmp_path / "nvme",
+            choose_storage=lambda files: choose_storage(files[0]).storage,
+        ).folder
+    monkeypatch.setenv("SSDTUNE_CACHE", str(tmp_path / "cache"))
+    for verb in ("plan", "train"):
+        assert main([verb, str(path), "--quantization", "3"]) == EXIT_USER_ERROR
+        assert f"goes on with model_name_or_path: {older}." in capsys.readouterr().err

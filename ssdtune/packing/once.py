@@ -14,6 +14,7 @@ from typing import Any
 
 from ssdtune.cache import cache_folder
 from ssdtune.durable import make_folder
+from ssdtune.kernels.formats import Format
 from ssdtune.packing.by_block import (
     Listed,
     file_to_be,
@@ -23,10 +24,11 @@ from ssdtune.packing.by_block import (
 )
 from ssdtune.packing.convert import key_of
 from ssdtune.packing.earlier import refuse_second
-from ssdtune.packing.layout import PackError, groups_of, imagined
+from ssdtune.packing.layout import Group, PackError, groups_of, imagined
 from ssdtune.packing.progress import pack_aloud
 from ssdtune.packing.wanted import Wanted, bits_of, word_of
 from ssdtune.packing.widths import is_by_block, mean_of
+from ssdtune.swap.beside import CONFIG
 from ssdtune.swap.packed import PackedEntry, affine_of
 from ssdtune.swap.storage import Storage
 from ssdtune.visit.build import MetaModel, build_meta
@@ -101,24 +103,40 @@ def folder_of(meta: MetaModel, quantization: str, beside: Path | None) -> Path:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Twin:
-    """The packed twin that a run makes of a model where it is not there. num_bytes: of its weights; source_bytes: of
-    those that it is made from."""
+    """A model's packed twin, as it would be made now. groups: its tensors."""
 
     folder: Path
-    num_bytes: int
-    source_bytes: int
+    format: Format
+    groups: tuple[Group, ...]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it was made, by this run or an earlier one."""
+        return (self.folder / CONFIG).is_file()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights."""
+        return sum(group.num_bytes for group in self.groups)
+
+    @property
+    def source_bytes(self) -> int:
+        """Of the weights that it is made from."""
+        return sum(tensor.num_bytes for group in self.groups for tensor in group.tensors)
 
 
 def twin_of(meta: MetaModel, quantization: str, beside: Path | None) -> Twin | None:
-    """None where the model is read as it is. meta: as it is. beside: as for `build_packed`."""
+    """None where the model is read as it is. meta: as it is. beside: as for `build_packed`.
+
+    Raises PackError where it is still to be made, and another one of the same format lies beside."""
     if quantization == NONE or is_packed(meta):
         return None
-    groups = groups_of(meta, Wanted.of(quantization).chosen())
-    return Twin(
-        folder_of(meta, quantization, beside),
-        sum(group.num_bytes for group in groups),
-        sum(tensor.num_bytes for group in groups for tensor in group.tensors),
-    )
+    format = Wanted.of(quantization).chosen()
+    groups = tuple(groups_of(meta, format))
+    twin = Twin(folder_of(meta, quantization, beside), format, groups)
+    if not twin.is_there:
+        refuse_second(twin.folder, meta.checkpoint.folder, format)
+    return twin
 
 
 def build_packed(
@@ -138,17 +156,15 @@ def build_packed(
     if quantization == NONE:
         return meta
     quantization = _with_widths(meta, quantization)
-    if is_packed(meta):
+    twin = twin_of(meta, quantization, beside)
+    if twin is None:
         return _read(meta, quantization)
-    format = Wanted.of(quantization).chosen()
-    groups = groups_of(meta, format)
-    folder = folder_of(meta, quantization, beside)
-    with _alone(folder):
-        if not (folder / "config.json").is_file():
-            refuse_second(folder, meta.checkpoint.folder, format)
-            pack_aloud(meta, groups, folder, format.label, choose_storage(meta.checkpoint.files))
+    with _alone(twin.folder):
+        if not twin.is_there:
+            storage = choose_storage(meta.checkpoint.files)
+            pack_aloud(meta, twin.groups, twin.folder, twin.format.label, storage)
     build.pop("revision", None)
-    packed = _read(build_meta(folder, bits=bits_of(quantization), **build), quantization)
+    packed = _read(build_meta(twin.folder, bits=bits_of(quantization), **build), quantization)
     packed.model.name_or_path = packed.model.config.name_or_path = meta.model.name_or_path
     origin = dataclasses.replace(meta.origin, source=meta.model.name_or_path)
     return dataclasses.replace(packed, origin=origin)
