@@ -17,7 +17,7 @@ from ssdtune.trainer import SSDTrainer, TrainerError
 from ssdtune.trainer.checkpoint import CheckpointError
 from ssdtune.trainer.zeroth_order import ZOTrainer
 from ssdtune.visit.base import base_of
-from ssdtune.zeroth_order import LOZO, MeZO, Rule
+from ssdtune.zeroth_order import LOZO, EstimatorError, MeZO, Rule
 from ssdtune.zeroth_order.log import LogError, read_log
 from ssdtune.zeroth_order.method import replayed
 from ssdtune.zeroth_order.weights import MovedError
@@ -210,7 +210,7 @@ def test_a_log_of_other_weights_is_refused(
         with pytest.raises(LogError, match="has 4 steps, and num_steps is"):
             replayed(stream(model), logs["all"], num_steps=num_steps)
     in_bits = dataclasses.replace(logs["all"].header, reading="4")
-    with pytest.raises(LogError, match="codes were read in 4 bits"):
+    with pytest.raises(LogError, match="codes were read in 4 bits and are as stored"):
         replayed(stream(model), dataclasses.replace(logs["all"], header=in_bits))
     with pytest.raises(LogError, match="other files"):
         replayed(support.with_lora(other), logs["adapters"])
@@ -236,6 +236,21 @@ def test_gradients_do_not_go_on_where_losses_have_stopped(
     )
     with pytest.raises(CheckpointError, match="it was trained with method: zo"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_that_does_not_train_is_no_reason_to_train_all_weights(
+    model: Path, tmp_path: Path, stream: Stream, whole: Callable[[str], Ended]
+) -> None:
+    """As peft loads one: its own numbers would move too, and all names would be others."""
+    streamed = stream(model)
+    adapted = support.with_lora(streamed).requires_grad_(False)
+    before = weights_of(adapted)
+    with pytest.raises(EstimatorError, match=r"does not train.*\n.*is_trainable=True"):
+        trainer_of(adapted, tmp_path, "all")
+    with pytest.raises(LogError, match="of all weights, and the model has an adapter"):
+        replayed(adapted, read_log((whole("all")[0] / LOG_NAME).read_bytes(), "log"))
+    assert streamed.ssdtune.method is None
+    support.assert_equal(before, weights_of(adapted), "weights")
 
 
 def test_a_log_of_another_dtype_is_refused(

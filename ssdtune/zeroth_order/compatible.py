@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -40,6 +41,16 @@ def check_estimator(estimator: Estimator, rule: Rule, *, low_rank: bool) -> None
         raise EstimatorError(f"LOZO goes with the rule {SGD}, not with {rule.kind}{more}.")
     if rule.kind == LOZO_M and not has_windows:
         raise EstimatorError(f"{LOZO_M} is LOZO's momentum: take LOZO, or another rule.")
+
+
+def check_is_plain(model: Any) -> None:
+    """Raises EstimatorError for a model with an adapter where all weights are to move: the adapter's would be among them,
+    and peft's names would make other directions."""
+    if hasattr(model, "peft_config"):
+        raise EstimatorError(
+            "all weights are to move, and the model has an adapter that does not train.\n"
+            "Let it train, PeftModel.from_pretrained(…, is_trainable=True), or take the model without it."
+        )
 
 
 def check_dtypes(dtypes: Iterable[torch.dtype]) -> None:

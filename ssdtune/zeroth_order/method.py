@@ -14,7 +14,13 @@ import torch
 from ssdtune.schedule.cost import Moves, missed_steps
 from ssdtune.visit.base import base_of, dtype_of, weights_of
 from ssdtune.visit.streamer import Streamer
-from ssdtune.zeroth_order.compatible import Place, check_dtypes, check_estimator, check_place
+from ssdtune.zeroth_order.compatible import (
+    Place,
+    check_dtypes,
+    check_estimator,
+    check_is_plain,
+    check_place,
+)
 from ssdtune.zeroth_order.estimators import Estimator
 from ssdtune.zeroth_order.log import ADAPTERS, CODES, LOW_RANK, MASTERS, Header, Log, LogError
 from ssdtune.zeroth_order.packed import DECODED, MOVED
@@ -105,6 +111,7 @@ class ZerothOrder:
             )
         )
         if trains_blocks:
+            check_is_plain(model)
             trained = outside_of_blocks(model, self.streamer)
             if fold is not None:
                 check_folder(fold.folder)
@@ -265,6 +272,11 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     check_weights(header, model)
     trains_blocks, streamer = header.trains != ADAPTERS, base_of(model).ssdtune
     check_unmoved(streamer)
+    if trains_blocks and hasattr(model, "peft_config"):
+        raise LogError(
+            "the log is of all weights, and the model has an adapter.\n"
+            "Open the model without it, take the steps, and model.save_pretrained(folder) for one to adapt."
+        )
     trained = outside_of_blocks(model, streamer) if trains_blocks else that_train(model)
     if not (trains_blocks or trained):
         raise LogError(
@@ -302,7 +314,10 @@ def check_weights(header: Header, model: Any, where: str = "the log") -> None:
         return
     what = "other files"
     if header.base == here["base"]:
-        what = f"its codes were read in {header.reading} bits and are in {here['reading']}"
+        then, now = (
+            f"in {bits} bits" if bits else "as stored" for bits in (header.reading, here["reading"])
+        )
+        what = f"its codes were read {then} and are {now}"
     raise LogError(
         f"{where} was written over other weights than those of this base model: {what}.\n"
         "Open the one that the run had: model_name_or_path and quantization in its configuration."
