@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,35 @@ def test_what_lies_beside_weights_is_copied_with_a_config_that_is_true(tmp_path:
     copy_beside(source, out, quantization={"quant_method": "ssdtune"})
     told = json.loads((out / "config.json").read_text())
     assert told == {"a": 1, "quantization_config": {"quant_method": "ssdtune"}}
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_tensors_are_encoded_side_by_side(source: Path, tmp_path: Path) -> None:
+    """One alone has not enough pieces for all threads. The bytes are those of one thread."""
+    meta, storage = build_meta(source), choose_storage(source).storage
+    groups = groups_of(meta, FORMATS["4"].chosen())
+    both, seen = threading.Barrier(2), set[int]()
+
+    def encode(name: str, values: torch.Tensor, format: Any) -> Any:
+        is_new = threading.get_ident() not in {*seen, threading.main_thread().ident}
+        if is_new:
+            seen.add(threading.get_ident())
+            both.wait(20)
+        return encoded(name, values, format)
+
+    pack(meta, groups, tmp_path / "two", storage=storage, encode=encode)
+    assert len(seen) == 2
+    torch.set_num_threads(1)
+    pack(meta, groups, tmp_path / "one", storage=storage)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def test_packing_twice_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:

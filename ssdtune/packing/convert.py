@@ -24,10 +24,12 @@ from ssdtune.durable import (
     write_file_atomically,
 )
 from ssdtune.kernels import lossless
+from ssdtune.kernels.apart import MOST_THREADS, in_order
 from ssdtune.kernels.checksum import checksum
 from ssdtune.kernels.encode import quantized
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.lossless import Lossless
+from ssdtune.kernels.quantize import CHUNK
 from ssdtune.kernels.quantize_affine import encoder_of
 from ssdtune.memory import nearest_folder
 from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages, unpackable
@@ -85,8 +87,8 @@ def pack(  # noqa: PLR0913 - the last three have their defaults, and stand alone
     """Writes the packed model to `out`, a new folder or one that the same packing left unfinished.
 
     on_progress: told how many bytes of the source are done. encode: makes the parts; the quantizers here by default.
-    note: what `noted` tells of the folder until it is finished. Memory: two groups, one as it is written, and the
-    encoder's, 32 MB for each thread. Raises SSDTuneError, before a byte is written where the disk has no room for all,
+    note: what `noted` tells of the folder until it is finished. encode may be called on several threads, and the tensors
+    of a group in any order. Memory: two groups, one as it is written, and the encoder's, 32 MB for each thread. Raises SSDTuneError, before a byte is written where the disk has no room for all,
     and where another process packs into the folder.
     """
     parted = list(shards(groups))
@@ -312,16 +314,11 @@ def _write_group(
 ) -> None:
     """Writes a group: what is not packed, then the packed parts, the narrowest reading's first. told: what the shard's
     header has to say, to which the group's tensors are added."""
-    packed: dict[str, Encoded] = {}
+    packed = _packed(group, values, encode)
     for entry in group.tensors:
-        made = None
-        if entry.name in group.formats:
-            made = encode(entry.name, values[entry.name], group.formats[entry.name])
-        if made is None:
+        if entry.name not in packed:
             writer.add(entry.name, entry.dtype, values[entry.name])
             told["plain"][entry.name] = _sum(values[entry.name])
-        else:
-            packed[entry.name] = made
     shapes = {entry.name: entry.shape for entry in group.tensors}
     ordered = {name: stages(f, shapes[name]) for name, (f, _) in packed.items()}
     for number in range(max((len(s) for s in ordered.values()), default=0)):
@@ -332,6 +329,25 @@ def _write_group(
         if entry.name in packed:
             described = _described(entry, *packed[entry.name], told["formats"])
             told["tensors"][entry.name] = described
+
+
+def _packed(
+    group: Group, values: Mapping[str, torch.Tensor], encode: Encoder
+) -> dict[str, Encoded]:
+    """What is packed of a group, by name. An encoder cuts a tensor into pieces, one a thread; where many tensors, such as
+    a mixture's experts, have fewer pieces than there are threads, each thread takes whole tensors."""
+
+    def one(entry: TensorEntry) -> Encoded | None:
+        return encode(entry.name, values[entry.name], group.formats[entry.name])
+
+    wanted = [entry for entry in group.tensors if entry.name in group.formats]
+    num_threads = min(torch.get_num_threads(), MOST_THREADS)
+    small = [entry for entry in wanted if math.prod(entry.shape) < CHUNK * num_threads]
+    if len(small) < num_threads:
+        small = []
+    made = dict(zip((entry.name for entry in small), in_order(one, small), strict=True))
+    made |= {entry.name: one(entry) for entry in wanted if entry.name not in made}
+    return {entry.name: found for entry in wanted if (found := made[entry.name]) is not None}
 
 
 def _described(
