@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import os
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from engines import wait_for
 from pairs import by_turns
 from support import cut, digests, make_pair, num_misses, with_lora
 
@@ -445,14 +446,22 @@ def test_a_weight_that_is_read_while_its_block_is_stored_takes_each_step_once(
     reference = InMemory(pair.plain, ESTIMATORS["mezo"], all_weights(pair.plain))
     train_both(pair, method, reference, 2)
     plain, engine = stores.write_all, pair.streamed.ssdtune.engine
+    written, may_go, per_step = [], threading.Event(), 0
 
-    def slow(*given: Any) -> None:
-        time.sleep(0.2)
+    def held(*given: Any) -> None:
+        """A step's last write waits."""
+        written.append(given)
+        if len(written) == 2 * per_step:
+            assert may_go.wait(30)
         plain(*given)
 
-    monkeypatch.setattr(stores, "write_all", slow)
+    monkeypatch.setattr(stores, "write_all", held)
+    train_both(pair, method, reference, 1)
+    wait_for(lambda: not engine._claims.storing)
+    per_step = len(written)
     train_both(pair, method, reference, 1)
     assert engine._claims.storing, "some block's store is under way"
+    threading.Timer(0.2, may_go.set).start()
     for block in list(engine._claims.storing):
         name = pair.streamed.ssdtune.names(block)[0]
         assert torch.equal(
