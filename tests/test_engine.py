@@ -19,6 +19,7 @@ from engines import (
     Blocks,
     F,
     FakeKvikio,
+    be_patient,
     check_slot,
     engine_threads,
     gated,
@@ -415,6 +416,7 @@ def test_a_block_that_does_not_come_is_named_with_what_it_waits_for(
             engine.enter(0, F)
     finally:
         storage.gate.set()
+    be_patient(engine)
     check_slot(engine, blocks, 0, engine.enter(0, F))
     run_step(engine, blocks)
 
@@ -440,6 +442,7 @@ def test_memory_that_a_late_read_may_write_is_not_used_again(
     finally:
         storage.gate.set()
     assert num_asked <= 2, "nothing more is read into the same memory"
+    be_patient(engine)
     engine.begin_step("train")
     slot = engine.enter(3, F)
     check_slot(engine, blocks, 3, slot)

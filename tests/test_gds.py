@@ -24,6 +24,7 @@ from engines import (
     F,
     FakeCuFile,
     FakeKvikio,
+    be_patient,
     check_slot,
     engine_threads,
     gated,
@@ -431,6 +432,7 @@ def test_a_buffer_that_a_late_read_may_write_is_not_used_again(
     last = blocks.recipes[0].extents[0]
     assert max(begun) < last.file_offset + last.num_bytes, "nothing more is read into it"
     kvikio.gate.set()
+    be_patient(engine)
     engine.begin_step("train")
     slot = engine.enter(3, F)
     check_slot(engine, blocks, 3, slot)
