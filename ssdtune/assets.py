@@ -305,7 +305,7 @@ def prepare_big_model(
 ) -> Path:
     """A folder with random bf16 weights of `shape`; holds one shard (0.5 GB) in memory.
 
-    Raises AssetError if the disk has not room for the weights and a tenth more.
+    Raises AssetError if the drive has no room for the weights and a tenth more.
     """
     import torch
     from transformers import AutoModelForCausalLM

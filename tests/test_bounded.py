@@ -430,11 +430,11 @@ def test_every_part_is_counted_once_and_where_it_is(on_device: bool, inputs: Tie
     )
     plan = small_plan(on_device=on_device, inputs=inputs)
     four, five = (predict_peak(plan, footprint, fixed, num_micro_batches=n) for n in (4, 5))
-    on_ssd = inputs is Tier.NVME
-    assert four.natural_bytes == (16 + 4 + (0 if on_ssd else 12)) * MIB
-    assert grown(four, five) == (1 + 0.5 + (0 if on_ssd else 3)) * MIB
+    on_nvme = inputs is Tier.NVME
+    assert four.natural_bytes == (16 + 4 + (0 if on_nvme else 12)) * MIB
+    assert grown(four, five) == (1 + 0.5 + (0 if on_nvme else 3)) * MIB
     in_ram = inputs is Tier.RAM or not on_device
-    kept = four.nvme if on_ssd else four.ram if in_ram else four.device
+    kept = four.nvme if on_nvme else four.ram if in_ram else four.device
     assert kept[INPUTS] == 12 * MIB
     assert sum(INPUTS in parts for parts in (four.nvme, four.ram, four.device)) == 1
     assert (four.device_bytes > 0) == on_device

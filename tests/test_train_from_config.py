@@ -210,7 +210,7 @@ def test_a_run_tells_plan_data_first_sample_progress_and_summary(load, capsys):
         r"adapter   LoRA r4 on down_proj, gate_proj, k_proj",
         r"trains    \d+,\d+ parameters",
         r"job       3 micro-batches × 2 rows a step · 2 steps",
-        r"1/2  loss \d\.\d+  gnorm .* s  [\d,]+ tok/s  SSD .*-bound, stall .*ETA",
+        r"1/2  loss \d\.\d+  gnorm .* s  [\d,]+ tok/s  NVMe read .*-bound, stall .*ETA",
         r"2/2  loss \d\.\d+ \(eval \d\.\d+ @2\)",
         r"done      .*told",
         r"loss \d\.\d+ → \d\.\d+   eval \d\.\d+ → \d\.\d+   peak RSS [\d.]+ [MG]B",

@@ -88,7 +88,8 @@ def pack(  # noqa: PLR0913 - the last three have their defaults, and stand alone
 
     on_progress: told how many bytes of the source are done. encode: makes the parts; the quantizers here by default.
     note: what `noted` tells of the folder until it is finished. encode may be called on several threads, and the tensors
-    of a group in any order. Memory: two groups, one as it is written, and the encoder's, 32 MB for each thread. Raises SSDTuneError, before a byte is written where the disk has no room for all,
+    of a group in any order. Memory: two groups, one as it is written, and the encoder's, 32 MB for each thread. Raises
+    SSDTuneError, before a byte is written where the drive has no room for all,
     and where another process packs into the folder.
     """
     parted = list(shards(groups))
@@ -193,7 +194,7 @@ def _present(out: Path, key: str) -> set[str]:
 
 
 def _check_room(out: Path, missing: Iterable[Sequence[Group]], checkpoint: Checkpoint) -> None:
-    """Raises PackError where the disk has none for these shards and what lies beside them."""
+    """Raises PackError where the drive has none for these shards and what lies beside them."""
     needed, free = most_bytes(missing) + bytes_beside(checkpoint.folder), _free(out)
     if needed > free:
         raise PackError(

@@ -47,7 +47,7 @@ class ShardWriter:
         self._file.seek(8 + self._header_bytes)
 
     def add(self, name: str, dtype: str, values: torch.Tensor) -> None:
-        """Appends a tensor, contiguous, on the CPU. dtype: as safetensors names it. ShardError where the disk is full."""
+        """Appends a tensor, contiguous, on the CPU. dtype: as safetensors names it. ShardError where the drive is full."""
         num_bytes = values.nbytes
         try:
             self._file.write(values.reshape(-1).view(torch.uint8).numpy().data)
@@ -58,7 +58,7 @@ class ShardWriter:
         self._end += num_bytes
 
     def finish(self, metadata: Mapping[str, str]) -> int:
-        """Writes the header, flushes, and gives the file its name; its bytes. ShardError where the disk is full."""
+        """Writes the header, flushes, and gives the file its name; its bytes. ShardError where the drive is full."""
         text = json.dumps({"__metadata__": dict(metadata), **self._tensors}, separators=(",", ":"))
         header = text.encode()
         assert len(header) <= self._header_bytes, (len(header), self._header_bytes)
@@ -80,7 +80,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        # A full disk takes what is buffered no more than before, and nobody wants it.
+        # A full drive takes what is buffered no more than before, and nobody wants it.
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):  # the same packing writes over it

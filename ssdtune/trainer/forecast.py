@@ -1,4 +1,4 @@
-"""Before the first step: the run's peak and the time of a step, said; RAM that is short, saved; disk, reserved."""
+"""Before the first step: the run's peak and the time of a step, said; RAM that is short, saved; the drive, reserved."""
 
 from __future__ import annotations
 

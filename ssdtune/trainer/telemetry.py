@@ -20,7 +20,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ssdtune.durable import write_file_atomically
-from ssdtune.report import duration, say
+from ssdtune.report import LANE_LABELS, duration, say
 from ssdtune.schedule.plan import Lane
 from ssdtune.schedule.trace import TraceOp, lane_seconds, read_bytes, stall_seconds
 
@@ -51,8 +51,9 @@ class StepRecord:
 
     @property
     def bound_by(self) -> str:
-        """What a faster step would need: reading, or compute."""
-        return "SSD" if self.stall_s > STALL_SHARE * self.seconds else "compute"
+        """What a faster step would need, in words: reading, or compute."""
+        waits = self.stall_s > STALL_SHARE * self.seconds
+        return LANE_LABELS[Lane.NVME_READ if waits else Lane.COMPUTE]
 
 
 class Telemetry(TrainerCallback):
@@ -197,7 +198,8 @@ def progress_line(
         parts.append(f"{record.tokens_per_s:,.0f} tok/s")
     reading = record.busy_s.get(Lane.NVME_READ, 0.0)
     if reading:
-        parts.append(f"SSD {record.num_bytes_read / reading / 1e9:.2g} GB/s")
+        rate = record.num_bytes_read / reading / 1e9
+        parts.append(f"{LANE_LABELS[Lane.NVME_READ]} {rate:.2g} GB/s")
     if record.busy_s:
         parts.append(f"{record.bound_by}-bound, stall {record.stall_s:.2g} s")
     if record.num_misses:
