@@ -16,6 +16,7 @@ from test_packing import FORMATS, decoded, packed
 from test_quantized_models import as_fp8
 
 from ssdtune.cli import main
+from ssdtune.packing.convert import encoded
 from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.header import CheckpointError
@@ -73,6 +74,19 @@ def test_values_that_are_no_numbers_leave_a_way_out(
     assert f"{name} can't be packed: 1 of" in said
     assert f"--keep '{name}'" in said
     assert main(["pack", str(there), "--keep", name, "--out", str(tmp_path / "kept")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["4", "nf4", "mxfp4", "fp8"])
+def test_halves_do_not_become_infinite(kind: str) -> None:
+    values = torch.full((64, 64), 2.0**14, dtype=torch.float16)
+    made = encoded("weight", values, FORMATS[kind].chosen())
+    assert made is not None
+    assert made[0] == FORMATS[kind].chosen()
+    out = torch.empty_like(values)
+    made[0].by_torch([made[1][part.suffix] for part in made[0].parts((64, 64))], out)
+    assert out.isfinite().all()
+    with pytest.raises(PackError, match="weight can't be packed: a magnitude of 32768"):
+        encoded("weight", 2 * values, FORMATS[kind].chosen())
 
 
 def test_weights_that_lossless_packing_has_no_use_for_leave_a_way_out(tmp_path: Path) -> None:

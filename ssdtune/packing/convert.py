@@ -53,6 +53,9 @@ from ssdtune.visit.build import MetaModel
 MARKER = ".packing.json"  # in a folder that is not finished
 KEY_DIGITS = 64
 MAX_OFFSET = 10**15
+MOST_HALF = (
+    2.0**14
+)  # of float16 weights: a code stands for less than twice as much, and float16 ends at 2^16
 FULL = (errno.ENOSPC, errno.EDQUOT)
 Encoded = tuple[Format, Mapping[str, torch.Tensor]]
 Note = Mapping[str, Any]  # JSON
@@ -380,9 +383,20 @@ def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
         suffixes = (part.suffix for part in found.parts(tuple(values.shape)))
         return found, dict(zip(suffixes, parts, strict=True))
     try:
+        _refuse_large_halves(values)
         return format, quantized(values, format)
     except ValueError as error:
         raise unpackable(name, error) from error
+
+
+def _refuse_large_halves(values: torch.Tensor) -> None:
+    """Raises ValueError for float16 that some code near it might not be: decoded it would be infinite."""
+    if values.dtype == torch.float16 and values.numel():
+        most = float(torch.stack(torch.aminmax(values)).abs().max())
+        if MOST_HALF < most < math.inf:
+            raise ValueError(
+                f"a magnitude of {most:g} is too large for float16, in which codes near it could be infinite."
+            )
 
 
 def header_bytes(shard: Sequence[Group]) -> int:
