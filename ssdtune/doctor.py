@@ -183,7 +183,7 @@ def _store_modes(suffix: str) -> Iterator[str]:
     for is_past, way in ((True, "past"), (False, "through")):
         kernels = [kernel for kernel, found in measured.items() if found == is_past]
         if kernels:
-            yield _row("", f"large outputs {way} the caches, faster here: {', '.join(kernels)}")
+            yield _row("", f"large outputs {way} the caches, faster here: {' · '.join(kernels)}")
 
 
 def _decode_by_each_kernel(out: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.errors import SSDTuneError
-from ssdtune.report import say
+from ssdtune.report import hush_libraries, say
 from ssdtune.run_files import CONFIG_NAME, LOG_NAME
 from ssdtune.trainer.checkpoint import differences, newest, read_identity
 from ssdtune.trainer.opening import open_model
@@ -47,6 +47,7 @@ def generate_from_run(
     from ssdtune.config import load_config
 
     logging.set_verbosity_error()
+    hush_libraries()
     folder = find_adapter(run)
     path = config_of(run, folder)
     config = load_config(path, overrides).config
@@ -70,9 +71,14 @@ def find_adapter(run: Path) -> Path:
     if not run.is_dir():
         raise GenerateError(f"there is no folder {run}.\nGive the output_dir of a run.")
     if found is None:
-        raise GenerateError(
-            f"{run} holds no adapter ({ADAPTER_NAME}) and no whole checkpoint.\n"
+        is_run = (run / CONFIG_NAME).is_file()
+        way_out = (
             f"Train first: ssdtune train {run / CONFIG_NAME}"
+            if is_run
+            else "Give the output_dir of a run."
+        )
+        raise GenerateError(
+            f"{run} holds no adapter ({ADAPTER_NAME}) and no whole checkpoint.\n{way_out}"
         )
     if found != run:
         say(f"note: the run is not finished; {found.name} answers")

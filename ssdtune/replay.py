@@ -14,7 +14,7 @@ from ssdtune.errors import SSDTuneError
 from ssdtune.generate import config_of, find_result
 from ssdtune.peft import fingerprint_of, replace_lora_weights_loftq
 from ssdtune.peft.loftq import LOFTQ
-from ssdtune.report import say
+from ssdtune.report import hush_libraries, say
 from ssdtune.run_files import LOG_NAME
 from ssdtune.sizes import format_size
 from ssdtune.trainer.opening import attached, open_model
@@ -38,6 +38,7 @@ def replay_run(run: Path, out: Path, *, step: int | None = None) -> int:
     from ssdtune.config import load_config
 
     logging.set_verbosity_error()
+    hush_libraries()
     check_is_new(out)
     folder = find_log(run)
     path = folder / LOG_NAME

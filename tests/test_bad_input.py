@@ -81,6 +81,22 @@ def model_that_was_never_fetched() -> str:
     return "HF_HUB_OFFLINE"
 
 
+def metric_that_nobody_measures() -> str:
+    for key, value in {
+        "eval_dataset": "rows.jsonl",
+        "eval_strategy": "steps",
+        "load_best_model_at_end": "true",
+        "metric_for_best_model": "eval_bleu",
+    }.items():
+        change_key(key, value)
+    return "metric_for_best_model: eval_bleu is not measured"
+
+
+def tracker_that_is_not_installed() -> str:
+    change_key("report_to", "clearml")
+    return "pip install clearml"
+
+
 def missing_shard() -> str:
     shard = shard_of(WEIGHT)
     shard.unlink()
@@ -146,6 +162,8 @@ CASES: list[Callable[[], str]] = [
     missing_gguf,
     file_as_model,
     model_that_was_never_fetched,
+    metric_that_nobody_measures,
+    tracker_that_is_not_installed,
     missing_shard,
     truncated_file,
     lying_header,

@@ -305,6 +305,15 @@ def test_a_config_alone_is_planned(run, folder: Path) -> None:
     assert with_weights[3].split(",")[0] == alone[3].split(",")[0] == "6 blocks"
 
 
+def test_a_timeline_of_another_kind_is_refused_before_anything_is_planned(
+    config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(config_path), "--timeline", "lanes.txt"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "lanes.txt: give a name that ends with .png or .json" in told.err
+
+
 def test_an_unknown_model_type_is_named_with_its_file(
     folder: Path, config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,7 +52,7 @@ def test_what_a_run_writes_and_takes_is_told_as_far_as_it_is_known() -> None:
     assert found.total_s is not None
     rated = dataclasses.replace(PRICED, drive=Drive(name="/nvme", endurance_bytes=1e12))
     energy = f"{500.0 * found.total_s / 3.6e6:.3g} kWh at full load"
-    share = "writes 2.50 GB (0.0025 of the drive's rated 1.00 TB)"
+    share = "writes 2.50 GB (0.25 % of the drive's rated 1.00 TB)"
     unknown = dataclasses.replace(PRICED, watts=None)
     assert wear_line(rated, found) == f"{share} · {energy}"
     assert wear_line(PRICED, found) == f"writes 2.50 GB · {energy}"

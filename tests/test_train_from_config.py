@@ -531,8 +531,11 @@ def test_another_base_than_the_adapters_is_refused(finished, model, tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(GenerateError, match="there is no folder"):
         generate_from_run(tmp_path / "nowhere", ["hi"])
-    with pytest.raises(GenerateError, match="holds no adapter"):
+    with pytest.raises(GenerateError, match="holds no adapter") as caught:
         generate_from_run(tmp_path, ["hi"])
+    assert "Give the output_dir of a run" in str(caught.value), (
+        "it has no configuration to train by"
+    )
 
 
 # ------------------------------------------------------------------ small things

@@ -32,10 +32,17 @@ class Offload:
         example="/nvme/ssdtune",
     )
     vram: int | None = key(
-        Size(), "most device memory to use; auto: what is free", default=None, example="7GB"
+        Size(),
+        "most device memory for weights and their buffers; what compute takes beside them `ssdtune plan` tells; auto: "
+        "what is free",
+        default=None,
+        example="7GB",
     )
     ram: int | None = key(
-        Size(), "most RAM for weights; auto: what is free", default=None, example="300MB"
+        Size(),
+        "most RAM for weights and their buffers; auto: what is free",
+        default=None,
+        example="300MB",
     )
     prefetch: int | None = key(
         Or("auto", Whole(0, 64)),

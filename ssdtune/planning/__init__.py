@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ssdtune.jobs import Jobs, Source
 from ssdtune.machines import machine_from, own_machine
 from ssdtune.planning.bits import bits_lines, chosen_for, read_as
-from ssdtune.planning.export import as_mapping, draw
+from ssdtune.planning.export import as_mapping, check_name, draw
 from ssdtune.planning.prices import Offer, Prices, beside_each_other
 from ssdtune.planning.text import Answer, lines_of
 from ssdtune.planning.ways import alternatives, decide
@@ -50,6 +50,8 @@ def print_plan(loaded: Loaded, wanted: Wanted) -> int:
     Raises SSDTuneError as training would before it starts.
     """
     config = loaded.config
+    if wanted.timeline is not None:
+        check_name(wanted.timeline)
     machines = [machine_from(spec) for spec in wanted.hardware] or [_here(config)]
     answers = [_answer(machine, config, wanted) for machine in machines]
     if wanted.as_json:

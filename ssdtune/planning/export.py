@@ -121,9 +121,15 @@ def _other(each: Foreseen) -> dict[str, Any]:
     }
 
 
+def check_name(path: Path) -> None:
+    """Raises PlanningError for a name that says neither a picture nor trace events."""
+    if path.suffix not in (".png", ".json"):
+        raise PlanningError(f"--timeline {path}: give a name that ends with .png or .json.")
+
+
 def draw(answer: Answer, path: Path, say: Any) -> None:
     """The lanes of the proposed way's step, and what each tier holds meanwhile, as a picture, or as trace events for
-    Perfetto. Raises PlanningError."""
+    Perfetto. path: as `check_name` has it. Raises PlanningError."""
     best = answer.best
     step = None if best is None else best[1].simulation
     if best is None or step is None:
@@ -136,10 +142,8 @@ def draw(answer: Answer, path: Path, say: Any) -> None:
 
         told = [*events(step), *counters(_shifted(levels, step))]
         write_file_atomically(path, json.dumps({"traceEvents": told}).encode())
-    elif path.suffix == ".png":
-        _draw_picture(step, levels, path)
     else:
-        raise PlanningError(f"--timeline {path}: give a name that ends with .png or .json.")
+        _draw_picture(step, levels, path)
     if say is not None:
         say(f"lanes     {path}")
 

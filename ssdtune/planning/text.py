@@ -326,7 +326,7 @@ def wear_line(machine: Machine, found: Outcome) -> str:
     if machine.drive.endurance_bytes:
         share = found.written_bytes / machine.drive.endurance_bytes
         parts[0] += (
-            f" ({share:.2g} of the drive's rated {format_size(round(machine.drive.endurance_bytes))})"
+            f" ({100 * share:.2g} % of the drive's rated {format_size(round(machine.drive.endurance_bytes))})"
         )
     if most is not None:
         largest = sorted(found.written.items(), key=lambda part: -part[1])

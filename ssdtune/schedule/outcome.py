@@ -338,7 +338,8 @@ def _over(peak: Peak, machine: Machine) -> str:
         if has is not None and needed > has:
             what = f" ({' and '.join(parts)})" if parts is peak.nvme else ""
             told.append(
-                f"{format_size(round(needed))} of {name} needed{what}, {format_size(round(has))} free"
+                f"{format_size(round(needed))} of {name} needed{what}, {format_size(round(has))} free: "
+                f"{format_size(round(needed - has))} are missing"
             )
     return "; ".join(told)
 

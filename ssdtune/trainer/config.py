@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from ssdtune.trainer.errors import RunError
+
 if TYPE_CHECKING:
     from ssdtune.config import TrainConfig
 
@@ -62,9 +64,11 @@ class SSDConfig(TrainingArguments):
 
 
 def training_arguments(config: TrainConfig, **more: Any) -> SSDConfig:
-    """The SSDConfig of a TrainConfig: keys of the same name, nothing else set. more: overrides."""
+    """The SSDConfig of a TrainConfig: keys of the same name, nothing else set. more: overrides. Raises RunError for a
+    tracker that is not installed."""
     import torch
 
+    _check_trackers(config)
     fields = {name: getattr(config, name) for name in SHARED}
     known = {f.name for f in dataclasses.fields(SSDConfig)}
     assert set(fields) <= known, set(fields) - known
@@ -74,3 +78,16 @@ def training_arguments(config: TrainConfig, **more: Any) -> SSDConfig:
         dataloader_pin_memory=torch.cuda.is_available(),
         **{**fields, **more},
     )
+
+
+def _check_trackers(config: TrainConfig) -> None:
+    from transformers.integrations.integration_utils import (
+        get_available_reporting_integrations,
+    )
+
+    there = get_available_reporting_integrations() if config.report_to else []
+    if missing := [name for name in config.report_to if name not in there]:
+        raise RunError(
+            f"report_to: {', '.join(missing)}: not installed here.\n"
+            f"Install it (pip install {' '.join(missing)}), or leave it out."
+        )

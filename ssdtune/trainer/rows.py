@@ -38,6 +38,7 @@ def load_rows(config: TrainConfig, args: SSDConfig, say: Callable[[str], None]) 
         if config.eval_dataset:
             evaluated = _tokenize(config, config.eval_dataset, tokenizer)
             _check_options(train, evaluated)
+    _check_metric(config, evaluated)
     pad = choose_pad_token(tokenizer)
     for line in train.stats.lines():
         say(line)
@@ -108,6 +109,19 @@ def _check_options(train: Tokenized, evaluated: Tokenized) -> None:
             f"eval_dataset: its rows have {evaluated.num_options or 'no'} label_words, those of dataset have "
             f"{train.num_options or 'none'}.\n"
             "Write the same template and label_words in both."
+        )
+
+
+def _check_metric(config: TrainConfig, evaluated: Tokenized | None) -> None:
+    """What tells the best checkpoint is measured: Trainer would say so after the first evaluation."""
+    if not config.load_best_model_at_end or evaluated is None:
+        return
+    known = ["loss", *(["accuracy"] if evaluated.num_options else [])]
+    name = config.metric_for_best_model
+    if name.removeprefix("eval_") not in known:
+        raise RunError(
+            f"metric_for_best_model: {name} is not measured. Of this eval_dataset: {', '.join(known)}.\n"
+            "Give one of these; accuracy wants rows with a template and label_words."
         )
 
 
