@@ -261,37 +261,21 @@ def replayed(model: Any, log: Log, *, num_steps: int | None = None) -> None:
     """From now on the streamed model has the weights after so many steps of a log; None: all. Of an adapter's log the
     model has that adapter, in the values that the run began with. Raises LogError where it has none or another, where the
     log has fewer steps, is of other files or of another dtype, MovedError where the weights are no longer the files'."""
-    from ssdtune.peft import fingerprint_of
-
-    linked, header = log.header.rule.linked(log.updates), log.header
+    header, streamer = log.header, base_of(model).ssdtune
     num_steps = log.num_steps if num_steps is None else num_steps
     if not 0 <= num_steps <= log.num_steps:
         raise LogError(
             f"the log has {log.num_steps} steps, and num_steps is {num_steps}.\nGive one of 0 to {log.num_steps}."
         )
     check_weights(header, model)
-    trains_blocks, streamer = header.trains != ADAPTERS, base_of(model).ssdtune
     check_unmoved(streamer)
-    if trains_blocks and hasattr(model, "peft_config"):
-        raise LogError(
-            "the log is of all weights, and the model has an adapter.\n"
-            "Open the model without it, take the steps, and model.save_pretrained(folder) for one to adapt."
-        )
+    trains_blocks = header.trains != ADAPTERS
+    if trains_blocks:
+        _check_all(header, model)
+    else:
+        _check_adapter(header, model)
     trained = outside_of_blocks(model, streamer) if trains_blocks else that_train(model)
-    if not (trains_blocks or trained):
-        raise LogError(
-            "the log is of an adapter: its steps are not those of the model's weights.\nLoad the adapter."
-        )
-    if not trains_blocks and header.adapter not in (None, fingerprint_of(trained)):
-        raise LogError(
-            "the model's adapter has not the values that the log's run began with: its steps would come to others.\n"
-            "Give it those; `ssdtune replay` makes them again of what `ssdtune train` ran."
-        )
-    if trains_blocks and dtype_of(model) != header.dtype:
-        raise LogError(
-            f"the log's steps were rounded to {header.dtype}, and the model's weights are {dtype_of(model)}: they would come "
-            "to others.\nOpen the model with the dtype that the run had."
-        )
+    linked = header.rule.linked(log.updates)
     updates = [u for u in linked if u.step < num_steps]
     kind = Windows if header.trains == LOW_RANK else Directions
     weights = MovingWeights(
@@ -322,6 +306,37 @@ def check_weights(header: Header, model: Any, where: str = "the log") -> None:
         f"{where} was written over other weights than those of this base model: {what}.\n"
         "Open the one that the run had: model_name_or_path and quantization in its configuration."
     )
+
+
+def _check_all(header: Header, model: Any) -> None:
+    """Raises LogError for a model that the steps of all weights were not rounded for, or that has an adapter besides."""
+    if hasattr(model, "peft_config"):
+        raise LogError(
+            "the log is of all weights, and the model has an adapter.\n"
+            "Open the model without it, take the steps, and model.save_pretrained(folder) for one to adapt."
+        )
+    if dtype_of(model) != header.dtype:
+        raise LogError(
+            f"the log's steps were rounded to {header.dtype}, and the model's weights are {dtype_of(model)}: they would come "
+            "to others.\nOpen the model with the dtype that the run had."
+        )
+
+
+def _check_adapter(header: Header, model: Any) -> None:
+    """Raises LogError for a model without the adapter that the log's run began with."""
+    from ssdtune.peft import fingerprint_of
+
+    trained = that_train(model)
+    if not trained:
+        raise LogError(
+            "the log is of an adapter: its steps are not those of the model's weights.\n"
+            "Load the adapter, PeftModel.from_pretrained(…, is_trainable=True)."
+        )
+    if header.adapter not in (None, fingerprint_of(trained)):
+        raise LogError(
+            "the model's adapter has not the values that the log's run began with: its steps would come to others.\n"
+            "Give it those; `ssdtune replay` makes them again of what `ssdtune train` ran."
+        )
 
 
 def that_train(model: Any) -> dict[str, torch.Tensor]:
