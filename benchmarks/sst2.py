@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import random
@@ -154,10 +155,11 @@ def opened(folder: Path, dtype: str, trains: str, seed: int) -> Any:
 
 
 def close(model: Any) -> None:
-    """Ends the threads."""
+    """Ends the threads, and frees what the last closed model held: modules hold one another."""
     from ssdtune.visit.base import base_of
 
     base_of(model).ssdtune.close()
+    gc.collect()
 
 
 def learn(run: Run, model: Any, task: Task, num_rows: int) -> Iterator[Row]:
