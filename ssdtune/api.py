@@ -180,6 +180,11 @@ def _rows_at_once(offload: Offload, micro_batch_size: int | None) -> int | None:
             "offload.micro_batch_size: auto needs to know a step's rows, which `ssdtune train` does.\n"
             "Write a number, or leave it out: batches are then not cut."
         )
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise OffloadError(
+            f"micro_batch_size: got {micro_batch_size}.\n"
+            "Give 1 row or more, or leave it out: batches are then not cut."
+        )
     return wanted if isinstance(wanted, int) and micro_batch_size is None else micro_batch_size
 
 

@@ -276,6 +276,11 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_checked(
     assert "checking" not in capsys.readouterr().out
 
 
+def test_a_micro_batch_of_no_rows_is_refused(wide: Path, opened: Callable[..., Any]) -> None:
+    with pytest.raises(api.OffloadError, match="micro_batch_size: got 0"):
+        opened(wide, micro_batch_size=0)
+
+
 # ------------------------------------------------------------------ the plan
 
 

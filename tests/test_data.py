@@ -560,6 +560,14 @@ def test_a_folder_has_the_splits_that_its_files_name(write, tmp_path):
         split, number = text.split()
         assert rows.where(k) == f"{tmp_path} ({split}) row {int(number) + 1}"
     assert "can't open" in error_of(load_dataset_rows, {"path": str(tmp_path), "split": "nope"})
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert "train.jsonl" in error_of(load_dataset_rows, {"path": str(tmp_path)})
+
+
+def test_a_fault_at_a_lines_end_is_in_its_last_column(write):
+    said = error_of(load_dataset_rows, str(write('{"text": "a"}\n{"text": "b"\n', "rows.jsonl")))
+    assert "rows.jsonl line 2: " in said
+    assert "(column 13)" in said
 
 
 def test_parquet_csv_tsv_and_json_lists_hold_the_same_rows(write, tmp_path):

@@ -84,7 +84,7 @@ def unreadable_file(path: Path, kind: str, error: BaseException) -> DataError:
         return DataError(f"{path}: {_not_utf8(cause)}\nSave the file as UTF-8.")
     said = shorten(str(cause).strip() or type(cause).__name__, 200)
     if kind == "jsonl":
-        fault = _first_bad_line(path)
+        fault = first_bad_line(path)
         if fault is not None:
             line, reason = fault
             return DataError(
@@ -108,7 +108,7 @@ def unreadable_file(path: Path, kind: str, error: BaseException) -> DataError:
     return DataError(f"{path}: can't be read as {kind}: {said}\n{remedy}")
 
 
-def _first_bad_line(path: Path) -> tuple[int, str] | None:
+def first_bad_line(path: Path) -> tuple[int, str] | None:
     """(1-based line, reason) of the first line that is no JSON object in good UTF-8."""
     for line, raw in json_lines(path):
         reason = _fault_of_line(raw, is_first=line == 1)
@@ -128,7 +128,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _fault_of_line(raw: bytes, *, is_first: bool) -> str | None:
     try:
         row = json.loads(
-            raw.decode("utf-8-sig" if is_first else "utf-8"), object_pairs_hook=_unique_keys
+            # Without the line's end: a fault there would be told as one in the next line's first column.
+            raw.rstrip(b"\r\n").decode("utf-8-sig" if is_first else "utf-8"),
+            object_pairs_hook=_unique_keys,
         )
         # A lone half of a surrogate pair passes json and cannot be written as UTF-8.
         json.dumps(row, ensure_ascii=False).encode()

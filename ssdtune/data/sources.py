@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtune.data.faults import (
     DataError,
+    first_bad_line,
     json_lines,
     missing_file,
     shorten,
@@ -281,6 +282,9 @@ def _open_by_name(path: str, split_name: str) -> tuple[datasets.Dataset, list[So
     try:
         rows = datasets.load_dataset(path, split=split_name)
     except Exception as error:
+        for file in sorted(Path(path).glob("*.jsonl")):
+            if first_bad_line(file) is not None:
+                raise unreadable_file(file, "jsonl", error) from error
         raise DataError(
             f"dataset: can't open {path} (split {split_name}): {shorten(str(error), 160)}\n"
             "A path must be a file, a folder or a pattern that exists here, or a dataset's id on "
