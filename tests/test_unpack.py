@@ -373,6 +373,23 @@ def test_parts_that_threads_take_make_the_whole(
         assert not differing(format, 9 * STRETCH + 77, torch.bfloat16, suffix), format
 
 
+@pytest.mark.parametrize(
+    ("n", "num_threads", "part"),
+    [(1, 1, 100), (799, 1, 100), (1600, 1, 200), (1600, 2, 100), (10**9, 2, 900)],
+)
+def test_threads_take_many_parts_of_what_is_large(
+    n: int, num_threads: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "LARGEST_PART", 999)
+    assert decoding.larger(100, n, num_threads) == part
+
+
+def test_a_thread_takes_parts_until_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_threads", decoding.Threads(1))
+    monkeypatch.setattr(unpack_native, "PART", STRETCH)
+    assert not differing(Affine(8, (8,)), 25 * STRETCH + 77, torch.bfloat16, SUFFIXES[0])
+
+
 def test_threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "_threads", decoding.Threads(1))
     decoding.set_threads(2)

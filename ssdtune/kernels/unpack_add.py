@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ssdtune.kernels.affine import Affine
-from ssdtune.kernels.decoding import settled
+from ssdtune.kernels.decoding import larger, settled
 from ssdtune.kernels.formats import Format
 from ssdtune.kernels.native import has_triton, library
 from ssdtune.kernels.nibbles import NestedNibbles, Nibbles, Nvfp4, Slab
@@ -160,6 +160,8 @@ def _natively(slab: Slab | _Whole, moves: Sequence[Move], suffix: str) -> None:
         for m in moves
     ]
     addresses = (ctypes.c_void_p * len(noises))(*(noise.address for noise in noises))
+    n = out.numel()
+    part = larger(NATIVE_PART, n, torch.get_num_threads())
     job = struct("unpack_add", "unpack_add.c")(
         to=out.data_ptr(),
         decode=decode,
@@ -167,13 +169,13 @@ def _natively(slab: Slab | _Whole, moves: Sequence[Move], suffix: str) -> None:
         packed=ctypes.addressof(packed),
         moves=ctypes.addressof(addresses),
         num_moves=len(noises),
-        n=out.numel(),
+        n=n,
         size=out.element_size(),
         start=slab.first,
-        part=NATIVE_PART,
+        part=part,
         next=0,
     )
-    run_by_all(native.function("ssdtune_unpack_add", suffix), job, -(-out.numel() // NATIVE_PART))
+    run_by_all(native.function("ssdtune_unpack_add", suffix), job, -(-n // part))
 
 
 # ------------------------------------------------------------------ Triton
