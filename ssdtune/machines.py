@@ -255,48 +255,61 @@ def _size(text: str) -> int:
 
 
 def hardware_lines() -> Iterator[str]:
-    """Yields all known parts as a table, with their sources; * marks what is assumed."""
-    from ssdtune.report import format_table
+    """Yields all known parts as tables, with their sources; * marks what is assumed."""
+    yield _devices_table()
+    yield from _price_sources()
+    yield ""
+    yield _drives_table()
+    yield ""
+    yield _boxes_table()
+    yield ""
+    yield "* assumed, not published. Write `--hardware rtx4090+2x990pro+128GB`, or a whole machine alone."
 
-    def marked(entry: Mapping[str, Any], field: str, text: str) -> str:
-        return f"{text}*" if field in entry["assumed"] else text
+
+def _devices_table() -> str:
+    from ssdtune.report import format_table
 
     rows = [
         [
             key,
             entry["name"],
             entry["memory"],
-            marked(entry, "tflops", f"{float(entry['tflops']):g} TFLOP/s"),
+            _marked(entry, "tflops", f"{float(entry['tflops']):g} TFLOP/s"),
             f"{float(entry['bandwidth']) / 1e9:,.0f} GB/s",
-            marked(entry, "pcie", f"{float(entry['pcie']) / 1e9:g} GB/s"),
+            _marked(entry, "pcie", f"{float(entry['pcie']) / 1e9:g} GB/s"),
             f"{entry['watts']} W",
             f"${entry['price']:.2f}/h" if "price" in entry else "",
             entry["source"],
         ]
         for key, entry in entries("devices").items()
     ]
-    yield format_table(
-        rows, header=("device", "", "memory", "bf16", "bandwidth", "PCIe", "", "rented", "source")
-    )
-    yield from _price_sources()
-    yield ""
+    header = ("device", "", "memory", "bf16", "bandwidth", "PCIe", "", "rented", "source")
+    return format_table(rows, header=header)
+
+
+def _drives_table() -> str:
+    from ssdtune.report import format_table
+
     rows = [
         [
             key,
             entry["name"],
             entry["capacity"],
             f"{float(entry['read']) / 1e9:g} GB/s",
-            marked(entry, "write", f"{float(entry['write']) / 1e9:g} GB/s"),
-            marked(entry, "sustained_write", f"{float(entry['sustained_write']) / 1e9:g} GB/s"),
-            marked(entry, "endurance", entry["endurance"]),
+            _marked(entry, "write", f"{float(entry['write']) / 1e9:g} GB/s"),
+            _marked(entry, "sustained_write", f"{float(entry['sustained_write']) / 1e9:g} GB/s"),
+            _marked(entry, "endurance", entry["endurance"]),
             entry["source"],
         ]
         for key, entry in entries("drives").items()
     ]
-    yield format_table(
-        rows, header=("drive", "", "", "read", "write", "sustained", "endurance", "source")
-    )
-    yield ""
+    header = ("drive", "", "", "read", "write", "sustained", "endurance", "source")
+    return format_table(rows, header=header)
+
+
+def _boxes_table() -> str:
+    from ssdtune.report import format_table
+
     rows = [
         [
             key,
@@ -308,9 +321,11 @@ def hardware_lines() -> Iterator[str]:
         ]
         for key, entry in entries("boxes").items()
     ]
-    yield format_table(rows, header=("whole machine", "", "RAM", "bf16", "read", "source"))
-    yield ""
-    yield "* assumed, not published. Write `--hardware rtx4090+2x990pro+128GB`, or a whole machine alone."
+    return format_table(rows, header=("whole machine", "", "RAM", "bf16", "read", "source"))
+
+
+def _marked(entry: Mapping[str, Any], field: str, text: str) -> str:
+    return f"{text}*" if field in entry["assumed"] else text
 
 
 def _price_sources() -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssdtune.opened.steps import blocks_of, directions_of, steps_of
-from ssdtune.schedule.job import Job, mean_padded
+from ssdtune.schedule.job import Job, Rows, mean_padded
 
 if TYPE_CHECKING:
     from ssdtune.jobs import Source
@@ -16,37 +16,24 @@ if TYPE_CHECKING:
     from ssdtune.packing.once import Twin
     from ssdtune.schedule.choices import Order
     from ssdtune.schedule.cost import StepWork
+    from ssdtune.schedule.memory import Fixed, Footprint
 
 
 def job_from_opened(source: Source, opened: Opened) -> Job:
     """The job of the source's configuration, micro-batch and all."""
-    import torch
-
-    from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
     from ssdtune.trainer.opening import trains_all
-    from ssdtune.visit.rehearsal import autocast_of, rehearse_draft
 
-    config, drafted, adapted = source.config, opened.drafted, opened.adapted
+    config, drafted = source.config, opened.drafted
     base: Any = opened.meta.model
     is_of_all = trains_all(config)
-    at_once = config.per_device_train_batch_size
-    on_cpu = dataclasses.replace(opened.options, device=torch.device("cpu"))
     rows = opened.rows
     if opened.lengths:
-        rows = dataclasses.replace(rows, padded_tokens=mean_padded(opened.lengths, at_once))
-
-    def rehearsed(length: int) -> Any:
-        batch = {"input_ids": torch.zeros(at_once * opened.sequences, length, dtype=torch.long)}
-        with autocast_of(config, on_cpu.device):
-            return rehearse_draft(adapted, drafted, on_cpu, batch)
-
-    usual = rehearsed(round(rows.padded_tokens))
-    longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
-    trained = [p for p in adapted.parameters() if p.requires_grad] if not is_of_all else []
-    trained_bytes = sum(p.nbytes for p in trained)
+        padded = mean_padded(opened.lengths, config.per_device_train_batch_size)
+        rows = dataclasses.replace(rows, padded_tokens=padded)
+    work, footprint = _rehearsed(source, opened, rows)
+    trained = [p for p in opened.adapted.parameters() if p.requires_grad] if not is_of_all else []
     outside_bytes = opened.resident_bytes if is_of_all else 0
     steps = steps_of(source, drafted, trained, outside_bytes)
-    work = usual.work
     if work is not None:
         work = dataclasses.replace(work, moves=steps.moves)
     request = drafted.replanner.request
@@ -59,17 +46,9 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         blocks=blocks_of(source, drafted),
         orders=_orders(request.orders, work),
         work=work,
-        footprint=longest.footprint,
-        fixed=Fixed(
-            base_bytes=opened.base_bytes,
-            resident_bytes=opened.resident_bytes,
-            trained_bytes=trained_bytes,
-            gradient_bytes=trained_bytes,
-            optimizer_bytes=NUM_STATES.get(str(config.optim), MOST_STATES) * trained_bytes,
-            library_bytes=_library_bytes(source, opened),
-            more=steps.more,
-        ),
-        rows_at_once=at_once,
+        footprint=footprint,
+        fixed=_fixed(source, opened, sum(p.nbytes for p in trained), steps.more),
+        rows_at_once=config.per_device_train_batch_size,
         micro_batches=config.gradient_accumulation_steps,
         num_steps=config.max_steps if config.max_steps > 0 else None,
         num_epochs=config.num_train_epochs,
@@ -85,6 +64,41 @@ def job_from_opened(source: Source, opened: Opened) -> Job:
         lossless_ratio=opened.lossless_ratio,
         directions=directions_of(source, steps, drafted, trained, outside_bytes),
         **_packing(opened.twin),
+    )
+
+
+def _rehearsed(source: Source, opened: Opened, rows: Rows) -> tuple[StepWork | None, Footprint]:
+    """What a micro-batch of usual rows computes, where that is known, and what one of the longest holds."""
+    import torch
+
+    from ssdtune.visit.rehearsal import autocast_of, rehearse_draft
+
+    num_rows = source.config.per_device_train_batch_size * opened.sequences
+    on_cpu = dataclasses.replace(opened.options, device=torch.device("cpu"))
+
+    def rehearsed(length: int) -> Any:
+        batch = {"input_ids": torch.zeros(num_rows, length, dtype=torch.long)}
+        with autocast_of(source.config, on_cpu.device):
+            return rehearse_draft(opened.adapted, opened.drafted, on_cpu, batch)
+
+    usual = rehearsed(round(rows.padded_tokens))
+    longest = usual if round(rows.padded_tokens) == rows.longest else rehearsed(rows.longest)
+    return usual.work, longest.footprint
+
+
+def _fixed(source: Source, opened: Opened, trained_bytes: int, more: Mapping[str, int]) -> Fixed:
+    """What is held whatever the micro-batches. more: of the method, by what it is for."""
+    from ssdtune.schedule.memory import MOST_STATES, NUM_STATES, Fixed
+
+    num_states = NUM_STATES.get(str(source.config.optim), MOST_STATES)
+    return Fixed(
+        base_bytes=opened.base_bytes,
+        resident_bytes=opened.resident_bytes,
+        trained_bytes=trained_bytes,
+        gradient_bytes=trained_bytes,
+        optimizer_bytes=num_states * trained_bytes,
+        library_bytes=_library_bytes(source, opened),
+        more=more,
     )
 
 

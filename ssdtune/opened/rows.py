@@ -24,16 +24,7 @@ def rows_of(source: Source, meta: MetaModel) -> tuple[Rows, list[int], int]:
     without data every row is as long as may be."""
     config = source.config
     if not source.has_data:
-        length = config.max_length
-        rows = Rows(
-            num=0,
-            mean_tokens=length,
-            padded_tokens=length,
-            longest=length,
-            trained_share=1.0,
-            is_estimate=True,
-        )
-        return rows, [], 1
+        return _without_data(config.max_length), [], 1
     from ssdtune.data import load_dataset_rows, tokenize_rows
     from ssdtune.trainer.rows import load_tokenizer
 
@@ -66,6 +57,17 @@ def rows_of(source: Source, meta: MetaModel) -> tuple[Rows, list[int], int]:
         is_estimate=num_sampled < num_rows,
     )
     return rows, lengths, tokenized.sequences_per_row
+
+
+def _without_data(length: int) -> Rows:
+    return Rows(
+        num=0,
+        mean_tokens=length,
+        padded_tokens=length,
+        longest=length,
+        trained_share=1.0,
+        is_estimate=True,
+    )
 
 
 def _lengths(tokenized: Tokenized, nums: Sequence[float]) -> list[int]:

@@ -273,36 +273,8 @@ class _Numbered:
 def job_from(text: str) -> Job:
     """Reads what `Job.to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
     raw: dict[str, Any] = json.loads(text)
-    listed = [
-        Work(
-            {
-                Operator(str(kind), float(size), float(num_bytes), int(num_rows)): int(n)
-                for kind, size, num_bytes, num_rows, n in each
-            },
-            int(calls),
-        )
-        for each, calls in raw.pop("works")
-    ]
-    found: dict[str, Any] | None = raw.pop("work")
-    work = None
-    if found is not None:
-        work = StepWork(
-            passes={
-                str(kind): {
-                    (int(block), Direction(direction)): [listed[int(i)] for i in each_turn]
-                    for block, direction, each_turn in visits
-                }
-                for kind, visits in found["passes"].items()
-            },
-            between=listed[int(found["between"])],
-            behind={
-                int(block): [listed[int(i)] for i in each_turn]
-                for block, each_turn in found["behind"]
-            },
-            dtype=str(found["dtype"]),
-            autocast=found["autocast"],
-            moves=_moves_from(found["moves"], listed),
-        )
+    listed = [_work_from(*each) for each in raw.pop("works")]
+    work: dict[str, Any] | None = raw.pop("work")
     made: dict[str, Any] = {
         **raw,
         "blocks": blocks_from(raw["blocks"]),
@@ -314,10 +286,38 @@ def job_from(text: str) -> Job:
         "footprint": _footprint_from(raw["footprint"]),
         "fixed": Fixed(**raw["fixed"]),
         "data": Rows(**raw["data"]),
-        "work": work,
+        "work": None if work is None else _step_work_from(work, listed),
         "directions": _directions_from(raw["directions"], listed),
     }
     return Job(**made)
+
+
+def _work_from(operators: list[Any], calls: Any) -> Work:
+    counted = {
+        Operator(str(kind), float(size), float(num_bytes), int(num_rows)): int(n)
+        for kind, size, num_bytes, num_rows, n in operators
+    }
+    return Work(counted, int(calls))
+
+
+def _step_work_from(raw: dict[str, Any], listed: list[Work]) -> StepWork:
+    """listed: all works of the job, which others name by their place."""
+    return StepWork(
+        passes={
+            str(kind): {
+                (int(block), Direction(direction)): [listed[int(i)] for i in each_turn]
+                for block, direction, each_turn in visits
+            }
+            for kind, visits in raw["passes"].items()
+        },
+        between=listed[int(raw["between"])],
+        behind={
+            int(block): [listed[int(i)] for i in each_turn] for block, each_turn in raw["behind"]
+        },
+        dtype=str(raw["dtype"]),
+        autocast=raw["autocast"],
+        moves=_moves_from(raw["moves"], listed),
+    )
 
 
 def _reading_from(raw: dict[str, Any]) -> Reading:
