@@ -23,6 +23,7 @@ class Limit:
 
     @property
     def free_bytes(self) -> int:
+        """What may still be taken; 0 where it is over the limit."""
         return max(0, self.limit_bytes - self.used_bytes)
 
 

@@ -31,6 +31,7 @@ class Reader:
 
     @property
     def allowed(self) -> str:
+        """What may be written, in words."""
         raise NotImplementedError
 
     def read(self, node: Node, key: str) -> Any:

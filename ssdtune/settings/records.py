@@ -26,10 +26,12 @@ class Setting:
 
     @property
     def is_required(self) -> bool:
+        """Whether it has no default."""
         return self.default is REQUIRED
 
     @property
     def default_text(self) -> str:
+        """The default as YAML has it; empty where there is none."""
         return "" if self.is_required else as_text(self.reader.write(self.default))
 
 

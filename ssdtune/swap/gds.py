@@ -91,6 +91,7 @@ class GdsTicket(Ticket):
         self._is_given_up = True
 
     def done(self) -> bool:
+        """See Ticket. Takes note of reads that have ended: no thread does."""
         with self._ending:  # several threads may ask, and a result can be taken once
             for read in list(self._reads):
                 if read in self._reads and read.future.done():
@@ -107,6 +108,7 @@ class GdsTicket(Ticket):
             self._end()
 
     def wait(self, timeout_s: float) -> None:
+        """See Ticket. Ends early, too, where all was given up."""
         start = time.perf_counter()
         deadline = start + timeout_s
         while not self.done() and not self._is_given_up and time.perf_counter() < deadline:

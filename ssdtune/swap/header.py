@@ -61,6 +61,7 @@ class TensorEntry:
 
     @property
     def stop(self) -> int:
+        """The first byte behind it in the file."""
         return self.start + self.num_bytes
 
 
@@ -217,6 +218,7 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def pread_exactly(path: Path, fd: int, num_bytes: int, offset: int) -> bytes:
+    """So many bytes of an open file. Raises CheckpointError naming `path` where they cannot be read, or are fewer."""
     try:
         raw = os.pread(fd, num_bytes, offset)
     except OSError as error:
@@ -227,6 +229,7 @@ def pread_exactly(path: Path, fd: int, num_bytes: int, offset: int) -> bytes:
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:
+    """A whole file of at most so many bytes. Raises CheckpointError."""
     with opened(path) as fd:
         num_bytes = os.fstat(fd).st_size
         if num_bytes > max_bytes:
@@ -271,6 +274,7 @@ def printable(text: object) -> str:
 
 
 def quoted(value: object) -> str:
+    """For messages: printable, in quotes where it is text, cut at 120 characters."""
     text = printable(str(value)[:200])
     if len(text) > 120:
         text = text[:117] + "..."
@@ -285,5 +289,6 @@ def refuse(
     way_out: str = "Nothing was loaded. Download this file again.",
     cause: BaseException | None = None,
 ) -> NoReturn:
+    """Raises CheckpointError: the file, the tensor in it, what is wrong, the way out."""
     subject = f"tensor {quoted(tensor)}: " if tensor is not None else ""
     raise CheckpointError(f"cannot use {printable(path)}:\n{subject}{what}\n{way_out}") from cause

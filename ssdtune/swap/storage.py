@@ -60,12 +60,17 @@ class Storage(Protocol):
     name: str
     alignment: int  # of file offsets, lengths and buffer addresses; a power of two
 
-    def open(self, path: Path) -> int: ...
+    def open(self, path: Path) -> int:
+        """A descriptor for `read`. OSError."""
+        ...
+
     def read(self, fd: int, offset: int, buffer: memoryview) -> int:
         """Fill the buffer; returns less than its length only at the end of the file. OSError."""
         ...
 
-    def close(self, fd: int) -> None: ...
+    def close(self, fd: int) -> None:
+        """Gives the descriptor back."""
+        ...
 
 
 # ------------------------------------------------------------------------------- ways of reading
@@ -168,6 +173,7 @@ class StorageChoice:
 
     @property
     def is_direct(self) -> bool:
+        """Whether reads go past the page cache."""
         return isinstance(self.storage, DirectStorage)
 
 

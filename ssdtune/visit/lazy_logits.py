@@ -90,6 +90,7 @@ class Source:
             node.values()
 
     def watch_gradient(self) -> None:
+        """Somebody wants to see the gradient of these logits."""
         self.gradient_is_watched = True
 
 
@@ -255,6 +256,7 @@ class LazyLogits(torch.Tensor):
         return self
 
     def is_trusted(self) -> bool:
+        """Whether what autograd has recorded of it is still what `trust` declared."""
         with torch._C.DisableTorchFunctionSubclass():
             wants_own_gradient = self.requires_grad and self.grad_fn is None
             return self.grad_fn is self.trusted and not wants_own_gradient

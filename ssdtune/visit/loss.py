@@ -63,6 +63,7 @@ class HeadLoss:
         assert not isinstance(self.plain, DeferringForward), "this head is deferred already"
 
     def trainable(self) -> list[nn.Parameter]:
+        """The head's parameters that train."""
         return [p for p in self.head.parameters() if p.requires_grad]
 
     def defer(self, hidden: Tensor, *extra: Any, **named: Any) -> LazyLogits:
