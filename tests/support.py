@@ -133,17 +133,18 @@ def make_pair(
     dtype: torch.dtype = torch.float32,
     adapt: Callable[[PreTrainedModel], Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    is_smaller: bool = False,
     **options: Any,
 ) -> Pair:
     """Writes tiny model `name` to `folder` and opens it both ways.
 
     stream: the fixture of that name. adapt: model -> peft model, LoRA on all linear layers by
-    default. config: values of the model's config to override. options: as `streamed` takes them,
-    `model_class` and `attn_implementation` go to both.
+    default. config: values of the model's config to override. is_smaller: of `tiny_models.SMALLER`.
+    options: as `streamed` takes them, `model_class` and `attn_implementation` go to both.
     """
-    base = tiny_models.build(name, dtype=dtype)
+    base = tiny_models.build(name, dtype=dtype, is_smaller=is_smaller)
     base.config.update(dict(config or {}))
-    tiny_models.save(base, folder)
+    tiny_models.save(base, folder, "30KB" if is_smaller else "200KB")
     targets = LORA_TARGETS.get(name, tiny_models.lora_targets(base))
     adapt = adapt or (lambda model: with_lora(model, targets))
     kind = options.setdefault("model_class", type(base))

@@ -1,16 +1,15 @@
 """All weights with a working copy that visits write back: the algorithm's bits, and the bytes of each step."""
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from pairs import DTYPES
 from support import cut, digests, make_pair
 from test_zeroth_order import (
     ARCHITECTURES,
     ESTIMATORS,
+    FEW,
     NUM_STEPS,
     SEED,
     InMemory,
@@ -19,7 +18,6 @@ from test_zeroth_order import (
     batches,
     num_trained,
     streamed_step,
-    train_alike,
 )
 
 from ssdtune.schedule.plan import Lane
@@ -27,36 +25,36 @@ from ssdtune.swap import stores
 from ssdtune.zeroth_order import Fold, ZerothOrder
 
 
-def every_run() -> Iterator[Any]:
-    """A few steps of what no other test writes back; slow, 20 of all."""
-    yield pytest.param("opt", "fzoo", torch.float32, 4, id="opt-fzoo-float32-4")
-    dtypes = (torch.float32, torch.bfloat16)
-    for name, estimator, dtype in itertools.product(ARCHITECTURES, ESTIMATORS, dtypes):
-        told = f"{name}-{estimator}-{str(dtype)[6:]}-{NUM_STEPS}"
-        yield pytest.param(name, estimator, dtype, NUM_STEPS, id=told, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("name", "estimator", "dtype", "num_steps"), every_run())
-def test_blocks_that_go_back_after_every_step_train_as_in_memory(
-    name: str, estimator: str, dtype: torch.dtype, num_steps: int, tmp_path: Path, stream: Stream
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("estimator", FEW)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_weights_train_as_in_memory_for_20_steps(
+    name: str, estimator: str, dtype: torch.dtype, tmp_path: Path, stream: Stream
 ) -> None:
-    """The copy is made before the second step; from the third on each block that is read is written, too."""
+    """From the log's steps alone; and written back after every step: the copy is made before the second one, from the
+    third on each block that is read is written, too."""
     model = tmp_path / "model"
-    pair = make_pair(name, model, stream, dtype=dtype, adapt=lambda m: m)
+    pair = make_pair(name, model, stream, dtype=dtype, adapt=lambda m: m, is_smaller=True)
+    folded = stream(model, model_class=type(pair.plain))
     before = digests(model)
-    fold = Fold(tmp_path / "scratch", 1)
-    method = ZerothOrder(pair.streamed, ESTIMATORS[estimator], seed=SEED, fold=fold)
-    reference = InMemory(pair.plain, ESTIMATORS[estimator], all_weights(pair.plain))
-    train_alike(pair, method, reference, num_steps)
-    engine = pair.streamed.ssdtune.engine
+    from_log = ZerothOrder(pair.streamed, FEW[estimator], seed=SEED)
+    writing = ZerothOrder(folded, FEW[estimator], seed=SEED, fold=Fold(tmp_path / "scratch", 1))
+    reference = InMemory(pair.plain, FEW[estimator], all_weights(pair.plain))
+    for batch in batches(name, NUM_STEPS):
+        pieces, items = cut(batch, 2), num_trained(batch)
+        expected = reference.step(pieces, items)
+        for method in (from_log, writing):
+            assert list(streamed_step(method, pieces, items).losses) == expected
+    engine = folded.ssdtune.engine
     engine.await_stores()
     visits = engine.plan.sequences["forward"].visits
     read = {engine.recipes[visit.block].name for visit in visits if visit.is_filled_for}
     assert read
     assert read == {op.block for op in engine.trace if op.lane is Lane.NVME_WRITE}
     for key, value in all_weights(pair.plain).items():
-        assert torch.equal(pair.streamed.get_parameter(key).clone(), value), key
-    method.close()
+        for streamed in (pair.streamed, folded):
+            assert torch.equal(streamed.get_parameter(key).clone(), value), key
+    writing.close()
     assert digests(model) == before, "the user's files"
 
 

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from support import digests, num_misses, with_lora
 from test_packing import FORMATS, NORM, flip_a_bit, make_pair
-from test_zeroth_order import ESTIMATORS, NUM_STEPS, SEED, InMemory, all_weights, train_both
+from test_zeroth_order import ESTIMATORS, FEW, NUM_STEPS, SEED, InMemory, all_weights, train_both
 from test_zeroth_order_work import step
 
 from ssdtune.kernels import philox, unpack_add
@@ -49,7 +49,7 @@ def assert_same_weights(pair: Any, trained: dict[str, torch.Tensor]) -> None:
     ("kind", "estimator", "num_steps"),
     [
         ("4", "mezo", 3),
-        pytest.param("4", "mezo", NUM_STEPS, marks=pytest.mark.slow),
+        ("4", "mezo", NUM_STEPS),
         ("nf4", "fzoo", 2),
         ("4", "lozo", 2),
         *(
@@ -71,9 +71,10 @@ def test_weights_that_are_kept_packed_train_as_decoded_ones(
         "llama", tmp_path, stream, FORMATS[kind], dtype=torch.bfloat16, adapt=lambda m: m
     )
     before = digests(tmp_path)
-    method = ZerothOrder(pair.streamed, ESTIMATORS[estimator], seed=SEED, packed=KEPT)
+    chosen = (FEW if num_steps == NUM_STEPS else ESTIMATORS)[estimator]
+    method = ZerothOrder(pair.streamed, chosen, seed=SEED, packed=KEPT)
     trained = all_weights(pair.plain)
-    reference = InMemory(pair.plain, ESTIMATORS[estimator], trained)
+    reference = InMemory(pair.plain, chosen, trained)
     for expected, found in train_both(pair, method, reference, num_steps):
         assert found == expected
     assert_same_weights(pair, trained)
@@ -184,7 +185,7 @@ class PackedInMemory(InMemory):
     ("kind", "estimator", "num_steps", "every"),
     [
         ("4", "mezo", 5, 2),
-        pytest.param("4", "mezo", NUM_STEPS, 3, marks=pytest.mark.slow),
+        ("4", "mezo", NUM_STEPS, 3),
         pytest.param("4", "fzoo", 4, 1, marks=pytest.mark.slow),
         ("8", "mezo", 2, None),
         pytest.param("3", "mezo", 3, 1, marks=pytest.mark.slow),
@@ -205,9 +206,10 @@ def test_packed_weights_move_as_in_memory(
     pair = make_pair("llama", model, stream, FORMATS[kind], dtype=torch.bfloat16, adapt=lambda m: m)
     before = digests(model)
     fold = None if every is None else Fold(tmp_path / "scratch", every)
-    method = ZerothOrder(pair.streamed, ESTIMATORS[estimator], seed=SEED, fold=fold, packed=MOVED)
+    chosen = (FEW if num_steps == NUM_STEPS else ESTIMATORS)[estimator]
+    method = ZerothOrder(pair.streamed, chosen, seed=SEED, fold=fold, packed=MOVED)
     trained = all_weights(pair.plain)
-    reference = PackedInMemory(pair.folder, pair.plain, ESTIMATORS[estimator], trained)
+    reference = PackedInMemory(pair.folder, pair.plain, chosen, trained)
     at_first = {name: codes.clone() for name, (codes, *_) in reference.codes.items()}
     for expected, found in train_both(pair, method, reference, num_steps):
         assert found == expected

@@ -12,12 +12,14 @@ from support import make_pair
 from test_zeroth_order import (
     DECAY,
     LEARNING_RATE,
+    NUM_STEPS,
     SEED,
     InMemory,
     Stream,
     all_weights,
     batches,
     cut,
+    drawn,
     looked_up,
     num_trained,
     rounded,
@@ -65,8 +67,7 @@ class Ruled(InMemory):
         if self.mask.kind == "magnitude":
             return p.float().abs() <= self.limits[name]
         key = philox.key_of(SEED, philox.number_of(name + " of the mask"))
-        cpu, bits = torch.device("cpu"), 8
-        fields = philox.fields(key, 0, p.numel(), bits=bits, domain=philox.DIRECTION, device=cpu)
+        fields = drawn(key, p.numel(), 8, philox.DIRECTION)
         return (fields < round(256 * self.mask.share)).view(p.shape)
 
     def shift(self, pristine: dict[str, torch.Tensor], shift: Shift | None) -> None:
@@ -130,7 +131,8 @@ def compare(
     fold: int | None = None,
     num_steps: int = 6,
 ) -> None:
-    pair = make_pair("llama", tmp_path / "model", stream, dtype=dtype, adapt=lambda m: m)
+    how: dict[str, Any] = {"dtype": dtype, "is_smaller": num_steps == NUM_STEPS}
+    pair = make_pair("llama", tmp_path / "model", stream, adapt=lambda m: m, **how)
     folded = None if fold is None else Fold(tmp_path / "scratch", fold)
     method = ZerothOrder(pair.streamed, estimator, rule=rule, seed=SEED, fold=folded)
     reference = Ruled(pair.plain, estimator, all_weights(pair.plain), rule or Rule())
@@ -142,15 +144,21 @@ def compare(
     method.close()
 
 
+def estimator_for(name: str, num_steps: int, **more: Any) -> Any:
+    """With two directions; for many steps, with as few as there can be."""
+    is_one = name == "mezo" and num_steps == NUM_STEPS
+    return ESTIMATORS[name](eps=1e-2, num_directions=1 if is_one else 2, **more)
+
+
 def every(values: dict[str, Any]) -> list[Any]:
-    """Of each, a few steps of one kind in float32; 20 steps of all, slow."""
+    """Of each, a few steps of one kind in float32; 20 steps of all, of a smaller model."""
     kinds = [(e, d) for e in ESTIMATORS for d in (torch.float32, torch.bfloat16)]
     return [
-        pytest.param(name, e, d, steps, id=f"{name}-{e}-{str(d)[6:]}-{steps}", marks=marks)
+        pytest.param(name, e, d, steps, id=f"{name}-{e}-{str(d)[6:]}-{steps}")
         for name in values
         for e, d in kinds
-        for steps, marks in ((4, []), (20, [pytest.mark.slow]))
-        if steps == 20 or (e, d) == ("mezo", torch.float32)
+        for steps in (4, NUM_STEPS)
+        if steps == NUM_STEPS or (e, d) == ("mezo", torch.float32)
     ]
 
 
@@ -158,7 +166,7 @@ def every(values: dict[str, Any]) -> list[Any]:
 def test_a_rule_moves_the_weights_as_in_memory(
     name: str, estimator: str, dtype: torch.dtype, num_steps: int, tmp_path: Path, stream: Stream
 ) -> None:
-    made = ESTIMATORS[estimator](eps=1e-2, num_directions=2)
+    made = estimator_for(estimator, num_steps)
     compare(tmp_path, stream, made, rule=RULES[name], dtype=dtype, num_steps=num_steps)
 
 
@@ -181,7 +189,7 @@ def test_a_rule_moves_an_adapter_by_fzoo_as_in_memory(
 def test_a_mask_lets_move_what_it_does_in_memory(
     name: str, estimator: str, dtype: torch.dtype, num_steps: int, tmp_path: Path, stream: Stream
 ) -> None:
-    made = ESTIMATORS[estimator](eps=1e-2, num_directions=2, mask=MASKS[name])
+    made = estimator_for(estimator, num_steps, mask=MASKS[name])
     compare(tmp_path, stream, made, dtype=dtype, num_steps=num_steps)
 
 

@@ -43,6 +43,7 @@ from ssdtune.zeroth_order.work import moves_of
 
 WINDOW, RANK = 4, 2
 ESTIMATOR = LOZO(eps=1e-2, num_directions=2, rank=RANK, window=WINDOW)
+FEW = LOZO(eps=1e-2, rank=RANK, window=WINDOW)  # variants, for many steps
 RULES = {"sgd": Rule(), "lozo_m": Rule(kind="lozo_m", beta1=0.7)}
 GAUSSIAN = "gaussian"
 
@@ -53,8 +54,14 @@ GAUSSIAN = "gaussian"
 class WindowsInMemory(InMemory):
     """Every parameter is made anew from what it was when its window began and from a sum, A, of the window's steps."""
 
-    def __init__(self, model: Any, parameters: dict[str, torch.Tensor], rule: Rule) -> None:
-        super().__init__(model, ESTIMATOR, parameters)
+    def __init__(
+        self,
+        model: Any,
+        parameters: dict[str, torch.Tensor],
+        rule: Rule,
+        estimator: LOZO = ESTIMATOR,
+    ) -> None:
+        super().__init__(model, estimator, parameters)
         self.rule = rule
         self.base = {name: p.clone() for name, p in parameters.items()}
         self.sums = {name: torch.zeros(self.rows(p)) for name, p in parameters.items()}
@@ -160,36 +167,38 @@ def assert_same_weights(pair: Any, reference: WindowsInMemory) -> None:
 
 
 def made_pair(
-    folder: Path, stream: Stream, *, name: str = "llama", dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    stream: Stream,
+    *,
+    name: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    is_smaller: bool = False,
 ) -> Any:
-    return make_pair(name, folder, stream, dtype=dtype, adapt=lambda model: model)
+    how: dict[str, Any] = {"dtype": dtype, "is_smaller": is_smaller}
+    return make_pair(name, folder, stream, adapt=lambda model: model, **how)
 
 
 def every_run() -> list[Any]:
-    """A few steps of the usual ones, and 20; slow, 20 of all."""
-    quick = [
+    """A few steps of the usual ones, and 20 of all, of smaller models."""
+    few = [
         ("llama", "sgd", torch.bfloat16, WINDOW, 2 * WINDOW + 1),
         ("llama", "lozo_m", torch.float32, None, WINDOW + 1),
     ]
-    slow = [
+    many = [
         (name, rule, dtype, 2 * WINDOW, NUM_STEPS)
         for name in ARCHITECTURES
         for rule in RULES
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    slow += [
+    many += [
         ("llama", rule, dtype, every, NUM_STEPS)
         for rule in RULES
         for dtype in (torch.float32, torch.bfloat16)
         for every in (None, WINDOW)
     ]
     return [
-        pytest.param(
-            *each,
-            id="-".join(str(x).replace("torch.", "") for x in each),
-            marks=[] if each in quick else [pytest.mark.slow],
-        )
-        for each in dict.fromkeys([*quick, *slow])
+        pytest.param(*each, id="-".join(str(x).replace("torch.", "") for x in each))
+        for each in (*few, *many)
     ]
 
 
@@ -204,12 +213,14 @@ def test_windows_train_as_in_memory(
     stream: Stream,
 ) -> None:
     """Whole windows and a part of one, folded to a working copy or taken anew at each read."""
-    pair = made_pair(tmp_path / "model", stream, name=name, dtype=dtype)
+    is_long = num_steps == NUM_STEPS
+    estimator = FEW if is_long else ESTIMATOR
+    pair = made_pair(tmp_path / "model", stream, name=name, dtype=dtype, is_smaller=is_long)
     before = digests(tmp_path / "model")
     fold = None if every is None else Fold(tmp_path / "scratch", every)
     how: dict[str, Any] = {"rule": RULES[rule], "seed": SEED, "fold": fold, "low_rank": True}
-    method = ZerothOrder(pair.streamed, ESTIMATOR, **how)
-    reference = WindowsInMemory(pair.plain, all_weights(pair.plain), RULES[rule])
+    method = ZerothOrder(pair.streamed, estimator, **how)
+    reference = WindowsInMemory(pair.plain, all_weights(pair.plain), RULES[rule], estimator)
     train_alike(pair, method, reference, num_steps)
     assert_same_weights(pair, reference)
     method.close()

@@ -203,6 +203,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "t5": t5,
     "bart": bart,
 }
+# Two layers of half the width, for tests of many steps: what the config has otherwise.
+NARROW = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+SMALLER: dict[str, dict[str, Any]] = {
+    "llama": {**NARROW, "head_dim": 8},
+    "gemma3": {**NARROW, "layer_types": SLIDING["layer_types"][:2]},
+    "opt": {**NARROW, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": {"num_hidden_layers": 2, "hidden_size": 32},
+    "mixtral": {**NARROW, "head_dim": 8},
+    "mamba2": {"num_hidden_layers": 2, "hidden_size": 32, "num_heads": 4},
+}
 SEQ2SEQ = ("t5", "bart")
 VISION = ("gemma3_vlm",)
 CAUSAL = tuple(name for name in CONFIGS if name not in SEQ2SEQ + VISION)
@@ -214,10 +224,15 @@ def auto_class(name: str) -> Any:
     return tf.AutoModelForImageTextToText if name in VISION else tf.AutoModelForCausalLM
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 1) -> PreTrainedModel:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 1, *, is_smaller: bool = False
+) -> PreTrainedModel:
     """A random model with every parameter and persistent buffer random (biases, norms too)."""
     torch.manual_seed(seed)
-    model = auto_class(name).from_config(CONFIGS[name](), dtype=dtype)
+    config = CONFIGS[name]()
+    if is_smaller:
+        config.update(SMALLER[name])
+    model = auto_class(name).from_config(config, dtype=dtype)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             # Zeros and ones would hide a tensor that landed at the wrong place.
