@@ -119,6 +119,17 @@ def test_processes_on_one_machine_share_what_is_free(
     assert request.budgets.nvme_activation_bytes == 1000
 
 
+def test_a_model_on_another_processs_device_is_refused(
+    llama: Path, stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before anything has picked one, all processes' models are on the first."""
+    model = stream(llama)
+    monkeypatch.setattr(model.ssdtune.engine.slots, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(SSDConfig, "device", torch.device("cuda", 1))
+    with pytest.raises(TrainerError, match=r"streamed to cuda:0, and .* trains on cuda:1"):
+        zo_trainer(model, tmp_path)
+
+
 # ------------------------------------------------------------------ together
 
 

@@ -355,6 +355,12 @@ def _check_streamed(model: Any, args: Any, streamer: Streamer, *, needs_gradient
             raise TrainerError(
                 f"{name} is not supported for a streamed model.\nLeave it out of the arguments."
             )
+    here, wanted = streamer.engine.slots.device, args.device
+    if here.type == wanted.type == "cuda" and wanted.index not in (None, here.index):
+        raise TrainerError(
+            f"the model is streamed to {here}, and this process trains on {wanted}.\n"
+            "Make the arguments and read args.device before ssdtune.stream: that picks the process's device among several."
+        )
     if needs_gradients:
         check_unmoved(streamer)  # checkpoints name the files' weights
     if needs_gradients and not any(p.requires_grad for p in model.parameters()):
