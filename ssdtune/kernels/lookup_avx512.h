@@ -77,7 +77,7 @@ INLINE __m512i rounded_at_once(__m512 first, __m512 then)
     __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(first), "v"(then));
     return words;
 }
-/* sum + bfloat16 numbers, of each pair the first one or the other. */
+/* sum + bfloat16 numbers, of each pair the one that `ones` has a 1 for; the other adds 0. Rounded as any sum. */
 INLINE __m512 plus(__m512 sum, __m512i words, uint32_t ones)
 {
     __asm__("vdpbf16ps %1, %2, %0" : "+v"(sum) : "v"(_mm512_set1_epi32((int)ones)), "v"(words));
@@ -203,7 +203,8 @@ INLINE sign_words widened(const uint8_t signs[LANES])
     return to;
 }
 
-/* The values' signs are turned where step's would be, and back: sums are in two pairs' halves, and none is 0. */
+/* value - step is -(-value + step): where the step is taken away values' signs are turned, and their sums' again. No sum is
+ * 0, whose sign would be wrong. */
 INLINE __m512i moved_at_once(__m512 first, __m512 then, __m512i sign, float step)
 {
     const __m512i uppermost = _mm512_set1_epi16((short)0x8000), in_turn = _mm512_set_epi16(
