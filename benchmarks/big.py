@@ -28,7 +28,8 @@ import torch  # noqa: E402
 from ssdtune.assets import prepare_model, prepare_text  # noqa: E402
 from ssdtune.cache import cache_folder  # noqa: E402
 from ssdtune.kernels.affine import Affine  # noqa: E402
-from ssdtune.packing.convert import Encoded, pack  # noqa: E402
+from ssdtune.packing.convert import pack  # noqa: E402
+from ssdtune.packing.encoding import Encoded  # noqa: E402
 from ssdtune.packing.layout import file_parts, groups_of  # noqa: E402
 from ssdtune.swap.storage import choose_storage  # noqa: E402
 from ssdtune.visit.build import build_meta  # noqa: E402

@@ -47,7 +47,7 @@ def seconds_of(weights: Any, format: Any, num_threads: int) -> tuple[float, floa
     """By the wall clock, and of all this process's threads on their processors."""
     import torch
 
-    from ssdtune.packing.convert import encoded
+    from ssdtune.packing.encoding import encoded
 
     torch.set_num_threads(num_threads)
     computed, started = process_time(), perf_counter()

@@ -28,7 +28,8 @@ from ssdtune.jobs import Jobs, Source
 from ssdtune.kernels.affine import Affine
 from ssdtune.kernels.nibbles import NF4, Nibbles
 from ssdtune.packing.choice import Option, choose, smallest
-from ssdtune.packing.convert import encoded, pack
+from ssdtune.packing.convert import pack
+from ssdtune.packing.encoding import encoded
 from ssdtune.packing.errors import (
     NUM_RUNS,
     WIDTHS,

@@ -16,7 +16,7 @@ from test_packing import FORMATS, decoded, packed
 from test_quantized_models import as_fp8
 
 from ssdtune.cli import main
-from ssdtune.packing.convert import encoded
+from ssdtune.packing.encoding import encoded
 from ssdtune.packing.layout import PackError, groups_of
 from ssdtune.swap.beside import bytes_beside, copy_beside
 from ssdtune.swap.header import CheckpointError

@@ -28,7 +28,8 @@ from ssdtune.kernels.nibbles import E2M1
 from ssdtune.kernels.quantize_affine import encoder_of
 from ssdtune.kernels.quantize_nibbles import quantize_nibbles
 from ssdtune.kernels.rotated import Rotated
-from ssdtune.packing.convert import encoded, pack
+from ssdtune.packing.convert import pack
+from ssdtune.packing.encoding import encoded
 from ssdtune.packing.layout import MIN_ELEMENTS, PackError, groups_of, imagined, is_worth_packing
 from ssdtune.packing.once import build_packed, build_planned
 from ssdtune.packing.sample import lossless_ratio

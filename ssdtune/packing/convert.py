@@ -23,16 +23,12 @@ from ssdtune.durable import (
     remove_abandoned,
     write_file_atomically,
 )
-from ssdtune.kernels import lossless
-from ssdtune.kernels.apart import MOST_THREADS, in_order
 from ssdtune.kernels.checksum import checksum
-from ssdtune.kernels.encode import quantized
 from ssdtune.kernels.formats import Format
-from ssdtune.kernels.lossless import Lossless
-from ssdtune.kernels.quantize import CHUNK
 from ssdtune.kernels.quantize_affine import encoder_of
 from ssdtune.memory import nearest_folder
-from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages, unpackable
+from ssdtune.packing.encoding import Encoder, all_encoded, encoded
+from ssdtune.packing.layout import Group, PackError, file_parts, shards, stages
 from ssdtune.packing.reading import GroupReader
 from ssdtune.packing.shards import PARTIAL, ShardError, ShardWriter, data_offset
 from ssdtune.sizes import format_size
@@ -53,13 +49,8 @@ from ssdtune.visit.build import MetaModel
 MARKER = ".packing.json"  # in a folder that is not finished
 KEY_DIGITS = 64
 MAX_OFFSET = 10**15
-MOST_HALF = (
-    2.0**14
-)  # of float16 weights: a code stands for less than twice as much, and float16 ends at 2^16
 FULL = (errno.ENOSPC, errno.EDQUOT)
-Encoded = tuple[Format, Mapping[str, torch.Tensor]]
 Note = Mapping[str, Any]  # JSON
-Encoder = Callable[[str, torch.Tensor, Format], Encoded | None]  # name, values, the format wanted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -318,7 +309,7 @@ def _write_group(
 ) -> None:
     """Writes a group: what is not packed, then the packed parts, the narrowest reading's first. told: what the shard's
     header has to say, to which the group's tensors are added."""
-    packed = _packed(group, values, encode)
+    packed = all_encoded(group, values, encode)
     for entry in group.tensors:
         if entry.name not in packed:
             writer.add(entry.name, entry.dtype, values[entry.name])
@@ -333,25 +324,6 @@ def _write_group(
         if entry.name in packed:
             described = _described(entry, *packed[entry.name], told["formats"])
             told["tensors"][entry.name] = described
-
-
-def _packed(
-    group: Group, values: Mapping[str, torch.Tensor], encode: Encoder
-) -> dict[str, Encoded]:
-    """What is packed of a group, by name. An encoder cuts a tensor into pieces, one a thread; where many tensors, such as
-    a mixture's experts, have fewer pieces than there are threads, each thread takes whole tensors."""
-
-    def one(entry: TensorEntry) -> Encoded | None:
-        return encode(entry.name, values[entry.name], group.formats[entry.name])
-
-    wanted = [entry for entry in group.tensors if entry.name in group.formats]
-    num_threads = min(torch.get_num_threads(), MOST_THREADS)
-    small = [entry for entry in wanted if math.prod(entry.shape) < CHUNK * num_threads]
-    if len(small) < num_threads:
-        small = []
-    made = dict(zip((entry.name for entry in small), in_order(one, small), strict=True))
-    made |= {entry.name: one(entry) for entry in wanted if entry.name not in made}
-    return {entry.name: found for entry in wanted if (found := made[entry.name]) is not None}
 
 
 def _described(
@@ -371,32 +343,6 @@ def _described(
 
 def _sum(part: torch.Tensor) -> str:
     return f"{checksum(part.contiguous().reshape(-1).view(torch.uint8)):016x}"
-
-
-def encoded(name: str, values: torch.Tensor, format: Format) -> Encoded | None:
-    """The parts of a tensor; None where packing it saves nothing. Raises PackError that names it."""
-    if isinstance(format, Lossless):
-        made = lossless.encode(values, format.bits)
-        if made is None:
-            return None
-        found, parts = made
-        suffixes = (part.suffix for part in found.parts(tuple(values.shape)))
-        return found, dict(zip(suffixes, parts, strict=True))
-    try:
-        _refuse_large_halves(values)
-        return format, quantized(values, format)
-    except ValueError as error:
-        raise unpackable(name, error) from error
-
-
-def _refuse_large_halves(values: torch.Tensor) -> None:
-    """Raises ValueError for float16 that some code near it might not be: decoded it would be infinite."""
-    if values.dtype == torch.float16 and values.numel():
-        most = float(torch.stack(torch.aminmax(values)).abs().max())
-        if MOST_HALF < most < math.inf:
-            raise ValueError(
-                f"a magnitude of {most:g} is too large for float16, in which codes near it could be infinite."
-            )
 
 
 def header_bytes(shard: Sequence[Group]) -> int:
