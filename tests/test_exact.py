@@ -122,6 +122,25 @@ def test_the_auxiliary_loss_of_routers_trains(name: str, tmp_path: Path, stream:
         assert torch.equal(output.router_logits[layer], joined)
 
 
+@pytest.mark.parametrize(("num_micro", "rounding"), [(1, None), (3, ROUNDING[torch.float32])])
+def test_a_tied_matrix_that_trains(
+    num_micro: int, rounding: float | None, tmp_path: Path, stream: Stream
+) -> None:
+    """The embedding's gradient of all micro-batches is added to the head's of all: to the bit where there is one."""
+    pair = make_pair(
+        "gpt2", tmp_path, stream, adapt=with_trained_embedding, micro_batch_size=6 // num_micro
+    )
+    batch = batches("gpt2", 1, rows=6)
+    assert_same_training(pair, batch, num_micro=num_micro, rounding=rounding)
+
+
+def with_trained_embedding(model: Any) -> Any:
+    """LoRA beside the embedding, which is the head, too."""
+    adapted = with_lora(model, ["c_attn"])
+    adapted.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+    return adapted
+
+
 def with_router_lora(model: Any) -> Any:
     """LoRA below the routers, so that the auxiliary loss has a gradient of its own."""
     return with_lora(model, ["q_proj", "o_proj"])
