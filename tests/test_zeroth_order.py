@@ -29,6 +29,7 @@ from ssdtune.swap.fills import SwapError
 from ssdtune.zeroth_order import FZOO, LOZO, EstimatorError, Fold, MeZO, ZerothOrder
 from ssdtune.zeroth_order.estimators import Shift
 from ssdtune.zeroth_order.updates import Directions, Family
+from ssdtune.zeroth_order.weights import MovedError
 from ssdtune.zeroth_order.working_copy import WorkingCopyError
 
 ARCHITECTURES = ("llama", "gemma3", "opt", "gpt2", "mixtral", "mamba2")
@@ -375,6 +376,37 @@ def test_a_step_that_was_interrupted_amid_a_block_is_taken_again(
     for expected, found in train_both(pair, method, reference, 3):
         assert found == expected
     method.close()
+
+
+def test_a_step_that_was_interrupted_as_it_was_taken_is_the_last(
+    tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of an adapter has moved: no step may follow before it is loaded again."""
+    pair = make_pair("llama", tmp_path, stream, is_smaller=True)
+    method = ZerothOrder(pair.streamed, FEW["mezo"], seed=SEED)
+    trained = {n: p for n, p in pair.streamed.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    plain, calls = Directions.apply, [0]
+
+    def interrupted(self: Directions, *given: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        plain(self, *given)
+
+    batch = batches("llama", 1)[0]
+    pieces, items = cut(batch, 2), num_trained(batch)
+    with monkeypatch.context() as patched:
+        patched.setattr(Directions, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            streamed_step(method, pieces, items)
+    with pytest.raises(MovedError, match="step 0 was interrupted"):
+        streamed_step(method, pieces, items)
+    for name, p in trained.items():
+        p.data.copy_(before[name])
+    method.resume([], 0)
+    parameters = {n: p for n, p in pair.plain.named_parameters() if p.requires_grad}
+    train_alike(pair, method, InMemory(pair.plain, FEW["mezo"], parameters), 2)
 
 
 def test_a_drive_without_room_changes_nothing(

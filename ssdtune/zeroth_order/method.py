@@ -137,6 +137,7 @@ class ZerothOrder:
         self._window = estimator.family.window if low_rank else 1
         self.streamer.method = self.weights
         self.num_steps = 0
+        self._is_torn = False  # whether a step was interrupted while what lies in memory took it
         self.fold = fold.whole(self._window) if fold is not None and trains_blocks else None
         self.copy = None if self.fold is None else WorkingCopy(self.streamer, self.fold.folder)
 
@@ -171,9 +172,9 @@ class ZerothOrder:
         MovedError where all weights have taken other steps than those."""
         taken = list(updates)
         is_here = (self.num_steps, self._taken) == (num_steps, taken)
-        if self.trains_blocks and not is_here:
+        if self.trains_blocks and (self._is_torn or not is_here):
             self.weights.replay(self.rule.linked(taken), num_steps)
-        self.num_steps, self._taken = num_steps, taken
+        self.num_steps, self._taken, self._is_torn = num_steps, taken, False
 
     def close(self) -> None:
         """Removes the working copy, where there is one; the model can't be read afterwards."""
@@ -200,6 +201,11 @@ class ZerothOrder:
             raise MovedError(
                 "another method, or a replayed log, has this model's weights by now.\n"
                 "Train with that one, or open the model anew with ssdtune.stream."
+            )
+        if self._is_torn:
+            raise MovedError(
+                f"step {self.num_steps} was interrupted while weights in memory took it: some have, others have not.\n"
+                "Go on from a checkpoint, with the model opened anew."
             )
         self._fold_if_due()
         shifts = self.estimator.variants
@@ -233,11 +239,11 @@ class ZerothOrder:
 
     def _update(self, losses: list[float], learning_rate: float, weight_decay: float) -> Step:
         loss = _sum(losses) / len(losses)
-        number, self.num_steps = self.num_steps, self.num_steps + 1
-        update = None
+        number, update, self._is_torn = self.num_steps, None, True
         if math.isfinite(loss):  # nor is it where one of them is not
             update = self._take(number, losses, learning_rate, weight_decay)
-        self.weights.ended(self.num_steps)
+        self.weights.ended(number + 1)
+        self.num_steps, self._is_torn = number + 1, False
         return Step(loss, tuple(losses), () if update is None else update.gradients, update)
 
     def _take(
