@@ -189,8 +189,10 @@ def test_the_doctor_says_how_each_kernel_stores(
     )
     doctor.print_doctor(tmp_path)
     text = capsys.readouterr().out
-    assert "past the caches, faster here: 4 bits, 5 bits, 6 bits, 8 bits\n" in text
-    assert "through the caches, faster here: four-bit tables, FP8, GGUF, lossless, 4 bits\n" in text
+    assert "past the caches, faster here: 4 bits · 5 bits · 6 bits · 8 bits\n" in text
+    assert (
+        "through the caches, faster here: four-bit tables · FP8 · GGUF · lossless, 4 bits\n" in text
+    )
     monkeypatch.setenv(store_mode.VARIABLE, "plain")
     doctor.print_doctor(tmp_path)
     assert "large outputs are stored plain, as SSDTUNE_STORE_MODE says" in capsys.readouterr().out
