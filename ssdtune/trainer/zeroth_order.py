@@ -376,9 +376,8 @@ class ZOTrainer(SSDTrainer):
         if not self.method.trains_blocks:
             super()._save(output_dir, state_dict)
             return
-        if (
-            not self.args.should_save
-        ):  # Trainer calls this in every process, and one alone has the steps
+        # Trainer calls this in every process, and one alone has the steps.
+        if not self.args.should_save:
             return
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)

@@ -45,10 +45,12 @@ class LogError(SSDTuneError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a log's updates hang on. base: fingerprint of the files that the weights come from; None: unknown. reading: in
-    how many bits their nested codes are read; None: there are none. dtype: the weights', which steps are rounded to: "bfloat16", or all that the model has: "bfloat16, float32". kind, rank, window,
-    mask: of the directions' family. rule: what steps make of estimates. trains: one of TRAINS. adapter: fingerprint of the
-    values that an adapter begins with; None: all weights train, or it is unknown."""
+    """What a log's updates hang on.
+
+    base: fingerprint of the files that the weights come from; None: unknown. reading: in how many bits their nested codes
+    are read; None: there are none. dtype: the weights', which steps are rounded to: "bfloat16", or all that the model has:
+    "bfloat16, float32". kind, rank, window, mask: of the directions' family. rule: what steps make of estimates. trains: one
+    of TRAINS. adapter: fingerprint of the values that an adapter begins with; None: all weights train, or it is unknown."""
 
     base: str | None
     reading: str | None = None
